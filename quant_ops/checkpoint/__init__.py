@@ -1,0 +1,1 @@
+"""Files: headers, readers, writers, metadata."""

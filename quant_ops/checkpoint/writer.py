@@ -1,0 +1,125 @@
+"""Write checkpoints: every tensor to its planned place in a temporary sibling, verified, flushed, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError
+from ..sources import spec_of
+from ..spec import ModelPlan, TensorSpec
+from .header import build_header, read_header
+from .reader import tensor_bytes
+
+
+class FileSink:
+    """A safetensors file that appears complete or not at all.
+
+    Bytes go to a hidden `.NAME.<random>.part` beside the target, which never matches `*.safetensors`. `commit` checks
+    that every planned tensor was written once, reads the header back, flushes to disk and renames. A process that is
+    killed leaves at most the hidden part file, never the target.
+
+    Raises:
+        CheckpointError: existing output without `overwrite`, missing or unwritable folder, full disk.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, overwrite: bool = False):
+        self.path = Path(path)
+        self.overwrite = overwrite
+        self._file = None
+        self._part: Path | None = None
+        self._pending: dict[str, TensorSpec] = {}
+        self._offsets: dict[str, int] = {}
+        check_target(self.path, overwrite)
+
+    def open(self, plan: ModelPlan) -> None:
+        header, self._offsets = build_header(plan.outputs, plan.metadata)
+        self._pending = {spec.name: spec for spec in plan.outputs}
+        self._size = len(header) + sum(spec.nbytes for spec in plan.outputs)
+        free = shutil.disk_usage(self.path.parent).free
+        if free < self._size:
+            raise CheckpointError(
+                f"{self.path.name}: the disk is full: {self._size} bytes are needed in {self.path.parent}, {free} are free"
+            )
+        self._part = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
+        with self._explain():
+            self._file = open(self._part, "xb", buffering=0)  # noqa: SIM115  (closed by commit and abort)
+            self._file.truncate(self._size)
+            self._put(memoryview(header))
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        spec = self._pending.pop(name)
+        if type(tensor) is not torch.Tensor or spec_of(name, tensor) != spec:
+            got = f"{type(tensor).__name__} {tensor.dtype} {tuple(tensor.shape)}"
+            raise CheckpointError(f"{self.path.name}: tensor '{name}' was planned as {spec.dtype} {spec.shape}, got {got}")
+        tensor = tensor.detach().cpu().contiguous()
+        with self._explain(name):
+            self._file.seek(self._offsets[name])
+            self._put(tensor_bytes(tensor))
+
+    def commit(self) -> None:
+        if self._pending:
+            missing = ", ".join(list(self._pending)[:3])
+            raise CheckpointError(f"{self.path.name}: {len(self._pending)} tensors were never written ({missing})")
+        with self._explain():
+            os.fsync(self._file.fileno())
+            self._file.close()
+        written = read_header(self._part)
+        if {name: begin for name, (_, begin, _) in written.ranges.items()} != self._offsets:
+            raise CheckpointError(f"{self.path.name}: the written header does not read back as planned")
+        check_target(self.path, self.overwrite)
+        with self._explain():
+            os.replace(self._part, self.path)
+        self._part = None
+        _sync_folder(self.path.parent)
+
+    def abort(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._part is not None:
+            self._part.unlink(missing_ok=True)
+            self._part = None
+
+    def _put(self, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            done += self._file.write(view[done : done + (1 << 30)])
+
+    @contextlib.contextmanager
+    def _explain(self, tensor: str | None = None):
+        try:
+            yield
+        except OSError as error:
+            where = f"{self.path.name}: tensor '{tensor}'" if tensor else str(self.path)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise CheckpointError(f"{where}: the disk is full ({error.strerror}); nothing was kept") from None
+            raise CheckpointError(f"{where}: cannot be written: {error.strerror}") from None
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Refuse an output path before any work: existing file, missing or unwritable folder, wrong suffix."""
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: an output file must end in .safetensors")
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; name a file")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path.parent}: no such folder; create it first")
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path}: exists already; choose another name or allow overwriting (--overwrite)")
+    if not os.access(path.parent, os.W_OK):
+        raise CheckpointError(f"{path.parent}: folder is not writable; choose another one")
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # Windows has no directory handles to flush
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

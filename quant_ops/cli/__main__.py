@@ -1,0 +1,39 @@
+"""`fewbits`: parse, one core call, print. Exit 0 = complete and verified, 2 = refused, 130 = interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..errors import QuantError
+from ..version import VERSION
+from . import info, plan, quantize
+
+COMMANDS = (quantize, plan, info)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fewbits", description="Make models small and fast for ComfyUI.")
+    parser.add_argument("--version", action="version", version=f"fewbits {VERSION}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except QuantError as error:
+        print(f"fewbits: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fewbits: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

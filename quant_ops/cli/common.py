@@ -1,0 +1,59 @@
+"""Arguments that several commands share, and the recipe they build."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import RecipeError
+from ..formats import FORMATS
+from ..methods import METHODS
+from ..planning.recipe import Recipe, Rule, parse_rule, parse_wish, recipe_from_toml
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", metavar="F", help=f"what layers become: {', '.join(FORMATS)}")
+    parser.add_argument("--scaling", help="how many weights share a scale: tensor, row (the format's default if absent)")
+    parser.add_argument("--recipe", type=Path, metavar="R.toml", help="a recipe file instead of --format")
+    parser.add_argument(
+        "--rule", dest="rules", action="append", default=[], type=_reported(parse_rule), metavar="PATTERN=FORMAT[:o=v,...]",
+        help="another format for layers whose name matches (glob, or re:...); first match decides; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep", dest="rules", action="append", type=_reported(lambda text: Rule(text, None)), metavar="PATTERN",
+        help="keep matching layers as they are; repeatable, in one order with --rule",
+    )  # fmt: skip
+    parser.add_argument("--fallback", type=_reported(parse_wish), metavar="F", help="format for what the preset would keep")
+    parser.add_argument("--method", help=f"how codes are chosen: {', '.join(METHODS)} (default nearest)")
+    parser.add_argument("--preset", help="auto (default), none, or a model family's preset")
+    parser.add_argument("--seed", type=int, help="seed of methods that draw random numbers (default 0)")
+
+
+def _reported(parse: Callable) -> Callable:
+    """argparse shows ArgumentTypeError texts; ours are RecipeErrors."""
+
+    def convert(text: str) -> object:
+        try:
+            return parse(text)
+        except RecipeError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def recipe_from(args: argparse.Namespace) -> Recipe:
+    """The Recipe that the arguments describe; --rule and --keep go before the rules of a recipe file."""
+    if args.recipe and (args.format or args.scaling or args.method):
+        raise RecipeError("--recipe already says format, scaling and method; change the file or leave --recipe out")
+    if args.recipe:
+        recipe = recipe_from_toml(args.recipe)
+    elif args.format:
+        separator = "," if ":" in args.format else ":"
+        options = [f"{key}={value}" for key, value in (("scaling", args.scaling), ("method", args.method)) if value]
+        recipe = Recipe(primary=parse_wish(args.format + (separator + ",".join(options) if options else "")))
+    else:
+        raise RecipeError(f"say --format (one of {', '.join(FORMATS)}) or --recipe FILE")
+    stated = {name: value for name in ("fallback", "preset", "seed") if (value := getattr(args, name)) is not None}
+    return replace(recipe, rules=(*args.rules, *recipe.rules), **stated)

@@ -1,0 +1,70 @@
+"""`fewbits quantize IN -o OUT --format F`: stream a file to a quantized file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..errors import RecipeError
+from ..pipeline import quantize_file
+from .common import add_recipe_arguments, recipe_from
+from .plan import print_plan
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("quantize", help="write a quantized copy of a model")
+    parser.add_argument("input", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT.safetensors")
+    add_recipe_arguments(parser)
+    parser.add_argument("--device", default="auto", help="auto (cuda when there is one), cpu, cuda, cuda:1")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and convert nothing")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    recipe = recipe_from(args)
+    if args.dry_run:
+        print_plan(args.input, recipe, as_json=args.json)
+        return
+    if args.output is None:
+        raise RecipeError("-o OUT.safetensors is required")
+    hidden = args.quiet or args.json or not sys.stderr.isatty()
+    with tqdm(unit="B", unit_scale=True, disable=hidden, file=sys.stderr) as bar:
+
+        def show(done: int, total: int, layer: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(layer, refresh=False)
+            bar.update(done - bar.n)
+
+        report = quantize_file(
+            args.input, args.output, recipe, overwrite=args.overwrite, device=pick_device(args.device), on_progress=show
+        )
+    if args.json:
+        print(json.dumps({"output": str(args.output), **report.to_json()}, indent=2))
+    elif not args.quiet:
+        print(report.to_text())
+        print(args.output)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA when present, else CPU.
+
+    Raises:
+        RecipeError: not a device, or one that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device

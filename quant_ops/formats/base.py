@@ -1,0 +1,120 @@
+"""Format: names, dtypes, shapes and marker of a quantized layer on disk, all known from the input shape alone."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import replace
+
+import torch
+
+from ...kernels.grids import Grid
+from ..errors import RecipeError
+from ..spec import FormatOptions, TensorSpec
+
+# What users write for a format name; suggested in errors, never accepted (FORMATS 7.5).
+ALIASES = {"fp8": "float8_e4m3fn", "fp8_scaled": "float8_e4m3fn", "int8": "int8_tensorwise"}
+
+
+class Format(ABC):
+    """One on-disk format.
+
+    Side tensors are `<base>.<suffix>`; `pack` and `unpack` use the suffix alone ("weight", "weight_scale"), so a
+    format can be tested with two tensors and no file.
+    """
+
+    name: str
+    min_comfyui: str
+    native: bool
+    embedding_min_comfyui: str | None = None  # since when ComfyUI reads it as an Embedding; None = never
+    defaults = FormatOptions()
+    choices: dict[str, tuple] = {}  # option name -> allowed values; an option not named here does not apply
+
+    def resolve(self, options: FormatOptions) -> FormatOptions:
+        """Fill in defaults and refuse what does not apply.
+
+        Raises:
+            RecipeError: an option that the format does not have, or a value it does not allow.
+        """
+        for name, value in options.stated().items():
+            if name == "full_precision_matrix_mult":
+                continue
+            if name not in self.choices:
+                raise RecipeError(f"format {self.name} has no option {name!r}; it allows: {self._allowed()}")
+            if value not in self.choices[name]:
+                allowed = ", ".join(map(str, self.choices[name]))
+                raise RecipeError(f"format {self.name}: {name} must be one of {allowed}; got {value!r}")
+        return replace(self.defaults, **options.stated())
+
+    def _allowed(self) -> str:
+        return ", ".join([*self.choices, "full_precision_matrix_mult"])
+
+    def check(self, shape: tuple[int, int], options: FormatOptions) -> str | None:
+        """Why this (N, K) does not fit, in the exact words of FORMATS section 4; None when it does."""
+        return None
+
+    def fallback(self, shape: tuple[int, int], options: FormatOptions) -> tuple[str, FormatOptions] | None:
+        """The next format to try when `check` refuses (FORMATS section 4), or None to keep the layer."""
+        return None
+
+    @abstractmethod
+    def tensor_specs(self, shape: tuple[int, int], options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """suffix -> (safetensors dtype, shape) of every stored tensor, the marker excepted."""
+
+    @abstractmethod
+    def marker(self, shape: tuple[int, int], options: FormatOptions) -> dict:
+        """The layer's `comfy_quant` object; key order is the order written."""
+
+    @abstractmethod
+    def options_from(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
+        """Read the options of a stored layer back; shapes win over the marker.
+
+        Raises:
+            CheckpointError: stored dtypes or shapes do not fit the format.
+        """
+
+    @abstractmethod
+    def grid(self, shape: tuple[int, int], options: FormatOptions) -> Grid:
+        """The representable values, for a method to choose from."""
+
+    @abstractmethod
+    def pack(self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions) -> dict[str, torch.Tensor]:
+        """suffix -> stored tensor."""
+
+    @abstractmethod
+    def dequantize(self, tensors: dict[str, torch.Tensor], options: FormatOptions) -> torch.Tensor:
+        """Stored tensors -> (N, K) float32, written apart from the encoder (FORMATS 2.6)."""
+
+    def output_specs(self, base: str, shape: tuple[int, int], options: FormatOptions) -> tuple[TensorSpec, ...]:
+        """Every tensor written for the layer, marker included."""
+        marker = marker_bytes(self.marker(shape, options))
+        specs = [TensorSpec(f"{base}.{suffix}", *spec) for suffix, spec in self.tensor_specs(shape, options).items()]
+        return (*specs, TensorSpec(f"{base}.comfy_quant", "U8", (len(marker),)))
+
+
+def marker_bytes(marker: dict) -> bytes:
+    """The bytes of a `comfy_quant` tensor: JSON with Python's default separators (FORMATS 1.1)."""
+    return json.dumps(marker).encode("utf-8")
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def register_format(format: Format) -> Format:
+    FORMATS[format.name] = format
+    return format
+
+
+def get_format(name: str) -> Format:
+    """Look a format up by its exact name.
+
+    Raises:
+        RecipeError: no such format; the message suggests the closest name and lists all.
+    """
+    if name not in FORMATS:
+        guess = ALIASES.get(name) or next(iter(difflib.get_close_matches(name, FORMATS, 1, 0.6)), None)
+        hint = f", did you mean {guess!r}?" if guess else "."
+        raise RecipeError(f"unknown format {name!r}{hint} Allowed: {', '.join(FORMATS)}")
+    return FORMATS[name]
+

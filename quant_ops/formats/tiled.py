@@ -1,0 +1,68 @@
+"""Formats whose scales form a grid of tiles: every FP8 and INT8 format is one `TiledFormat` with its own numbers."""
+
+from __future__ import annotations
+
+import torch
+
+from ...kernels.grids import Levels, TiledGrid, decode
+from ...kernels.scales import Geometry
+from ..errors import CheckpointError
+from ..spec import FormatOptions, TensorSpec
+from .base import Format
+
+
+class TiledFormat(Format):
+    """weight (N, K) codes plus `weight_scale` float32. Subclasses say geometry, stored scale shape and marker."""
+
+    levels: Levels
+    dtype: str  # safetensors dtype of the codes
+
+    def geometry(self, options: FormatOptions) -> Geometry:
+        raise NotImplementedError
+
+    def scale_shape(self, shape: tuple[int, int], options: FormatOptions) -> tuple[int, ...]:
+        """Stored shape of `weight_scale`; the grid shape unless a format says otherwise."""
+        return self.geometry(options).grid_shape(shape)
+
+    def check(self, shape: tuple[int, int], options: FormatOptions) -> str | None:
+        geometry = self.geometry(options)
+        for axis, size, step in (("N", shape[0], geometry.rows), ("K", shape[1], geometry.cols)):
+            if step and size % step:
+                return f"{axis}={size} not divisible by {step}"
+        return None
+
+    def tensor_specs(self, shape: tuple[int, int], options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {"weight": (self.dtype, shape), "weight_scale": ("F32", self.scale_shape(shape, options))}
+
+    def grid(self, shape: tuple[int, int], options: FormatOptions) -> TiledGrid:
+        return TiledGrid(self.levels, self.geometry(options))
+
+    def pack(self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions) -> dict[str, torch.Tensor]:
+        return {"weight": codes, "weight_scale": scale.reshape(self.scale_shape(tuple(codes.shape), options))}
+
+    def dequantize(self, tensors: dict[str, torch.Tensor], options: FormatOptions) -> torch.Tensor:
+        codes, geometry = tensors["weight"], self.geometry(options)
+        scale = tensors["weight_scale"].reshape(geometry.grid_shape(tuple(codes.shape)))
+        return decode(codes, scale, self.levels, geometry)
+
+    def options_from(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
+        options = self.stored_options(marker, specs)
+        wanted = self.tensor_specs(tuple(specs["weight"].shape), options)
+        for suffix, (dtype, shape) in wanted.items():
+            if suffix not in specs:
+                raise CheckpointError(f"'{suffix}' is missing; {self.name} needs it")
+            got = specs[suffix]
+            if (got.dtype, tuple(got.shape)) != (dtype, shape):
+                raise CheckpointError(
+                    f"{suffix} is {got.dtype} {list(got.shape)}, {self.name} allows {dtype} {list(shape)}"
+                )
+        return options
+
+    def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
+        """Options as the marker and the scale's shape state them."""
+        return self.resolve(FormatOptions(full_precision_matrix_mult=marker.get("full_precision_matrix_mult", False)))
+
+
+def with_precision(marker: dict, options: FormatOptions) -> dict:
+    """Append `full_precision_matrix_mult`, last and only when true (FORMATS 1.1)."""
+    return {**marker, "full_precision_matrix_mult": True} if options.full_precision_matrix_mult else marker

@@ -1,0 +1,76 @@
+"""What is in a file: family, layers per format, sizes, problems; reads the header and the markers only."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+
+from .checkpoint.metadata import HEADER_KEY
+from .checkpoint.reader import FileSource
+from .errors import QuantError
+from .pipeline import plan_source
+from .planning.model_family import find_parts
+from .planning.recipe import Recipe
+from .report.report import megabytes
+from .spec import ModelPlan
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Facts about a checkpoint; `formats` counts quantized layers, `dtypes` is dtype -> [tensors, bytes]."""
+
+    name: str
+    bytes: int
+    tensors: int
+    family: str
+    formats: dict[str, int]
+    dtypes: dict[str, list[int]]
+    loads_in: str
+    metadata: dict[str, str]
+    findings: tuple[str, ...]
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    def to_text(self) -> str:
+        lines = [f"{self.name}: {megabytes(self.bytes)}, {self.tensors} tensors, family {self.family}", self.loads_in]
+        lines += [f"  {count:>5} layers  {name}" for name, count in self.formats.items()]
+        lines += [f"  {count:>5} tensors {dtype:<8} {megabytes(size)}" for dtype, (count, size) in self.dtypes.items()]
+        lines += [f"  {key} = {value[:100]}" for key, value in self.metadata.items() if key != HEADER_KEY]
+        lines += [f"problem: {finding}" for finding in self.findings] or ["no problems found"]
+        return "\n".join(lines)
+
+
+def inspect_file(path: str | os.PathLike) -> Inspection:
+    """Inspect a file, an index or a folder of shards.
+
+    Raises:
+        CheckpointError: the container itself cannot be read; problems inside are `findings`.
+    """
+    with FileSource(path) as source:
+        header = source.header
+        findings = list(header.warnings)
+        plan: ModelPlan | None = None
+        try:
+            plan = plan_source(source, Recipe(primary=None))
+        except QuantError as error:
+            findings.append(str(error))
+        dtypes: dict[str, list[int]] = {}
+        for spec in header.tensors.values():
+            entry = dtypes.setdefault(spec.dtype, [0, 0])
+            entry[0] += 1
+            entry[1] += spec.nbytes
+        formats = [layer.format for layer in plan.layers if layer.format] if plan else []
+        parts = find_parts(header.tensors)
+        files = {file for file, _, _ in header.ranges.values()}
+        return Inspection(
+            name=source.name,
+            bytes=sum(file.stat().st_size for file in files),
+            tensors=len(header.tensors),
+            family=", ".join(part.family.title for part in parts) or "unknown",
+            formats={name: formats.count(name) for name in dict.fromkeys(formats)},
+            dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1][1])),
+            loads_in=plan.loads_in() if plan else "unknown: see the problems",
+            metadata=dict(header.metadata),
+            findings=tuple(findings),
+        )

@@ -1,0 +1,171 @@
+"""quantize(): source -> plan -> sink, the only loop over layers; reading, computing and writing overlap."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from .checkpoint.metadata import parse_marker
+from .checkpoint.reader import FileSource, tensor_bytes
+from .checkpoint.writer import FileSink
+from .errors import CheckpointError
+from .formats import get_format
+from .formats.base import marker_bytes
+from .methods import get_method
+from .planning.planner import make_plan, stored_markers_needed
+from .planning.recipe import Recipe
+from .report.report import LayerResult, Report
+from .sources import TensorSink, TensorSource
+from .spec import LayerPlan, ModelPlan
+
+HUGE = 2.0**120  # |w| above this counts as Inf (FORMATS 2.1)
+
+# (done bytes, total bytes, layer name): called from the caller's thread before each layer; may raise to cancel.
+ProgressFn = Callable[[int, int, str], None]
+PlanFn = Callable[[ModelPlan], None]
+
+
+def ignore_progress(done: int, total: int, layer: str) -> None:
+    """The progress callback that does nothing."""
+
+
+def plan_source(source: TensorSource, recipe: Recipe) -> ModelPlan:
+    """`make_plan` with the markers that only tensors hold; reads a few bytes per quantized layer, no weights."""
+    markers = {}
+    for name in stored_markers_needed(source.header):
+        base = name.removesuffix(".comfy_quant")
+        markers[base] = parse_marker(base, bytes(tensor_bytes(source.read(name).cpu())))
+    try:
+        return make_plan(source.header, recipe, markers)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.name}: {error}") from None
+
+
+def quantize(
+    source: TensorSource,
+    sink: TensorSink,
+    recipe: Recipe,
+    *,
+    device: torch.device | str = "cpu",
+    on_plan: PlanFn | None = None,
+    on_progress: ProgressFn = ignore_progress,
+) -> Report:
+    """Convert a model. The sink is complete when this returns and untouched when it raises.
+
+    Args:
+        device: where codes are computed; equal sources and recipes give equal bytes on equal devices.
+        on_plan: receives the plan before any weight is read.
+        on_progress: called before each layer; whatever it raises cancels the run.
+
+    Raises:
+        QuantError: see `plan_source`; and CheckpointError for NaN or Inf in a weight, by tensor name and count.
+    """
+    started = time.perf_counter()
+    plan = plan_source(source, recipe)
+    if on_plan:
+        on_plan(plan)
+    results = []
+    done, total = 0, plan.bytes_before
+    with ThreadPoolExecutor(1, "fewbits-read") as reads, ThreadPoolExecutor(1, "fewbits-write") as writes:
+        try:
+            sink.open(plan)
+            writing: Future | None = None
+            for layer, tensors in _read_ahead(source, plan.layers, reads):
+                on_progress(done, total, layer.name)
+                outputs, result = _convert(source.name, layer, tensors, torch.device(device))
+                del tensors
+                if result:
+                    results.append(result)
+                if writing:
+                    writing.result()  # at most one layer waits to be written
+                writing = writes.submit(_write, sink, outputs)
+                del outputs
+                done += layer.bytes_before
+            if writing:
+                writing.result()
+            on_progress(total, total, "")
+            sink.commit()
+        except BaseException:  # also ComfyUI's interrupt and Ctrl-C: clean up, then let it through
+            writes.shutdown(wait=True)
+            sink.abort()
+            raise
+    return Report(plan, tuple(results), time.perf_counter() - started, str(device))
+
+
+def _read_ahead(
+    source: TensorSource, layers: tuple[LayerPlan, ...], reads: ThreadPoolExecutor
+) -> Iterator[tuple[LayerPlan, dict[str, torch.Tensor]]]:
+    """Layers with their tensors; exactly one layer is read ahead, so that memory stays at a few layers."""
+    wanted = [layer for layer in layers if layer.outputs]
+
+    def fetch(layer: LayerPlan) -> dict[str, torch.Tensor]:
+        return {spec.name: source.read(spec.name) for spec in layer.inputs}
+
+    pending = reads.submit(fetch, wanted[0]) if wanted else None
+    for index, layer in enumerate(wanted):
+        tensors = pending.result()
+        pending = reads.submit(fetch, wanted[index + 1]) if index + 1 < len(wanted) else None
+        yield layer, tensors
+        del tensors
+
+
+def _write(sink: TensorSink, outputs: dict[str, torch.Tensor]) -> None:
+    for name, tensor in outputs.items():
+        sink.write(name, tensor)
+
+
+def _convert(
+    file: str, layer: LayerPlan, tensors: dict[str, torch.Tensor], device: torch.device
+) -> tuple[dict[str, torch.Tensor], LayerResult | None]:
+    """One layer -> (stored tensors by full name, measured result)."""
+    if layer.action == "keep":
+        return tensors, None
+    marker = torch.frombuffer(bytearray(marker_bytes(layer.marker)), dtype=torch.uint8)
+    if layer.action == "recode":
+        copied = {spec.name: tensors[spec.name] for spec in layer.outputs if spec.name in tensors}
+        return {**copied, f"{layer.name}.comfy_quant": marker}, None
+    key = f"{layer.name}.weight"
+    weight = tensors[key].to(device)
+    format = get_format(layer.format)
+    grid = format.grid(tuple(weight.shape), layer.options)
+    _refuse_non_finite(file, key, weight)
+    codes, scale = get_method(layer.method).quantize(weight, grid)
+    error, signal = grid.squared_error(weight, codes, scale)
+    packed = format.pack(codes, scale, layer.options)
+    outputs = {f"{layer.name}.{suffix}": tensor for suffix, tensor in packed.items()}
+    result = LayerResult(layer.name, layer.format, layer.method, error, signal)
+    return {**outputs, f"{layer.name}.comfy_quant": marker}, result
+
+
+def _refuse_non_finite(file: str, key: str, weight: torch.Tensor) -> None:
+    if weight.numel() == 0:
+        return
+    low, high = torch.aminmax(weight)
+    if bool(torch.maximum(high, -low) <= HUGE):  # False for NaN too
+        return
+    nan = int(weight.isnan().sum())
+    huge = int((weight.abs() > HUGE).sum())
+    raise CheckpointError(
+        f"{file}: tensor '{key}' has {nan} NaN and {huge} infinite values of {weight.numel()}; nothing was written; "
+        "the model is damaged: get a good copy, or keep this layer with a rule"
+    )
+
+
+def quantize_file(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    device: torch.device | str = "cpu",
+    on_plan: PlanFn | None = None,
+    on_progress: ProgressFn = ignore_progress,
+) -> Report:
+    """Convert a file, an index or a folder of shards to one safetensors file; streamed, atomic, input untouched."""
+    sink = FileSink(target, overwrite=overwrite)
+    with FileSource(source) as opened:
+        return quantize(opened, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress)

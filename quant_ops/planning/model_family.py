@@ -1,0 +1,113 @@
+"""Recognise model families from key names, and load the preset of each; all knowledge is in recipes/*.toml."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ..errors import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # the standard library has it from 3.11 on
+    import tomli as tomllib
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One entry of families.toml.
+
+    `keys` must all exist under one common prefix and none of `without`; `kind` is "diffusion", "text" or "refuse".
+    `stock` is False where stock ComfyUI would read quantized layers of this family as plain numbers.
+    """
+
+    name: str
+    title: str
+    kind: str
+    keys: tuple[str, ...]
+    without: tuple[str, ...] = ()
+    preset: str = ""
+    stock: bool = True
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A recognised model inside a file: everything under `prefix`."""
+
+    family: Family
+    prefix: str
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Layers a preset keeps, and why."""
+
+    match: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True)
+class Preset:
+    name: str
+    exclude: tuple[Exclusion, ...] = ()
+    drop: tuple[str, ...] = ()
+
+
+def _load(path: Path) -> dict:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """All families, in the order in which they are tried."""
+    lists = ("keys", "without")
+    return tuple(
+        Family(name=name, **{key: tuple(value) if key in lists else value for key, value in entry.items()})
+        for name, entry in _load(RECIPES / "families.toml").items()
+    )
+
+
+@cache
+def preset_names() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in RECIPES.glob("*.toml") if path.stem != "families"))
+
+
+@cache
+def load_preset(name: str) -> Preset:
+    """A preset by name; `none` is the empty one.
+
+    Raises:
+        RecipeError: no such preset; the message lists those that exist.
+    """
+    if name == "none":
+        return Preset("none")
+    if name not in preset_names():
+        raise RecipeError(f"unknown preset {name!r}; known: auto, none, {', '.join(preset_names())}")
+    table = _load(RECIPES / f"{name}.toml")
+    exclude = tuple(Exclusion(tuple(entry["match"]), entry["why"]) for entry in table.get("exclude", []))
+    return Preset(name, exclude, tuple(table.get("drop", ())))
+
+
+def find_parts(names: Iterable[str]) -> tuple[Part, ...]:
+    """Every recognised model part of a file, longest prefix first.
+
+    A family matches under a prefix when all its keys exist there; the prefix is read off the first key, so nested
+    checkpoints and bare files need no list of known prefixes.
+    """
+    keys = set(names)
+    parts = []
+    for family in families():
+        first = family.keys[0]
+        for key in keys:
+            prefix = key[: -len(first)]
+            if not key.endswith(first) or (prefix and not prefix.endswith(".")):
+                continue
+            if all(prefix + k in keys for k in family.keys) and not any(prefix + k in keys for k in family.without):
+                parts.append(Part(family, prefix))
+    return tuple(sorted(parts, key=lambda part: (-len(part.prefix), part.family.name)))

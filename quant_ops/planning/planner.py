@@ -1,0 +1,250 @@
+"""Header + recipe -> ModelPlan: format, method, reason and exact bytes for every layer, before any weight is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ..checkpoint.metadata import header_markers, output_metadata
+from ..errors import CheckpointError, RecipeError
+from ..formats import FORMATS, get_format
+from ..spec import FLOAT_DTYPES, FormatOptions, Header, LayerPlan, ModelPlan, TensorSpec, version_key
+from ..version import VERSION
+from .model_family import Part, find_parts, load_preset
+from .recipe import Recipe, Wish
+from .rules import CompiledRule, compile_rules, user_rules
+
+SMALLEST_SIDE = 16  # FORMATS section 4: smaller layers gain nothing and some kernels refuse them
+EMBEDDING = re.compile(
+    r"(.*\.)?(embed_tokens|shared|token_embedding|word_embeddings|wte|relative_attention_bias)"
+)  # FORMATS section 4
+
+
+def make_plan(header: Header, recipe: Recipe, markers: dict[str, dict] | None = None) -> ModelPlan:
+    """Decide everything about a model from its header.
+
+    Args:
+        markers: base name -> `comfy_quant` object of layers that are quantized already; the header's own entries
+            are used when it has any (ComfyUI does the same).
+
+    Raises:
+        RecipeError: unknown preset, or a source that must not be quantized (VAE, ControlNet, diffusers names), or
+            layers that are quantized already and would have to be quantized again.
+        CheckpointError: an already quantized layer whose tensors do not fit its marker.
+    """
+    parts = find_parts(header.tensors)
+    refused = next((part for part in parts if part.family.kind == "refuse"), None)
+    known = [part for part in parts if part.family.kind != "refuse"]
+    if refused and not known and recipe.primary:
+        raise RecipeError(f"this is a {refused.family.title} file: {refused.family.why}")
+    planner = _Planner(header, recipe, header_markers(header.metadata) or markers or {}, known)
+    return planner.plan()
+
+
+def stored_markers_needed(header: Header) -> list[str]:
+    """Names of the `comfy_quant` tensors that must be read because the header metadata does not list the layers."""
+    if header_markers(header.metadata):
+        return []
+    return [name for name in header.tensors if name.endswith(".comfy_quant")]
+
+
+class _Planner:
+    """State of one `make_plan` call."""
+
+    def __init__(self, header: Header, recipe: Recipe, markers: dict[str, dict], parts: list[Part]):
+        self.header, self.recipe, self.markers = header, recipe, markers
+        self.warnings: list[str] = list(header.warnings)
+        self.main = _main_parts(parts)
+        self.rules = {part.prefix: compile_rules(recipe, part, self._preset(part)) for part in self.main}
+        self.outside = user_rules(recipe, "")
+        self.parts = parts
+        if not parts:
+            self.rules[""] = compile_rules(recipe, None, self._preset(None))
+        self.used: set[str] = set()
+
+    def _preset(self, part: Part | None):
+        if self.recipe.preset != "auto":
+            return load_preset(self.recipe.preset)
+        if part is None:
+            if self.recipe.primary:
+                self.warnings.append(
+                    "model family not recognised: the generic rule keeps embeddings, norms, modulation, first and "
+                    "last projections; name a preset or keep layers with a rule if that is not enough"
+                )
+            return load_preset("generic")
+        return load_preset(part.family.preset)
+
+    def plan(self) -> ModelPlan:
+        layers = tuple(self._layer(base, specs) for base, specs in self._units())
+        quantized = [layer for layer in layers if layer.format]
+        min_comfyui = max((_min_comfyui(layer) for layer in quantized), key=version_key, default="")
+        unstocked = sorted({part.family.title for part in self.parts if not part.family.stock and self._has(part, quantized)})
+        if unstocked:
+            self.warnings.append(f"{', '.join(unstocked)}: stock ComfyUI reads it quantized only with FewBits installed")
+        requires_pack = bool(unstocked) or any(not FORMATS[layer.format].native for layer in quantized)
+        unmatched = tuple(rule.match for rule in self.recipe.rules if rule.match not in self.used)
+        self.warnings += [f"rule '{pattern}' matched nothing" for pattern in unmatched]
+        return ModelPlan(
+            layers=layers,
+            metadata=self._metadata(quantized, min_comfyui, requires_pack),
+            family=", ".join(dict.fromkeys(part.family.name for part in self.main)) or "unknown",
+            min_comfyui=min_comfyui,
+            requires_pack=requires_pack,
+            unmatched=unmatched,
+            warnings=tuple(self.warnings),
+        )
+
+    def _has(self, part: Part, layers: Iterable[LayerPlan]) -> bool:
+        return any(layer.name.startswith(part.prefix) and self._owner(layer.name) is part for layer in layers)
+
+    def _owner(self, base: str) -> Part | None:
+        return next((part for part in self.parts if base.startswith(part.prefix)), None)
+
+    def _metadata(self, quantized: list[LayerPlan], min_comfyui: str, requires_pack: bool) -> dict[str, str]:
+        source = self.header.metadata
+        made_here = any(layer.action == "quantize" for layer in quantized)
+        # A plain copy of a FewBits file keeps saying what made its codes.
+        version = VERSION if made_here else source.get("fewbits.version", VERSION)
+        recipe = self.recipe.to_text() if made_here else source.get("fewbits.recipe", self.recipe.to_text())
+        return output_metadata(
+            source,
+            {layer.name: layer.marker for layer in quantized},
+            version=version,
+            recipe=recipe,
+            min_comfyui=min_comfyui,
+            requires_pack=requires_pack,
+        )
+
+    def _units(self) -> Iterable[tuple[str, list[TensorSpec]]]:
+        """Tensors grouped into layers, in source order: a quantized layer owns its side tensors, all else is single."""
+        grouped: dict[str, list[TensorSpec]] = {}
+        for name, spec in self.header.tensors.items():
+            base, _, suffix = name.rpartition(".")
+            if base in self.markers and suffix != "bias":
+                grouped.setdefault(base, []).append(spec)
+            elif suffix == "weight":
+                grouped.setdefault(base, []).append(spec)
+            else:
+                grouped[name] = [spec]
+        missing = next((base for base in self.markers if f"{base}.weight" not in self.header.tensors), None)
+        if missing is not None:
+            raise CheckpointError(f"layer '{missing}' is marked as quantized but has no weight; try `fewbits repair`")
+        return grouped.items()
+
+    def _layer(self, base: str, specs: list[TensorSpec]) -> LayerPlan:
+        if base in self.markers:
+            return self._recode(base, specs)
+        (spec,) = specs
+        obstacle = _not_a_candidate(spec)
+        if obstacle:
+            return _keep(base, spec, obstacle)
+        rule = self._rule(base)
+        if rule.action == "drop":
+            return LayerPlan(base, "drop", rule.origin, (spec,), ())
+        if rule.wish is None:
+            return _keep(base, spec, rule.origin)
+        return self._quantize(base, spec, rule)
+
+    def _rule(self, base: str) -> CompiledRule:
+        owner = self._owner(base)
+        if owner is None and self.parts:
+            candidates = (*self.outside, CompiledRule("*", "keep", None, "outside the recognised model"))
+        elif owner is not None and owner not in self.main:
+            why = f"{owner.family.title} inside a checkpoint; quantize it with a rule of its own"
+            candidates = (*user_rules(self.recipe, owner.prefix), CompiledRule("*", "keep", None, why))
+        else:
+            candidates = self.rules[owner.prefix if owner else ""]
+        hits = [rule for rule in candidates if rule.hits(base)]
+        self.used.update(rule.pattern for rule in hits if rule.users)
+        return hits[0]
+
+    def _quantize(self, base: str, spec: TensorSpec, rule: CompiledRule) -> LayerPlan:
+        steps = [rule.origin]
+        wish = rule.wish
+        shape = (spec.shape[0], spec.shape[1])
+        name, options = wish.format, wish.options
+        while (obstacle := get_format(name).check(shape, options)) is not None:
+            fallback = get_format(name).fallback(shape, options)
+            if fallback is None:
+                return _keep(base, spec, "; ".join([*steps, obstacle]), requested=wish.format)
+            steps.append(f"{obstacle} -> {fallback[0]}")
+            name, options = fallback
+        format = get_format(name)
+        if EMBEDDING.fullmatch(base) and format.embedding_min_comfyui is None:
+            return _keep(base, spec, "embedding table", requested=wish.format)
+        return LayerPlan(
+            name=base,
+            action="quantize",
+            reason="; ".join(steps),
+            inputs=(spec,),
+            outputs=format.output_specs(base, shape, options),
+            format=name,
+            options=options,
+            method=wish.method,
+            marker=format.marker(shape, options),
+            requested=wish.format,
+        )
+
+    def _recode(self, base: str, specs: list[TensorSpec]) -> LayerPlan:
+        """A layer that is quantized already: same codes, metadata made complete."""
+        marker = self.markers[base]
+        by_suffix = {spec.name[len(base) + 1 :]: spec for spec in specs}
+        try:
+            format = get_format(marker.get("format", ""))
+            options = format.options_from(marker, by_suffix)
+        except (RecipeError, CheckpointError) as error:
+            raise CheckpointError(f"layer '{base}': {error}; try `fewbits repair`") from None
+        wish = self._rule(base).wish
+        if wish is not None and (wish.format, _geometry_of(wish)) != (format.name, _geometry_of(Wish(format.name, options))):
+            raise RecipeError(
+                f"layer '{base}' is quantized already ({format.name}) and {wish.format} was asked for: rounding twice "
+                f"loses quality; start from the original model, or keep the layer with a rule"
+            )
+        shape = tuple(by_suffix["weight"].shape)
+        extra = tuple(spec for suffix, spec in by_suffix.items() if suffix == "input_scale")
+        return LayerPlan(
+            name=base,
+            action="recode",
+            reason=f"quantized already ({format.name}): codes copied",
+            inputs=tuple(specs),
+            outputs=(*format.output_specs(base, shape, options), *extra),
+            format=format.name,
+            options=options,
+            marker=format.marker(shape, options),
+        )
+
+
+def _geometry_of(wish: Wish) -> FormatOptions:
+    return FormatOptions(wish.options.scaling, wish.options.block_size, wish.options.convrot, wish.options.convrot_groupsize)
+
+
+def _main_parts(parts: list[Part]) -> list[Part]:
+    """What "quantize this file" means: the diffusion models of a checkpoint, or the text encoders if it has none."""
+    return [part for part in parts if part.family.kind == "diffusion"] or parts
+
+
+def _keep(base: str, spec: TensorSpec, reason: str, requested: str | None = None) -> LayerPlan:
+    return LayerPlan(base, "keep", reason, (spec,), (spec,), requested=requested)
+
+
+def _not_a_candidate(spec: TensorSpec) -> str | None:
+    """Why a tensor can never be quantized, in the exact words of FORMATS section 4; None when it can."""
+    if not spec.name.endswith(".weight"):
+        return "not a weight"
+    if spec.dtype.startswith("F8_"):
+        return f"already 8 bit ({spec.dtype} without a marker)"
+    if spec.dtype not in FLOAT_DTYPES:
+        return f"not a floating-point tensor ({spec.dtype.lower()})"
+    if len(spec.shape) != 2:
+        return f"not 2-D ({len(spec.shape)}-D)"
+    n, k = spec.shape
+    if n < SMALLEST_SIDE or k < SMALLEST_SIDE:
+        return f"smaller than {SMALLEST_SIDE}x{SMALLEST_SIDE} ({n}x{k})"
+    return None
+
+
+def _min_comfyui(layer: LayerPlan) -> str:
+    format = get_format(layer.format)
+    if EMBEDDING.fullmatch(layer.name) and format.embedding_min_comfyui:
+        return format.embedding_min_comfyui
+    return format.min_comfyui

@@ -1,0 +1,91 @@
+"""Report: the plan, the measured error of every quantized layer, and how long it took; JSON first, text from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..spec import ModelPlan
+from ..version import VERSION
+
+WORST = 5  # layers named in the text
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """Measured on the stored codes: sums over all elements of (dec - w)^2 and w^2."""
+
+    name: str
+    format: str
+    method: str
+    squared_error: float
+    squared_weight: float
+
+    @property
+    def rel_l2(self) -> float:
+        """||dec - w|| / ||w||; 0 for an all-zero weight."""
+        return math.sqrt(self.squared_error / self.squared_weight) if self.squared_weight else 0.0
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantization noise in dB; None when there is no error at all."""
+        return -20.0 * math.log10(self.rel_l2) if self.rel_l2 else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Result of one conversion. `seconds` is wall time."""
+
+    plan: ModelPlan
+    results: tuple[LayerResult, ...]
+    seconds: float
+    device: str
+
+    def worst(self, count: int = WORST) -> list[LayerResult]:
+        return sorted(self.results, key=lambda result: -result.rel_l2)[:count]
+
+    def rel_l2(self) -> float:
+        """Relative error of all quantized weights together."""
+        signal = sum(result.squared_weight for result in self.results)
+        return math.sqrt(sum(result.squared_error for result in self.results) / signal) if signal else 0.0
+
+    def to_json(self) -> dict:
+        plan = self.plan.to_json()
+        measured = {result.name: result for result in self.results}
+        for row in plan["layers"]:
+            result = measured.get(row["name"])
+            row["rel_l2"] = result and result.rel_l2
+            row["sqnr_db"] = result and result.sqnr_db
+        return {
+            "fewbits": VERSION,
+            **plan,
+            "rel_l2": self.rel_l2(),
+            "worst": [{"name": r.name, "format": r.format, "rel_l2": r.rel_l2, "sqnr_db": r.sqnr_db} for r in self.worst()],
+            "seconds": self.seconds,
+            "device": self.device,
+        }
+
+    def to_text(self) -> str:
+        """A few lines for a terminal or a text node."""
+        lines = [*plan_lines(self.plan), f"weight error (rel_l2) {self.rel_l2():.4f}, {self.seconds:.1f} s on {self.device}"]
+        if self.results:
+            lines.append("largest errors:")
+            lines += [f"  {result.rel_l2:.4f}  {result.name}" for result in self.worst()]
+        return "\n".join(lines)
+
+
+def plan_lines(plan: ModelPlan) -> list[str]:
+    """The plan's totals as text: one line per format, then size and where it loads."""
+    lines = [f"{'format':<24} {'layers':>6} {'before':>10} {'after':>10}"]
+    for row in plan.summary():
+        before, after = megabytes(row["bytes_before"]), megabytes(row["bytes_after"])
+        lines.append(f"{row['format']:<24} {row['layers']:>6} {before:>10} {after:>10}")
+    lines.append(f"{'total':<24} {'':>6} {megabytes(plan.bytes_before):>10} {megabytes(plan.bytes_after):>10}")
+    lines.append(f"family {plan.family}; {plan.loads_in()}")
+    lines += [f"note: {warning}" for warning in plan.warnings]
+    return lines
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people, decimal units as file managers show them."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
