@@ -20,7 +20,7 @@ class Levels:
 
     `normalise_(x, scale)` turns float32 x into unrounded code values (multiply by the reciprocal, or divide: the
     choice decides rare codes and is part of the format). `round_(x)` clamps, and rounds where the cast would not.
-    `widen(codes)` is the exact float32 value of each code.
+    `widen(codes)` is the exact float32 value of each code; `step(x)` the distance between codes around x.
     `clear_zero_blocks`: the cast keeps the sign of -0, which a zero block must not show.
     """
 
@@ -30,6 +30,7 @@ class Levels:
     normalise_: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     round_: Callable[[torch.Tensor], torch.Tensor]
     widen: Callable[[torch.Tensor], torch.Tensor]
+    step: Callable[[torch.Tensor], torch.Tensor | float]
     clear_zero_blocks: bool = False
 
 
@@ -66,10 +67,21 @@ def _clamp_to(limit: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x.clamp_(-limit, limit)
 
 
+def _float_step(mantissa_bits: int, min_exponent: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def step(x: torch.Tensor) -> torch.Tensor:
+        exponent = torch.frexp(x).exponent.sub_(1).clamp_(min=min_exponent)  # frexp: x = m * 2^e with m in [0.5, 1)
+        return torch.ldexp(torch.ones_like(x), exponent - mantissa_bits)
+
+    return step
+
+
 # The cast to FP8 rounds to nearest even; the clamp comes first, because overflow differs between torch versions.
-E4M3 = Levels("e4m3fn", torch.float8_e4m3fn, 448.0, _by_reciprocal_, _clamp_to(448.0), _widen_e4m3, True)
-E5M2 = Levels("e5m2", torch.float8_e5m2, 57344.0, _by_reciprocal_, _clamp_to(57344.0), _widen_e5m2, True)
-INT8 = Levels("int8", torch.int8, 127.0, _by_division_, lambda x: x.round_().clamp_(-127.0, 127.0), torch.Tensor.float)
+E4M3 = Levels("e4m3fn", torch.float8_e4m3fn, 448.0, _by_reciprocal_, _clamp_to(448.0), _widen_e4m3,
+              _float_step(3, -6), True)  # fmt: skip
+E5M2 = Levels("e5m2", torch.float8_e5m2, 57344.0, _by_reciprocal_, _clamp_to(57344.0), _widen_e5m2,
+              _float_step(2, -14), True)  # fmt: skip
+INT8 = Levels("int8", torch.int8, 127.0, _by_division_, lambda x: x.round_().clamp_(-127.0, 127.0), torch.Tensor.float,
+              lambda x: 1.0)  # fmt: skip
 
 
 def _row_chunks(geometry: Geometry, shape: tuple[int, int]) -> int:
@@ -85,12 +97,16 @@ def _spread(scale: torch.Tensor, geometry: Geometry, start: int, stop: int) -> t
     return scale[start // geometry.rows : stop // geometry.rows, None, :, None]
 
 
-def encode(weight: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry) -> torch.Tensor:
+def encode(
+    weight: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry, seed: int = 0
+) -> torch.Tensor:
     """Round a weight to codes under given scales: nearest, ties to even, clamped to +-qmax.
 
     Args:
         weight: (N, K) float tensor, finite.
         scale: `geometry.grid_shape` float32, finite and > 0; 1.0 for zero blocks.
+        seed: other than 0, round stochastically instead: uniform dither of one step before rounding, so that the
+            expected value is the weight itself. Never used for files.
 
     Returns:
         (N, K) codes of `levels.dtype`; zero blocks are all-zero bytes.
@@ -99,10 +115,14 @@ def encode(weight: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: 
     codes = torch.empty((n, k), dtype=levels.dtype, device=weight.device)
     rows = _row_chunks(geometry, (n, k))
     scratch = torch.empty((min(rows, n), k), dtype=torch.float32, device=weight.device)
+    generator = torch.Generator(weight.device).manual_seed(seed) if seed else None
     for start in range(0, n, rows):
         stop = min(start + rows, n)
         x = scratch[: stop - start].copy_(weight[start:stop])
         levels.normalise_(geometry.tiles(x), _spread(scale, geometry, start, stop))
+        if seed:
+            dither = torch.rand(x.shape, generator=generator, device=x.device).sub_(0.5)
+            x.add_(dither.mul_(levels.step(x)))
         codes[start:stop].copy_(levels.round_(x))
     if levels.clear_zero_blocks:
         _clear_zero_blocks_(codes, weight, geometry)
@@ -146,8 +166,8 @@ class Grid(Protocol):
     def scale(self, weight: torch.Tensor) -> torch.Tensor:
         """The scale that maps each region's absmax to the largest code; 1.0 for zero regions."""
 
-    def encode(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Nearest codes under given scales, ties to even."""
+    def encode(self, weight: torch.Tensor, scale: torch.Tensor, seed: int = 0) -> torch.Tensor:
+        """Nearest codes under given scales, ties to even; stochastic rounding for a seed other than 0."""
 
     def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
         """(sum of squared errors, sum of squared weights) of stored codes."""
@@ -163,8 +183,8 @@ class TiledGrid:
     def scale(self, weight: torch.Tensor) -> torch.Tensor:
         return scale_from_absmax(self.geometry.absmax(weight), self.levels.qmax)
 
-    def encode(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return encode(weight, scale, self.levels, self.geometry)
+    def encode(self, weight: torch.Tensor, scale: torch.Tensor, seed: int = 0) -> torch.Tensor:
+        return encode(weight, scale, self.levels, self.geometry, seed)
 
     def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
         return squared_error(weight, codes, scale, self.levels, self.geometry)

@@ -30,6 +30,7 @@ class Format(ABC):
     embedding_min_comfyui: str | None = None  # since when ComfyUI reads it as an Embedding; None = never
     defaults = FormatOptions()
     choices: dict[str, tuple] = {}  # option name -> allowed values; an option not named here does not apply
+    layout_options: tuple[str, ...] = ()  # options that a runtime tensor must carry to be quantized again
 
     def resolve(self, options: FormatOptions) -> FormatOptions:
         """Fill in defaults and refuse what does not apply.
@@ -57,6 +58,10 @@ class Format(ABC):
     def fallback(self, shape: tuple[int, int], options: FormatOptions) -> tuple[str, FormatOptions] | None:
         """The next format to try when `check` refuses (FORMATS section 4), or None to keep the layer."""
         return None
+
+    def steps(self, options: FormatOptions) -> tuple[int, int]:
+        """(N, K) must be multiples of these; a runtime tensor is zero-padded to them."""
+        return 1, 1
 
     @abstractmethod
     def tensor_specs(self, shape: tuple[int, int], options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -1,4 +1,7 @@
-"""int8_tensorwise: q = round(w / scale) in [-127, 127], one scale per tensor or per row (FORMATS 3.3). Native."""
+"""INT8: q = round(w / scale) in [-127, 127], one scale per tensor, row, tile or group (FORMATS 3.3, 3.4).
+
+int8_tensorwise is native.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from ...kernels.grids import INT8
 from ...kernels.scales import Geometry
 from ..spec import FormatOptions, TensorSpec
 from .base import register_format
-from .tiled import TiledFormat, with_precision
+from .tiled import BlockFormat, TiledFormat, with_precision
 
 
 class Int8Tensorwise(TiledFormat):
@@ -17,6 +20,7 @@ class Int8Tensorwise(TiledFormat):
     levels, dtype = INT8, "I8"
     choices = {"scaling": ("row", "tensor")}
     defaults = FormatOptions(scaling="row")
+    layout_options = ("scaling",)
 
     def geometry(self, options: FormatOptions) -> Geometry:
         return Geometry(1, None) if options.scaling == "row" else Geometry(None, None)
@@ -36,3 +40,23 @@ class Int8Tensorwise(TiledFormat):
 
 
 register_format(Int8Tensorwise())
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+ROW = ("int8_tensorwise", FormatOptions(scaling="row"))
+
+
+class Int8Blockwise(BlockFormat):
+    name, two_dimensional, instead = "int8_blockwise", True, ROW
+    levels, dtype = INT8, "I8"
+    choices = {"scaling": ("block2d", "block"), "block_size": BLOCK_SIZES}
+    defaults = FormatOptions(block_size=128)
+
+
+class Int8Lodewise(BlockFormat):
+    name, two_dimensional, instead = "int8_lodewise", False, ROW
+    levels, dtype = INT8, "I8"
+    choices = {"scaling": ("block",), "block_size": BLOCK_SIZES}
+    defaults = FormatOptions(block_size=128)
+
+
+register_format(Int8Blockwise())
+register_format(Int8Lodewise())

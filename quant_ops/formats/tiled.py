@@ -24,10 +24,13 @@ class TiledFormat(Format):
         """Stored shape of `weight_scale`; the grid shape unless a format says otherwise."""
         return self.geometry(options).grid_shape(shape)
 
-    def check(self, shape: tuple[int, int], options: FormatOptions) -> str | None:
+    def steps(self, options: FormatOptions) -> tuple[int, int]:
         geometry = self.geometry(options)
-        for axis, size, step in (("N", shape[0], geometry.rows), ("K", shape[1], geometry.cols)):
-            if step and size % step:
+        return geometry.rows or 1, geometry.cols or 1
+
+    def check(self, shape: tuple[int, int], options: FormatOptions) -> str | None:
+        for axis, size, step in zip("NK", shape, self.steps(options), strict=True):
+            if size % step:
                 return f"{axis}={size} not divisible by {step}"
         return None
 
@@ -66,3 +69,30 @@ class TiledFormat(Format):
 def with_precision(marker: dict, options: FormatOptions) -> dict:
     """Append `full_precision_matrix_mult`, last and only when true (FORMATS 1.1)."""
     return {**marker, "full_precision_matrix_mult": True} if options.full_precision_matrix_mult else marker
+
+
+class BlockFormat(TiledFormat):
+    """A tiled format with a block size, which the marker states twice (older readers know one place or the other)."""
+
+    native, min_comfyui = False, "0.8.0"
+    layout_options = ("block_size",)
+    two_dimensional: bool  # bs x bs tiles, or 1 x bs groups along K
+    instead: tuple[str, FormatOptions]  # what to use where the block size does not divide
+
+    def geometry(self, options: FormatOptions) -> Geometry:
+        return Geometry(options.block_size if self.two_dimensional else 1, options.block_size)
+
+    def fallback(self, shape: tuple[int, int], options: FormatOptions) -> tuple[str, FormatOptions]:
+        return self.instead
+
+    def marker(self, shape: tuple[int, int], options: FormatOptions) -> dict:
+        size = options.block_size
+        return with_precision({"format": self.name, "group_size": size, "params": {"group_size": size}}, options)
+
+    def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
+        weight, scale = specs.get("weight"), specs.get("weight_scale")
+        if weight is None or scale is None or len(scale.shape) < 2 or not scale.shape[1]:
+            raise CheckpointError(f"weight_scale is missing or not a grid; {self.name} needs one scale per block")
+        size = weight.shape[1] // scale.shape[1]
+        precise = marker.get("full_precision_matrix_mult", False)
+        return self.resolve(FormatOptions(block_size=size, full_precision_matrix_mult=precise))
