@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -160,16 +160,20 @@ def squared_error(
     return error, signal
 
 
+# A grid's own description of its scales, passed on unread: one tensor, or a NamedTuple where a format has two levels.
+Scale: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
+
+
 class Grid(Protocol):
     """The representable values of one weight matrix. Formats make it, methods choose from it."""
 
-    def scale(self, weight: torch.Tensor) -> torch.Tensor:
+    def scale(self, weight: torch.Tensor) -> Scale:
         """The scale that maps each region's absmax to the largest code; 1.0 for zero regions."""
 
-    def encode(self, weight: torch.Tensor, scale: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    def encode(self, weight: torch.Tensor, scale: Scale, seed: int = 0) -> torch.Tensor:
         """Nearest codes under given scales, ties to even; stochastic rounding for a seed other than 0."""
 
-    def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
+    def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale) -> tuple[float, float]:
         """(sum of squared errors, sum of squared weights) of stored codes."""
 
 

@@ -19,8 +19,8 @@ from .methods import get_method
 from .planning.planner import make_plan, stored_markers_needed
 from .planning.recipe import Recipe
 from .report.report import LayerResult, Report
-from .sources import TensorSink, TensorSource
-from .spec import LayerPlan, ModelPlan
+from .sources import DTYPE_NAMES, TensorSink, TensorSource
+from .spec import LayerInput, LayerPlan, ModelPlan
 
 HUGE = 2.0**120  # |w| above this counts as Inf (FORMATS 2.1)
 
@@ -131,8 +131,9 @@ def _convert(
     key = f"{layer.name}.weight"
     weight = tensors[key].to(device)
     format = get_format(layer.format)
-    grid = format.grid(tuple(weight.shape), layer.options)
+    grid = format.grid(LayerInput(tuple(weight.shape), DTYPE_NAMES[weight.dtype]), layer.options)
     _refuse_non_finite(file, key, weight)
+    weight = format.prepare(weight, layer.options)
     codes, scale = get_method(layer.method).quantize(weight, grid)
     error, signal = grid.squared_error(weight, codes, scale)
     packed = format.pack(codes, scale, layer.options)

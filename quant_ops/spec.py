@@ -66,6 +66,18 @@ class FormatOptions:
         return {name: value for name, value in vars(self).items() if value not in (None, False)}
 
 
+@dataclass(frozen=True, slots=True)
+class LayerInput:
+    """What a format is asked to store: a weight's logical (N, K), its safetensors dtype, whether it has a bias.
+
+    `dtype` is None for a stored layer that does not say what it was made from.
+    """
+
+    shape: tuple[int, int]
+    dtype: str | None
+    bias: bool = False
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """A quantized layer as a file states it: base name, format, options and logical (N, K) shape."""

@@ -17,12 +17,13 @@ from ...quant_ops.errors import CheckpointError, UnsupportedLayerError
 from ...quant_ops.formats import FORMATS, get_format
 from ...quant_ops.layouts import register_layout
 from ...quant_ops.sources import TORCH_DTYPES, spec_of
-from ...quant_ops.spec import FormatOptions
+from ...quant_ops.spec import FormatOptions, LayerInput
 from .compat import weight_only_path
 
 MARK = "_fewbits_wrapped"
 # Formats that ComfyUI did not know when we registered; the others stay ComfyUI's own.
 OWNED: set[str] = set()
+PROBE = LayerInput((256, 256), None)  # a layer that every format fits, to ask which tensors it stores
 
 
 def install_formats() -> None:
@@ -33,7 +34,7 @@ def install_formats() -> None:
         if name not in OWNED:
             continue
         format = get_format(name)
-        specs = format.tensor_specs((256, 256), format.defaults)
+        specs = format.tensor_specs(PROBE, format.defaults)
         algos[name] = {
             "storage_t": TORCH_DTYPES[specs["weight"][0]],
             "parameters": set(specs) - {"weight"},
@@ -135,7 +136,8 @@ class OwnFormats:
         layer = prefix.rstrip(".")
         format = get_format(marker["format"])
         shape = (self.out_features, self.in_features)
-        wanted = (*format.tensor_specs((256, 256), format.defaults), "comfy_quant")
+        expected = LayerInput(shape, None)
+        wanted = (*format.tensor_specs(PROBE, format.defaults), "comfy_quant")
         stored = {suffix: state_dict.pop(f"{prefix}{suffix}", None) for suffix in wanted}
         stored = {suffix: tensor for suffix, tensor in stored.items() if tensor is not None}
         specs = {suffix: spec_of(suffix, tensor) for suffix, tensor in stored.items()}
@@ -143,7 +145,7 @@ class OwnFormats:
             options = format.options_from(marker, specs)
         except CheckpointError as error:
             raise CheckpointError(f"layer '{layer}': {error}; try `fewbits repair`") from None
-        if tuple(specs["weight"].shape) != tuple(format.tensor_specs(shape, options)["weight"][1]):
+        if tuple(specs["weight"].shape) != tuple(format.tensor_specs(expected, options)["weight"][1]):
             raise UnsupportedLayerError(
                 f"layer '{layer}': weight is {list(specs['weight'].shape)}, the model needs {list(shape)} in {format.name}; "
                 "the file belongs to another model, or was packed wrongly"

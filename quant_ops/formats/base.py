@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from ...kernels.grids import Grid
-from ..errors import RecipeError
-from ..spec import FormatOptions, TensorSpec
+from ...kernels.grids import Grid, Scale
+from ..errors import CheckpointError, RecipeError
+from ..spec import FormatOptions, LayerInput, TensorSpec
 
 # What users write for a format name; suggested in errors, never accepted (FORMATS 7.5).
 ALIASES = {"fp8": "float8_e4m3fn", "fp8_scaled": "float8_e4m3fn", "int8": "int8_tensorwise"}
@@ -51,24 +51,28 @@ class Format(ABC):
     def _allowed(self) -> str:
         return ", ".join([*self.choices, "full_precision_matrix_mult"])
 
-    def check(self, shape: tuple[int, int], options: FormatOptions) -> str | None:
+    def check(self, layer: LayerInput, options: FormatOptions) -> str | None:
         """Why this (N, K) does not fit, in the exact words of FORMATS section 4; None when it does."""
         return None
 
-    def fallback(self, shape: tuple[int, int], options: FormatOptions) -> tuple[str, FormatOptions] | None:
+    def fallback(self, layer: LayerInput, options: FormatOptions) -> tuple[str, FormatOptions] | None:
         """The next format to try when `check` refuses (FORMATS section 4), or None to keep the layer."""
         return None
+
+    def notes(self, layer: LayerInput, options: FormatOptions) -> tuple[str, ...]:
+        """What the plan says about a layer that fits: padding, straddling blocks."""
+        return ()
 
     def steps(self, options: FormatOptions) -> tuple[int, int]:
         """(N, K) must be multiples of these; a runtime tensor is zero-padded to them."""
         return 1, 1
 
     @abstractmethod
-    def tensor_specs(self, shape: tuple[int, int], options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def tensor_specs(self, layer: LayerInput, options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:
         """suffix -> (safetensors dtype, shape) of every stored tensor, the marker excepted."""
 
     @abstractmethod
-    def marker(self, shape: tuple[int, int], options: FormatOptions) -> dict:
+    def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
         """The layer's `comfy_quant` object; key order is the order written."""
 
     @abstractmethod
@@ -79,22 +83,45 @@ class Format(ABC):
             CheckpointError: stored dtypes or shapes do not fit the format.
         """
 
-    @abstractmethod
-    def grid(self, shape: tuple[int, int], options: FormatOptions) -> Grid:
-        """The representable values, for a method to choose from."""
+    def stored_layer(self, marker: dict, specs: dict[str, TensorSpec]) -> LayerInput:
+        """The logical shape and source dtype of a stored layer."""
+        return LayerInput(tuple(specs["weight"].shape), None)
+
+    def prepare(self, weight: torch.Tensor, options: FormatOptions) -> torch.Tensor:
+        """The matrix whose entries get codes: the weight itself, or its rotated (float32) or zero-padded version."""
+        return weight
 
     @abstractmethod
-    def pack(self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions) -> dict[str, torch.Tensor]:
+    def grid(self, layer: LayerInput, options: FormatOptions) -> Grid:
+        """The representable values of the prepared weight, for a method to choose from."""
+
+    @abstractmethod
+    def pack(self, codes: torch.Tensor, scale: Scale, options: FormatOptions) -> dict[str, torch.Tensor]:
         """suffix -> stored tensor."""
 
     @abstractmethod
-    def dequantize(self, tensors: dict[str, torch.Tensor], options: FormatOptions) -> torch.Tensor:
+    def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
         """Stored tensors -> (N, K) float32, written apart from the encoder (FORMATS 2.6)."""
 
-    def output_specs(self, base: str, shape: tuple[int, int], options: FormatOptions) -> tuple[TensorSpec, ...]:
+    def refuse_misfit(self, layer: LayerInput, options: FormatOptions, specs: dict[str, TensorSpec]) -> None:
+        """Compare stored tensors with `tensor_specs`.
+
+        Raises:
+            CheckpointError: a tensor is missing, or has another dtype or shape.
+        """
+        for suffix, (dtype, shape) in self.tensor_specs(layer, options).items():
+            if suffix not in specs:
+                raise CheckpointError(f"'{suffix}' is missing; {self.name} needs it")
+            got = specs[suffix]
+            if (got.dtype, tuple(got.shape)) != (dtype, shape):
+                raise CheckpointError(
+                    f"{suffix} is {got.dtype} {list(got.shape)}, {self.name} allows {dtype} {list(shape)}"
+                )
+
+    def output_specs(self, base: str, layer: LayerInput, options: FormatOptions) -> tuple[TensorSpec, ...]:
         """Every tensor written for the layer, marker included."""
-        marker = marker_bytes(self.marker(shape, options))
-        specs = [TensorSpec(f"{base}.{suffix}", *spec) for suffix, spec in self.tensor_specs(shape, options).items()]
+        marker = marker_bytes(self.marker(layer, options))
+        specs = [TensorSpec(f"{base}.{suffix}", *spec) for suffix, spec in self.tensor_specs(layer, options).items()]
         return (*specs, TensorSpec(f"{base}.comfy_quant", "U8", (len(marker),)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...kernels.grids import E4M3, E5M2
 from ...kernels.scales import Geometry
-from ..spec import FormatOptions
+from ..spec import FormatOptions, LayerInput
 from .base import register_format
 from .tiled import BlockFormat, TiledFormat, with_precision
 
@@ -21,7 +21,7 @@ class ScalarFP8(TiledFormat):
     def scale_shape(self, shape: tuple[int, int], options: FormatOptions) -> tuple[int, ...]:
         return ()
 
-    def marker(self, shape: tuple[int, int], options: FormatOptions) -> dict:
+    def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
         return with_precision({"format": self.name}, options)
 
 
@@ -58,7 +58,7 @@ class Float8Rowwise(TiledFormat):
     def scale_shape(self, shape: tuple[int, int], options: FormatOptions) -> tuple[int, ...]:
         return (shape[0],)
 
-    def marker(self, shape: tuple[int, int], options: FormatOptions) -> dict:
+    def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
         return with_precision({"format": self.name}, options)
 
 

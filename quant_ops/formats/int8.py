@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ...kernels.grids import INT8
 from ...kernels.scales import Geometry
-from ..spec import FormatOptions, TensorSpec
+from ..spec import FormatOptions, LayerInput, TensorSpec
 from .base import register_format
 from .tiled import BlockFormat, TiledFormat, with_precision
 
@@ -28,7 +28,7 @@ class Int8Tensorwise(TiledFormat):
     def scale_shape(self, shape: tuple[int, int], options: FormatOptions) -> tuple[int, ...]:
         return (shape[0], 1) if options.scaling == "row" else ()
 
-    def marker(self, shape: tuple[int, int], options: FormatOptions) -> dict:
+    def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
         per_row = {"per_row": True} if options.scaling == "row" else {}
         return with_precision({"format": self.name, **per_row}, options)
 

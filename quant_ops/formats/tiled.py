@@ -7,7 +7,7 @@ import torch
 from ...kernels.grids import Levels, TiledGrid, decode
 from ...kernels.scales import Geometry
 from ..errors import CheckpointError
-from ..spec import FormatOptions, TensorSpec
+from ..spec import FormatOptions, LayerInput, TensorSpec
 from .base import Format
 
 
@@ -28,37 +28,29 @@ class TiledFormat(Format):
         geometry = self.geometry(options)
         return geometry.rows or 1, geometry.cols or 1
 
-    def check(self, shape: tuple[int, int], options: FormatOptions) -> str | None:
-        for axis, size, step in zip("NK", shape, self.steps(options), strict=True):
+    def check(self, layer: LayerInput, options: FormatOptions) -> str | None:
+        for axis, size, step in zip("NK", layer.shape, self.steps(options), strict=True):
             if size % step:
                 return f"{axis}={size} not divisible by {step}"
         return None
 
-    def tensor_specs(self, shape: tuple[int, int], options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {"weight": (self.dtype, shape), "weight_scale": ("F32", self.scale_shape(shape, options))}
+    def tensor_specs(self, layer: LayerInput, options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {"weight": (self.dtype, layer.shape), "weight_scale": ("F32", self.scale_shape(layer.shape, options))}
 
-    def grid(self, shape: tuple[int, int], options: FormatOptions) -> TiledGrid:
+    def grid(self, layer: LayerInput, options: FormatOptions) -> TiledGrid:
         return TiledGrid(self.levels, self.geometry(options))
 
     def pack(self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions) -> dict[str, torch.Tensor]:
         return {"weight": codes, "weight_scale": scale.reshape(self.scale_shape(tuple(codes.shape), options))}
 
-    def dequantize(self, tensors: dict[str, torch.Tensor], options: FormatOptions) -> torch.Tensor:
+    def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
         codes, geometry = tensors["weight"], self.geometry(options)
         scale = tensors["weight_scale"].reshape(geometry.grid_shape(tuple(codes.shape)))
         return decode(codes, scale, self.levels, geometry)
 
     def options_from(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
         options = self.stored_options(marker, specs)
-        wanted = self.tensor_specs(tuple(specs["weight"].shape), options)
-        for suffix, (dtype, shape) in wanted.items():
-            if suffix not in specs:
-                raise CheckpointError(f"'{suffix}' is missing; {self.name} needs it")
-            got = specs[suffix]
-            if (got.dtype, tuple(got.shape)) != (dtype, shape):
-                raise CheckpointError(
-                    f"{suffix} is {got.dtype} {list(got.shape)}, {self.name} allows {dtype} {list(shape)}"
-                )
+        self.refuse_misfit(self.stored_layer(marker, specs), options, specs)
         return options
 
     def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
@@ -82,10 +74,10 @@ class BlockFormat(TiledFormat):
     def geometry(self, options: FormatOptions) -> Geometry:
         return Geometry(options.block_size if self.two_dimensional else 1, options.block_size)
 
-    def fallback(self, shape: tuple[int, int], options: FormatOptions) -> tuple[str, FormatOptions]:
+    def fallback(self, layer: LayerInput, options: FormatOptions) -> tuple[str, FormatOptions]:
         return self.instead
 
-    def marker(self, shape: tuple[int, int], options: FormatOptions) -> dict:
+    def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
         size = options.block_size
         return with_precision({"format": self.name, "group_size": size, "params": {"group_size": size}}, options)
 

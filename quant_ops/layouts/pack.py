@@ -21,7 +21,8 @@ from comfy_kitchen.tensor.base import (
 from ..errors import UnsupportedLayerError
 from ..formats import get_format
 from ..formats.base import Format
-from ..spec import FormatOptions
+from ..sources import DTYPE_NAMES
+from ..spec import FormatOptions, LayerInput
 
 
 class PackLayout(QuantizedLayout):
@@ -56,7 +57,8 @@ class PackLayout(QuantizedLayout):
         """
         rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() != 2 else tensor
         padded = _pad(rows, cls.FORMAT, cls.OPTIONS)
-        grid = cls.FORMAT.grid(tuple(padded.shape), cls.OPTIONS)
+        grid = cls.FORMAT.grid(LayerInput(tuple(padded.shape), DTYPE_NAMES[padded.dtype]), cls.OPTIONS)
+        padded = cls.FORMAT.prepare(padded, cls.OPTIONS)
         found = grid.scale(padded)
         codes = grid.encode(padded, found, seed=stochastic_rounding or 0)
         stored = cls.FORMAT.pack(codes, found, cls.OPTIONS)
@@ -66,7 +68,8 @@ class PackLayout(QuantizedLayout):
     def dequantize(cls, qdata: torch.Tensor, params: Params) -> torch.Tensor:
         """(N, K) in `orig_dtype`: float32 arithmetic, rounded once; `transposed` is the caller's business."""
         stored = {"weight": qdata, "weight_scale": params.scale}
-        return cls.FORMAT.dequantize(stored, cls.OPTIONS).to(params.orig_dtype)
+        layer = LayerInput(params.orig_shape[::-1] if params.transposed else params.orig_shape, None)
+        return cls.FORMAT.dequantize(stored, layer, cls.OPTIONS).to(params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor]:

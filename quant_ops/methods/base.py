@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from ...kernels.grids import Grid
+from ...kernels.grids import Grid, Scale
 from ..errors import RecipeError
 
 
@@ -15,7 +15,7 @@ class Method(Protocol):
 
     name: str
 
-    def quantize(self, weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize(self, weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Scale]:
         """weight (N, K) -> (codes, scale) as the grid defines them."""
 
 

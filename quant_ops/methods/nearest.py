@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.grids import Grid
+from ...kernels.grids import Grid, Scale
 from .base import register_method
 
 
 class Nearest:
     name = "nearest"
 
-    def quantize(self, weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize(self, weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Scale]:
         scale = grid.scale(weight)
         return grid.encode(weight, scale), scale
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ..checkpoint.metadata import header_markers, output_metadata
 from ..errors import CheckpointError, RecipeError
 from ..formats import FORMATS, get_format
-from ..spec import FLOAT_DTYPES, FormatOptions, Header, LayerPlan, ModelPlan, TensorSpec, version_key
+from ..spec import FLOAT_DTYPES, FormatOptions, Header, LayerInput, LayerPlan, ModelPlan, TensorSpec, version_key
 from ..version import VERSION
 from .model_family import Part, find_parts, load_preset
 from .recipe import Recipe, Wish
@@ -161,15 +161,16 @@ class _Planner:
     def _quantize(self, base: str, spec: TensorSpec, rule: CompiledRule) -> LayerPlan:
         steps = [rule.origin]
         wish = rule.wish
-        shape = (spec.shape[0], spec.shape[1])
+        layer = LayerInput((spec.shape[0], spec.shape[1]), spec.dtype, f"{base}.bias" in self.header.tensors)
         name, options = wish.format, wish.options
-        while (obstacle := get_format(name).check(shape, options)) is not None:
-            fallback = get_format(name).fallback(shape, options)
+        while (obstacle := get_format(name).check(layer, options)) is not None:
+            fallback = get_format(name).fallback(layer, options)
             if fallback is None:
                 return _keep(base, spec, "; ".join([*steps, obstacle]), requested=wish.format)
-            steps.append(f"{obstacle} -> {fallback[0]}")
+            steps.append(obstacle if fallback[0] == name else f"{obstacle} -> {fallback[0]}")
             name, options = fallback
         format = get_format(name)
+        steps += format.notes(layer, options)
         if EMBEDDING.fullmatch(base) and format.embedding_min_comfyui is None:
             return _keep(base, spec, "embedding table", requested=wish.format)
         return LayerPlan(
@@ -177,11 +178,11 @@ class _Planner:
             action="quantize",
             reason="; ".join(steps),
             inputs=(spec,),
-            outputs=format.output_specs(base, shape, options),
+            outputs=format.output_specs(base, layer, options),
             format=name,
             options=options,
             method=wish.method,
-            marker=format.marker(shape, options),
+            marker=format.marker(layer, options),
             requested=wish.format,
         )
 
@@ -200,17 +201,17 @@ class _Planner:
                 f"layer '{base}' is quantized already ({format.name}) and {wish.format} was asked for: rounding twice "
                 f"loses quality; start from the original model, or keep the layer with a rule"
             )
-        shape = tuple(by_suffix["weight"].shape)
+        layer = format.stored_layer(marker, by_suffix)
         extra = tuple(spec for suffix, spec in by_suffix.items() if suffix == "input_scale")
         return LayerPlan(
             name=base,
             action="recode",
             reason=f"quantized already ({format.name}): codes copied",
             inputs=tuple(specs),
-            outputs=(*format.output_specs(base, shape, options), *extra),
+            outputs=(*format.output_specs(base, layer, options), *extra),
             format=format.name,
             options=options,
-            marker=format.marker(shape, options),
+            marker=format.marker(layer, options),
         )
 
 
