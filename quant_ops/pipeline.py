@@ -19,7 +19,7 @@ from .methods import get_method
 from .planning.planner import make_plan, stored_markers_needed
 from .planning.recipe import Recipe
 from .report.report import LayerResult, Report
-from .sources import DTYPE_NAMES, TensorSink, TensorSource
+from .sources import DTYPE_NAMES, TORCH_DTYPES, TensorSink, TensorSource
 from .spec import LayerInput, LayerPlan, ModelPlan
 
 HUGE = 2.0**120  # |w| above this counts as Inf (FORMATS 2.1)
@@ -123,7 +123,7 @@ def _convert(
 ) -> tuple[dict[str, torch.Tensor], LayerResult | None]:
     """One layer -> (stored tensors by full name, measured result)."""
     if layer.action == "keep":
-        return tensors, None
+        return {spec.name: tensors[spec.name].to(TORCH_DTYPES[spec.dtype]) for spec in layer.outputs}, None
     marker = torch.frombuffer(bytearray(marker_bytes(layer.marker)), dtype=torch.uint8)
     if layer.action == "recode":
         copied = {spec.name: tensors[spec.name] for spec in layer.outputs if spec.name in tensors}

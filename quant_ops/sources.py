@@ -24,7 +24,11 @@ class TensorSource(Protocol):
     header: Header
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor with the dtype and shape of `header.tensors[name]`; the caller owns it."""
+        """One tensor with the dtype and shape of `header.tensors[name]`, never to be changed in place.
+
+        A weight that was computed just now (a LoRA baked in) may be float32 instead: what is quantized is quantized
+        from that, what is kept is rounded to the header's dtype.
+        """
 
 
 class TensorSink(Protocol):
@@ -57,7 +61,7 @@ class MemorySource:
 
 
 class MemorySink:
-    """Collects the written tensors and the metadata, in file order."""
+    """Collects the written tensors, in main memory, and the metadata, in file order."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
@@ -68,7 +72,7 @@ class MemorySink:
         self.tensors = dict.fromkeys(spec.name for spec in plan.outputs)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        self.tensors[name] = tensor.contiguous()
+        self.tensors[name] = tensor.detach().cpu().contiguous()
 
     def commit(self) -> None:
         pass
