@@ -1,0 +1,166 @@
+"""What a running node needs from ComfyUI: folders, devices, progress, cancel, and messages to the page."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path, PurePosixPath
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+
+from ...quant_ops.errors import CheckpointError, RecipeError
+from ...quant_ops.spec import ModelPlan
+
+MODEL_FOLDERS = ("diffusion_models", "text_encoders", "checkpoints")
+SUFFIXES = (".safetensors", ".sft")
+MESSAGE_SECONDS = 0.1  # at most ten progress messages a second
+# Names that Windows gives to devices in every folder, whatever the extension.
+DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+FORBIDDEN = set('<>:"|?*') | {chr(code) for code in range(32)}
+
+
+def model_files(folder: str) -> list[str]:
+    """Names of the safetensors files in one of ComfyUI's model folders, output folder included."""
+    return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(SUFFIXES)]
+
+
+def all_model_files() -> list[str]:
+    """`folder/name` of every file that can be quantized or inspected."""
+    return [f"{folder}/{name}" for folder in MODEL_FOLDERS for name in model_files(folder)]
+
+
+def model_path(folder: str, name: str) -> Path:
+    """The file behind a name of `model_files`.
+
+    Raises:
+        CheckpointError: ComfyUI knows no such file.
+    """
+    path = folder_paths.get_full_path(folder, name) if folder in MODEL_FOLDERS and name else None
+    if path is None or not is_within_any(folder_paths.get_folder_paths(folder), path):
+        raise CheckpointError(f"{folder}/{name}: no such file in ComfyUI's model folders; choose one from the list")
+    return Path(path)
+
+
+def split_choice(choice: str) -> tuple[str, str]:
+    """`folder/name` as offered by `all_model_files` -> (folder, name)."""
+    folder, _, name = choice.partition("/")
+    return folder, name
+
+
+def file_state(choice: str) -> tuple[int, int]:
+    """(mtime in ns, bytes) of a `folder/name` choice: changes whenever the file does, without reading it."""
+    state = model_path(*split_choice(choice)).stat()
+    return state.st_mtime_ns, state.st_size
+
+
+def output_path(name: str) -> Path:
+    """Where a file named by the user goes: below ComfyUI's output folder, `.safetensors` added, subfolders made.
+
+    Raises:
+        RecipeError: empty, absolute, with `..`, a drive or a device name, or leading elsewhere through a link.
+    """
+    parts = PurePosixPath(name.strip().replace("\\", "/")).parts
+    root = Path(folder_paths.get_output_directory())
+    target = root.joinpath(*parts)
+    if not target.name.lower().endswith(".safetensors"):
+        target = target.with_name(target.name + ".safetensors")
+    if not parts or any(_unsafe(part) for part in parts) or not is_within_any(_writable_roots(), target):
+        raise RecipeError(
+            f"file name {name!r} is not allowed: write a name inside ComfyUI's output folder, such as "
+            "diffusion_models/my_model; absolute paths, '..' and device names are refused"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def output_folder(folder: str) -> str:
+    """The folder inside ComfyUI's output folder whose files appear in the loaders of `folder`, relative to it."""
+    root = folder_paths.get_output_directory()
+    for path in folder_paths.get_folder_paths(folder):
+        if is_within(root, path):
+            return Path(os.path.relpath(path, root)).as_posix()
+    return folder
+
+
+def is_within(directory: str | os.PathLike, target: str | os.PathLike) -> bool:
+    """Whether `target` really lies in `directory`, links followed. (ComfyUI has its own only since 0.25.)"""
+    try:
+        directory, target = os.path.realpath(directory), os.path.realpath(target)
+        return os.path.commonpath((directory, target)) == directory
+    except ValueError:  # another Windows drive, or a null byte
+        return False
+
+
+def is_within_any(directories: list[str], target: str | os.PathLike) -> bool:
+    return any(is_within(directory, target) for directory in directories)
+
+
+def _writable_roots() -> list[str]:
+    """The output folder; and the model folders, because people link those into it."""
+    return [folder_paths.get_output_directory(), *(p for f in MODEL_FOLDERS for p in folder_paths.get_folder_paths(f))]
+
+
+def _unsafe(part: str) -> bool:
+    reserved = part.split(".")[0].strip().lower() in DEVICE_NAMES
+    return part in ("/", "//", "..") or part[-1] in ". " or reserved or bool(FORBIDDEN & set(part))
+
+
+def pick_device(choice: str) -> torch.device:
+    """`auto` is the CUDA device ComfyUI uses, else the CPU.
+
+    Raises:
+        RecipeError: `cuda` where ComfyUI runs on something else.
+    """
+    device = comfy.model_management.get_torch_device()
+    if choice == "cpu" or (choice == "auto" and device.type != "cuda"):
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise RecipeError(f"device {choice!r} was chosen, but ComfyUI runs on {device.type}; choose auto or cpu")
+    return device
+
+
+class Run:
+    """One execution of a node, as the user sees it: plan, progress bar, layer names. Its callbacks also cancel."""
+
+    def __init__(self, node_id: str | None):
+        self.node_id = node_id
+        self.started = time.perf_counter()
+        self._bar = comfy.utils.ProgressBar(1, node_id=node_id)
+        self._sent = float("-inf")
+
+    def on_plan(self, plan: ModelPlan) -> None:
+        self._send("fewbits.plan", {"plan": plan.to_json()})
+
+    def on_progress(self, done: int, total: int, layer: str) -> None:
+        """Show progress.
+
+        Raises:
+            InterruptProcessingException: the user cancelled.
+        """
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self._bar.update_absolute(done, total)
+        now = time.perf_counter()
+        if done < total and now - self._sent < MESSAGE_SECONDS:
+            return
+        self._sent = now
+        seconds = now - self.started
+        eta = seconds * (total - done) / done if done else None
+        progress = {"layer": layer, "done": done, "total": total, "seconds": seconds, "eta_seconds": eta}
+        self._send("fewbits.progress", progress)
+        server = _server()
+        if server is not None and self.node_id is not None:
+            server.send_progress_text(f"{done * 100 // max(total, 1)} % {layer}".rstrip(), self.node_id)
+
+    def _send(self, event: str, data: dict) -> None:
+        server = _server()
+        if server is not None:
+            server.send_sync(event, {"node_id": self.node_id, **data})
+
+
+def _server() -> object | None:
+    """ComfyUI's server when there is one: not in tests, nor where ComfyUI is used as a library."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)

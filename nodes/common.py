@@ -1,0 +1,180 @@
+"""What several nodes share: inputs, the recipe they build, the report they return, schemas for every ComfyUI."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from comfy_api.latest import io
+
+from ..quant_ops.formats import FORMATS
+from ..quant_ops.inspection import Inspection
+from ..quant_ops.methods import METHODS
+from ..quant_ops.planning.model_family import preset_names
+from ..quant_ops.planning.recipe import Recipe, Rule, Wish
+from ..quant_ops.report.report import Report
+from ..quant_ops.spec import FormatOptions
+from . import bridge
+
+AUTO, NONE = "auto", "none"
+SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
+
+
+def schema(**fields: object) -> io.Schema:
+    """A Schema without the fields that an older ComfyUI does not have."""
+    return io.Schema(**{name: value for name, value in fields.items() if name in SCHEMA_FIELDS})
+
+
+def model_input() -> io.Model.Input:
+    return io.Model.Input(
+        "model",
+        tooltip="The model to convert. LoRAs and other weight patches on it are baked in first. It is not changed.",
+    )
+
+
+def recipe_inputs(formats: list[str]) -> tuple[list[io.Input], list[io.Input]]:
+    """Inputs that describe a Recipe: (shown, advanced). `recipe_from` takes the values by name."""
+    scalings = _values(formats, "scaling", only_if_stored=True)
+    shown = [
+        io.Combo.Input(
+            "format",
+            options=formats,
+            tooltip="What the layers become, and what opens the result. "
+            + " ".join(f"{name}: {_opens(name)}." for name in formats),
+        ),
+        *(
+            [
+                io.Combo.Input(
+                    "scaling",
+                    options=[AUTO, *scalings],
+                    tooltip="How many weights share a scale in int8_tensorwise: one scale per row is more exact, one per "
+                    "tensor is smaller by a few kilobytes. auto: row. Leave it at auto for the other formats.",
+                )
+            ]
+            if scalings
+            else []
+        ),
+        io.Combo.Input(
+            "preset",
+            options=[AUTO, NONE, *preset_names()],
+            tooltip="Which sensitive layers stay as they are. auto: recognise the model and use its own list; "
+            "none: convert every layer that fits.",
+        ),
+        io.String.Input(
+            "keep",
+            multiline=True,
+            default="",
+            placeholder="layers to keep, one pattern a line",
+            tooltip="More layers to keep as they are, one pattern a line: a layer name, a glob such as "
+            "double_blocks.0.*, or a regular expression after re:",
+        ),
+    ]
+    advanced = [
+        io.Combo.Input(
+            "block_size",
+            options=[AUTO, *map(str, _values(formats, "block_size"))],
+            advanced=True,
+            tooltip="Weights per block in the formats that have blocks; smaller is more exact and larger on disk. "
+            "auto: the format's default.",
+        ),
+        io.Combo.Input(
+            "fallback",
+            options=[NONE, *FORMATS],
+            advanced=True,
+            tooltip="Convert the layers that the preset would keep to this format. none: keep them.",
+        ),
+        io.Combo.Input(
+            "method",
+            options=list(METHODS),
+            default="nearest",
+            advanced=True,
+            tooltip="How each weight's code is chosen. nearest: the closest code; fast, needs no data.",
+        ),
+        io.Boolean.Input(
+            "full_precision_matmul",
+            default=False,
+            advanced=True,
+            tooltip="Make ComfyUI compute these layers with unrounded activations: closer to the original, and slower on "
+            "GPUs that could multiply in low precision.",
+        ),
+    ]
+    return shown, advanced
+
+
+def device_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "device",
+        options=[AUTO, "cpu", "cuda"],
+        advanced=True,
+        tooltip="Where the conversion is computed. auto: the NVIDIA or AMD GPU that ComfyUI uses, else the CPU.",
+    )
+
+
+def overwrite_input() -> io.Boolean.Input:
+    return io.Boolean.Input(
+        "overwrite",
+        default=False,
+        tooltip="Replace the file if it exists. Off: an existing file is an error and stays as it is.",
+    )
+
+
+def report_output() -> io.String.Output:
+    return io.String.Output(
+        "report", display_name="report", tooltip="What was done to every layer, with sizes and errors, as JSON."
+    )
+
+
+def path_output() -> io.String.Output:
+    return io.String.Output("path", display_name="path", tooltip="Full path of the written file.")
+
+
+def recipe_from(
+    *,
+    format: str,
+    preset: str,
+    keep: str,
+    block_size: str,
+    fallback: str,
+    method: str,
+    full_precision_matmul: bool,
+    scaling: str = AUTO,
+) -> Recipe:
+    """The Recipe that the inputs of `recipe_inputs` describe."""
+    options = FormatOptions(
+        scaling=None if scaling == AUTO else scaling,
+        block_size=None if block_size == AUTO else int(block_size),
+        full_precision_matrix_mult=full_precision_matmul,
+    )
+    return Recipe(
+        primary=Wish(format, options, method),
+        rules=tuple(Rule(line.strip(), None) for line in keep.splitlines() if line.strip()),
+        fallback=None if fallback == NONE else Wish(fallback),
+        preset=preset,
+    )
+
+
+def report_result(*values: object, report: Report) -> io.NodeOutput:
+    """A node's outputs, the report last as text and, for the page, as JSON."""
+    data = report.to_json()
+    return io.NodeOutput(*values, json.dumps(data, indent=2), ui={"fewbits_report": [data]})
+
+
+def inspection_text(inspection: Inspection) -> str:
+    """What is in a file, and what of FewBits is switched off in this ComfyUI."""
+    off = [f"FewBits: '{seam}' is off: {reason}" for seam, reason in bridge.status().items() if reason]
+    return "\n".join([inspection.to_text(), *off])
+
+
+def _opens(name: str) -> str:
+    format = FORMATS[name]
+    return f"stock ComfyUI >= {format.min_comfyui}" if format.native else "ComfyUI with FewBits"
+
+
+def _values(formats: list[str], option: str, *, only_if_stored: bool = False) -> list:
+    """Allowed values of an option over several formats; with `only_if_stored`, where they make a difference on disk."""
+    found = {}
+    for name in formats:
+        format = FORMATS[name]
+        if not only_if_stored or option in format.layout_options:
+            found.update(dict.fromkeys(format.choices.get(option, ())))
+    return list(found)

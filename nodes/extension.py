@@ -1,0 +1,23 @@
+"""The pack's face to ComfyUI: the list of nodes."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import bridge, inspect_file, load, quantize_file, quantize_model, save
+
+NODES = [
+    load.FewBitsLoadModel,
+    *quantize_model.NODES,
+    quantize_file.FewBitsQuantizeFile,
+    save.FewBitsSaveComfyQuant,
+    inspect_file.FewBitsInspectFile,
+]
+
+
+class FewBitsExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        bridge.register()  # free when the pack's root did it; a second chance for hosts that import in another order
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

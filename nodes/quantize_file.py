@@ -1,0 +1,82 @@
+"""Quantize File: a model file -> a quantized file, streamed layer by layer, whatever its size."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+from comfy_api.latest import io
+
+from ..quant_ops.formats import FORMATS
+from ..quant_ops.pipeline import quantize_file
+from .bridge import host
+from .common import (
+    device_input,
+    overwrite_input,
+    path_output,
+    recipe_from,
+    recipe_inputs,
+    report_output,
+    report_result,
+    schema,
+)
+
+
+class FewBitsQuantizeFile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        shown, advanced = recipe_inputs(list(FORMATS))
+        return schema(
+            node_id="FewBitsQuantizeFile",
+            display_name="Quantize File",
+            category="FewBits/quantize",
+            description="Writes a smaller copy of a model file. It reads and writes one layer at a time, so the model may "
+            "be larger than the memory.",
+            search_aliases=["quantize", "convert", "compress", "fewbits"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=host.all_model_files(),
+                    tooltip="The safetensors file to convert: a diffusion model, a text encoder or a whole checkpoint. "
+                    "It is only read.",
+                ),
+                *shown,
+                io.String.Input(
+                    "filename",
+                    default="",
+                    placeholder="automatic: <folder>/<file>_<format>",
+                    tooltip="Name of the new file inside ComfyUI's output folder; subfolders are made. Empty: the file's "
+                    "own name and the format, in the folder where the loaders find it.",
+                ),
+                overwrite_input(),
+                *advanced,
+                device_input(),
+            ],
+            outputs=[path_output(), report_output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **others: object) -> tuple:
+        return (*host.file_state(file), *sorted(others.items()))
+
+    @classmethod
+    def execute(cls, file: str, filename: str, overwrite: bool, device: str, **wish: object) -> io.NodeOutput:
+        run = host.Run(cls.hidden.unique_id)
+        folder, name = host.split_choice(file)
+        target = host.output_path(filename or automatic_name(folder, name, wish["format"]))
+        report = quantize_file(
+            host.model_path(folder, name),
+            target,
+            recipe_from(**wish),
+            overwrite=overwrite,
+            device=host.pick_device(device),
+            on_plan=run.on_plan,
+            on_progress=run.on_progress,
+        )
+        return report_result(str(target), report=report)
+
+
+def automatic_name(folder: str, name: str, format: str) -> str:
+    """`diffusion_models`, `a/flux.safetensors` -> `diffusion_models/flux_int8_tensorwise`."""
+    return f"{host.output_folder(folder)}/{PurePosixPath(name.replace(chr(92), '/')).stem}_{format}"

@@ -1,0 +1,71 @@
+"""Quantize FP8, Quantize INT8: MODEL -> quantized MODEL. One node per row of the table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from comfy_api.latest import io
+
+from ..quant_ops.formats import FORMATS
+from .bridge import host, model_io
+from .common import device_input, model_input, recipe_from, recipe_inputs, report_output, report_result, schema
+
+
+@dataclass(frozen=True)
+class Row:
+    """One node: its id, its name, and which formats it offers, the default first."""
+
+    node_id: str
+    name: str
+    formats: tuple[str, ...]
+    about: str
+
+
+ROWS = (
+    Row(
+        "FewBitsQuantizeFP8",
+        "Quantize FP8",
+        tuple(name for name in FORMATS if name.startswith("float8_")),
+        "8-bit floating point: half the size of 16 bit, and the fastest choice on GPUs with FP8 units.",
+    ),
+    Row(
+        "FewBitsQuantizeINT8",
+        "Quantize INT8",
+        tuple(name for name in FORMATS if name.startswith("int8_")),
+        "8-bit integers: half the size of 16 bit, with less error than FP8 on most models.",
+    ),
+)
+
+
+class QuantizeModel(io.ComfyNode):
+    """Base of the nodes; a subclass is its row."""
+
+    ROW: Row
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        shown, advanced = recipe_inputs(list(cls.ROW.formats))
+        return schema(
+            node_id=cls.ROW.node_id,
+            display_name=cls.ROW.name,
+            category="FewBits/quantize",
+            description=f"Makes a model smaller in the graph. {cls.ROW.about} The model that comes in stays as it is.",
+            search_aliases=["quantize", "convert", "compress", "fewbits"],
+            inputs=[model_input(), *shown, *advanced, device_input()],
+            outputs=[
+                io.Model.Output("model", display_name="model", tooltip="The quantized model, ready to sample or save."),
+                report_output(),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: io.Model.Type, device: str, **wish: object) -> io.NodeOutput:
+        run = host.Run(cls.hidden.unique_id)
+        quantized, report = model_io.quantize_model(
+            model, recipe_from(**wish), device=host.pick_device(device), on_plan=run.on_plan, on_progress=run.on_progress
+        )
+        return report_result(quantized, report=report)
+
+
+NODES = [type(row.node_id, (QuantizeModel,), {"ROW": row, "__doc__": row.about}) for row in ROWS]

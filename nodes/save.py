@@ -1,0 +1,43 @@
+"""Save comfy_quant: a MODEL, quantized or not, -> a safetensors file that ComfyUI's own loaders open."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..quant_ops.checkpoint.writer import FileSink
+from .bridge import host, model_io
+from .common import overwrite_input, path_output, report_output, report_result, schema
+
+
+class FewBitsSaveComfyQuant(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FewBitsSaveComfyQuant",
+            display_name="Save comfy_quant",
+            category="FewBits/quantize",
+            description="Writes a model to a file with its quantized layers as they are. LoRAs on it are baked in: exactly "
+            "where the layer is not quantized, with a second rounding where it is.",
+            search_aliases=["save model", "export", "quantized", "fewbits"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to save. It is not changed."),
+                io.String.Input(
+                    "filename",
+                    default="diffusion_models/model_quantized",
+                    tooltip="Name of the file inside ComfyUI's output folder; .safetensors is added and subfolders are made. "
+                    "In diffusion_models/ the loaders find it.",
+                ),
+                overwrite_input(),
+            ],
+            outputs=[path_output(), report_output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: io.Model.Type, filename: str, overwrite: bool) -> io.NodeOutput:
+        run = host.Run(cls.hidden.unique_id)
+        target = host.output_path(filename)
+        sink = FileSink(target, overwrite=overwrite)
+        report = model_io.save_model(model, sink, on_plan=run.on_plan, on_progress=run.on_progress)
+        return report_result(str(target), report=report)
