@@ -1,0 +1,95 @@
+// Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
+
+import { el, layerName } from "./dom.mjs?v=56d55929";
+import { bytes, decibels, relL2 } from "./text.mjs?v=56d55929";
+
+/** Lives as long as its panel, so that filter text, focus and scroll position survive when the report arrives. */
+export class LayerList {
+  #layers = [];
+  #entries = null; // made when the list is opened first: a large model has hundreds of layers
+  #summary = el("summary");
+  // type=search would let ComfyUI take Ctrl+V for pasting nodes; it leaves only text fields alone
+  #filter = el("input", {
+    type: "text",
+    class: "fewbits-filter",
+    placeholder: "Filter by name, format or reason",
+    "aria-label": "Filter layers",
+    spellcheck: "false",
+    autocomplete: "off",
+  });
+  #count = el("span", { class: "fewbits-count", role: "status" });
+  #list = el("ul", { class: "fewbits-layers" });
+
+  constructor() {
+    this.element = el(
+      "details",
+      { class: "fewbits-details" },
+      this.#summary,
+      el("div", { class: "fewbits-filter-row" }, this.#filter, this.#count),
+      this.#list,
+    );
+    this.element.addEventListener("toggle", () => this.#fill());
+    this.#filter.addEventListener("input", () => this.#applyFilter());
+    this.#summary.addEventListener("click", () => {
+      if (!this.element.open) requestAnimationFrame(() => this.#bringToTop());
+    });
+  }
+
+  show(layers) {
+    this.#layers = layers;
+    this.#entries = null;
+    this.#summary.textContent = layers.length === 1 ? "1 layer" : `All ${layers.length} layers`;
+    this.element.hidden = layers.length === 0;
+    this.#fill();
+  }
+
+  #fill() {
+    if (!this.element.open || this.#entries) return;
+    this.#entries = this.#layers.map((layer) => ({
+      element: entry(layer),
+      text: [layer.name, layer.format, layer.action, layer.reason].join(" ").toLowerCase(),
+    }));
+    this.#list.replaceChildren(...this.#entries.map(({ element }) => element));
+    this.#applyFilter();
+  }
+
+  /** An entry stays when it contains every word. */
+  #applyFilter() {
+    const words = this.#filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+    let shown = 0;
+    for (const { element, text } of this.#entries ?? []) {
+      element.hidden = !words.every((word) => text.includes(word));
+      if (!element.hidden) shown += 1;
+    }
+    this.#count.textContent = words.length ? `${shown} of ${this.#layers.length}` : "";
+  }
+
+  #bringToTop() {
+    const area = this.element.parentElement;
+    if (area) area.scrollTop += this.element.getBoundingClientRect().top - area.getBoundingClientRect().top;
+  }
+}
+
+function entry(layer) {
+  const shape = (layer.shape ?? []).join(" × ");
+  const before = bytes(layer.bytes_before);
+  const after = bytes(layer.bytes_after);
+  const facts = [
+    layer.format ?? layer.action,
+    [shape, layer.dtype].filter(Boolean).join(" "),
+    before === after ? before : `${before} → ${after}`,
+  ].filter(Boolean);
+  const measured = typeof layer.rel_l2 === "number";
+  return el(
+    "li",
+    {},
+    el(
+      "div",
+      { class: "fewbits-layer" },
+      layerName(layer.name),
+      measured ? el("span", { title: decibels(layer.sqnr_db) }, relL2(layer.rel_l2)) : null,
+    ),
+    el("div", { class: "fewbits-facts" }, ...facts.map((fact) => el("span", {}, fact))),
+    layer.reason ? el("div", { class: "fewbits-reason" }, layer.reason) : null,
+  );
+}
