@@ -36,10 +36,10 @@ def ignore_progress(done: int, total: int, layer: str) -> None:
 def plan_source(source: TensorSource, recipe: Recipe) -> ModelPlan:
     """`make_plan` with the markers that only tensors hold; reads a few bytes per quantized layer, no weights."""
     markers = {}
-    for name in stored_markers_needed(source.header):
-        base = name.removesuffix(".comfy_quant")
-        markers[base] = parse_marker(base, bytes(tensor_bytes(source.read(name).cpu())))
     try:
+        for name in stored_markers_needed(source.header):
+            base = name.removesuffix(".comfy_quant")
+            markers[base] = parse_marker(base, bytes(tensor_bytes(source.read(name).cpu())))
         return make_plan(source.header, recipe, markers)
     except CheckpointError as error:
         raise CheckpointError(f"{source.name}: {error}") from None

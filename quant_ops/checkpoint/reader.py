@@ -22,6 +22,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     if tensor.numel() == 0:
         return memoryview(bytearray())
     array = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    array.owner = tensor  # the view must keep the memory alive
     return memoryview(array).cast("B")
 
 

@@ -1,0 +1,92 @@
+"""Reading single files, sharded indexes and folders by byte range."""
+
+import json
+
+import pytest
+import torch
+from fewbits.quant_ops.checkpoint.reader import FileSource
+from fewbits.quant_ops.errors import CheckpointError
+from helpers import random_tensors, tiny_checkpoint
+from safetensors.torch import load_file, save_file
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+          torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]  # fmt: skip
+
+
+def test_every_dtype_reads_the_same_bytes_as_the_safetensors_library(tmp_path):
+    tensors = {f"t{i}": torch.arange(12).reshape(3, 4).to(dtype) for i, dtype in enumerate(DTYPES)}
+    tensors["empty"], tensors["scalar"] = torch.zeros(0, 5), torch.tensor(2.5)
+    save_file(tensors, tmp_path / "all.safetensors")
+    with FileSource(tmp_path / "all.safetensors") as source:
+        for name, tensor in tensors.items():
+            got = source.read(name)
+            assert got.dtype == tensor.dtype and got.shape == tensor.shape
+            assert got.view(torch.uint8).tolist() == tensor.view(torch.uint8).tolist() if tensor.dim() else got == tensor
+
+
+def shards(folder, tensors):
+    names = sorted(tensors)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for i, (file, keys) in enumerate(halves.items()):
+        save_file({key: tensors[key] for key in keys}, folder / file, metadata={"format": "pt", "part": str(i)})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {key: file for file, keys in halves.items() for key in keys}}))
+    return index
+
+
+def test_an_index_and_its_folder_read_like_one_file(tmp_path):
+    tensors = random_tensors({"a.weight": (32, 32), "b.weight": (16, 8), "c.bias": (3,)})
+    index = shards(tmp_path, tensors)
+    for path in (index, tmp_path):
+        with FileSource(path) as source:
+            assert set(source.header.tensors) == set(tensors)
+            assert all(torch.equal(source.read(name), tensor) for name, tensor in tensors.items())
+            assert source.header.metadata["part"] == "0"
+            assert "metadata 'part' differs" in source.header.warnings[0]
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    index = shards(tmp_path, random_tensors({"a.weight": (32, 32), "b.weight": (16, 8)}))
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="shard model-00002-of-00002.safetensors is missing"):
+        FileSource(index)
+
+
+def test_a_shard_outside_the_folder_is_refused(tmp_path):
+    index = tmp_path / "x.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    with pytest.raises(CheckpointError, match="plain file names"):
+        FileSource(index)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    for name in ("one", "two"):
+        save_file({"a": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match="tensor 'a' is in one.safetensors and in two.safetensors"):
+        FileSource(tmp_path)
+
+
+def test_a_file_cut_after_its_header_was_read_names_the_tensor(tmp_path):
+    path = tiny_checkpoint(tmp_path / "m.safetensors")
+    with FileSource(path) as source:
+        last = max(source.header.ranges, key=lambda name: source.header.ranges[name][2])
+        with open(path, "r+b") as file:
+            file.truncate(path.stat().st_size - 10)
+        with pytest.raises(CheckpointError, match=f"truncated while reading tensor '{last}'"):
+            source.read(last)
+
+
+def test_no_such_file_says_so(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        FileSource(tmp_path / "nothing.safetensors")
+    with pytest.raises(CheckpointError, match="no .safetensors files"):
+        FileSource(tmp_path)
+
+
+def test_reading_leaves_the_file_as_it_was(tmp_path):
+    path = tiny_checkpoint(tmp_path / "m.safetensors")
+    before = path.read_bytes()
+    with FileSource(path) as source:
+        source.read("img_in.weight").zero_()
+    assert path.read_bytes() == before
+    assert load_file(path)["img_in.weight"].abs().sum() > 0

@@ -1,0 +1,175 @@
+"""`fewbits quantize`, `plan` and `inspect` as a user runs them: exit status, one-line errors, nothing lost."""
+
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from fewbits.quant_ops.pipeline import quantize_file
+from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
+from helpers import EMOJI, fewbits, flux_shapes, random_tensors, tiny_checkpoint
+from safetensors.torch import load_file, save_file
+
+
+def refused(result, *parts):
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_a_file_is_quantized_and_the_report_says_what_was_done(tmp_path):
+    out = tmp_path / "q.safetensors"
+    result = fewbits("quantize", EMOJI, "-o", out, "--format", "int8_tensorwise")
+    assert result.returncode == 0, result.stderr
+    assert "loads in stock ComfyUI >= 0.27.0" in result.stdout
+    assert "int8_tensorwise" in result.stdout
+    weights = load_file(out)
+    assert weights["single_blocks.0.linear1.weight"].dtype == torch.int8
+    assert weights["single_blocks.0.linear1.weight_scale"].shape == (1792, 1)
+    assert weights["img_in.weight"].dtype == torch.bfloat16
+
+
+def test_json_report_states_plan_and_measured_errors(tmp_path):
+    result = fewbits("quantize", EMOJI, "-o", tmp_path / "q.safetensors", "--format", "float8_e4m3fn", "--json")
+    report = json.loads(result.stdout)
+    assert report["min_comfyui"] == "0.4.0" and report["requires_pack"] is False
+    layer = next(row for row in report["layers"] if row["name"] == "single_blocks.0.linear1")
+    assert 0.02 < layer["rel_l2"] < 0.03
+    assert len(report["worst"]) == 5
+
+
+def test_plan_reads_no_weights_and_predicts_the_size(tmp_path):
+    plan = json.loads(fewbits("plan", EMOJI, "--format", "int8_tensorwise", "--json").stdout)
+    fewbits("quantize", EMOJI, "-o", tmp_path / "q.safetensors", "--format", "int8_tensorwise")
+    assert plan["file_bytes"] == (tmp_path / "q.safetensors").stat().st_size
+    text = fewbits("plan", EMOJI, "--format", "int8_tensorwise").stdout
+    assert "preset flux: first projection" in text
+    assert all(row["reason"] for row in plan["layers"])
+
+
+def test_rules_and_keeps_apply_in_the_order_written(tmp_path):
+    plan = json.loads(
+        fewbits(
+            "plan", EMOJI, "--format", "float8_e4m3fn", "--json", "--keep", "*.img_mlp.0",
+            "--rule", "double_blocks.*=int8_tensorwise:scaling=tensor", "--keep", "*mlp.2", "--rule", "nothing.*=float8_e5m2",
+        ).stdout  # fmt: skip
+    )
+    rows = {row["name"]: row for row in plan["layers"]}
+    assert rows["double_blocks.0.img_mlp.0"]["action"] == "keep"
+    assert rows["double_blocks.0.img_mlp.2"]["options"]["scaling"] == "tensor"
+    assert rows["single_blocks.0.linear2"]["format"] == "float8_e4m3fn"
+    assert "nothing.*" in plan["unmatched"]
+
+
+def test_a_nan_weight_names_file_tensor_and_count(tmp_path):
+    tensors = random_tensors(flux_shapes())
+    tensors["single_blocks.0.linear1.weight"][3, :2] = torch.tensor([float("nan"), float("inf")])
+    save_file(tensors, tmp_path / "nan.safetensors")
+    out = tmp_path / "q.safetensors"
+    result = fewbits("quantize", tmp_path / "nan.safetensors", "-o", out, "--format", "float8_e4m3fn")
+    refused(result, "nan.safetensors", "single_blocks.0.linear1.weight", "1 NaN and 1 infinite")
+    assert sorted(os.listdir(tmp_path)) == ["nan.safetensors"]
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    path = tiny_checkpoint(tmp_path / "m.safetensors")
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    refused(fewbits("quantize", path, "-o", tmp_path / "q.safetensors", "--format", "int8_tensorwise"),
+            "m.safetensors", "truncated: tensor '")  # fmt: skip
+
+
+def test_a_scale_of_the_wrong_dtype_is_refused_by_layer(tmp_path):
+    out = tmp_path / "q.safetensors"
+    fewbits("quantize", EMOJI, "-o", out, "--format", "int8_tensorwise")
+    tensors = load_file(out)
+    key = "single_blocks.0.linear1.weight_scale"
+    tensors[key] = tensors[key].bfloat16()
+    save_file(tensors, tmp_path / "bad.safetensors")
+    result = fewbits("quantize", tmp_path / "bad.safetensors", "-o", tmp_path / "x.safetensors", "--format", "int8_tensorwise")
+    refused(result, "bad.safetensors", "single_blocks.0.linear1", "weight_scale is BF16", "F32")
+    assert "weight_scale is BF16" in fewbits("inspect", tmp_path / "bad.safetensors").stdout
+
+
+def test_quantizing_twice_is_refused_and_copying_is_not(tmp_path):
+    out = tmp_path / "q.safetensors"
+    fewbits("quantize", EMOJI, "-o", out, "--format", "int8_tensorwise")
+    refused(fewbits("quantize", out, "-o", tmp_path / "x.safetensors", "--format", "float8_e4m3fn"), "quantized already")
+    again = tmp_path / "again.safetensors"
+    assert fewbits("quantize", out, "-o", again, "--format", "int8_tensorwise").returncode == 0
+    assert again.read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "fp8"], "did you mean 'float8_e4m3fn'"),
+        (["--format", "int8_tensorwise", "--scaling", "rows"], "scaling must be one of row, tensor"),
+        (["--format", "float8_e4m3fn", "--method", "gtpq"], "unknown method 'gtpq'"),
+        (["--format", "float8_e4m3fn", "--preset", "fluks"], "unknown preset 'fluks'"),
+        (["--format", "float8_e4m3fn:block_size=64"], "has no option 'block_size'"),
+        (["--format", "float8_e4m3fn", "--device", "tpu9"], "--device tpu9"),
+        ([], "say --format"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_wish_that_cannot_be_fulfilled_is_refused_before_work(tmp_path, arguments, message):
+    refused(fewbits("quantize", EMOJI, "-o", tmp_path / "q.safetensors", *arguments), message)
+    assert os.listdir(tmp_path) == []
+
+
+def convert(model, out, started):
+    started.set()
+    quantize_file(model, out, Recipe(primary=parse_wish("float8_e4m3fn")))
+
+
+def test_killing_the_process_at_random_moments_never_leaves_an_output(tmp_path):
+    """20 kills spread over the whole run; a fork server with torch loaded makes them land inside it."""
+    model = tiny_checkpoint(tmp_path / "m.safetensors", flux_shapes(hidden=1024, double=2, single=2))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    out = folder / "q.safetensors"
+    begun = time.perf_counter()
+    quantize_file(model, out, Recipe(primary=parse_wish("float8_e4m3fn")))
+    whole = time.perf_counter() - begun
+    complete = out.read_bytes()
+    out.unlink()
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload(["fewbits.quant_ops.pipeline"])
+    dice = random.Random(0)
+    interrupted = 0
+    for _ in range(20):
+        started = context.Event()
+        process = context.Process(target=convert, args=(model, out, started))
+        process.start()
+        assert started.wait(60)
+        time.sleep(dice.uniform(0.0, 1.0) * whole)
+        process.kill()
+        process.join()
+        leftovers = list(folder.iterdir())
+        interrupted += any(path.suffix == ".part" for path in leftovers)
+        for path in leftovers:
+            assert path.suffix == ".part" or path.read_bytes() == complete  # only a finished run leaves the output
+            path.unlink()
+    assert interrupted >= 5  # most kills did land while the file was being written
+
+
+def test_ctrl_c_exits_with_130_and_leaves_nothing(tmp_path):
+    model = tiny_checkpoint(tmp_path / "m.safetensors")
+    script = (
+        "import fewbits.quant_ops.pipeline as pipeline, sys\n"
+        "from fewbits.quant_ops.cli.__main__ import main\n"
+        "def interrupt(*args): raise KeyboardInterrupt\n"
+        "pipeline._convert = interrupt\n"
+        f"sys.exit(main(['quantize', {str(model)!r}, '-o', {str(tmp_path / 'q.safetensors')!r}, '--format', 'int8_tensorwise']))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 130
+    assert os.listdir(tmp_path) == ["m.safetensors"]

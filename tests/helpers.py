@@ -1,0 +1,95 @@
+"""Small checkpoints and model shapes that several tests use."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+EMOJI = Path(__file__).parent / "assets" / "emoji" / "emoji_flux.safetensors"
+
+
+def flux_shapes(hidden: int = 128, double: int = 1, single: int = 1) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a small Flux model, as ComfyUI's class has them (biases included)."""
+    h = hidden
+    layers = {"img_in": (h, 64), "txt_in": (h, 768), "time_in.in_layer": (h, 256), "time_in.out_layer": (h, h),
+              "vector_in.in_layer": (h, 768), "vector_in.out_layer": (h, h), "guidance_in.in_layer": (h, 256),
+              "guidance_in.out_layer": (h, h), "final_layer.linear": (64, h),
+              "final_layer.adaLN_modulation.1": (2 * h, h)}  # fmt: skip
+    norms: dict[str, tuple[int, ...]] = {}
+    for i in range(double):
+        for side in ("img", "txt"):
+            base = f"double_blocks.{i}.{side}"
+            layers[f"{base}_mod.lin"] = (6 * h, h)
+            layers[f"{base}_attn.qkv"], layers[f"{base}_attn.proj"] = (3 * h, h), (h, h)
+            layers[f"{base}_mlp.0"], layers[f"{base}_mlp.2"] = (4 * h, h), (h, 4 * h)
+            norms |= {f"{base}_attn.norm.{qk}_norm.weight": (128,) for qk in ("query", "key")}
+    for i in range(single):
+        base = f"single_blocks.{i}"
+        layers[f"{base}.linear1"], layers[f"{base}.linear2"] = (7 * h, h), (h, 5 * h)
+        layers[f"{base}.modulation.lin"] = (3 * h, h)
+        norms |= {f"{base}.norm.{qk}_norm.weight": (128,) for qk in ("query", "key")}
+    shapes = dict(norms)
+    for name, shape in layers.items():
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+    return shapes
+
+
+def sd3_shapes(depth: int = 2) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a small SD3 model (hidden = 64 * depth)."""
+    h = 64 * depth
+    layers = {"t_embedder.mlp.0": (h, 256), "t_embedder.mlp.2": (h, h), "y_embedder.mlp.0": (h, 768),
+              "y_embedder.mlp.2": (h, h), "context_embedder": (h, 768), "final_layer.linear": (64, h),
+              "final_layer.adaLN_modulation.1": (2 * h, h), "x_embedder.proj": (h, 16, 2, 2)}  # fmt: skip
+    for i in range(depth):
+        for block in ("context_block", "x_block"):
+            base = f"joint_blocks.{i}.{block}"
+            last = block == "context_block" and i == depth - 1
+            layers[f"{base}.attn.qkv"] = (3 * h, h)
+            layers[f"{base}.adaLN_modulation.1"] = (2 * h if last else 6 * h, h)
+            if not last:
+                layers[f"{base}.attn.proj"] = (h, h)
+                layers[f"{base}.mlp.fc1"], layers[f"{base}.mlp.fc2"] = (4 * h, h), (h, 4 * h)
+    shapes: dict[str, tuple[int, ...]] = {"pos_embed": (1, 64, h)}
+    for name, shape in layers.items():
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+    return shapes
+
+
+def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Seeded weights: matrices randn / sqrt(fan in), norms one, biases zero."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in shapes.items():
+        if name.endswith(".bias"):
+            tensors[name] = torch.zeros(shape, dtype=dtype)
+        elif len(shape) == 1:
+            tensors[name] = torch.ones(shape, dtype=dtype)
+        else:
+            fan_in = torch.Size(shape[1:]).numel()
+            tensors[name] = (torch.randn(shape, generator=generator) / fan_in**0.5).to(dtype)
+    return tensors
+
+
+def tiny_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]] | None = None, **metadata: str) -> Path:
+    """Write a small bf16 Flux model (or the given shapes) and return its path."""
+    save_file(random_tensors(shapes or flux_shapes()), path, metadata=metadata or None)
+    return path
+
+
+def raw_file(path: Path, entries: dict, data: bytes = b"", pad: bool = True) -> Path:
+    """A safetensors file with exactly this header object, valid or not."""
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8) if pad else b""
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def fewbits(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess:
+    """Run the `fewbits` command in a process of its own."""
+    command = [sys.executable, "-m", "fewbits.quant_ops.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
