@@ -1,0 +1,91 @@
+"""Recipes: TOML and command-line text in, one checked object out."""
+
+import pytest
+from fewbits.quant_ops.errors import RecipeError
+from fewbits.quant_ops.planning.match import check_pattern, matches
+from fewbits.quant_ops.planning.recipe import Recipe, Rule, parse_rule, parse_wish, recipe_from_table, recipe_from_toml
+
+TOML = """
+preset = "flux"
+seed = 3
+[primary]
+format = "int8_tensorwise"
+scaling = "row"
+[fallback]
+format = "float8_e4m3fn"
+[[rule]]
+match = "double_blocks.0.*"
+format = "float8_e4m3fn_blockwise"
+block_size = 128
+[[rule]]
+match = "img_in"
+keep = true
+"""
+
+
+def test_a_toml_recipe_is_read_whole(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(TOML)
+    recipe = recipe_from_toml(path)
+    assert recipe == Recipe(
+        primary=parse_wish("int8_tensorwise:scaling=row"),
+        fallback=parse_wish("float8_e4m3fn"),
+        rules=(Rule("double_blocks.0.*", parse_wish("float8_e4m3fn_blockwise:block_size=128")), Rule("img_in", None)),
+        preset="flux",
+        seed=3,
+    )
+
+
+def test_defaults_and_stated_defaults_make_the_same_recipe_text():
+    assert Recipe(parse_wish("int8_tensorwise")).to_text() == Recipe(parse_wish("int8_tensorwise:scaling=row")).to_text()
+
+
+BAD = {
+    "unknown key": ({"primary": {"format": "float8_e4m3fn", "bloc_size": 1}}, "unknown key 'bloc_size', did you mean 'block_size'"),
+    "unknown table": ({"primry": {}}, "unknown key 'primry', did you mean 'primary'"),
+    "no primary": ({"seed": 1}, "a \\[primary\\] table"),
+    "no format": ({"primary": {}}, "'format' is required"),
+    "empty format": ({"primary": {"format": ""}}, "unknown format ''"),
+    "alias": ({"primary": {"format": "fp8"}}, "did you mean 'float8_e4m3fn'"),
+    "method": ({"primary": {"format": "float8_e4m3fn", "method": "gtpq"}}, "unknown method 'gtpq'; known methods"),
+    "text for a number": ({"primary": {"format": "int8_blockwise", "block_size": "64"}}, "block_size must be int, got '64'"),
+    "bool for a number": ({"primary": {"format": "int8_blockwise", "block_size": True}}, "block_size must be int, got True"),
+    "size not offered": ({"primary": {"format": "int8_blockwise", "block_size": 48}}, "must be one of 16, 32, 64, 128, 256; got 48"),
+    "keep with options": ({"primary": {"format": "float8_e4m3fn"}, "rule": [{"match": "x", "keep": True, "format": "y"}]}, "allows no format"),
+    "rule without match": ({"primary": {"format": "float8_e4m3fn"}, "rule": [{"keep": True}]}, "needs 'match'"),
+    "bad regex": ({"primary": {"format": "float8_e4m3fn"}, "rule": [{"match": "re:(", "keep": True}]}, "not a regular expression"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("table", "message"), BAD.values(), ids=BAD.keys())
+def test_a_malformed_recipe_is_refused_with_the_way_out(table, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe_from_table(table)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.*=float8_e4m3fn", Rule("a.*", parse_wish("float8_e4m3fn"))),
+        ("a=int8_tensorwise:scaling=tensor", Rule("a", parse_wish("int8_tensorwise:scaling=tensor"))),
+        ("re:a(=b)?=keep", Rule("re:a(=b)?", None)),
+        ("re:x.*=int8_blockwise:block_size=64", Rule("re:x.*", parse_wish("int8_blockwise:block_size=64"))),
+    ],
+)
+def test_a_rule_is_written_as_pattern_equals_format(text, expected):
+    assert parse_rule(text) == expected
+
+
+@pytest.mark.parametrize("text", ["a", "=float8_e4m3fn", "a=", "a=float8_e4m3fn:scaling"])
+def test_a_rule_that_is_not_one_is_refused(text):
+    with pytest.raises(RecipeError):
+        parse_rule(text)
+
+
+def test_patterns_are_exact_names_globs_or_regular_expressions():
+    assert matches("a.b", "a.b") and not matches("a.b", "a.bc")
+    assert matches("a[0].b", "a[0].b")  # the name itself, wildcard characters included
+    assert matches("a.*", "a.b.c") and not matches("A.*", "a.b")
+    assert matches("re:a.\\d+", "a.12") and not matches("re:a.\\d", "a.12")
+    with pytest.raises(RecipeError, match="may not be empty"):
+        check_pattern("")
