@@ -20,7 +20,8 @@ class Levels:
 
     `normalise_(x, scale)` turns float32 x into unrounded code values (multiply by the reciprocal, or divide: the
     choice decides rare codes and is part of the format). `round_(x)` clamps, and rounds where the cast would not.
-    `widen(codes)` is the exact float32 value of each code; `step(x)` the distance between codes around x.
+    `widen(codes)` is the exact float32 value of each code. `dither_(x, u)` moves x by u steps, u uniform in
+    [-0.5, 0.5), so that rounding gives x on average.
     `clear_zero_blocks`: the cast keeps the sign of -0, which a zero block must not show.
     """
 
@@ -30,15 +31,15 @@ class Levels:
     normalise_: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     round_: Callable[[torch.Tensor], torch.Tensor]
     widen: Callable[[torch.Tensor], torch.Tensor]
-    step: Callable[[torch.Tensor], torch.Tensor | float]
+    dither_: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     clear_zero_blocks: bool = False
 
 
-def _by_reciprocal_(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def by_reciprocal_(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return x.mul_(scale.reciprocal())
 
 
-def _by_division_(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def by_division_(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return x.div_(scale)
 
 
@@ -67,21 +68,23 @@ def _clamp_to(limit: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x.clamp_(-limit, limit)
 
 
-def _float_step(mantissa_bits: int, min_exponent: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    def step(x: torch.Tensor) -> torch.Tensor:
+def _float_dither(mantissa_bits: int, min_exponent: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def dither_(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         exponent = torch.frexp(x).exponent.sub_(1).clamp_(min=min_exponent)  # frexp: x = m * 2^e with m in [0.5, 1)
-        return torch.ldexp(torch.ones_like(x), exponent - mantissa_bits)
+        return x.add_(offset.mul_(torch.ldexp(torch.ones_like(x), exponent - mantissa_bits)))
 
-    return step
+    return dither_
 
 
 # The cast to FP8 rounds to nearest even; the clamp comes first, because overflow differs between torch versions.
-E4M3 = Levels("e4m3fn", torch.float8_e4m3fn, 448.0, _by_reciprocal_, _clamp_to(448.0), _widen_e4m3,
-              _float_step(3, -6), True)  # fmt: skip
-E5M2 = Levels("e5m2", torch.float8_e5m2, 57344.0, _by_reciprocal_, _clamp_to(57344.0), _widen_e5m2,
-              _float_step(2, -14), True)  # fmt: skip
-INT8 = Levels("int8", torch.int8, 127.0, _by_division_, lambda x: x.round_().clamp_(-127.0, 127.0), torch.Tensor.float,
-              lambda x: 1.0)  # fmt: skip
+E4M3 = Levels("e4m3fn", torch.float8_e4m3fn, 448.0, by_reciprocal_, _clamp_to(448.0), _widen_e4m3,
+              _float_dither(3, -6), True)  # fmt: skip
+E5M2 = Levels("e5m2", torch.float8_e5m2, 57344.0, by_reciprocal_, _clamp_to(57344.0), _widen_e5m2,
+              _float_dither(2, -14), True)  # fmt: skip
+INT8 = Levels("int8", torch.int8, 127.0, by_division_, lambda x: x.round_().clamp_(-127.0, 127.0), torch.Tensor.float,
+              torch.Tensor.add_)  # fmt: skip
+INT4 = Levels("int4", torch.int8, 7.0, by_division_, lambda x: x.round_().clamp_(-7.0, 7.0), torch.Tensor.float,
+              torch.Tensor.add_)  # fmt: skip
 
 
 def _row_chunks(geometry: Geometry, shape: tuple[int, int]) -> int:
@@ -121,8 +124,7 @@ def encode(
         x = scratch[: stop - start].copy_(weight[start:stop])
         levels.normalise_(geometry.tiles(x), _spread(scale, geometry, start, stop))
         if seed:
-            dither = torch.rand(x.shape, generator=generator, device=x.device).sub_(0.5)
-            x.add_(dither.mul_(levels.step(x)))
+            levels.dither_(x, torch.rand(x.shape, generator=generator, device=x.device).sub_(0.5))
         codes[start:stop].copy_(levels.round_(x))
     if levels.clear_zero_blocks:
         _clear_zero_blocks_(codes, weight, geometry)

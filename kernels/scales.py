@@ -45,11 +45,29 @@ class Geometry:
             return torch.zeros(grid, dtype=torch.float32, device=weight.device)
         if self.rows is None and self.cols is None:
             low, high = torch.aminmax(weight)
+        elif self.rows == 1 and weight.device.type == "cpu":
+            return _run_absmax(self.tiles(weight).view(grid[0] * grid[1], -1)).view(grid)
         else:
             tiles = self.tiles(weight)
             # Two reductions: aminmax(dim=...) ran at 1.4 GB/s where amax + amin ran at 8.8 (two CPU cores, bf16).
             high, low = tiles.amax((1, 3)), tiles.amin((1, 3))
         return torch.maximum(high.float(), -low.float()).reshape(grid)
+
+
+def _run_absmax(runs: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each row of (M, g), float32, in cache-sized chunks.
+
+    Widening first is what pays: ns per bf16 element on one CPU core (torch 2.11), amax + amin of the stored dtype
+    against this: g = 16 3.5 and 1.3, 64 1.27 and 0.35, 4096 0.43 and 0.26.
+    """
+    count, size = runs.shape
+    absmax = torch.empty(count, dtype=torch.float32, device=runs.device)
+    step = max(CHUNK_ELEMENTS // size, 1)
+    scratch = torch.empty((min(step, count), size), dtype=torch.float32, device=runs.device)
+    for start in range(0, count, step):
+        part = absmax[start : start + step]
+        torch.amax(scratch[: len(part)].copy_(runs[start : start + step]).abs_(), 1, out=part)
+    return absmax
 
 
 def scale_from_absmax(absmax: torch.Tensor, qmax: float) -> torch.Tensor:

@@ -1,0 +1,54 @@
+"""NVFP4: q = e2m1(w / (ts * bs)); ts is one float32 per tensor, bs one e4m3fn per 16 weights along K."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .codebook4 import E2M1
+from .grids import E4M3, decode, encode, squared_error
+from .scales import Geometry, scale_from_absmax
+
+BLOCK = 16
+BLOCKS = Geometry(1, BLOCK)
+
+
+class Nvfp4Scale(NamedTuple):
+    """w ~ value(code) * (per_tensor * block): per_tensor () float32, block (N, K/16) float8_e4m3fn."""
+
+    per_tensor: torch.Tensor
+    block: torch.Tensor
+
+    def total(self) -> torch.Tensor:
+        """per_tensor * block, rounded to float32; 0 where every weight of the block rounds to zero."""
+        return self.per_tensor * self.block.float()
+
+
+@dataclass(frozen=True)
+class Nvfp4Grid:
+    """K is a multiple of 16. A zero tensor has per_tensor 1.0 and otherwise only zero bytes."""
+
+    def scale(self, weight: torch.Tensor) -> Nvfp4Scale:
+        absmax = BLOCKS.absmax(weight)
+        per_tensor = scale_from_absmax(absmax.amax(), E4M3.qmax * E2M1.qmax)
+        # 0-d divisors on the same device: CUDA multiplies by the reciprocal of a Python scalar, one ulp off.
+        block = absmax / torch.tensor(E2M1.qmax, dtype=torch.float32, device=absmax.device) / per_tensor
+        return Nvfp4Scale(per_tensor, block.clamp_(max=E4M3.qmax).to(torch.float8_e4m3fn))
+
+    def encode(self, weight: torch.Tensor, scale: Nvfp4Scale, seed: int = 0) -> torch.Tensor:
+        """(N, K) uint8 E2M1 codes, sign << 3 | magnitude; 0 in blocks whose total scale is 0."""
+        total = scale.total()
+        zero = total == 0
+        codes = encode(weight, torch.where(zero, 1.0, total), E2M1, BLOCKS, seed)
+        if zero.any():
+            BLOCKS.tiles(codes).masked_fill_(zero[:, None, :, None], 0)
+        return codes
+
+    def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: Nvfp4Scale) -> tuple[float, float]:
+        return squared_error(weight, codes, scale.total(), E2M1, BLOCKS)
+
+    def decode(self, codes: torch.Tensor, scale: Nvfp4Scale) -> torch.Tensor:
+        """(N, K) float32: value(code) * total, the product rounded."""
+        return decode(codes, scale.total(), E2M1, BLOCKS)

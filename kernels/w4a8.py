@@ -1,0 +1,148 @@
+"""W4A8: 4-bit codes index a fixed table of levels; q8 = round(level * s_rel) is INT8, w ~ q8 * s_channel (rotated w).
+
+s_rel is one e4m3fn per 16 weights along K, s_channel one float32 per row. The table, the two refinement passes and
+the choice against the stored INT8 grid are those of comfy_kitchen/backends/eager/w4a8_int8.py (comfy-kitchen 0.2.40,
+Apache-2.0); sums over a group are folded in halves, so that every device gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .codebook4 import constant, fast_codes, look_up
+from .scales import CHUNK_ELEMENTS, TINY, Geometry
+
+GROUP = 16
+GROUPS = Geometry(1, GROUP)
+LEVELS = (
+    -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,
+    0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671,
+)  # fmt: skip
+FLOOR = 1e-8  # smallest group and row scale, as in comfy-kitchen
+PASSES = 2  # least-squares refinements of a group's scale; further ones gain less than 0.001 in relative error
+
+
+def round_level(x: torch.Tensor) -> torch.Tensor:
+    """Index of the level nearest to x, the lower one on a tie; int32. Distances are rounded to float32."""
+    table = constant(LEVELS, x.device)
+    above = torch.bucketize(x, table, out_int32=True)  # number of levels below x
+    low, high = (above - 1).clamp_(0), above.clamp(max=len(LEVELS) - 1)
+    nearer = (x - table[high]).abs_() < (x - table[low]).abs_()
+    return torch.where(nearer, high, low)
+
+
+def _fold(x: torch.Tensor) -> torch.Tensor:
+    """Sum of 16 along the last dimension, always in the same order: x[i] + x[i+8], then +4, +2, +1."""
+    half = x.shape[-1] // 2
+    while half:
+        x = x[..., :half] + x[..., half:]
+        half //= 2
+    return x.squeeze(-1)
+
+
+class W4A8Scale(NamedTuple):
+    """channel (N,) float32, 1.0 for a zero row; relative (N, K/16) float8_e4m3fn in INT8 steps, 0 for a zero group."""
+
+    channel: torch.Tensor
+    relative: torch.Tensor
+
+
+@dataclass(frozen=True)
+class W4A8Grid:
+    """Grid of an already rotated weight; K is a multiple of 16."""
+
+    def scale(self, weight: torch.Tensor) -> W4A8Scale:
+        n, k = weight.shape
+        channel = torch.empty(n, dtype=torch.float32, device=weight.device)
+        relative = torch.empty((n, k // GROUP), dtype=torch.float8_e4m3fn, device=weight.device)
+        for rows in _row_slices(n, k):
+            channel[rows], relative[rows] = _fit(weight[rows].float())
+        return W4A8Scale(channel, relative)
+
+    def encode(self, weight: torch.Tensor, scale: W4A8Scale, seed: int = 0) -> torch.Tensor:
+        """(N, K) uint8 codes 0..15 of the levels whose INT8 value is nearest to w / s_channel; zero groups are 0."""
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        generator = torch.Generator(weight.device).manual_seed(seed) if seed else None
+        for rows in _row_slices(*weight.shape):
+            w = weight[rows].float()
+            part = W4A8Scale(scale.channel[rows], scale.relative[rows])
+            found = _choose(w, part, generator)
+            codes[rows] = found.masked_fill_((GROUPS.absmax(w) < TINY)[..., None], 0).view(w.shape)
+        return codes
+
+    def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: W4A8Scale) -> tuple[float, float]:
+        """Measured in the rotated basis; the rotation is orthogonal, so the sums are those of the weight itself."""
+        error = signal = 0.0
+        for rows in _row_slices(*weight.shape):
+            w = weight[rows].float().reshape(-1)
+            difference = self.decode(codes[rows], W4A8Scale(scale.channel[rows], scale.relative[rows])).view(-1).sub_(w)
+            error += float(torch.dot(difference, difference))
+            signal += float(torch.dot(w, w))
+        return error, signal
+
+    def decode(self, codes: torch.Tensor, scale: W4A8Scale, levels: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, K) float32 in the rotated basis: q8 * s_channel, q8 = clamp(round(levels[code] * s_rel), +-127).
+
+        Args:
+            levels: (16,) float32, another table than the fixed one.
+        """
+        n, k = codes.shape
+        values = look_up(codes, levels if levels is not None else LEVELS).view(n, k // GROUP, GROUP)
+        q8 = values.mul_(scale.relative.float()[..., None]).round_().clamp_(-127.0, 127.0)
+        return q8.view(n, k).mul_(scale.channel[:, None])
+
+
+def _row_slices(n: int, k: int) -> Iterator[slice]:
+    rows = max(CHUNK_ELEMENTS // 4 // max(k, 1), 1)  # about ten temporaries of float32 are alive at once
+    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
+
+
+def _fit(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(channel, relative) of some rows: each group's scale by alternating least squares, each row's by its largest."""
+    n, k = w.shape
+    groups = w.view(n, k // GROUP, GROUP)
+    absmax = GROUPS.absmax(w)
+    zero = absmax < TINY
+    group_scale = torch.where(zero, 1.0, absmax)
+    levels = _nearest_levels(groups, group_scale)
+    for _ in range(PASSES):
+        weighted, squared = _fold(groups * levels), _fold(levels * levels)
+        group_scale = (weighted / squared.clamp_(min=FLOOR)).clamp_(min=FLOOR)
+        levels = _nearest_levels(groups, group_scale)
+    largest = (levels * group_scale[..., None]).abs_().amax(2).masked_fill_(zero, 0.0).amax(1)
+    divisor = torch.tensor(127.0, dtype=torch.float32, device=w.device)  # see scale_from_absmax
+    channel = torch.where(zero.all(1), 1.0, (largest / divisor).clamp_(min=FLOOR))
+    return channel, (group_scale / channel[:, None]).masked_fill_(zero, 0.0).to(torch.float8_e4m3fn)
+
+
+def _nearest_levels(groups: torch.Tensor, group_scale: torch.Tensor) -> torch.Tensor:
+    return look_up(fast_codes(groups / group_scale[..., None], round_level), LEVELS)
+
+
+def _choose(w: torch.Tensor, scale: W4A8Scale, generator: torch.Generator | None) -> torch.Tensor:
+    """(n, K/16, 16) codes against the stored grid: the nearer of the two levels around w / s_channel."""
+    n, k = w.shape
+    v = (w / scale.channel[:, None]).view(n, k // GROUP, GROUP)
+    relative = scale.relative.float()[..., None]
+    grid = _int8_levels(constant(LEVELS, w.device), relative)  # (n, K/16, 16), ascending
+    below = torch.zeros(v.shape, dtype=torch.uint8, device=w.device)
+    for index in range(len(LEVELS)):
+        below.add_(grid[..., index : index + 1] < v)
+    last = len(LEVELS) - 1
+    if generator is not None:
+        low = below.clamp_(1, last).sub_(1)
+        lower, upper = (_int8_levels(look_up(code, LEVELS), relative) for code in (low, low + 1))
+        threshold = torch.rand(v.shape, generator=generator, device=v.device).mul_(upper - lower).add_(lower)
+        return low.add_(v > threshold)
+    high = below.clamp(max=last)
+    low = below.clamp_(min=1).sub_(1)
+    above, under = (_int8_levels(look_up(code, LEVELS), relative) for code in (high, low))
+    return torch.where((v - above).abs_() < (v - under).abs_(), high, low)
+
+
+def _int8_levels(levels: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
+    return (levels * relative).round_().clamp_(-127.0, 127.0)
