@@ -33,7 +33,10 @@ def model_input() -> io.Model.Input:
 
 
 def recipe_inputs(formats: list[str]) -> tuple[list[io.Input], list[io.Input]]:
-    """Inputs that describe a Recipe: (shown, advanced). `recipe_from` takes the values by name."""
+    """Inputs that describe a Recipe: (shown, advanced). `recipe_from` takes the values by name.
+
+    All but the format are optional, so that an API prompt states what matters and outlives inputs that come later.
+    """
     scalings = _values(formats, "scaling", only_if_stored=True)
     shown = [
         io.Combo.Input(
@@ -47,6 +50,7 @@ def recipe_inputs(formats: list[str]) -> tuple[list[io.Input], list[io.Input]]:
                 io.Combo.Input(
                     "scaling",
                     options=[AUTO, *scalings],
+                    optional=True,
                     tooltip="How many weights share a scale in int8_tensorwise: one scale per row is more exact, one per "
                     "tensor is smaller by a few kilobytes. auto: row. Leave it at auto for the other formats.",
                 )
@@ -57,11 +61,13 @@ def recipe_inputs(formats: list[str]) -> tuple[list[io.Input], list[io.Input]]:
         io.Combo.Input(
             "preset",
             options=[AUTO, NONE, *preset_names()],
+            optional=True,
             tooltip="Which sensitive layers stay as they are. auto: recognise the model and use its own list; "
             "none: convert every layer that fits.",
         ),
         io.String.Input(
             "keep",
+            optional=True,
             multiline=True,
             default="",
             placeholder="layers to keep, one pattern a line",
@@ -73,6 +79,7 @@ def recipe_inputs(formats: list[str]) -> tuple[list[io.Input], list[io.Input]]:
         io.Combo.Input(
             "block_size",
             options=[AUTO, *map(str, _values(formats, "block_size"))],
+            optional=True,
             advanced=True,
             tooltip="Weights per block in the formats that have blocks; smaller is more exact and larger on disk. "
             "auto: the format's default.",
@@ -80,6 +87,7 @@ def recipe_inputs(formats: list[str]) -> tuple[list[io.Input], list[io.Input]]:
         io.Combo.Input(
             "fallback",
             options=[NONE, *FORMATS],
+            optional=True,
             advanced=True,
             tooltip="Convert the layers that the preset would keep to this format. none: keep them.",
         ),
@@ -87,12 +95,14 @@ def recipe_inputs(formats: list[str]) -> tuple[list[io.Input], list[io.Input]]:
             "method",
             options=list(METHODS),
             default="nearest",
+            optional=True,
             advanced=True,
             tooltip="How each weight's code is chosen. nearest: the closest code; fast, needs no data.",
         ),
         io.Boolean.Input(
             "full_precision_matmul",
             default=False,
+            optional=True,
             advanced=True,
             tooltip="Make ComfyUI compute these layers with unrounded activations: closer to the original, and slower on "
             "GPUs that could multiply in low precision.",
@@ -105,6 +115,7 @@ def device_input() -> io.Combo.Input:
     return io.Combo.Input(
         "device",
         options=[AUTO, "cpu", "cuda"],
+        optional=True,
         advanced=True,
         tooltip="Where the conversion is computed. auto: the NVIDIA or AMD GPU that ComfyUI uses, else the CPU.",
     )
@@ -114,6 +125,7 @@ def overwrite_input() -> io.Boolean.Input:
     return io.Boolean.Input(
         "overwrite",
         default=False,
+        optional=True,
         tooltip="Replace the file if it exists. Off: an existing file is an error and stays as it is.",
     )
 
@@ -131,13 +143,13 @@ def path_output() -> io.String.Output:
 def recipe_from(
     *,
     format: str,
-    preset: str,
-    keep: str,
-    block_size: str,
-    fallback: str,
-    method: str,
-    full_precision_matmul: bool,
     scaling: str = AUTO,
+    preset: str = AUTO,
+    keep: str = "",
+    block_size: str = AUTO,
+    fallback: str = NONE,
+    method: str = "nearest",
+    full_precision_matmul: bool = False,
 ) -> Recipe:
     """The Recipe that the inputs of `recipe_inputs` describe."""
     options = FormatOptions(

@@ -34,12 +34,14 @@ class FewBitsInspectFile(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preview",
+                    optional=True,
                     options=[NONE, *FORMATS],
                     tooltip="Also show what a conversion to this format would do to every layer, and the size after it.",
                 ),
                 io.Combo.Input(
                     "preset",
                     options=[AUTO, NONE, *preset_names()],
+                    optional=True,
                     advanced=True,
                     tooltip="Which layers the previewed conversion keeps. auto: the model family's own list.",
                 ),
@@ -56,7 +58,7 @@ class FewBitsInspectFile(io.ComfyNode):
         return (*host.file_state(file), *sorted(others.items()))
 
     @classmethod
-    def execute(cls, file: str, preview: str, preset: str) -> io.NodeOutput:
+    def execute(cls, file: str, preview: str = NONE, preset: str = AUTO) -> io.NodeOutput:
         path = host.model_path(*host.split_choice(file))
         inspection = inspect_file(path)
         text, data = inspection_text(inspection), inspection.to_json()

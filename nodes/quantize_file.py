@@ -10,6 +10,7 @@ from ..quant_ops.formats import FORMATS
 from ..quant_ops.pipeline import quantize_file
 from .bridge import host
 from .common import (
+    AUTO,
     device_input,
     overwrite_input,
     path_output,
@@ -43,6 +44,7 @@ class FewBitsQuantizeFile(io.ComfyNode):
                 *shown,
                 io.String.Input(
                     "filename",
+                    optional=True,
                     default="",
                     placeholder="automatic: <folder>/<file>_<format>",
                     tooltip="Name of the new file inside ComfyUI's output folder; subfolders are made. Empty: the file's "
@@ -61,7 +63,9 @@ class FewBitsQuantizeFile(io.ComfyNode):
         return (*host.file_state(file), *sorted(others.items()))
 
     @classmethod
-    def execute(cls, file: str, filename: str, overwrite: bool, device: str, **wish: object) -> io.NodeOutput:
+    def execute(
+        cls, file: str, filename: str = "", overwrite: bool = False, device: str = AUTO, **wish: object
+    ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
         folder, name = host.split_choice(file)
         target = host.output_path(filename or automatic_name(folder, name, wish["format"]))

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..quant_ops.formats import FORMATS
 from .bridge import host, model_io
-from .common import device_input, model_input, recipe_from, recipe_inputs, report_output, report_result, schema
+from .common import AUTO, device_input, model_input, recipe_from, recipe_inputs, report_output, report_result, schema
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class QuantizeModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: io.Model.Type, device: str, **wish: object) -> io.NodeOutput:
+    def execute(cls, model: io.Model.Type, device: str = AUTO, **wish: object) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
         quantized, report = model_io.quantize_model(
             model, recipe_from(**wish), device=host.pick_device(device), on_plan=run.on_plan, on_progress=run.on_progress

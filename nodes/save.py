@@ -25,8 +25,8 @@ class FewBitsSaveComfyQuant(io.ComfyNode):
                 io.String.Input(
                     "filename",
                     default="diffusion_models/model_quantized",
-                    tooltip="Name of the file inside ComfyUI's output folder; .safetensors is added and subfolders are made. "
-                    "In diffusion_models/ the loaders find it.",
+                    tooltip="Name of the file inside ComfyUI's output folder; .safetensors is added, subfolders are made. In "
+                    "diffusion_models/ the loaders find it.",
                 ),
                 overwrite_input(),
             ],
@@ -35,8 +35,8 @@ class FewBitsSaveComfyQuant(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: io.Model.Type, filename: str, overwrite: bool) -> io.NodeOutput:
-        run = host.Run(cls.hidden.unique_id)
+    def execute(cls, model: io.Model.Type, filename: str, overwrite: bool = False) -> io.NodeOutput:
+        run = host.Run(cls.hidden.unique_id, text=True)
         target = host.output_path(filename)
         sink = FileSink(target, overwrite=overwrite)
         report = model_io.save_model(model, sink, on_plan=run.on_plan, on_progress=run.on_progress)

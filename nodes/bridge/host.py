@@ -124,10 +124,14 @@ def pick_device(choice: str) -> torch.device:
 
 
 class Run:
-    """One execution of a node, as the user sees it: plan, progress bar, layer names. Its callbacks also cancel."""
+    """One execution of a node, as the user sees it: plan, progress bar, layer names. Its callbacks also cancel.
 
-    def __init__(self, node_id: str | None):
+    With `text`, the layer's name appears under the node: for nodes without a panel of ours, which shows it already.
+    """
+
+    def __init__(self, node_id: str | None, *, text: bool = False):
         self.node_id = node_id
+        self.text = text
         self.started = time.perf_counter()
         self._bar = comfy.utils.ProgressBar(1, node_id=node_id)
         self._sent = float("-inf")
@@ -152,7 +156,7 @@ class Run:
         progress = {"layer": layer, "done": done, "total": total, "seconds": seconds, "eta_seconds": eta}
         self._send("fewbits.progress", progress)
         server = _server()
-        if server is not None and self.node_id is not None:
+        if server is not None and self.text:
             server.send_progress_text(f"{done * 100 // max(total, 1)} % {layer}".rstrip(), self.node_id)
 
     def _send(self, event: str, data: dict) -> None:
