@@ -186,9 +186,8 @@ class FlatGrid:
     def encode(self, weight: torch.Tensor, scale: torch.Tensor, seed: int = 0) -> torch.Tensor:
         """(N, K) uint8 codes; in a zero block the code that decodes to +0."""
         runs = self._runs(weight)
-        parts = [
-            encode(run, part, self.levels, ROWS, seed) for run, part in zip(runs, self._scales(scale, runs), strict=True)
-        ]
+        pairs = zip(runs, self._scales(scale, runs), strict=True)
+        parts = [encode(run, part, self.levels, ROWS, seed) for run, part in pairs]
         return _joined(parts).view(weight.shape)
 
     def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
@@ -202,9 +201,8 @@ class FlatGrid:
     def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """(N, K) float32: table[code] * scale[flat index // group_size], the product rounded."""
         runs = self._runs(codes)
-        parts = [
-            decode(run, part, self.levels, ROWS) for run, part in zip(runs, self._scales(scale, runs), strict=True)
-        ]
+        pairs = zip(runs, self._scales(scale, runs), strict=True)
+        parts = [decode(run, part, self.levels, ROWS) for run, part in pairs]
         return _joined(parts).view(codes.shape)
 
 

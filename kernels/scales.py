@@ -37,7 +37,7 @@ class Geometry:
         return x.view(n // rows, rows, k // cols, cols)
 
     def absmax(self, weight: torch.Tensor) -> torch.Tensor:
-        """Largest magnitude of each tile, float32, shape `grid_shape`; NaN where a tile holds NaN; 0 for empty tiles."""
+        """Largest magnitude of each tile, float32, shape `grid_shape`; NaN if a tile holds NaN, 0 if it is empty."""
         if weight.dtype == torch.float64:  # rounded to float32 once, like the codes
             weight = weight.float()
         grid = self.grid_shape(tuple(weight.shape))

@@ -20,7 +20,7 @@ from .planning.planner import make_plan, stored_markers_needed
 from .planning.recipe import Recipe
 from .report.report import LayerResult, Report
 from .sources import DTYPE_NAMES, TORCH_DTYPES, TensorSink, TensorSource
-from .spec import LayerInput, LayerPlan, ModelPlan
+from .spec import ITEM_SIZES, LayerInput, LayerPlan, ModelPlan, TensorSpec
 
 HUGE = 2.0**120  # |w| above this counts as Inf (FORMATS 2.1)
 
@@ -126,7 +126,7 @@ def _convert(
         return {spec.name: tensors[spec.name].to(TORCH_DTYPES[spec.dtype]) for spec in layer.outputs}, None
     marker = torch.frombuffer(bytearray(marker_bytes(layer.marker)), dtype=torch.uint8)
     if layer.action == "recode":
-        copied = {spec.name: tensors[spec.name] for spec in layer.outputs if spec.name in tensors}
+        copied = {spec.name: _same_bytes(tensors[spec.name], spec) for spec in layer.outputs if spec.name in tensors}
         return {**copied, f"{layer.name}.comfy_quant": marker}, None
     key = f"{layer.name}.weight"
     weight = tensors[key].to(device)
@@ -140,6 +140,12 @@ def _convert(
     outputs = {f"{layer.name}.{suffix}": tensor for suffix, tensor in packed.items()}
     result = LayerResult(layer.name, layer.format, layer.method, error, signal)
     return {**outputs, f"{layer.name}.comfy_quant": marker}, result
+
+
+def _same_bytes(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """The tensor under the dtype it is planned with: block scales stored as E8M0 or U8 change name, not bytes."""
+    renamed = tensor.itemsize == ITEM_SIZES[spec.dtype] == 1
+    return tensor.contiguous().view(TORCH_DTYPES[spec.dtype]) if renamed else tensor
 
 
 def _refuse_non_finite(file: str, key: str, weight: torch.Tensor) -> None:

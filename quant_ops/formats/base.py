@@ -14,7 +14,8 @@ from ..errors import CheckpointError, RecipeError
 from ..spec import FormatOptions, LayerInput, TensorSpec
 
 # What users write for a format name; suggested in errors, never accepted (FORMATS 7.5).
-ALIASES = {"fp8": "float8_e4m3fn", "fp8_scaled": "float8_e4m3fn", "int8": "int8_tensorwise"}
+ALIASES = {"fp8": "float8_e4m3fn", "fp8_scaled": "float8_e4m3fn", "int8": "int8_tensorwise",
+           "nf4": "bnb_nf4", "fp4": "bnb_fp4"}  # fmt: skip
 
 
 class Format(ABC):
@@ -85,7 +86,18 @@ class Format(ABC):
 
     def stored_layer(self, marker: dict, specs: dict[str, TensorSpec]) -> LayerInput:
         """The logical shape and source dtype of a stored layer."""
-        return LayerInput(tuple(specs["weight"].shape), None)
+        return LayerInput(self.stored_matrix(specs), None)
+
+    def stored_matrix(self, specs: dict[str, TensorSpec]) -> tuple[int, int]:
+        """Rows and columns of the stored weight.
+
+        Raises:
+            CheckpointError: it is missing or not a matrix.
+        """
+        shape = specs["weight"].shape if "weight" in specs else ()
+        if len(shape) != 2:
+            raise CheckpointError(f"weight is {list(shape) or 'missing'}, {self.name} stores a matrix")
+        return shape[0], shape[1]
 
     def prepare(self, weight: torch.Tensor, options: FormatOptions) -> torch.Tensor:
         """The matrix whose entries get codes: the weight itself, or its rotated (float32) or zero-padded version."""
@@ -128,6 +140,26 @@ class Format(ABC):
 def marker_bytes(marker: dict) -> bytes:
     """The bytes of a `comfy_quant` tensor: JSON with Python's default separators (FORMATS 1.1)."""
     return json.dumps(marker).encode("utf-8")
+
+
+def with_precision(marker: dict, options: FormatOptions) -> dict:
+    """Append `full_precision_matrix_mult`, last and only when true (FORMATS 1.1)."""
+    return {**marker, "full_precision_matrix_mult": True} if options.full_precision_matrix_mult else marker
+
+
+# How markers name the dtype a layer was made from; float64 is rounded to float32 before anything else.
+JSON_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
+
+
+def dtype_to_json(dtype: str) -> str:
+    """`"BF16"` -> `"bfloat16"`."""
+    return JSON_DTYPES[dtype]
+
+
+def dtype_from_json(name: object) -> str | None:
+    """`"bfloat16"` or `"torch.bfloat16"` -> `"BF16"`; None for anything else."""
+    plain = str(name).removeprefix("torch.")
+    return next((dtype for dtype, known in JSON_DTYPES.items() if known == plain), None)
 
 
 FORMATS: dict[str, Format] = {}

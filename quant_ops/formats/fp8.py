@@ -5,8 +5,8 @@ from __future__ import annotations
 from ...kernels.grids import E4M3, E5M2
 from ...kernels.scales import Geometry
 from ..spec import FormatOptions, LayerInput
-from .base import register_format
-from .tiled import BlockFormat, TiledFormat, with_precision
+from .base import register_format, with_precision
+from .tiled import BlockFormat, TiledFormat
 
 
 class ScalarFP8(TiledFormat):

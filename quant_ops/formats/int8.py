@@ -5,22 +5,47 @@ int8_tensorwise is native.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
 from ...kernels.grids import INT8
+from ...kernels.hadamard import rotate
 from ...kernels.scales import Geometry
+from ..errors import CheckpointError, RecipeError
 from ..spec import FormatOptions, LayerInput, TensorSpec
-from .base import register_format
-from .tiled import BlockFormat, TiledFormat, with_precision
+from . import convrot
+from .base import register_format, with_precision
+from .tiled import BlockFormat, TiledFormat
 
 
 class Int8Tensorwise(TiledFormat):
-    """Row scales by default. A tensor scale is 0-d, rows are (N, 1): comfy-kitchen requantizes by the scale's rank."""
+    """Row scales by default. A tensor scale is 0-d, rows are (N, 1): comfy-kitchen requantizes by the scale's rank.
+
+    With `convrot` the codes are those of the rotated weight (kernels/hadamard.py); it needs row scales.
+    """
 
     name, min_comfyui, native = "int8_tensorwise", "0.27.0", True
     embedding_min_comfyui = "0.29.0"
     levels, dtype = INT8, "I8"
-    choices = {"scaling": ("row", "tensor")}
+    choices = {"scaling": ("row", "tensor"), "convrot": (True,), "convrot_groupsize": convrot.WRITTEN}
     defaults = FormatOptions(scaling="row")
-    layout_options = ("scaling",)
+    layout_options = ("scaling", "convrot_groupsize")
+
+    def resolve(self, options: FormatOptions) -> FormatOptions:
+        options = super().resolve(options)
+        if options.convrot_groupsize and not options.convrot:
+            raise RecipeError(f"format {self.name}: convrot_groupsize needs convrot = true")
+        if options.convrot and options.scaling != "row":
+            raise RecipeError(f"format {self.name}: convrot needs scaling row; got {options.scaling}")
+        return replace(options, convrot_groupsize=options.convrot_groupsize or 256) if options.convrot else options
+
+    def check(self, layer: LayerInput, options: FormatOptions) -> str | None:
+        return convrot.refusal(layer, options.convrot_groupsize) if options.convrot else None
+
+    def fallback(self, layer: LayerInput, options: FormatOptions) -> tuple[str, FormatOptions]:
+        smaller = convrot.smaller_group(layer, options.convrot_groupsize)
+        return self.name, replace(options, convrot=True if smaller else None, convrot_groupsize=smaller)
 
     def geometry(self, options: FormatOptions) -> Geometry:
         return Geometry(1, None) if options.scaling == "row" else Geometry(None, None)
@@ -30,13 +55,30 @@ class Int8Tensorwise(TiledFormat):
 
     def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
         per_row = {"per_row": True} if options.scaling == "row" else {}
-        return with_precision({"format": self.name, **per_row}, options)
+        group = options.convrot_groupsize
+        rotated = {"convrot": True, "convrot_groupsize": group} if options.convrot else {}
+        return with_precision({"format": self.name, **rotated, **per_row}, options)
+
+    def prepare(self, weight: torch.Tensor, options: FormatOptions) -> torch.Tensor:
+        return rotate(weight, options.convrot_groupsize) if options.convrot else weight
+
+    def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
+        decoded = super().dequantize(tensors, layer, options)
+        return rotate(decoded, options.convrot_groupsize) if options.convrot else decoded
 
     def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
         scale = specs.get("weight_scale")
         row = scale is not None and len(scale.shape) > 0
         precise = marker.get("full_precision_matrix_mult", False)
-        return self.resolve(FormatOptions("row" if row else "tensor", full_precision_matrix_mult=precise))
+        options = FormatOptions("row" if row else "tensor", full_precision_matrix_mult=precise)
+        params = marker.get("params", {})
+        nested = isinstance(params, dict) and params.get("convrot", False)
+        if not marker.get("convrot", nested):
+            return options
+        if not row:
+            raise CheckpointError("weight_scale is a single number; a rotated layer (convrot) needs one scale per row")
+        group = convrot.stored_group(marker, self.stored_layer(marker, specs))
+        return replace(options, convrot=True, convrot_groupsize=group)
 
 
 register_format(Int8Tensorwise())

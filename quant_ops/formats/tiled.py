@@ -8,7 +8,7 @@ from ...kernels.grids import Levels, TiledGrid, decode
 from ...kernels.scales import Geometry
 from ..errors import CheckpointError
 from ..spec import FormatOptions, LayerInput, TensorSpec
-from .base import Format
+from .base import Format, with_precision
 
 
 class TiledFormat(Format):
@@ -58,11 +58,6 @@ class TiledFormat(Format):
         return self.resolve(FormatOptions(full_precision_matrix_mult=marker.get("full_precision_matrix_mult", False)))
 
 
-def with_precision(marker: dict, options: FormatOptions) -> dict:
-    """Append `full_precision_matrix_mult`, last and only when true (FORMATS 1.1)."""
-    return {**marker, "full_precision_matrix_mult": True} if options.full_precision_matrix_mult else marker
-
-
 class BlockFormat(TiledFormat):
     """A tiled format with a block size, which the marker states twice (older readers know one place or the other)."""
 
@@ -82,9 +77,9 @@ class BlockFormat(TiledFormat):
         return with_precision({"format": self.name, "group_size": size, "params": {"group_size": size}}, options)
 
     def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
-        weight, scale = specs.get("weight"), specs.get("weight_scale")
-        if weight is None or scale is None or len(scale.shape) < 2 or not scale.shape[1]:
+        (_, k), scale = self.stored_matrix(specs), specs.get("weight_scale")
+        if scale is None or len(scale.shape) < 2 or not scale.shape[1]:
             raise CheckpointError(f"weight_scale is missing or not a grid; {self.name} needs one scale per block")
-        size = weight.shape[1] // scale.shape[1]
+        size = k // scale.shape[1]
         precise = marker.get("full_precision_matrix_mult", False)
         return self.resolve(FormatOptions(block_size=size, full_precision_matrix_mult=precise))

@@ -11,7 +11,7 @@ from ..formats import FORMATS, get_format
 from ..spec import FLOAT_DTYPES, FormatOptions, Header, LayerInput, LayerPlan, ModelPlan, TensorSpec, version_key
 from ..version import VERSION
 from .model_family import Part, find_parts, load_preset
-from .recipe import Recipe, Wish
+from .recipe import Recipe
 from .rules import CompiledRule, compile_rules, user_rules
 
 SMALLEST_SIDE = 16  # FORMATS section 4: smaller layers gain nothing and some kernels refuse them
@@ -196,7 +196,7 @@ class _Planner:
         except (RecipeError, CheckpointError) as error:
             raise CheckpointError(f"layer '{base}': {error}; try `fewbits repair`") from None
         wish = self._rule(base).wish
-        if wish is not None and (wish.format, _geometry_of(wish)) != (format.name, _geometry_of(Wish(format.name, options))):
+        if wish is not None and (wish.format, _geometry_of(wish.options)) != (format.name, _geometry_of(options)):
             raise RecipeError(
                 f"layer '{base}' is quantized already ({format.name}) and {wish.format} was asked for: rounding twice "
                 f"loses quality; start from the original model, or keep the layer with a rule"
@@ -215,8 +215,8 @@ class _Planner:
         )
 
 
-def _geometry_of(wish: Wish) -> FormatOptions:
-    return FormatOptions(wish.options.scaling, wish.options.block_size, wish.options.convrot, wish.options.convrot_groupsize)
+def _geometry_of(options: FormatOptions) -> FormatOptions:
+    return FormatOptions(options.scaling, options.block_size, options.convrot, options.convrot_groupsize)
 
 
 def _main_parts(parts: list[Part]) -> list[Part]:

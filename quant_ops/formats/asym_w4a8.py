@@ -1,0 +1,94 @@
+"""W4A8: 4-bit codes that decode to an INT8 grid of the rotated weight (FORMATS 3.8). Native.
+
+Despite the name `asym_w4a8_int8` the symmetric form is written, with comfy-kitchen's fixed table of levels: its fast
+decoder accepts no other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ...kernels.hadamard import rotate
+from ...kernels.packing import pack_nibbles, unpack_nibbles
+from ...kernels.w4a8 import GROUP, LEVELS, W4A8Grid, W4A8Scale
+from ..errors import CheckpointError
+from ..spec import FormatOptions, LayerInput, TensorSpec
+from . import convrot
+from .base import Format, register_format, with_precision
+
+INT8_ROW = ("int8_tensorwise", FormatOptions(scaling="row"))
+
+
+class AsymW4A8(Format):
+    name, min_comfyui, native = "asym_w4a8_int8", "0.31.0", True
+    choices = {"convrot_groupsize": convrot.WRITTEN}
+    defaults = FormatOptions(convrot_groupsize=256)
+    layout_options = ("convrot_groupsize",)
+
+    def check(self, layer: LayerInput, options: FormatOptions) -> str | None:
+        k = layer.shape[1]
+        if k % GROUP:
+            return f"K={k} not divisible by {GROUP}"
+        return convrot.refusal(layer, options.convrot_groupsize)
+
+    def fallback(self, layer: LayerInput, options: FormatOptions) -> tuple[str, FormatOptions]:
+        smaller = convrot.smaller_group(layer, options.convrot_groupsize)
+        return (self.name, replace(options, convrot_groupsize=smaller)) if smaller else INT8_ROW
+
+    def tensor_specs(self, layer: LayerInput, options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:
+        n, k = layer.shape
+        return {
+            "weight": ("I8", (n, k // 2)),
+            "weight_s_rel": ("F8_E4M3", (n, k // GROUP)),
+            "weight_s_channel": ("F32", (n,)),
+            "weight_codebook": ("F32", (len(LEVELS),)),
+        }
+
+    def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
+        marker = {
+            "format": self.name,
+            "group_size": GROUP,
+            "params": {"group_size": GROUP},
+            "convrot_groupsize": options.convrot_groupsize,
+        }
+        return with_precision(marker, options)
+
+    def stored_layer(self, marker: dict, specs: dict[str, TensorSpec]) -> LayerInput:
+        n, half = self.stored_matrix(specs)
+        return LayerInput((n, 2 * half), None)
+
+    def options_from(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
+        if "weight_correction" in specs:
+            raise CheckpointError(f"weight_correction is there; {self.name} of FewBits has none")
+        layer = self.stored_layer(marker, specs)
+        options = FormatOptions(
+            convrot_groupsize=convrot.stored_group(marker, layer),
+            full_precision_matrix_mult=marker.get("full_precision_matrix_mult", False),
+        )
+        self.refuse_misfit(layer, options, specs)
+        return options
+
+    def prepare(self, weight: torch.Tensor, options: FormatOptions) -> torch.Tensor:
+        return rotate(weight, options.convrot_groupsize)
+
+    def grid(self, layer: LayerInput, options: FormatOptions) -> W4A8Grid:
+        return W4A8Grid()
+
+    def pack(self, codes: torch.Tensor, scale: W4A8Scale, options: FormatOptions) -> dict[str, torch.Tensor]:
+        return {
+            "weight": pack_nibbles(codes, high_first=False).view(torch.int8),
+            "weight_s_rel": scale.relative,
+            "weight_s_channel": scale.channel,
+            "weight_codebook": torch.tensor(LEVELS, dtype=torch.float32, device=codes.device),
+        }
+
+    def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
+        codes = unpack_nibbles(tensors["weight"], high_first=False)
+        scale = W4A8Scale(tensors["weight_s_channel"], tensors["weight_s_rel"])
+        rotated = W4A8Grid().decode(codes, scale, tensors["weight_codebook"])
+        return rotate(rotated, options.convrot_groupsize)
+
+
+register_format(AsymW4A8())
