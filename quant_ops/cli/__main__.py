@@ -35,5 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Entry point of the installed command."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()
