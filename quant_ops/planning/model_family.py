@@ -16,6 +16,7 @@ else:  # the standard library has it from 3.11 on
     import tomli as tomllib
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+WIDTHS = "widths"  # the table of families.toml that is not a family
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,17 @@ def families() -> tuple[Family, ...]:
     return tuple(
         Family(name=name, **{key: tuple(value) if key in lists else value for key, value in entry.items()})
         for name, entry in _load(RECIPES / "families.toml").items()
+        if name != WIDTHS
     )
+
+
+@cache
+def width_layers(family: str | None) -> tuple[str, ...]:
+    """Patterns of the layers whose width ComfyUI reads to recognise a family; of all families for None."""
+    table = _load(RECIPES / "families.toml")[WIDTHS]
+    if family is not None:
+        return tuple(table.get(family, ()))
+    return tuple(dict.fromkeys(pattern for patterns in table.values() for pattern in patterns))
 
 
 @cache

@@ -10,7 +10,8 @@ from ..errors import CheckpointError, RecipeError
 from ..formats import FORMATS, get_format
 from ..spec import FLOAT_DTYPES, FormatOptions, Header, LayerInput, LayerPlan, ModelPlan, TensorSpec, version_key
 from ..version import VERSION
-from .model_family import Part, find_parts, load_preset
+from .match import matches
+from .model_family import Part, find_parts, load_preset, width_layers
 from .recipe import Recipe
 from .rules import CompiledRule, compile_rules, user_rules
 
@@ -18,6 +19,8 @@ SMALLEST_SIDE = 16  # FORMATS section 4: smaller layers gain nothing and some ke
 EMBEDDING = re.compile(
     r"(.*\.)?(embed_tokens|shared|token_embedding|word_embeddings|wte|relative_attention_bias)"
 )  # FORMATS section 4
+
+READS_WIDTH = "ComfyUI reads its width to recognise the model"
 
 
 def make_plan(header: Header, recipe: Recipe, markers: dict[str, dict] | None = None) -> ModelPlan:
@@ -173,6 +176,11 @@ class _Planner:
         steps += format.notes(layer, options)
         if EMBEDDING.fullmatch(base) and format.embedding_min_comfyui is None:
             return _keep(base, spec, "embedding table", requested=wish.format)
+        packed = format.tensor_specs(layer, options)["weight"][1] != layer.shape
+        if packed and self._width_is_read(base):
+            if not rule.users and self.recipe.preset != "none":
+                return self._unpacked(base, spec, rule, "; ".join([*steps, READS_WIDTH]))
+            self.warnings.append(f"layer '{base}' becomes {name}, but {READS_WIDTH}; keep it with a rule")
         return LayerPlan(
             name=base,
             action="quantize",
@@ -185,6 +193,20 @@ class _Planner:
             marker=format.marker(layer, options),
             requested=wish.format,
         )
+
+    def _width_is_read(self, base: str) -> bool:
+        owner = self._owner(base)
+        if owner is not None:
+            return any(matches(pattern, base[len(owner.prefix) :]) for pattern in width_layers(owner.family.name))
+        if self.parts:
+            return False
+        return any(matches(pattern, base) or matches(f"*.{pattern}", base) for pattern in width_layers(None))
+
+    def _unpacked(self, base: str, spec: TensorSpec, rule: CompiledRule, reason: str) -> LayerPlan:
+        """The recipe's fallback for a layer that may not be packed, else keep."""
+        if self.recipe.fallback is None or self.recipe.fallback is rule.wish:
+            return _keep(base, spec, reason, requested=rule.wish.format)
+        return self._quantize(base, spec, CompiledRule(rule.pattern, rule.action, self.recipe.fallback, reason))
 
     def _recode(self, base: str, specs: list[TensorSpec]) -> LayerPlan:
         """A layer that is quantized already: same codes, metadata made complete."""
