@@ -32,18 +32,18 @@ def model_input() -> io.Model.Input:
     )
 
 
-def recipe_inputs(formats: list[str]) -> tuple[list[io.Input], list[io.Input]]:
+def recipe_inputs(formats: list[str], choice: str) -> tuple[list[io.Input], list[io.Input]]:
     """Inputs that describe a Recipe: (shown, advanced). `recipe_from` takes the values by name.
 
-    All but the format are optional, so that an API prompt states what matters and outlives inputs that come later.
+    `choice` helps to choose among the formats. All but the format are optional, so that an API prompt states what
+    matters and outlives inputs that come later.
     """
     scalings = _values(formats, "scaling", only_if_stored=True)
     shown = [
         io.Combo.Input(
             "format",
             options=formats,
-            tooltip="What the layers become, and what opens the result. "
-            + " ".join(f"{name}: {_opens(name)}." for name in formats),
+            tooltip=f"What the layers become. {choice}",
         ),
         *(
             [
@@ -51,8 +51,8 @@ def recipe_inputs(formats: list[str]) -> tuple[list[io.Input], list[io.Input]]:
                     "scaling",
                     options=[AUTO, *scalings],
                     optional=True,
-                    tooltip="How many weights share a scale in int8_tensorwise: one scale per row is more exact, one per "
-                    "tensor is smaller by a few kilobytes. auto: row. Leave it at auto for the other formats.",
+                    tooltip="How many weights share a scale in int8_tensorwise: one scale per row is more exact, one "
+                    "per tensor smaller by a few kilobytes. auto: row. Leave it at auto for the other formats.",
                 )
             ]
             if scalings
@@ -104,8 +104,8 @@ def recipe_inputs(formats: list[str]) -> tuple[list[io.Input], list[io.Input]]:
             default=False,
             optional=True,
             advanced=True,
-            tooltip="Make ComfyUI compute these layers with unrounded activations: closer to the original, and slower on "
-            "GPUs that could multiply in low precision.",
+            tooltip="Make ComfyUI compute these layers with unrounded activations: closer to the original, and slower "
+            "on GPUs that could multiply in low precision.",
         ),
     ]
     return shown, advanced
@@ -175,11 +175,6 @@ def inspection_text(inspection: Inspection) -> str:
     """What is in a file, and what of FewBits is switched off in this ComfyUI."""
     off = [f"FewBits: '{seam}' is off: {reason}" for seam, reason in bridge.status().items() if reason]
     return "\n".join([inspection.to_text(), *off])
-
-
-def _opens(name: str) -> str:
-    format = FORMATS[name]
-    return f"stock ComfyUI >= {format.min_comfyui}" if format.native else "ComfyUI with FewBits"
 
 
 def _values(formats: list[str], option: str, *, only_if_stored: bool = False) -> list:

@@ -24,19 +24,21 @@ class FewBitsInspectFile(io.ComfyNode):
             node_id="FewBitsInspectFile",
             display_name="Inspect File",
             category="FewBits/tools",
-            description="Shows model family, layers per format, sizes and problems of a file, and previews a conversion. It "
-            "reads the header only, so it takes a moment even for the largest file.",
+            description="Shows model family, layers per format, sizes and problems of a file, and previews a "
+            "conversion. It reads the header only, so it takes a moment even for the largest file.",
             search_aliases=["info", "metadata", "what is inside", "fewbits"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
-                    "file", options=host.all_model_files(), tooltip="The safetensors file to look into. It is only read."
+                    "file",
+                    options=host.all_model_files(),
+                    tooltip="The safetensors file to look into. It is only read.",
                 ),
                 io.Combo.Input(
                     "preview",
                     optional=True,
                     options=[NONE, *FORMATS],
-                    tooltip="Also show what a conversion to this format would do to every layer, and the size after it.",
+                    tooltip="Also show what a conversion to this format would do to every layer, and the new size.",
                 ),
                 io.Combo.Input(
                     "preset",
@@ -47,7 +49,9 @@ class FewBitsInspectFile(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("text", display_name="text", tooltip="What is inside, and the preview's totals, to read."),
+                io.String.Output(
+                    "text", display_name="text", tooltip="What is inside, and the preview's totals, to read."
+                ),
                 io.String.Output("report", display_name="report", tooltip="The same and every layer's plan, as JSON."),
             ],
             hidden=[io.Hidden.unique_id],

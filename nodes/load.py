@@ -18,13 +18,13 @@ class FewBitsLoadModel(io.ComfyNode):
             node_id="FewBitsLoadModel",
             display_name="Load Model",
             category="FewBits/load",
-            description="Loads a diffusion model, quantized or not, as ComfyUI's own loader does, and says what is inside.",
+            description="Loads a diffusion model, quantized or not, as ComfyUI's own loader does; says what is inside.",
             search_aliases=["load diffusion model", "unet", "quantized", "fewbits"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=host.model_files(FOLDER),
-                    tooltip="A safetensors file from ComfyUI's diffusion_models folders; quantized files run as they are.",
+                    tooltip="A safetensors file in a diffusion_models folder. Quantized files run as they are.",
                 )
             ],
             outputs=[

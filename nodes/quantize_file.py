@@ -25,13 +25,13 @@ from .common import (
 class FewBitsQuantizeFile(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        shown, advanced = recipe_inputs(list(FORMATS))
+        shown, advanced = recipe_inputs(list(FORMATS), "The report says which ComfyUI opens the result.")
         return schema(
             node_id="FewBitsQuantizeFile",
             display_name="Quantize File",
             category="FewBits/quantize",
-            description="Writes a smaller copy of a model file. It reads and writes one layer at a time, so the model may "
-            "be larger than the memory.",
+            description="Writes a smaller copy of a model file. It reads and writes one layer at a time, so the model "
+            "may be larger than the memory.",
             search_aliases=["quantize", "convert", "compress", "fewbits"],
             is_output_node=True,
             inputs=[
@@ -47,8 +47,8 @@ class FewBitsQuantizeFile(io.ComfyNode):
                     optional=True,
                     default="",
                     placeholder="automatic: <folder>/<file>_<format>",
-                    tooltip="Name of the new file inside ComfyUI's output folder; subfolders are made. Empty: the file's "
-                    "own name and the format, in the folder where the loaders find it.",
+                    tooltip="Name of the new file inside ComfyUI's output folder; subfolders are made. Empty: the old "
+                    "name and the format, in the folder where the loaders find it.",
                 ),
                 overwrite_input(),
                 *advanced,

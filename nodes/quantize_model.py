@@ -13,12 +13,13 @@ from .common import AUTO, device_input, model_input, recipe_from, recipe_inputs,
 
 @dataclass(frozen=True)
 class Row:
-    """One node: its id, its name, and which formats it offers, the default first."""
+    """One node: its id, its name, which formats it offers (the default first), and how to choose."""
 
     node_id: str
     name: str
     formats: tuple[str, ...]
     about: str
+    choice: str
 
 
 ROWS = (
@@ -26,13 +27,15 @@ ROWS = (
         "FewBitsQuantizeFP8",
         "Quantize FP8",
         tuple(name for name in FORMATS if name.startswith("float8_")),
-        "8-bit floating point: half the size of 16 bit, and the fastest choice on GPUs with FP8 units.",
+        "8-bit floating point: half the size of 16 bit, multiplied as it is by GPUs with FP8 units.",
+        "float8_e4m3fn opens in stock ComfyUI; the row and block formats have more scales and need FewBits.",
     ),
     Row(
         "FewBitsQuantizeINT8",
         "Quantize INT8",
         tuple(name for name in FORMATS if name.startswith("int8_")),
-        "8-bit integers: half the size of 16 bit, with less error than FP8 on most models.",
+        "8-bit integers: half the size of 16 bit, multiplied as they are by NVIDIA GPUs since Turing.",
+        "int8_tensorwise opens in stock ComfyUI 0.27 or newer; the block formats need FewBits.",
     ),
 )
 
@@ -44,7 +47,7 @@ class QuantizeModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        shown, advanced = recipe_inputs(list(cls.ROW.formats))
+        shown, advanced = recipe_inputs(list(cls.ROW.formats), cls.ROW.choice)
         return schema(
             node_id=cls.ROW.node_id,
             display_name=cls.ROW.name,
@@ -63,7 +66,11 @@ class QuantizeModel(io.ComfyNode):
     def execute(cls, model: io.Model.Type, device: str = AUTO, **wish: object) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
         quantized, report = model_io.quantize_model(
-            model, recipe_from(**wish), device=host.pick_device(device), on_plan=run.on_plan, on_progress=run.on_progress
+            model,
+            recipe_from(**wish),
+            device=host.pick_device(device),
+            on_plan=run.on_plan,
+            on_progress=run.on_progress,
         )
         return report_result(quantized, report=report)
 

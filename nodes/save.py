@@ -16,8 +16,8 @@ class FewBitsSaveComfyQuant(io.ComfyNode):
             node_id="FewBitsSaveComfyQuant",
             display_name="Save comfy_quant",
             category="FewBits/quantize",
-            description="Writes a model to a file with its quantized layers as they are. LoRAs on it are baked in: exactly "
-            "where the layer is not quantized, with a second rounding where it is.",
+            description="Writes a model to a file with its quantized layers as they are. LoRAs on it are baked in; "
+            "layers that are quantized already are rounded a second time by that.",
             search_aliases=["save model", "export", "quantized", "fewbits"],
             is_output_node=True,
             inputs=[
@@ -25,7 +25,7 @@ class FewBitsSaveComfyQuant(io.ComfyNode):
                 io.String.Input(
                     "filename",
                     default="diffusion_models/model_quantized",
-                    tooltip="Name of the file inside ComfyUI's output folder; .safetensors is added, subfolders are made. In "
+                    tooltip="Name of the file inside ComfyUI's output folder; subfolders are made. In "
                     "diffusion_models/ the loaders find it.",
                 ),
                 overwrite_input(),

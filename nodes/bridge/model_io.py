@@ -178,8 +178,8 @@ class ModelSource:
         if not layers:
             return ()
         return (
-            f"{len(layers)} quantized layers carry a LoRA or another patch and are rounded a second time; for less error "
-            "apply it to the original model and quantize the result",
+            f"{len(layers)} quantized layers carry a LoRA or another patch and are rounded a second time; for less "
+            "error apply it to the original model and quantize the result",
         )
 
     def _plain(self, key: str, stored: str | None) -> torch.Tensor:
@@ -238,8 +238,8 @@ def quantize_model(
         if source.quantized:
             formats = sorted({module.quant_format for module in source.quantized.values()})
             raise QuantError(
-                f"{source.name}: the MODEL is quantized already ({', '.join(formats)}, {len(source.quantized)} layers); "
-                "rounding twice loses quality: connect the original model"
+                f"{source.name}: the MODEL is quantized already ({', '.join(formats)}, {len(source.quantized)} layers)"
+                "; rounding twice loses quality: connect the original model"
             )
         sink = MemorySink()
         report = quantize(source, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress)

@@ -1,24 +1,25 @@
 """ComfyUI in this process, on the CPU, with tiny models: what the nodes do, without a server."""
 
-import os
 import sys
 
 import pytest
 import torch
-from helpers import flux_shapes, random_tensors, sd3_shapes
 from safetensors.torch import save_file
+
+from helpers import flux_shapes, random_tensors, sd3_shapes
 
 SHAPES = {"sd3": sd3_shapes, "flux": flux_shapes}
 
 
 @pytest.fixture(scope="session", autouse=True)
-def comfyui():
-    """`comfy` importable and FewBits registered; the tree is the one that dev.py chose."""
-    sys.path.insert(0, os.environ["FEWBITS_COMFYUI"])
+def comfy(comfyui):
+    """ComfyUI's package `comfy`, with FewBits registered."""
+    sys.path.insert(0, str(comfyui))
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = True  # what `--cpu` sets; read when comfy.model_management is imported
     import comfy.sd
+
     import fewbits.nodes.bridge
 
     fewbits.nodes.bridge.register()
@@ -49,12 +50,12 @@ def model_file(tmp_path, family):
 
 
 @pytest.fixture
-def model(comfyui, model_file):
-    return comfyui.sd.load_diffusion_model(str(model_file))
+def model(comfy, model_file):
+    return comfy.sd.load_diffusion_model(str(model_file))
 
 
 @pytest.fixture
-def sample(comfyui):
+def sample(comfy):
     """Two Euler steps from fixed noise: a MODEL -> latent."""
     import comfy.sample
 
@@ -65,14 +66,24 @@ def sample(comfyui):
         )
         positive = [[context, {"pooled_output": pooled}]]
         return comfy.sample.sample(
-            model, noise, 2, 1.0, "euler", "simple", positive, positive, torch.zeros_like(noise), seed=0, disable_pbar=True
+            model,
+            noise,
+            2,
+            1.0,
+            "euler",
+            "simple",
+            positive,
+            positive,
+            torch.zeros_like(noise),
+            seed=0,
+            disable_pbar=True,
         )
 
     return run
 
 
 @pytest.fixture
-def quantize(comfyui):
+def quantize(comfy):
     """The node's core call: `quantize(model, "int8_tensorwise")` -> (MODEL, report)."""
     from fewbits.nodes.bridge.model_io import quantize_model
     from fewbits.quant_ops.pipeline import ignore_progress
@@ -86,7 +97,7 @@ def quantize(comfyui):
 
 
 @pytest.fixture
-def save(comfyui):
+def save(comfy):
     """The Save node's core call: MODEL, path -> report."""
     from fewbits.nodes.bridge.model_io import save_model
     from fewbits.quant_ops.checkpoint.writer import FileSink

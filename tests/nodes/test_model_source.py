@@ -2,26 +2,27 @@
 
 import pytest
 import torch
-from helpers import EMOJI, flux_shapes, random_tensors, sd3_shapes, tiny_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from helpers import EMOJI, flux_shapes, random_tensors, sd3_shapes, tiny_checkpoint
 
 LORA = EMOJI.with_name("emoji_lora_blue.safetensors")
 
 
 @pytest.fixture
-def source_of(comfyui):
+def source_of(comfy):
     from fewbits.nodes.bridge.model_io import ModelSource
 
     return ModelSource
 
 
 @pytest.fixture
-def with_lora(comfyui):
+def with_lora(comfy):
     import comfy.utils
 
     def apply(model, strength=1.0):
-        return comfyui.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(LORA)), strength, 0)[0]
+        return comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(LORA)), strength, 0)[0]
 
     return apply
 
@@ -45,10 +46,10 @@ def test_a_model_offers_its_files_names_order_dtypes_bytes_and_metadata(model, m
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_the_files_bytes_come_back_whatever_the_weights_were_cast_to(comfyui, tmp_path, source_of, dtype):
+def test_the_files_bytes_come_back_whatever_the_weights_were_cast_to(comfy, tmp_path, source_of, dtype):
     path = tmp_path / "model.safetensors"
     save_file(random_tensors(flux_shapes(), torch.float32), path)
-    model = comfyui.sd.load_diffusion_model(str(path), model_options={"dtype": dtype})
+    model = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": dtype})
     assert model.model.diffusion_model.img_in.weight.dtype == dtype
     with source_of(model) as source:
         for name, tensor in load_file(path).items():
@@ -83,21 +84,21 @@ def test_a_file_that_is_gone_is_reported_and_the_models_own_dtypes_are_used(mode
         assert "cannot be read again" in warning and "no such file" in warning
 
 
-def test_names_that_comfyui_renames_while_loading_stay_the_files(comfyui, tmp_path, source_of):
+def test_names_that_comfyui_renames_while_loading_stay_the_files(comfy, tmp_path, source_of):
     published = {name.replace("_norm.weight", "_norm.scale"): t for name, t in random_tensors(flux_shapes()).items()}
     published = {name: t * 2 if name.endswith("scale") else t for name, t in published.items()}
     save_file(published, tmp_path / "flux.safetensors")
-    with source_of(comfyui.sd.load_diffusion_model(str(tmp_path / "flux.safetensors"))) as source:
+    with source_of(comfy.sd.load_diffusion_model(str(tmp_path / "flux.safetensors"))) as source:
         assert set(source.header.tensors) == set(published)
         assert torch.equal(source.read("single_blocks.0.norm.query_norm.scale"), torch.full((128,), 2.0).bfloat16())
 
 
-def test_of_a_checkpoint_only_the_diffusion_model_is_offered_under_its_own_names(comfyui, tmp_path, source_of):
+def test_of_a_checkpoint_only_the_diffusion_model_is_offered_under_its_own_names(comfy, tmp_path, source_of):
     inner = random_tensors(sd3_shapes())
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in inner.items()}
     tensors["first_stage_model.decoder.conv_in.weight"] = torch.zeros(4, 16, 3, 3)
     save_file(tensors, tmp_path / "checkpoint.safetensors")
-    model = comfyui.sd.load_checkpoint_guess_config(
+    model = comfy.sd.load_checkpoint_guess_config(
         str(tmp_path / "checkpoint.safetensors"), output_vae=False, output_clip=False
     )[0]
     with source_of(model) as source:
@@ -106,9 +107,9 @@ def test_of_a_checkpoint_only_the_diffusion_model_is_offered_under_its_own_names
             assert torch.equal(bits(source.read(name)), bits(tensor)), name
 
 
-def test_a_tensor_that_only_says_which_model_it_is_is_carried_along(comfyui, tmp_path, source_of):
+def test_a_tensor_that_only_says_which_model_it_is_is_carried_along(comfy, tmp_path, source_of):
     save_file({**random_tensors(flux_shapes()), "__some_flag__": torch.ones(3)}, tmp_path / "flux.safetensors")
-    with source_of(comfyui.sd.load_diffusion_model(str(tmp_path / "flux.safetensors"))) as source:
+    with source_of(comfy.sd.load_diffusion_model(str(tmp_path / "flux.safetensors"))) as source:
         assert torch.equal(source.read("__some_flag__"), torch.ones(3))
 
 
@@ -136,8 +137,8 @@ def test_v_prediction_is_stated_as_comfyui_states_it_when_saving(model, source_o
         assert source.read("v_pred").shape == (0,)
 
 
-def test_weight_patches_are_applied_in_float32_and_the_model_stays_as_it_is(comfyui, source_of, with_lora):
-    model = comfyui.sd.load_diffusion_model(str(EMOJI))
+def test_weight_patches_are_applied_in_float32_and_the_model_stays_as_it_is(comfy, source_of, with_lora):
+    model = comfy.sd.load_diffusion_model(str(EMOJI))
     before = {name: tensor.clone() for name, tensor in model.model.diffusion_model.state_dict().items()}
     stored, lora = load_file(EMOJI), load_file(LORA)
     patched = with_lora(model, 0.75)
@@ -158,9 +159,9 @@ def test_weight_patches_are_applied_in_float32_and_the_model_stays_as_it_is(comf
 
 
 def test_a_lora_that_sampling_has_put_into_the_weights_is_neither_kept_nor_applied_twice(
-    comfyui, source_of, with_lora, sample
+    comfy, source_of, with_lora, sample
 ):
-    model = comfyui.sd.load_diffusion_model(str(EMOJI))
+    model = comfy.sd.load_diffusion_model(str(EMOJI))
     patched = with_lora(model)
     with source_of(patched) as source:
         fresh = source.read("single_blocks.0.linear1.weight")
@@ -201,16 +202,15 @@ def test_a_model_without_a_diffusion_model_is_refused(model, source_of):
         source_of(model)
 
 
-def test_it_also_works_outside_inference_mode(tmp_path, comfyui, source_of, with_lora):
-    with torch.inference_mode(False):
-        with source_of(with_lora(comfyui.sd.load_diffusion_model(str(EMOJI)))) as source:
-            for name in source.header.tensors:
-                assert not source.read(name).requires_grad
+def test_it_also_works_outside_inference_mode(tmp_path, comfy, source_of, with_lora):
+    with torch.inference_mode(False), source_of(with_lora(comfy.sd.load_diffusion_model(str(EMOJI)))) as source:
+        for name in source.header.tensors:
+            assert not source.read(name).requires_grad
 
 
-def test_a_file_without_metadata_gives_none(comfyui, tmp_path, source_of):
+def test_a_file_without_metadata_gives_none(comfy, tmp_path, source_of):
     path = tiny_checkpoint(tmp_path / "plain.safetensors")
     with safe_open(path, "pt") as file:
         assert file.metadata() is None
-    with source_of(comfyui.sd.load_diffusion_model(str(path))) as source:
+    with source_of(comfy.sd.load_diffusion_model(str(path))) as source:
         assert source.header.metadata == {}

@@ -4,8 +4,9 @@ import types
 
 import pytest
 import torch
-from helpers import EMOJI
 from safetensors.torch import load_file, save_file
+
+from helpers import EMOJI
 
 LORA = EMOJI.with_name("emoji_lora_blue.safetensors")
 BOTH = pytest.mark.parametrize("family", ["sd3", "flux"])
@@ -40,18 +41,18 @@ def test_the_new_model_samples_like_the_old_one_and_the_old_one_is_unchanged(mod
     assert_equal_weights(weights(model), before)
 
 
-def test_the_new_model_is_what_comfyui_loads_from_the_saved_file(comfyui, model, quantize, sample, save, tmp_path):
+def test_the_new_model_is_what_comfyui_loads_from_the_saved_file(comfy, model, quantize, sample, save, tmp_path):
     quantized, _ = quantize(model)
     save(quantized, tmp_path / "saved.safetensors")
-    loaded = comfyui.sd.load_diffusion_model(str(tmp_path / "saved.safetensors"))
+    loaded = comfy.sd.load_diffusion_model(str(tmp_path / "saved.safetensors"))
     assert_equal_weights(weights(loaded), weights(quantized))
     assert torch.equal(sample(loaded), sample(quantized))
 
 
-def test_saving_what_comfyui_loaded_gives_the_same_file_again(comfyui, model, quantize, save, tmp_path):
+def test_saving_what_comfyui_loaded_gives_the_same_file_again(comfy, model, quantize, save, tmp_path):
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     save(quantize(model)[0], first)
-    save(comfyui.sd.load_diffusion_model(str(first)), second)
+    save(comfy.sd.load_diffusion_model(str(first)), second)
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -59,12 +60,15 @@ def test_saving_an_unquantized_model_is_a_copy_of_its_tensors(model, model_file,
     report = save(model, tmp_path / "copy.safetensors")
     assert report.results == () and report.plan.loads_in() == "loads in stock ComfyUI (nothing is quantized)"
     copy, original = load_file(tmp_path / "copy.safetensors"), load_file(model_file)
-    assert {name: tensor.dtype for name, tensor in copy.items()} == {name: tensor.dtype for name, tensor in original.items()}
+    assert {name: tensor.dtype for name, tensor in copy.items()} == {
+        name: tensor.dtype for name, tensor in original.items()
+    }
     assert all(torch.equal(copy[name], original[name]) for name in original)
 
 
-def test_a_baked_lora_gives_the_codes_of_the_merged_file(comfyui, quantize, save, tmp_path):
+def test_a_baked_lora_gives_the_codes_of_the_merged_file(comfy, quantize, save, tmp_path):
     import comfy.utils
+
     from fewbits.quant_ops.pipeline import quantize_file
     from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
@@ -74,10 +78,12 @@ def test_a_baked_lora_gives_the_codes_of_the_merged_file(comfyui, quantize, save
         up, down = lora[key.replace("lora_A", "lora_B")].float(), lora[key].float()
         merged[name] = merged[name].float() + up @ down
     save_file(merged, tmp_path / "merged.safetensors")
-    quantize_file(tmp_path / "merged.safetensors", tmp_path / "wanted.safetensors", Recipe(parse_wish("int8_tensorwise")))
+    quantize_file(
+        tmp_path / "merged.safetensors", tmp_path / "wanted.safetensors", Recipe(parse_wish("int8_tensorwise"))
+    )
 
-    model = comfyui.sd.load_diffusion_model(str(EMOJI))
-    patched, _ = comfyui.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(LORA)), 1.0, 0)
+    model = comfy.sd.load_diffusion_model(str(EMOJI))
+    patched, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(LORA)), 1.0, 0)
     save(quantize(patched)[0], tmp_path / "got.safetensors")
     wanted, got = load_file(tmp_path / "wanted.safetensors"), load_file(tmp_path / "got.safetensors")
     assert set(got) == set(wanted)
@@ -85,12 +91,12 @@ def test_a_baked_lora_gives_the_codes_of_the_merged_file(comfyui, quantize, save
         assert torch.equal(got[name], tensor.to(got[name].dtype)), name
 
 
-def test_a_lora_on_quantized_layers_is_saved_as_comfyui_runs_it(comfyui, quantize, save, tmp_path):
+def test_a_lora_on_quantized_layers_is_saved_as_comfyui_runs_it(comfy, quantize, save, tmp_path):
     import comfy.model_management
     import comfy.utils
 
-    quantized, _ = quantize(comfyui.sd.load_diffusion_model(str(EMOJI)))
-    patched, _ = comfyui.sd.load_lora_for_models(quantized, None, comfy.utils.load_torch_file(str(LORA)), 1.0, 0)
+    quantized, _ = quantize(comfy.sd.load_diffusion_model(str(EMOJI)))
+    patched, _ = comfy.sd.load_lora_for_models(quantized, None, comfy.utils.load_torch_file(str(LORA)), 1.0, 0)
     before = weights(quantized)
     report = save(patched, tmp_path / "saved.safetensors")
     assert "16 quantized layers carry a LoRA" in " ".join(report.plan.warnings)
@@ -113,7 +119,7 @@ def test_a_quantized_model_is_refused_with_its_formats(model, quantize):
         quantize(quantized, "float8_e4m3fn")
 
 
-def test_what_is_not_a_weight_is_carried_over_and_weight_patches_are_not(comfyui, model, quantize):
+def test_what_is_not_a_weight_is_carried_over_and_weight_patches_are_not(comfy, model, quantize):
     import comfy.hooks
     import comfy.model_sampling
     from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
@@ -150,7 +156,7 @@ def test_what_is_not_a_weight_is_carried_over_and_weight_patches_are_not(comfyui
     assert new.patches_uuid != model.patches_uuid
 
 
-def test_the_sampling_shift_of_the_old_model_is_used(comfyui, model, quantize, sample):
+def test_the_sampling_shift_of_the_old_model_is_used(comfy, model, quantize, sample):
     from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 
     (shifted,) = ModelSamplingFlux().patch(model, 3.0, 3.0, 64, 64)
@@ -191,7 +197,9 @@ def test_a_replaced_part_that_holds_the_old_weights_is_refused(model, quantize):
         pytest.param(lambda model: model.clone(), id="clone"),
         pytest.param(lambda model: model.clone(force_deepcopy=True), id="deep copy"),
         pytest.param(lambda model: model.deepclone_multigpu(), id="other GPU"),
-        pytest.param(lambda model: model.cached_patcher_init[0](*model.cached_patcher_init[1], disable_dynamic=True), id="reload"),
+        pytest.param(
+            lambda model: model.cached_patcher_init[0](*model.cached_patcher_init[1], disable_dynamic=True), id="reload"
+        ),
     ],
 )
 def test_copies_of_a_quantized_model_sample_to_the_same_latent(model, quantize, sample, copy):
@@ -200,13 +208,13 @@ def test_copies_of_a_quantized_model_sample_to_the_same_latent(model, quantize, 
     assert torch.equal(sample(copy(quantized)), wanted)
 
 
-def test_copies_start_from_the_codes_even_while_a_lora_is_in_the_weights(comfyui, quantize, sample):
+def test_copies_start_from_the_codes_even_while_a_lora_is_in_the_weights(comfy, quantize, sample):
     import comfy.utils
 
-    quantized, _ = quantize(comfyui.sd.load_diffusion_model(str(EMOJI)))
+    quantized, _ = quantize(comfy.sd.load_diffusion_model(str(EMOJI)))
     wanted = sample(quantized, 256)
     lora = comfy.utils.load_torch_file(str(LORA))
-    patched, _ = comfyui.sd.load_lora_for_models(quantized, None, lora, 1.0, 0)
+    patched, _ = comfy.sd.load_lora_for_models(quantized, None, lora, 1.0, 0)
     with_lora = sample(patched, 256)
     assert torch.equal(sample(quantized.deepclone_multigpu(), 256), wanted)
     assert torch.equal(sample(patched.deepclone_multigpu(), 256), with_lora)
@@ -234,6 +242,7 @@ def test_nan_in_a_weight_is_an_error_that_names_it_and_no_model_results(model, q
 
 def test_cancelling_leaves_the_model_as_it_was(model, sample):
     import comfy.model_management
+
     from fewbits.nodes.bridge.host import Run
     from fewbits.nodes.bridge.model_io import quantize_model
     from fewbits.quant_ops.planning.recipe import Recipe, parse_wish

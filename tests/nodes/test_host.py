@@ -1,0 +1,170 @@
+"""Paths a user may name, devices, and what a running node tells the page."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def host(comfy, tmp_path, monkeypatch):
+    """The module, with ComfyUI's folders below tmp_path."""
+    import folder_paths
+
+    from fewbits.nodes.bridge import host
+
+    models, output = tmp_path / "models", tmp_path / "output"
+    places = {"diffusion_models": ["diffusion_models", "unet"], "text_encoders": ["text_encoders", "clip"]}
+    for folder in host.MODEL_FOLDERS:
+        paths = [models / name for name in places.get(folder, [folder])]
+        paths.append(output / places.get(folder, [folder])[-1 if folder == "text_encoders" else 0])
+        for path in paths:
+            path.mkdir(parents=True)
+        known = (list(map(str, paths)), {".safetensors", ".pt"})
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, folder, known)
+    monkeypatch.setattr(folder_paths, "output_directory", str(output))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return host
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", " ", "/etc/model", "//server/share/model", "\\\\server\\share\\model", "C:\\model", "C:model", "../model",
+        "diffusion_models/../../model", "..\\model", "a/..", "con", "diffusion_models/NUL.safetensors", "lpt1.x",
+        "a/b.", "a/b ./c", "a\0b", "a\nb", "a?b", "a:b",
+    ],
+)  # fmt: skip
+def test_names_that_could_lead_out_of_the_output_folder_are_refused(host, tmp_path, name):
+    from fewbits.quant_ops.errors import RecipeError
+
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RecipeError, match=r"is not allowed: write a name inside ComfyUI's output folder"):
+        host.output_path(name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "name, path",
+    [
+        ("model", "model.safetensors"),
+        (" diffusion_models/model.safetensors ", "diffusion_models/model.safetensors"),
+        ("new/sub folder/model v1.5", "new/sub folder/model v1.5.safetensors"),
+        ("a\\b", "a/b.safetensors"),
+        ("./model", "model.safetensors"),
+        ("模型/流", "模型/流.safetensors"),
+        ("console", "console.safetensors"),
+        ("model.SAFETENSORS", "model.SAFETENSORS"),
+    ],
+)
+def test_other_names_land_in_the_output_folder_with_their_subfolders(host, tmp_path, name, path):
+    assert host.output_path(name) == tmp_path / "output" / path
+    assert (tmp_path / "output" / path).parent.is_dir()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="making links needs a privilege on Windows")
+def test_a_link_may_lead_into_a_model_folder_and_nowhere_else(host, tmp_path):
+    from fewbits.quant_ops.errors import RecipeError
+
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "output" / "out").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "output" / "models").symlink_to(tmp_path / "models" / "unet")
+    with pytest.raises(RecipeError, match="not allowed"):
+        host.output_path("out/model")
+    assert host.output_path("models/model") == tmp_path / "output" / "models" / "model.safetensors"
+
+
+def test_only_safetensors_of_all_model_folders_are_offered(host, tmp_path):
+    names = ["unet/a.safetensors", "unet/b.pt", "clip/sub/c.safetensors", "checkpoints/d.safetensors"]
+    for name in (f"{'output' if 'clip' in name else 'models'}/{name}" for name in names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert host.model_files("diffusion_models") == ["a.safetensors"]
+    offered = host.all_model_files()
+    assert offered == ["diffusion_models/a.safetensors", "text_encoders/sub/c.safetensors", "checkpoints/d.safetensors"]
+    for choice in offered:
+        assert host.model_path(*host.split_choice(choice)).is_file()
+
+
+@pytest.mark.parametrize(
+    "choice", ["", "a.safetensors", "diffusion_models/", "diffusion_models/none.safetensors", "vae/a.safetensors",
+               "diffusion_models/../secret.safetensors", "/secret.safetensors"],
+)  # fmt: skip
+def test_a_file_outside_the_model_folders_does_not_exist(host, tmp_path, choice):
+    from fewbits.quant_ops.errors import CheckpointError
+
+    (tmp_path / "models" / "secret.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no such file in ComfyUI's model folders; choose one from the list"):
+        host.model_path(*host.split_choice(choice))
+
+
+def test_files_are_put_where_the_loaders_of_their_kind_look(host, tmp_path):
+    from fewbits.nodes.quantize_file import automatic_name
+
+    assert automatic_name("diffusion_models", "sub/flux.safetensors", "nf4") == "diffusion_models/flux_nf4"
+    assert automatic_name("text_encoders", "a\\t5.safetensors", "nf4") == "clip/t5_nf4"
+
+
+def test_auto_is_the_cpu_where_comfyui_has_no_cuda_and_cuda_is_refused_there(host):
+    from fewbits.quant_ops.errors import RecipeError
+
+    assert host.pick_device("auto") == host.pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(RecipeError, match="ComfyUI runs on cpu; choose auto or cpu"):
+        host.pick_device("cuda")
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Stands in for ComfyUI's server and keeps what is sent."""
+    sent, texts = [], []
+    instance = types.SimpleNamespace(
+        send_sync=lambda event, data: sent.append((event, data)),
+        send_progress_text=lambda text, node_id: texts.append((text, node_id)),
+    )
+    module = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=instance))
+    monkeypatch.setitem(sys.modules, "server", module)
+    return types.SimpleNamespace(sent=sent, texts=texts)
+
+
+def test_progress_is_sent_at_most_ten_times_a_second_and_always_at_the_end(host, server, monkeypatch):
+    clock = iter([i * 0.01 for i in range(1000)])
+    monkeypatch.setattr(host.time, "perf_counter", lambda: next(clock))
+    run = host.Run("7", text=True)
+    for done in range(100):
+        run.on_progress(done, 100, f"layer{done}")
+    run.on_progress(100, 100, "")
+    assert {event for event, _ in server.sent} == {"fewbits.progress"}
+    progress = [data for _, data in server.sent]
+    assert 2 <= len(progress) <= 12
+    assert progress[0]["layer"] == "layer0" and progress[0]["eta_seconds"] is None
+    assert progress[-1]["done"] == progress[-1]["total"] == 100 and progress[-1]["eta_seconds"] == 0
+    assert all(set(data) == {"node_id", "layer", "done", "total", "seconds", "eta_seconds"} for data in progress)
+    assert all(data["node_id"] == "7" for data in progress)
+    middle = progress[len(progress) // 2]
+    assert middle["eta_seconds"] == pytest.approx(middle["seconds"] * (100 - middle["done"]) / middle["done"])
+    assert server.texts[0] == ("0 % layer0", "7") and server.texts[-1] == ("100 %", "7")
+
+
+def test_the_plan_is_sent_before_any_work(host, server):
+    run = host.Run("7")
+    run.on_plan(types.SimpleNamespace(to_json=lambda: {"layers": []}))
+    assert server.sent == [("fewbits.plan", {"node_id": "7", "plan": {"layers": []}})]
+
+
+def test_without_a_server_nothing_is_sent(host, monkeypatch):
+    monkeypatch.delitem(sys.modules, "server", raising=False)
+    run = host.Run(None, text=True)
+    run.on_plan(types.SimpleNamespace(to_json=dict))
+    run.on_progress(0, 0, "layer")
+    monkeypatch.setitem(sys.modules, "server", types.SimpleNamespace(PromptServer=type("PromptServer", (), {})))
+    run.on_progress(1, 1, "")
+
+
+def test_progress_raises_comfyuis_own_exception_when_the_user_cancels(host, comfy):
+    import comfy.model_management
+
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        host.Run(None).on_progress(1, 2, "layer")
+    host.Run(None).on_progress(1, 2, "layer")  # once: the next prompt runs

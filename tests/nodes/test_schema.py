@@ -1,0 +1,109 @@
+"""What every node promises to the page: names, tooltips, defaults, help and translations."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+IDS = [
+    "FewBitsLoadModel", "FewBitsQuantizeFP8", "FewBitsQuantizeINT8", "FewBitsQuantizeFile", "FewBitsSaveComfyQuant",
+    "FewBitsInspectFile",
+]  # fmt: skip
+
+
+@pytest.fixture
+def nodes(comfy):
+    """id -> node class, as ComfyUI gets them."""
+    from fewbits.nodes.extension import NODES
+
+    return {node.define_schema().node_id: node for node in NODES}
+
+
+@pytest.fixture(params=IDS)
+def schema(request, nodes):
+    return nodes[request.param].define_schema()
+
+
+def test_the_ids_are_these_for_ever(nodes):
+    assert list(nodes) == IDS
+
+
+def test_names_are_plain_english_in_one_category_tree(schema):
+    assert re.fullmatch(r"[A-Z][A-Za-z0-9_ ]+", schema.display_name)
+    assert re.fullmatch(r"FewBits/(load|quantize|tools)", schema.category)
+    assert schema.description.endswith(".")
+
+
+def test_every_input_and_output_says_what_it_does(schema):
+    for item in (*schema.inputs, *schema.outputs):
+        assert item.tooltip and len(item.tooltip) > 15, item.id
+    assert [item.id for item in schema.outputs][-1] == "report"
+
+
+def test_what_has_a_default_may_be_left_out_of_an_api_prompt(schema, nodes):
+    required = {item.id for item in schema.inputs if not item.optional}
+    assert required <= {"model", "file", "format", "filename"}
+    assert all(item.optional for item in schema.inputs if getattr(item, "advanced", None))
+
+
+def test_a_result_is_never_overwritten_unless_asked(schema):
+    for item in schema.inputs:
+        if item.id == "overwrite":
+            assert item.default is False
+
+
+def test_schema_arguments_that_this_comfyui_lacks_are_left_out(comfy, monkeypatch):
+    from fewbits.nodes import common
+
+    made = common.schema(node_id="FewBitsX", from_the_future=True)
+    assert made.node_id == "FewBitsX"
+    assert {field.name for field in dataclasses.fields(common.io.Schema)} == common.SCHEMA_FIELDS
+
+
+def test_the_manager_finds_the_nodes(nodes):
+    listed = json.loads((ROOT / "node_list.json").read_text(encoding="utf-8"))
+    assert listed == {name: node.define_schema().display_name for name, node in nodes.items()}
+
+
+@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("page", ["{}.md", "{}/zh.md"], ids=["en", "zh"])
+def test_every_node_has_a_help_page_that_explains_each_input(nodes, name, page):
+    text = (ROOT / "web" / "docs" / page.format(name)).read_text(encoding="utf-8")
+    schema = nodes[name].define_schema()
+    for item in (*schema.inputs, *schema.outputs):
+        assert f"`{item.id}`" in text, item.id
+
+
+def node_definitions(language):
+    return json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
+def test_the_english_texts_are_those_of_the_schemas(nodes):
+    wanted = {}
+    for name, node in nodes.items():
+        schema = node.define_schema()
+        wanted[name] = {
+            "display_name": schema.display_name,
+            "description": schema.description,
+            "inputs": {item.id: {"name": item.id, "tooltip": item.tooltip} for item in schema.inputs},
+            "outputs": {
+                str(i): {"name": item.display_name, "tooltip": item.tooltip} for i, item in enumerate(schema.outputs)
+            },
+        }
+    assert node_definitions("en") == wanted
+
+
+def test_the_chinese_texts_cover_the_same_keys_and_are_chinese():
+    def compare(english, chinese, path):
+        assert type(english) is type(chinese), path
+        if isinstance(english, dict):
+            assert list(english) == list(chinese), path
+            for key in english:
+                compare(english[key], chinese[key], f"{path}/{key}")
+        elif path.endswith(("tooltip", "description")):
+            assert re.search(r"[\u4e00-\u9fff]", chinese), path
+
+    compare(node_definitions("en"), node_definitions("zh"), "")

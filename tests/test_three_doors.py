@@ -1,0 +1,69 @@
+"""One pipeline, three doors, equal bytes: the nodes on a MODEL, the node on a file, and the command."""
+
+import hashlib
+
+import pytest
+
+from harness import EMOJI, PACK, ComfyServer
+from helpers import fewbits, sd3_shapes, tiny_checkpoint
+
+KEEP = ["*_mod.lin", r"re:joint_blocks\.0\..*"]
+CASES = [
+    pytest.param("emoji_flux", "FewBitsQuantizeFP8", "float8_e4m3fn", {}, [], id="fp8"),
+    pytest.param("emoji_flux", "FewBitsQuantizeINT8", "int8_tensorwise", {}, [], id="int8_row"),
+    pytest.param("sd3", "FewBitsQuantizeINT8", "int8_blockwise", {"block_size": "64"}, [], id="int8_block"),
+    pytest.param(
+        "sd3",
+        "FewBitsQuantizeINT8",
+        "int8_tensorwise",
+        {"scaling": "tensor", "preset": "none", "keep": "\n".join(KEEP), "fallback": "float8_e4m3fn"},
+        ["--preset", "none", "--keep", KEEP[0], "--keep", KEEP[1], "--fallback", "float8_e4m3fn"],
+        id="options",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The trained Flux model, and a random SD3 model with metadata of its own."""
+    folder = tmp_path_factory.mktemp("models")
+    return [EMOJI / "emoji_flux.safetensors", tiny_checkpoint(folder / "sd3.safetensors", sd3_shapes(), title="tiny")]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, models):
+    base = tmp_path_factory.mktemp("comfyui")
+    with ComfyServer(base, custom_nodes=[PACK], models={"diffusion_models": models}) as server:
+        yield server
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("stem, node, name, inputs, arguments", CASES)
+def test_three_doors_write_the_same_bytes(server, models, tmp_path, stem, node, name, inputs, arguments, request):
+    model = next(path for path in models if path.stem == stem)
+    case = request.node.callspec.id
+    wish = {"format": name, **inputs}
+    run = server.run(
+        {
+            "load": {"class_type": "UNETLoader", "inputs": {"unet_name": model.name, "weight_dtype": "default"}},
+            "quantize": {"class_type": node, "inputs": {"model": ["load", 0], **wish}},
+            "save": {
+                "class_type": "FewBitsSaveComfyQuant",
+                "inputs": {"model": ["quantize", 0], "filename": f"{case}/model"},
+            },
+            "file": {
+                "class_type": "FewBitsQuantizeFile",
+                "inputs": {"file": f"diffusion_models/{model.name}", "filename": f"{case}/file", **wish},
+            },
+        }
+    )
+    assert run.status == "success", run.error
+    options = "".join(f":{key}={value}" for key, value in inputs.items() if key in ("scaling", "block_size"))
+    command = tmp_path / "command.safetensors"
+    result = fewbits("quantize", model, "-o", command, "--format", name + options, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert digest(server.output / case / "file.safetensors") == digest(command)
+    assert digest(server.output / case / "model.safetensors") == digest(command)
