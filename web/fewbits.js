@@ -3,7 +3,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { PANEL_HEIGHT, QuantizePanel } from "./quantize_panel.mjs?v=56d55929";
+import { PANEL_HEIGHT, QuantizePanel } from "./quantize_panel.mjs?v=bff82685";
 
 const PANEL_NODES = /^FewBitsQuantize/;
 const PANEL_WIDTH = 360; // a new node starts this wide; the user may make it narrower
@@ -122,6 +122,9 @@ listen("fewbits.progress", (progress) => {
 });
 
 listen("execution_start", () => endPrompt((panel) => panel.stop("Stopped")));
+listen("execution_cached", ({ nodes }) => {
+  for (const id of nodes ?? []) panelOf(nodeByExecutionId(id))?.reuse();
+});
 listen("execution_success", () => endPrompt((panel) => panel.finish()));
 listen("execution_interrupted", () => endPrompt((panel) => panel.stop("Cancelled")));
 listen("reconnecting", () => {

@@ -1,7 +1,7 @@
 // Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
 
-import { el, layerName } from "./dom.mjs?v=56d55929";
-import { bytes, decibels, relL2 } from "./text.mjs?v=56d55929";
+import { el, layerName } from "./dom.mjs?v=bff82685";
+import { bytes, decibels, relL2 } from "./text.mjs?v=bff82685";
 
 /** Lives as long as its panel, so that filter text, focus and scroll position survive when the report arrives. */
 export class LayerList {

@@ -1,7 +1,7 @@
 // The plan at a glance: layers and sizes per format, and what to read before trusting it.
 
-import { el } from "./dom.mjs?v=56d55929";
-import { inUnit, unitFor } from "./text.mjs?v=56d55929";
+import { el } from "./dom.mjs?v=bff82685";
+import { inUnit, unitFor } from "./text.mjs?v=bff82685";
 
 /** One row per format and a total; all sizes in the unit that fits the total. Without a plan: the empty table. */
 export function planTable(plan) {

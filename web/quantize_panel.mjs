@@ -1,13 +1,13 @@
 // The panel under a Quantize node. It draws the JSON it is sent and knows no format by name.
 
-import { el } from "./dom.mjs?v=56d55929";
-import { LayerList } from "./layer_list.mjs?v=56d55929";
-import { noteList, planTable, warningList } from "./plan_table.mjs?v=56d55929";
-import { worstLayers } from "./report_view.mjs?v=56d55929";
-import { bytes, change, duration, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=56d55929";
+import { el } from "./dom.mjs?v=bff82685";
+import { LayerList } from "./layer_list.mjs?v=bff82685";
+import { noteList, planTable, warningList } from "./plan_table.mjs?v=bff82685";
+import { worstLayers } from "./report_view.mjs?v=bff82685";
+import { bytes, change, duration, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=bff82685";
 
 /** Room a node reserves from the start, in canvas units: results never move what is around them, the rest scrolls. */
-export const PANEL_HEIGHT = 320;
+export const PANEL_HEIGHT = 344;
 
 const ERROR_LABEL = "Weight error (rel_l2)";
 
@@ -99,6 +99,11 @@ export class QuantizePanel {
     this.#drawBar(100);
     const where = report.device ? ` on ${report.device}` : "";
     this.#enter("done", `Done in ${duration(report.seconds)}${where}`);
+  }
+
+  /** ComfyUI reuses an earlier result without running the node; what is shown stays, and an empty panel says why. */
+  reuse() {
+    if (this.element.dataset.phase === "idle") this.#enter("idle", "Unchanged: ComfyUI reuses its earlier result");
   }
 
   /** The run succeeded but sent no report. */

@@ -1,7 +1,7 @@
 // What was given up: the measured error of the whole model and of its worst layers.
 
-import { el, layerName } from "./dom.mjs?v=56d55929";
-import { decibels, relL2 } from "./text.mjs?v=56d55929";
+import { el, layerName } from "./dom.mjs?v=bff82685";
+import { decibels, relL2 } from "./text.mjs?v=bff82685";
 
 /** The layers with the largest error; null when nothing was measured. */
 export function worstLayers(report) {

@@ -1,0 +1,224 @@
+"""Quantize nodes in ComfyUI's real page: plan, progress, report, cancel and error, in both renderers and both themes.
+
+Screenshots go to demo_output/browser/.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import EMOJI_NODES, PACK, ComfyServer, emoji_models, emoji_workflow
+
+pytestmark = pytest.mark.browser
+
+SCREENSHOTS = Path(__file__).resolve().parents[2] / "demo_output" / "browser"
+RENDERERS = {"classic": False, "nodes2": True}
+LAYERS = [f"blocks.{i}.{name}" for i in range(32) for name in ("attn.qkv", "mlp.fc1")]
+SLOW = "slow.safetensors"  # 268 MB: about five seconds on two cores, long enough to watch and to cancel
+COLLECT = """async () => {
+  const { api } = await import("/scripts/api.js");
+  window.received = { "fewbits.plan": [], "fewbits.progress": [], executed: [] };
+  for (const type in received) api.addEventListener(type, (event) => received[type].push(event.detail));
+}"""
+# WCAG contrast of every visible text in the panel against the panel's surface, the smallest first.
+CONTRAST = """() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const luminance = (colour) => {
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((value) => {
+      const part = value / 255;
+      return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const panel = document.querySelector(".fewbits-panel");
+  const surface = luminance(getComputedStyle(panel).backgroundColor);
+  const texts = [...panel.querySelectorAll("*")].filter((e) => [...e.childNodes].some((n) => n.nodeType === 3));
+  const ratios = texts.map((element) => {
+    const text = luminance(getComputedStyle(element).color);
+    return [(Math.max(text, surface) + 0.05) / (Math.min(text, surface) + 0.05), element.className || element.tagName];
+  });
+  return ratios.sort((a, b) => a[0] - b[0])[0];
+}"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    base = tmp_path_factory.mktemp("page")
+    slow = base / SLOW
+    write_slow_model(slow)
+    with ComfyServer(base, custom_nodes=[PACK, EMOJI_NODES], models=emoji_models(slow)) as server:
+        yield server
+
+
+def write_slow_model(path: Path) -> None:
+    """The same 4 MB of normal weights for every layer."""
+    shape = (1024, 2048)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(0.05).bfloat16()
+    data = weight.view(torch.uint8).numpy().tobytes()
+    header = {
+        f"{name}.weight": {"dtype": "BF16", "shape": shape, "data_offsets": [i * len(data), (i + 1) * len(data)]}
+        for i, name in enumerate(LAYERS)
+    }
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _ in LAYERS:
+            file.write(data)
+
+
+@pytest.fixture
+def open_page(server, new_page):
+    """`open_page(renderer, theme)` -> ComfyUI's page, ready; the test then fails on any complaint that concerns us."""
+    pages = []
+
+    def open_page(renderer: str, theme: str = "dark"):
+        settings = {
+            "Comfy.TutorialCompleted": True,
+            "Comfy.ColorPalette": theme,
+            "Comfy.VueNodes.Enabled": RENDERERS[renderer],
+            "Comfy.Minimap.Visible": False,
+        }
+        server.post("/settings", settings)
+        page = new_page(1400, 900)
+        pages.append(page)
+        page.goto(f"http://127.0.0.1:{server.port}")
+        page.wait_for_function("window.app?.graph && window.app.canvas && window.app.extensionManager", timeout=120_000)
+        page.evaluate(COLLECT)
+        return page
+
+    yield open_page
+    for page in pages:
+        assert [message for message in page.messages if "fewbits" in message.lower()] == []
+
+
+def load(page, workflow: dict, node: str, tab: str = "quantize") -> object:
+    """Open an API workflow as a new tab, with one node in view at full size; returns its panel."""
+    page.evaluate("([workflow, tab]) => app.loadApiJson(workflow, tab)", [workflow, tab])
+    page.evaluate(
+        """(id) => {
+          const node = app.graph.getNodeById(id);
+          app.canvas.ds.scale = 1;
+          app.canvas.ds.offset = [420 - node.pos[0], 120 - node.pos[1]];
+          app.canvas.setDirty(true, true);
+        }""",
+        node,
+    )
+    panel = page.locator(".fewbits-panel")
+    panel.wait_for()
+    return panel
+
+
+def run(page) -> None:
+    page.evaluate("app.queuePrompt(0)")
+
+
+def wait_for(page, phase: str) -> None:
+    page.wait_for_selector(f'.fewbits-panel[data-phase="{phase}"]', timeout=120_000)
+
+
+def shot(page, name: str) -> None:
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+def line(panel) -> str:
+    return panel.locator(".fewbits-line").inner_text().replace("\n", " ").strip()
+
+
+def rows(panel, table: str) -> list[list[str]]:
+    return [[c.strip() for c in row.locator("th, td").all_inner_texts()] for row in panel.locator(f"{table} tr").all()]
+
+
+def in_graph(seed: int) -> dict:
+    """The emoji workflow with Quantize INT8 (node 20) between LoRA and sampler."""
+    workflow = emoji_workflow(seed=seed, steps=2, lora=seed / 100)
+    workflow["20"] = {"class_type": "FewBitsQuantizeINT8", "inputs": {"model": ["3", 0], "format": "int8_tensorwise"}}
+    workflow["7"]["inputs"]["model"] = ["20", 0]
+    return workflow
+
+
+def file_to_file(name: str, **inputs: object) -> dict:
+    wish = {"file": f"diffusion_models/{SLOW}", "format": "int8_tensorwise", "filename": name, **inputs}
+    return {"20": {"class_type": "FewBitsQuantizeFile", "inputs": wish}}
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_a_node_in_the_graph_shows_the_plan_and_error_it_was_sent(open_page, renderer, theme):
+    page = open_page(renderer, theme)
+    seed = 1 + 2 * list(RENDERERS).index(renderer) + (theme == "light")  # never answered from ComfyUI's cache
+    panel = load(page, in_graph(seed), "20")
+    assert line(panel) == "Run the workflow to see the plan"
+    width = page.evaluate("app.graph.getNodeById(20).size[0]")
+    shot(page, f"{renderer}_{theme}_idle")
+    run(page)
+    wait_for(page, "done")
+    page.wait_for_timeout(1000)  # let the picture of the other nodes settle
+    shot(page, f"{renderer}_{theme}_done")
+
+    plan = page.evaluate("received['fewbits.plan'][0].plan")
+    report = page.evaluate("received.executed.find((detail) => detail.node === '20').output.fewbits_report[0]")
+    sizes = lambda row: [f"{row[key] / 1e6:.2f}" for key in ("bytes_before", "bytes_after")]  # noqa: E731
+    layers = str(sum(row["layers"] for row in plan["summary"]))
+    assert rows(panel, ".fewbits-formats")[1:] == [
+        *([row["format"], str(row["layers"]), *sizes(row)] for row in plan["summary"]),
+        ["Total", layers, *sizes(plan)],
+    ]
+    worst = [[row["name"], f"{row['rel_l2']:.4f}", f"{row['sqnr_db']:.1f} dB"] for row in report["worst"]]
+    assert rows(panel, ".fewbits-worst")[1:] == worst
+    assert len(worst) == 5
+    before, after = sizes(plan)
+    assert panel.locator(".fewbits-value").all_inner_texts() == [f"{before} MB → {after} MB", f"{report['rel_l2']:.4f}"]
+    assert plan["loads_in"][1:] in panel.locator(".fewbits-loads").inner_text()
+    assert page.evaluate("app.graph.getNodeById(20).size[0]") == width
+    contrast, where = page.evaluate(CONTRAST)
+    assert contrast >= 4.5, where  # WCAG AA for small text
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_a_long_run_shows_progress_and_can_be_cancelled(open_page, server, renderer):
+    page = open_page(renderer)
+    panel = load(page, file_to_file(f"cancelled_{renderer}"), "20")
+    size = page.evaluate("[...app.graph.getNodeById(20).size]")
+    run(page)
+    page.wait_for_function("received['fewbits.progress'].length >= 8", timeout=120_000)
+    shot(page, f"{renderer}_dark_running")
+    texts, shares = set(), []
+    for _ in range(5):
+        texts.add(panel.locator(".fewbits-left").inner_text())
+        shares.append(int(panel.get_by_role("progressbar").get_attribute("aria-valuenow")))
+        page.wait_for_timeout(150)
+    assert panel.get_attribute("data-phase") == "running"
+    assert texts <= set(LAYERS) and len(texts) > 1
+    assert shares == sorted(shares) and 0 < shares[0] < shares[-1] < 100
+    assert page.evaluate("[...app.graph.getNodeById(20).size]") == size
+    server.interrupt()
+    wait_for(page, "stopped")
+    shot(page, f"{renderer}_dark_cancelled")
+    assert line(panel).startswith("Cancelled at ")
+    assert rows(panel, ".fewbits-formats")[-1][:2] == ["Total", str(len(LAYERS))]
+
+
+def test_a_report_survives_a_change_of_tabs_and_an_error_shows_its_message(open_page):
+    page = open_page("classic")
+    panel = load(page, file_to_file("kept", file="diffusion_models/emoji_flux.safetensors"), "20")
+    run(page)
+    wait_for(page, "done")
+    done = line(panel)
+    failing = file_to_file("kept", file="diffusion_models/emoji_flux.safetensors", format="float8_e4m3fn")
+    panel = load(page, failing, "20", tab="fails")
+    run(page)
+    wait_for(page, "failed")
+    shot(page, "classic_dark_failed")
+    assert line(panel) == "Failed"
+    assert "kept.safetensors" in panel.locator(".fewbits-error").inner_text()
+    page.locator(".workflow-label", has_text="quantize").click()
+    wait_for(page, "done")
+    assert line(panel) == done

@@ -1,0 +1,484 @@
+"""The panel and its entry script in a browser, without ComfyUI: the host is a page with two stub modules."""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+import re
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+ORIGIN = "http://fewbits.test"
+PACK = f"{ORIGIN}/extensions/ComfyUI-FewBits"
+
+# A ComfyUI page reduced to what the script may call. Tests take parts away to play other versions.
+HOST = """
+class Graph {
+  nodes = new Map(); subgraphs = new Map();
+  constructor(id) { this.id = id; }
+  getNodeById(id) { return this.nodes.get(String(id)) ?? null; }
+  add(node) { this.nodes.set(String(node.id), node); node.graph = this; return node; }
+}
+window.Graph = Graph;
+window.events = new EventTarget();
+window.host = {
+  app: { rootGraph: new Graph("root"), nodeOutputs: {}, extensions: [], registerExtension(e) { this.extensions.push(e); } },
+  api: { addEventListener: (...args) => window.events.addEventListener(...args) },
+};
+window.send = (type, detail) => window.events.dispatchEvent(new CustomEvent(type, { detail }));
+window.addNode = (id, graph = host.app.rootGraph, comfyClass = "FewBitsQuantizeINT8") => {
+  const node = {
+    id, comfyClass, size: [210, 100], widgets: [],
+    computeSize: () => [210, 100 + 364],
+    setSize(size) { this.size = size; },
+    addDOMWidget(name, type, element, options) {
+      element.style.width = "340px";
+      document.body.append(element);
+      const widget = { name, type, element, options };
+      this.widgets.push(widget);
+      return widget;
+    },
+  };
+  graph.add(node);
+  for (const extension of host.app.extensions) extension.nodeCreated?.(node);
+  return node;
+};
+"""
+STUBS = {"/scripts/app.js": "export const app = window.host.app;", "/scripts/api.js": "export const api = window.host.api;"}
+
+PLAN = {
+    "family": "flux",
+    "min_comfyui": "0.27.0",
+    "requires_pack": False,
+    "loads_in": "loads in stock ComfyUI >= 0.27.0",
+    "bytes_before": 13_611_136,
+    "bytes_after": 7_396_468,
+    "summary": [
+        {"format": "int8_tensorwise", "layers": 22, "bytes_before": 12_582_912, "bytes_after": 6_368_244},
+        {"format": "keep", "layers": 8, "bytes_before": 1_028_224, "bytes_after": 1_028_224},
+    ],
+    "layers": [
+        {
+            "name": f"single_blocks.{i}.linear{1 + i % 2}",
+            "action": "quantize" if i else "keep",
+            "format": "int8_tensorwise" if i else None,
+            "method": "nearest",
+            "dtype": "BF16",
+            "shape": [256, 1280],
+            "bytes_before": 655_360,
+            "bytes_after": 328_774 if i else 655_360,
+            "reason": "primary" if i else "preset flux: first projection",
+        }
+        for i in range(30)
+    ],
+    "unmatched": ["double_stream.*"],
+    "warnings": ["stock ComfyUI reads it slowly"],
+}
+REPORT = {
+    **PLAN,
+    "layers": [{**row, "rel_l2": 0.0077, "sqnr_db": 42.3} for row in PLAN["layers"]],
+    "rel_l2": 0.00768,
+    "worst": [
+        {"name": f"single_blocks.{i}.linear2", "format": "int8_tensorwise", "rel_l2": 0.01 - i / 1000, "sqnr_db": 40.0 + i}
+        for i in range(5)
+    ],
+    "seconds": 12.4,
+    "device": "cpu",
+    "fewbits": "0.1.0",
+}
+
+
+def progress(done: int, total: int = 1_000_000_000, seconds: float = 2.0, node_id: str = "12") -> dict:
+    eta = seconds * (total - done) / done if done else None
+    layer = f"single_blocks.{done // 50_000_000}.linear1"
+    return {"node_id": node_id, "layer": layer, "done": done, "total": total, "seconds": seconds, "eta_seconds": eta}
+
+
+@pytest.fixture
+def page(new_page, web):
+    """An empty page of the stub host; every request is answered from `web/` or the stubs, none leaves the machine."""
+    page = new_page()
+
+    def answer(route):
+        path = re.sub(r"^https?://[^/]+|\?.*$", "", route.request.url)
+        if path == "/":
+            route.fulfill(body="<!doctype html><body></body>", content_type="text/html")
+        elif path in STUBS:
+            route.fulfill(body=STUBS[path], content_type="text/javascript")
+        else:
+            file = web / path.removeprefix("/extensions/ComfyUI-FewBits/")
+            kind = "text/javascript" if file.suffix == ".mjs" else mimetypes.guess_type(file.name)[0]
+            route.fulfill(path=file, content_type=kind)
+
+    page.route("**/*", answer)
+    page.goto(ORIGIN)
+    page.evaluate(HOST)
+    yield page
+    assert page.messages == []
+
+
+@pytest.fixture
+def panel(page):
+    """The panel of node 12, with the entry script running."""
+    load(page)
+    page.evaluate("addNode(12)")
+    page.wait_for_function("getComputedStyle(document.querySelector('.fewbits-panel')).position === 'relative'")
+    return page.locator(".fewbits-panel")
+
+
+def load(page) -> None:
+    page.evaluate(f"import('{PACK}/fewbits.js')")
+
+
+def send(page, event: str, detail: dict) -> None:
+    page.evaluate("([event, detail]) => send(event, detail)", [event, detail])
+
+
+def finish(page, report: dict, node_id: str = "12") -> None:
+    page.evaluate(
+        "([id, report]) => host.app.rootGraph.getNodeById(id).onExecuted({ fewbits_report: [report] })", [node_id, report]
+    )
+
+
+def phase(panel) -> str:
+    return panel.get_attribute("data-phase")
+
+
+def line(panel) -> str:
+    return panel.locator(".fewbits-line").inner_text().replace("\n", " ").strip()
+
+
+def cells(panel, table: str) -> list[list[str]]:
+    rows = panel.locator(f"{table} tr").all()
+    return [[cell.strip() for cell in row.locator("th, td").all_inner_texts()] for row in rows]
+
+
+# ---- numbers as text ----
+
+
+TEXTS = {
+    "bytes(0)": "0 B",
+    "bytes(999)": "999 B",
+    "bytes(66606)": "66.61 kB",
+    "bytes(13611136)": "13.61 MB",
+    "bytes(23.8e9)": "23.80 GB",
+    "bytes(undefined)": "–",
+    "change(100, 54)": "46% smaller",
+    "change(100, 150)": "50% larger",
+    "change(1000, 1001)": "same size",
+    "change(0, 5)": "",
+    "percent(999, 1000)": "99",
+    "percent(1000, 1000)": "100",
+    "percent(1, 0)": "0",
+    "rate(1e9, 2)": "500 MB/s",
+    "rate(4.5e6, 1)": "4.5 MB/s",
+    "rate(0, 0)": "",
+    "duration(0.207)": "0.2 s",
+    "duration(9.96)": "10 s",
+    "duration(59.6)": "1 min 0 s",
+    "duration(75)": "1 min 15 s",
+    "duration(7320)": "2 h 2 min",
+    "timeLeft(0.3)": "under 1 s left",
+    "timeLeft(1.2)": "2 s left",
+    "timeLeft(75)": "1 min 15 s left",
+    "timeLeft(null)": "",
+    "relL2(0.00768)": "0.0077",
+    "relL2(0.00001)": "1e-5",
+    "relL2(0)": "0",
+    "relL2(NaN)": "–",
+    "decibels(42.31)": "42.3 dB",
+    "decibels(null)": "exact",
+    "sentence('loads in stock ComfyUI')": "Loads in stock ComfyUI",
+}
+
+
+def test_numbers_read_as_people_write_them(page):
+    calls = ", ".join(f"[{json.dumps(call)}, String({call})]" for call in TEXTS)
+    names = ", ".join(sorted({call.split("(")[0] for call in TEXTS}))
+    assert dict(page.evaluate(f"import('{PACK}/text.mjs').then(({{ {names} }}) => [{calls}])")) == TEXTS
+
+
+# ---- the panel's phases ----
+
+
+def test_a_new_node_has_an_empty_panel_with_room_reserved(page, panel):
+    assert phase(panel) == "idle"
+    assert line(panel) == "Run the workflow to see the plan"
+    assert cells(panel, ".fewbits-formats") == [["Format", "Layers", "Before", "After"], ["Total", "–", "–", "–"]]
+    assert page.evaluate("host.app.rootGraph.getNodeById(12).size") == [360, 464]
+    widget = page.evaluate(
+        "(({ options, serialize }) => [options.serialize, serialize, options.getMinHeight()])"
+        "(host.app.rootGraph.getNodeById(12).widgets[0])"
+    )
+    assert widget == [False, False, 364]
+
+
+def test_the_plan_shows_every_format_and_the_total(page, panel):
+    send(page, "fewbits.plan", {"node_id": "12", "plan": PLAN})
+    assert phase(panel) == "planned"
+    assert cells(panel, ".fewbits-formats") == [
+        ["Format", "Layers", "Before, MB", "After, MB"],
+        ["int8_tensorwise", "22", "12.58", "6.37"],
+        ["keep", "8", "1.03", "1.03"],
+        ["Total", "30", "13.61", "7.40"],
+    ]
+    assert panel.locator(".fewbits-value").all_inner_texts() == ["13.61 MB → 7.40 MB", "–"]
+    assert panel.locator(".fewbits-label").first.inner_text() == "46% smaller"
+    assert panel.locator(".fewbits-loads").inner_text() == "flux · Loads in stock ComfyUI >= 0.27.0"
+    assert panel.locator(".fewbits-notes li").all_inner_texts() == [
+        "stock ComfyUI reads it slowly",
+        "'double_stream.*' matched no layer",
+    ]
+
+
+def test_progress_shows_layer_percent_rate_and_time_left(page, panel):
+    send(page, "fewbits.plan", {"node_id": "12", "plan": PLAN})
+    send(page, "fewbits.progress", progress(420_000_000))
+    bar = panel.get_by_role("progressbar")
+    assert phase(panel) == "running"
+    assert line(panel) == "single_blocks.8.linear1 42% · 210 MB/s · 3 s left"
+    assert bar.get_attribute("aria-valuenow") == "42"
+    assert bar.get_attribute("aria-valuetext") == "42%, single_blocks.8.linear1"
+    assert panel.get_attribute("aria-busy") == "true"
+    send(page, "fewbits.progress", progress(1_000_000_000))
+    assert line(panel) == "Finishing 100% · 500 MB/s"
+
+
+def test_progress_makes_no_elements(page, panel):
+    send(page, "fewbits.plan", {"node_id": "12", "plan": PLAN})
+    send(page, "fewbits.progress", progress(1))
+    page.evaluate(
+        "window.made = 0; new MutationObserver((records) => { for (const { addedNodes } of records) for (const node of"
+        " addedNodes) made += node.nodeType === 1; }).observe(document.body, { childList: true, subtree: true })"
+    )
+    for done in range(50_000_000, 1_000_000_001, 50_000_000):
+        send(page, "fewbits.progress", progress(done))
+    assert page.evaluate("made") == 0
+
+
+def test_the_report_shows_the_error_and_the_five_worst_layers(page, panel):
+    send(page, "fewbits.plan", {"node_id": "12", "plan": PLAN})
+    send(page, "fewbits.progress", progress(1_000_000_000))
+    finish(page, REPORT)
+    assert phase(panel) == "done"
+    assert line(panel) == "Done in 12 s on cpu"
+    assert panel.locator(".fewbits-value").all_inner_texts() == ["13.61 MB → 7.40 MB", "0.0077"]
+    assert cells(panel, ".fewbits-worst")[:3] == [
+        ["Largest errors", "rel_l2", "SQNR"],
+        ["single_blocks.0.linear2", "0.0100", "40.0 dB"],
+        ["single_blocks.1.linear2", "0.0090", "41.0 dB"],
+    ]
+    assert len(cells(panel, ".fewbits-worst")) == 6
+    assert panel.get_by_role("progressbar").get_attribute("aria-valuenow") == "100"
+
+
+def test_the_layer_list_is_made_when_opened_and_filters_by_every_word(page, panel):
+    finish(page, REPORT)
+    layers = panel.locator(".fewbits-layers li")
+    assert layers.count() == 0
+    panel.get_by_text("All 30 layers").click()
+    assert layers.count() == 30
+    texts = layers.nth(0).inner_text().split("\n")
+    assert texts == ["single_blocks.0.linear1", "0.0077", "keep", "256 × 1280 BF16", "655.36 kB", "preset flux: first projection"]
+    assert layers.nth(1).locator(".fewbits-facts").inner_text().split("\n")[2] == "655.36 kB → 328.77 kB"
+    panel.get_by_label("Filter layers").fill("linear2 PRIMARY")
+    assert panel.locator(".fewbits-layers li:visible").count() == 15
+    assert panel.locator(".fewbits-count").inner_text() == "15 of 30"
+
+
+def test_an_open_list_keeps_filter_and_focus_when_the_report_arrives(page, panel):
+    send(page, "fewbits.plan", {"node_id": "12", "plan": PLAN})
+    panel.get_by_text("All 30 layers").click()
+    panel.get_by_label("Filter layers").press_sequentially("linear2")
+    finish(page, REPORT)
+    assert page.evaluate("document.activeElement.value") == "linear2"
+    assert panel.locator(".fewbits-layers li:visible").count() == 15
+    assert "0.0077" in panel.locator(".fewbits-layers li:visible").first.inner_text()
+
+
+def test_nothing_a_run_sends_changes_the_size_of_the_panel(page, panel):
+    long = {**REPORT, "family": "f" * 300, "warnings": ["w" * 500] * 9, "worst": [{"name": "n." * 200, "rel_l2": 1.0}]}
+    long["summary"] = [{"format": "format_" * 40, "layers": 1, "bytes_before": 10**15, "bytes_after": 1}] * 30
+    steps = (
+        lambda: None,
+        lambda: send(page, "fewbits.plan", {"node_id": "12", "plan": long}),
+        lambda: send(page, "fewbits.progress", {**progress(1), "layer": "layer." * 100}),
+        lambda: finish(page, long),
+        lambda: panel.locator("summary").click(),
+    )
+    for width in (180, 240, 340, 900):
+        page.evaluate(f"document.querySelector('.fewbits-panel').style.width = '{width}px'")
+        for step in steps:
+            step()
+            box = panel.bounding_box()
+            assert (box["width"], box["height"]) == (width, 344)
+            sideways = "(e) => [e, ...e.querySelectorAll('.fewbits-scroll')].map((e) => e.scrollWidth - e.clientWidth)"
+            assert panel.evaluate(sideways) == [0, 0]
+
+
+def test_text_from_a_file_is_never_markup(page, panel):
+    bad = "<img src=x onerror=send('hit')>"
+    finish(page, json.loads(json.dumps(REPORT).replace("single_blocks", bad).replace("int8_tensorwise", bad)))
+    panel.locator("summary").click()
+    assert panel.locator("img").count() == 0
+    assert bad in panel.inner_text()
+
+
+def test_an_almost_empty_report_still_draws(page, panel):
+    finish(page, {})
+    assert phase(panel) == "done"
+    assert cells(panel, ".fewbits-formats")[-1] == ["Total", "0", "–", "–"]
+
+
+# ---- how runs end ----
+
+
+def test_a_cancelled_run_keeps_its_plan_and_says_where_it_stopped(page, panel):
+    send(page, "fewbits.plan", {"node_id": "12", "plan": PLAN})
+    send(page, "fewbits.progress", progress(420_000_000))
+    send(page, "execution_interrupted", {"node_id": "12"})
+    assert (phase(panel), line(panel)) == ("stopped", "Cancelled at 42%")
+    assert panel.get_by_role("progressbar").get_attribute("aria-valuenow") == "42"
+    assert cells(panel, ".fewbits-formats")[-1] == ["Total", "30", "13.61", "7.40"]
+
+
+def test_a_failed_run_shows_the_whole_message(page, panel):
+    send(page, "fewbits.plan", {"node_id": "12", "plan": PLAN})
+    send(page, "fewbits.progress", progress(420_000_000))
+    message = "model.safetensors: layer 'a': weight has non-finite values\nsecond line\n"
+    send(page, "execution_error", {"node_id": "12", "exception_message": message})
+    assert (phase(panel), line(panel)) == ("failed", "Failed at 42%")
+    assert panel.locator(".fewbits-error li").inner_text() == message.strip()
+
+
+def test_a_failure_before_the_plan_does_not_show_the_run_before(page, panel):
+    finish(page, REPORT)
+    send(page, "execution_start", {})
+    send(page, "execution_error", {"node_id": "12", "exception_message": "no such file"})
+    assert (phase(panel), line(panel)) == ("failed", "Failed")
+    assert cells(panel, ".fewbits-formats")[-1] == ["Total", "–", "–", "–"]
+
+
+def test_an_error_in_another_node_leaves_a_finished_report_alone(page, panel):
+    finish(page, REPORT)
+    send(page, "execution_error", {"node_id": "99", "exception_message": "boom"})
+    assert phase(panel) == "done"
+
+
+def test_a_run_that_starts_again_clears_the_old_error(page, panel):
+    finish(page, REPORT)
+    send(page, "execution_start", {})
+    send(page, "fewbits.plan", {"node_id": "12", "plan": PLAN})
+    assert panel.locator(".fewbits-value").all_inner_texts() == ["13.61 MB → 7.40 MB", "–"]
+    assert panel.locator(".fewbits-worst").count() == 0
+
+
+def test_a_lost_connection_is_said_and_progress_resumes(page, panel):
+    send(page, "fewbits.plan", {"node_id": "12", "plan": PLAN})
+    send(page, "fewbits.progress", progress(100_000_000))
+    send(page, "reconnecting", {})
+    assert line(panel) == "Connection lost at 10%"
+    send(page, "fewbits.progress", progress(200_000_000))
+    assert phase(panel) == "running"
+
+
+def test_an_empty_panel_says_when_comfyui_reuses_an_earlier_result(page, panel):
+    send(page, "execution_cached", {"nodes": ["3", "12"]})
+    assert line(panel) == "Unchanged: ComfyUI reuses its earlier result"
+    finish(page, REPORT)
+    send(page, "execution_cached", {"nodes": ["12"]})
+    assert phase(panel) == "done"
+
+
+def test_a_success_without_a_report_is_done(page, panel):
+    send(page, "fewbits.plan", {"node_id": "12", "plan": PLAN})
+    send(page, "execution_success", {})
+    assert (phase(panel), line(panel)) == ("done", "Done")
+
+
+# ---- finding the node ----
+
+
+def test_a_node_inside_subgraphs_is_found_by_its_path(page, panel):
+    page.evaluate(
+        "const sub = new Graph('uuid-1'); host.app.rootGraph.subgraphs.set(sub.id, sub);"
+        "host.app.rootGraph.add({ id: 5, subgraph: sub }); addNode(7, sub)"
+    )
+    panel, inner = panel.nth(0), panel.nth(1)
+    send(page, "fewbits.plan", {"node_id": "5:7", "plan": PLAN})
+    assert (phase(panel), phase(inner)) == ("idle", "planned")
+    page.evaluate("(report) => host.app.extensions[0].onNodeOutputsUpdated({ 'uuid-1:7': { fewbits_report: [report] } })", REPORT)
+    assert (phase(panel), phase(inner)) == ("idle", "done")
+
+
+def test_a_node_recreated_while_it_runs_gets_its_plan_back(page, panel):
+    send(page, "fewbits.plan", {"node_id": "12", "plan": PLAN})
+    page.evaluate("document.body.replaceChildren(); addNode(12)")  # what undo does
+    send(page, "fewbits.progress", progress(420_000_000))
+    assert phase(panel) == "running"
+    assert cells(panel, ".fewbits-formats")[-1] == ["Total", "30", "13.61", "7.40"]
+
+
+def test_progress_without_a_plan_shows_progress(page, panel):
+    send(page, "fewbits.progress", progress(420_000_000))  # the page was reloaded during the run
+    assert phase(panel) == "running"
+    assert cells(panel, ".fewbits-formats")[-1] == ["Total", "–", "–", "–"]
+
+
+@pytest.mark.parametrize("how", ["loadedGraphNode", "onNodeOutputsUpdated"])
+def test_stored_outputs_come_back(page, panel, how):
+    page.evaluate("(report) => { host.app.nodeOutputs = { 12: { fewbits_report: [report] } }; }", REPORT)
+    argument = {"loadedGraphNode": "host.app.rootGraph.getNodeById(12)", "onNodeOutputsUpdated": "host.app.nodeOutputs"}[how]
+    page.evaluate(f"host.app.extensions[0].{how}({argument})")
+    assert phase(panel) == "done"
+
+
+def test_other_nodes_get_no_panel(page, panel):
+    page.evaluate("addNode(13, host.app.rootGraph, 'KSampler'); addNode(14, host.app.rootGraph, 'FewBitsInspectFile')")
+    assert panel.count() == 1
+
+
+def test_messages_about_unknown_nodes_and_broken_ones_change_nothing(page, panel):
+    for event in ("fewbits.plan", "fewbits.progress", "execution_error", "execution_interrupted", "execution_cached"):
+        for detail in ({}, {"node_id": None}, {"node_id": "999"}, {"node_id": "5:6:7"}, {"node_id": "12", "plan": None}):
+            if (event, detail.get("node_id")) != ("fewbits.progress", "12"):
+                send(page, event, {**detail, "node_id": "999"} if event == "execution_error" else detail)
+    page.evaluate("host.app.rootGraph.getNodeById(12).onExecuted(null)")
+    page.evaluate("host.app.extensions[0].onNodeOutputsUpdated(undefined)")
+    assert phase(panel) == "idle"
+
+
+# ---- hosts that lack something: the page fixture asserts that nothing was logged or thrown ----
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "delete host.app.registerExtension",
+        "delete host.api.addEventListener",
+        "delete host.app.rootGraph",
+        "host.app.rootGraph = {}",
+        "delete host.app.nodeOutputs",
+    ],
+)
+def test_the_script_is_silent_where_the_host_lacks_something(page, missing):
+    page.evaluate(f"window.kept = host.app.rootGraph; {missing}")
+    load(page)
+    page.evaluate("addNode(12, kept)")
+    send(page, "fewbits.plan", {"node_id": "12", "plan": PLAN})
+    send(page, "fewbits.progress", progress(1))
+    send(page, "execution_error", {"node_id": "12", "exception_message": "x"})
+    page.evaluate("for (const e of host.app.extensions) { e.loadedGraphNode(kept.getNodeById(12)); e.onNodeOutputsUpdated({12: {}}); }")
+
+
+@pytest.mark.parametrize("missing", ["addDOMWidget", "computeSize", "setSize"])
+def test_the_script_is_silent_where_a_node_lacks_something(page, missing):
+    load(page)
+    page.evaluate(
+        "(missing) => { const add = host.app.extensions[0].nodeCreated; host.app.extensions[0].nodeCreated ="
+        " (node) => { delete node[missing]; add(node); }; addNode(12); }",
+        missing,
+    )
+    assert page.locator(".fewbits-panel").count() == (missing != "addDOMWidget")
