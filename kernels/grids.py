@@ -21,7 +21,7 @@ class Levels:
     `normalise_(x, scale)` turns float32 x into unrounded code values (multiply by the reciprocal, or divide: the
     choice decides rare codes and is part of the format). `round_(x)` clamps, and rounds where the cast would not.
     `widen(codes)` is the exact float32 value of each code. `dither_(x, u)` moves x by u steps, u uniform in
-    [-0.5, 0.5), so that rounding gives x on average.
+    [-0.5, 0.5), and may round it, so that rounding gives x on average.
     `clear_zero_blocks`: the cast keeps the sign of -0, which a zero block must not show.
     """
 
@@ -71,7 +71,9 @@ def _clamp_to(limit: float) -> Callable[[torch.Tensor], torch.Tensor]:
 def _float_dither(mantissa_bits: int, min_exponent: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     def dither_(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         exponent = torch.frexp(x).exponent.sub_(1).clamp_(min=min_exponent)  # frexp: x = m * 2^e with m in [0.5, 1)
-        return x.add_(offset.mul_(torch.ldexp(torch.ones_like(x), exponent - mantissa_bits)))
+        step = torch.ldexp(torch.ones_like(x), exponent - mantissa_bits)
+        # Rounded on x's own steps: below a power of two the cast would use steps half as wide and shift the mean.
+        return x.add_(offset.mul_(step)).div_(step).round_().mul_(step)
 
     return dither_
 

@@ -155,10 +155,9 @@ class OwnFormats:
         self._full_precision_mm_config = bool(marker.get("full_precision_matrix_mult", False))
         if self._full_precision_mm_config or not weight_only_path():
             self._full_precision_mm = True  # older ComfyUI would quantize activations with our weight layout
-        params = get_layout_class(self.layout_type).Params(
-            scale=stored["weight_scale"].to(device=device), orig_dtype=self.factory_kwargs["dtype"], orig_shape=shape
-        )
-        weight = QuantizedTensor(stored["weight"].to(device=device), self.layout_type, params)
+        stored = {suffix: tensor.to(device=device) for suffix, tensor in stored.items()}
+        params = get_layout_class(self.layout_type).params_of(stored, self.factory_kwargs["dtype"], shape)
+        weight = QuantizedTensor(stored["weight"], self.layout_type, params)
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self._fewbits_marker = torch.frombuffer(bytearray(json.dumps(marker).encode()), dtype=torch.uint8)
 
@@ -171,7 +170,9 @@ class OwnFormats:
         destination = {} if destination is None else destination
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias
-        destination.update(self.weight.state_dict(f"{prefix}weight"))
+        weight = self.weight
+        stored = get_layout_class(self.layout_type).stored(weight._qdata, weight._params)
+        destination.update({f"{prefix}{suffix}": tensor for suffix, tensor in stored.items()})
         destination[f"{prefix}comfy_quant"] = self._fewbits_marker
         return destination
 

@@ -37,6 +37,9 @@ class AsymW4A8(Format):
         smaller = convrot.smaller_group(layer, options.convrot_groupsize)
         return (self.name, replace(options, convrot_groupsize=smaller)) if smaller else INT8_ROW
 
+    def steps(self, options: FormatOptions) -> tuple[int, int]:
+        return 1, max(GROUP, options.convrot_groupsize)
+
     def tensor_specs(self, layer: LayerInput, options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:
         n, k = layer.shape
         return {

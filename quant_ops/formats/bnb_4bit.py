@@ -33,6 +33,9 @@ class Bnb4Bit(Format):
         k, size = layer.shape[1], options.block_size
         return (f"blocks of {size} straddle rows: K={k}, no fast kernel",) if k % size else ()
 
+    def steps(self, options: FormatOptions) -> tuple[int, int]:
+        return 1, 2
+
     def tensor_specs(self, layer: LayerInput, options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:
         n, k = layer.shape
         return {"weight": ("U8", (n, k // 2)), "absmax": ("F32", (-(-n * k // options.block_size),))}

@@ -35,6 +35,9 @@ class ConvRotW4A4(TiledFormat):
     def scale_shape(self, shape: tuple[int, int], options: FormatOptions) -> tuple[int, ...]:
         return (shape[0],)
 
+    def steps(self, options: FormatOptions) -> tuple[int, int]:
+        return 1, max(ALIGNMENT, options.convrot_groupsize)
+
     def check(self, layer: LayerInput, options: FormatOptions) -> str | None:
         k = layer.shape[1]
         if k % ALIGNMENT:

@@ -40,6 +40,9 @@ class Int8Tensorwise(TiledFormat):
             raise RecipeError(f"format {self.name}: convrot needs scaling row; got {options.scaling}")
         return replace(options, convrot_groupsize=options.convrot_groupsize or 256) if options.convrot else options
 
+    def steps(self, options: FormatOptions) -> tuple[int, int]:
+        return 1, options.convrot_groupsize or 1
+
     def check(self, layer: LayerInput, options: FormatOptions) -> str | None:
         return convrot.refusal(layer, options.convrot_groupsize) if options.convrot else None
 

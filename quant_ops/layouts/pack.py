@@ -6,7 +6,6 @@ The layout's name carries the options (`FewBitsInt8Blockwise128`), because Comfy
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
 import torch
 from comfy_kitchen.tensor.base import (
@@ -25,18 +24,20 @@ from ..sources import DTYPE_NAMES
 from ..spec import FormatOptions, LayerInput
 
 
-class PackLayout(QuantizedLayout):
-    """Base of our layouts. `qdata` is the stored weight, `scale` the stored side tensor, both as on disk.
+# Any shape that every format can hold: only the names of the side tensors are asked of it.
+_PROBE = LayerInput((256, 256), "BF16")
 
-    `orig_shape` is the logical shape, (K, N) once `transposed`; `orig_dtype` what `dequantize` returns.
+
+class PackLayout(QuantizedLayout):
+    """Base of our layouts. `qdata` is the stored weight; `Params` holds every stored side tensor, all as on disk.
+
+    `SIDE` maps the name on disk to the field (`weight_scale` or `absmax` -> `scale`). `orig_shape` is the logical
+    shape, (K, N) once `transposed`; `orig_dtype` what `dequantize` returns.
     """
 
     FORMAT: Format
     OPTIONS: FormatOptions
-
-    @dataclass(frozen=True)
-    class Params(BaseLayoutParams):
-        transposed: bool = False
+    SIDE: dict[str, str]
 
     @classmethod
     def quantize(
@@ -46,38 +47,68 @@ class PackLayout(QuantizedLayout):
         stochastic_rounding: int | None = 0,
         inplace_ops: bool = False,
         **kwargs: object,
-    ) -> tuple[torch.Tensor, Params]:
+    ) -> tuple[torch.Tensor, BaseLayoutParams]:
         """Quantize any 2-D float tensor with this layout's geometry; scales always come from the tensor.
 
         Args:
-            tensor: (N, K); other ranks are flattened to two. Sizes that the blocks do not divide are zero-padded.
+            tensor: (N, K); other ranks are flattened to two. Sizes that the format does not hold are zero-padded.
             scale: ignored: ComfyUI passes "recalculate", and a scale of another tensor would clip this one.
             stochastic_rounding: seed; 0 or None rounds to nearest even.
             inplace_ops, kwargs: accepted because ComfyUI passes them; the input is never changed.
         """
         rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() != 2 else tensor
-        padded = _pad(rows, cls.FORMAT, cls.OPTIONS)
+        padded = _pad(rows, cls._stored_layer(tuple(rows.shape)).shape)
         grid = cls.FORMAT.grid(LayerInput(tuple(padded.shape), DTYPE_NAMES[padded.dtype]), cls.OPTIONS)
         padded = cls.FORMAT.prepare(padded, cls.OPTIONS)
         found = grid.scale(padded)
         codes = grid.encode(padded, found, seed=stochastic_rounding or 0)
         stored = cls.FORMAT.pack(codes, found, cls.OPTIONS)
-        return stored["weight"], cls.Params(stored["weight_scale"], tensor.dtype, tuple(rows.shape))
+        return stored["weight"], cls.params_of(stored, tensor.dtype, tuple(rows.shape))
 
     @classmethod
-    def dequantize(cls, qdata: torch.Tensor, params: Params) -> torch.Tensor:
-        """(N, K) in `orig_dtype`: float32 arithmetic, rounded once; `transposed` is the caller's business."""
-        stored = {"weight": qdata, "weight_scale": params.scale}
-        layer = LayerInput(params.orig_shape[::-1] if params.transposed else params.orig_shape, None)
-        return cls.FORMAT.dequantize(stored, layer, cls.OPTIONS).to(params.orig_dtype)
+    def params_of(
+        cls, stored: dict[str, torch.Tensor], orig_dtype: torch.dtype, orig_shape: tuple[int, ...]
+    ) -> BaseLayoutParams:
+        """Params from stored tensors by their names on disk; nothing is copied or converted."""
+        side = {field: stored[suffix] for suffix, field in cls.SIDE.items()}
+        return cls.Params(**side, orig_dtype=orig_dtype, orig_shape=orig_shape)
 
     @classmethod
-    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return qtensor._qdata, qtensor._params.scale
+    def stored(cls, qdata: torch.Tensor, params: BaseLayoutParams) -> dict[str, torch.Tensor]:
+        """Name on disk -> tensor; the inverse of `params_of`."""
+        return {"weight": qdata, **{suffix: getattr(params, field) for suffix, field in cls.SIDE.items()}}
 
     @classmethod
-    def state_dict_tensors(cls, qdata: torch.Tensor, params: Params) -> dict[str, torch.Tensor]:
-        return {"": qdata, "_scale": params.scale}
+    def _stored_layer(cls, shape: tuple[int, ...]) -> LayerInput:
+        n, k = shape
+        step_n, step_k = cls.FORMAT.steps(cls.OPTIONS)
+        return LayerInput((-(-n // step_n) * step_n, -(-k // step_k) * step_k), None)
+
+    @classmethod
+    def dequantize(cls, qdata: torch.Tensor, params: BaseLayoutParams) -> torch.Tensor:
+        """Contiguous (N, K) in `orig_dtype`: float32 arithmetic, rounded once, padding cut off; never transposed."""
+        n, k = params.orig_shape[::-1] if params.transposed else params.orig_shape
+        pieces = list(cls.stored(qdata, params).values())
+        return torch.ops.fewbits.dequantize(pieces, cls.__name__, n, k, params.orig_dtype)
+
+    @classmethod
+    def decode(cls, pieces: list[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+        """What `fewbits::dequantize` computes; `pieces` are the weight and the side tensors in `SIDE` order."""
+        stored = dict(zip(("weight", *cls.SIDE), pieces, strict=True))
+        values = cls.FORMAT.dequantize(stored, cls._stored_layer((n, k)), cls.OPTIONS)
+        return values[:n, :k].to(dtype).contiguous()
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
+        return tuple(cls.stored(qtensor._qdata, qtensor._params).values())
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: torch.Tensor, params: BaseLayoutParams) -> dict[str, torch.Tensor]:
+        """Suffix to append to `<layer>.weight`; names that do not start with `weight` get an underscore here."""
+        return {
+            name.removeprefix("weight") if name.startswith("weight") else f"_{name}": tensor
+            for name, tensor in cls.stored(qdata, params).items()
+        }
 
     @classmethod
     def supports_fast_matmul(cls) -> bool:
@@ -85,11 +116,38 @@ class PackLayout(QuantizedLayout):
         return False
 
 
-def _pad(rows: torch.Tensor, format: Format, options: FormatOptions) -> torch.Tensor:
-    step_n, step_k = format.steps(options)
-    n, k = rows.shape
-    missing = (-k % step_k, -n % step_n)
-    return torch.nn.functional.pad(rows, (0, missing[0], 0, missing[1])) if any(missing) else rows
+if not hasattr(torch.ops.fewbits, "dequantize"):  # a second copy of the pack in this process finds it defined
+
+    @torch.library.custom_op("fewbits::dequantize", mutates_args=())
+    def _dequantize(pieces: list[torch.Tensor], layout: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+        """Stored pieces of a layer -> contiguous (N, K) `dtype`. One op, so that torch.compile looks no further."""
+        return LAYOUTS[layout].decode(pieces, n, k, dtype)
+
+    @_dequantize.register_fake
+    def _dequantize_fake(
+        pieces: list[torch.Tensor], layout: str, n: int, k: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return pieces[0].new_empty((n, k), dtype=dtype)
+
+
+def _make_layout(name: str, format: Format, options: FormatOptions) -> type[PackLayout]:
+    """The layout class of one format with one set of options."""
+    suffixes = [suffix for suffix in format.tensor_specs(_PROBE, options) if suffix != "weight"]
+    side = {suffixes[0]: "scale", **{suffix: suffix for suffix in suffixes[1:]}}
+    tensors = list(side.values())
+    params = dataclasses.make_dataclass(
+        "Params",
+        [*((field, torch.Tensor) for field in tensors[1:]), ("transposed", bool, False)],
+        bases=(BaseLayoutParams,),
+        namespace={"_tensor_fields": lambda self: list(tensors)},
+        frozen=True,
+    )
+    return type(name, (PackLayout,), {"FORMAT": format, "OPTIONS": options, "SIDE": side, "Params": params})
+
+
+def _pad(rows: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    missing = shape[0] - rows.shape[0], shape[1] - rows.shape[1]
+    return torch.nn.functional.pad(rows, (0, missing[1], 0, missing[0])) if any(missing) else rows
 
 
 def layout_name(format: Format, options: FormatOptions) -> str:
@@ -106,7 +164,7 @@ def register_layout(format_name: str, options: FormatOptions) -> str:
     options = format.resolve(options)
     name = layout_name(format, options)
     if name not in LAYOUTS:
-        register_layout_class(name, type(name, (PackLayout,), {"FORMAT": format, "OPTIONS": options}))
+        register_layout_class(name, _make_layout(name, format, options))
     return name
 
 

@@ -1,0 +1,26 @@
+"""One ComfyUI with the pack and one without, each started once for all end-to-end tests."""
+
+import pytest
+from harness import EMOJI_NODES, PACK, PROMPTS, ComfyServer, emoji_models, emoji_workflow
+
+
+@pytest.fixture(scope="session")
+def server(comfyui, tmp_path_factory):
+    """ComfyUI with FewBits, the emoji nodes and the emoji model."""
+    base = tmp_path_factory.mktemp("with_pack")
+    with ComfyServer(base, custom_nodes=[PACK, EMOJI_NODES], models=emoji_models(), tree=comfyui) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def stock(comfyui, tmp_path_factory):
+    """ComfyUI without FewBits."""
+    base = tmp_path_factory.mktemp("stock")
+    with ComfyServer(base, custom_nodes=[EMOJI_NODES], models=emoji_models(), tree=comfyui) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def reference(stock):
+    """The bf16 original's picture of each prompt, from a ComfyUI that has never seen FewBits."""
+    return {prompt: stock.run(emoji_workflow(prompt=prompt)).images()[0] for prompt in PROMPTS}

@@ -1,0 +1,68 @@
+"""Who may import whom (the house plan): every import is resolved to a room and held against two tables."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY_IMPORT = {"kernels": {"kernels"}, "quant_ops": {"kernels", "quant_ops"}, "nodes": {"quant_ops", "nodes"}}
+INSIDE = {  # rooms of quant_ops, lowest first; a room may import those in lines above and its own
+    "ground": {"errors", "spec", "sources", "version"},
+    "parts": {"formats", "methods", "transforms", "checkpoint", "calibration", "report"},
+    "planning": {"planning"},
+    "engines": {"pipeline", "layouts", "loading", "bench", "inspection"},
+    "doors": {"cli", "compat"},
+}
+ONLY_IN = {
+    "comfy": "nodes/bridge/", "folder_paths": "nodes/bridge/", "server": "nodes/bridge/", "comfy_api": "nodes/",
+    "triton": "kernels/triton/", "matplotlib": "quant_ops/report/plots.py", "comfyui_version": "nodes/bridge/",
+}  # fmt: skip
+OUR_ROOMS = {"kernels", "quant_ops", "nodes", "fewbits"}
+
+
+def imports():
+    """(file, room path imported relative to the root, or None; absolute top-level name, or None)"""
+    for room in MAY_IMPORT:
+        for path in (ROOT / room).rglob("*.py"):
+            package = path.relative_to(ROOT).parent.parts
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    yield from ((path, None, alias.name.split(".")[0]) for alias in node.names)
+                elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                    yield path, None, node.module.split(".")[0]
+                elif isinstance(node, ast.ImportFrom):
+                    base = (*package[: len(package) - node.level + 1], *filter(None, (node.module or "").split(".")))
+                    for alias in node.names:
+                        yield path, base if len(base) > 1 else (*base, alias.name), None
+
+
+def relative(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_rooms_import_only_the_rooms_below_them():
+    wrong = [f"{relative(p)}: {'.'.join(t)}" for p, t, _ in imports() if t and t[0] not in MAY_IMPORT[p.relative_to(ROOT).parts[0]]]
+    assert not wrong
+
+
+def test_inside_quant_ops_the_order_holds():
+    level = {name: i for i, names in enumerate(INSIDE.values()) for name in names}
+    wrong = []
+    for path, target, _ in imports():
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if not target or parts[0] != "quant_ops" or target[0] != "quant_ops" or parts[1] == "__init__":
+            continue
+        here, there = level[parts[1]], level.get(target[1], 99)
+        siblings = {parts[1], target[1]} == {"formats", "methods"}
+        if there > here or siblings:
+            wrong.append(f"{relative(path)}: {'.'.join(target)}")
+    assert not wrong
+
+
+def test_foreign_modules_stay_in_their_room():
+    wrong = [f"{relative(p)}: {name}" for p, _, name in imports() if name in ONLY_IN and not relative(p).startswith(ONLY_IN[name])]
+    assert not wrong
+
+
+def test_our_own_rooms_are_never_imported_absolutely():
+    """Inside ComfyUI, `nodes` and `quant_ops` are ComfyUI's."""
+    assert not [f"{relative(p)}: {name}" for p, _, name in imports() if name in OUR_ROOMS]
