@@ -45,15 +45,17 @@ def chrome() -> Iterator[object]:
 
 @pytest.fixture
 def new_page(chrome) -> Iterator[Callable[..., object]]:
-    """`new_page(width=..., height=...)` -> a page in a context of its own; `page.messages` collects what it complains of."""
+    """`new_page(width, height, scale)` -> a page in a context of its own; `page.messages` collects its complaints."""
     contexts = []
 
-    def make(width: int = 1280, height: int = 900) -> object:
-        context = chrome.new_context(viewport={"width": width, "height": height})
+    def make(width: int = 1280, height: int = 900, scale: int = 1) -> object:
+        context = chrome.new_context(viewport={"width": width, "height": height}, device_scale_factor=scale)
         contexts.append(context)
         page = context.new_page()
         page.messages = []
-        page.on("console", lambda note: page.messages.append(f"{note.type}: {note.text} {note.location.get('url', '')}"))
+        page.on(
+            "console", lambda note: page.messages.append(f"{note.type}: {note.text} {note.location.get('url', '')}")
+        )
         page.on("pageerror", lambda error: page.messages.append(f"pageerror: {error} {error.stack or ''}"))
         return page
 

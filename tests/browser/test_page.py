@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from harness import EMOJI_NODES, PACK, ComfyServer, emoji_models, emoji_workflow
 
@@ -78,7 +79,7 @@ def open_page(server, new_page):
     """`open_page(renderer, theme)` -> ComfyUI's page, ready; the test then fails on any complaint that concerns us."""
     pages = []
 
-    def open_page(renderer: str, theme: str = "dark"):
+    def open_page(renderer: str, theme: str = "dark", **size: int):
         settings = {
             "Comfy.TutorialCompleted": True,
             "Comfy.ColorPalette": theme,
@@ -86,7 +87,7 @@ def open_page(server, new_page):
             "Comfy.Minimap.Visible": False,
         }
         server.post("/settings", settings)
-        page = new_page(1400, 900)
+        page = new_page(**({"width": 1400, "height": 900} | size))
         pages.append(page)
         page.goto(f"http://127.0.0.1:{server.port}")
         page.wait_for_function("window.app?.graph && window.app.canvas && window.app.extensionManager", timeout=120_000)
@@ -123,9 +124,9 @@ def wait_for(page, phase: str) -> None:
     page.wait_for_selector(f'.fewbits-panel[data-phase="{phase}"]', timeout=120_000)
 
 
-def shot(page, name: str) -> None:
+def shot(page, name: str, **options: object) -> None:
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"{name}.png")
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", **options)
 
 
 def line(panel) -> str:
@@ -134,6 +135,11 @@ def line(panel) -> str:
 
 def rows(panel, table: str) -> list[list[str]]:
     return [[c.strip() for c in row.locator("th, td").all_inner_texts()] for row in panel.locator(f"{table} tr").all()]
+
+
+def sizes(row: dict) -> list[str]:
+    """Before and after as the table shows them."""
+    return [f"{row[key] / 1e6:.2f}" for key in ("bytes_before", "bytes_after")]
 
 
 def in_graph(seed: int) -> dict:
@@ -165,7 +171,6 @@ def test_a_node_in_the_graph_shows_the_plan_and_error_it_was_sent(open_page, ren
 
     plan = page.evaluate("received['fewbits.plan'][0].plan")
     report = page.evaluate("received.executed.find((detail) => detail.node === '20').output.fewbits_report[0]")
-    sizes = lambda row: [f"{row[key] / 1e6:.2f}" for key in ("bytes_before", "bytes_after")]  # noqa: E731
     layers = str(sum(row["layers"] for row in plan["summary"]))
     assert rows(panel, ".fewbits-formats")[1:] == [
         *([row["format"], str(row["layers"]), *sizes(row)] for row in plan["summary"]),
@@ -222,3 +227,39 @@ def test_a_report_survives_a_change_of_tabs_and_an_error_shows_its_message(open_
     page.locator(".workflow-label", has_text="quantize").click()
     wait_for(page, "done")
     assert line(panel) == done
+
+
+def test_the_quantized_model_draws_in_the_same_run(open_page):
+    """Also makes the README's picture (docs/images/quantize_node.png)."""
+    page = open_page("nodes2", width=1600, height=980, scale=2)
+    workflow = emoji_workflow(lora=0.0)
+    del workflow["3"]
+    workflow["20"] = {"class_type": "FewBitsQuantizeINT8", "inputs": {"model": ["1", 0], "format": "int8_tensorwise"}}
+    workflow["7"]["inputs"]["model"] = ["20", 0]
+    load(page, workflow, "20")
+    places = {  # left, top, width, height
+        "1": [0, 0, 270, 90], "4": [0, 150, 270, 120], "5": [0, 320, 270, 120], "6": [0, 490, 270, 110],
+        "2": [0, 660, 270, 60], "20": [320, 0, 400, 560], "7": [770, 0, 270, 260], "8": [770, 310, 270, 50],
+        "9": [770, 410, 270, 300],
+    }  # fmt: skip
+    page.evaluate(
+        """(places) => {
+          for (const [id, [left, top, width, height]] of Object.entries(places)) {
+            const node = app.graph.getNodeById(id);
+            node.pos = [left, top];
+            node.setSize([width, height]);
+          }
+          app.canvas.ds.offset = [280, 140];
+          app.canvas.setDirty(true, true);
+        }""",
+        places,
+    )
+    run(page)
+    wait_for(page, "done")
+    picture = page.locator('.lg-node[data-node-id="9"] img')
+    picture.wait_for(timeout=60_000)
+    page.wait_for_timeout(6000)  # until ComfyUI's own notes about the finished job are gone
+    shot(page, "quantize_node", clip={"x": 260, "y": 96, "width": 1080, "height": 776})
+    image = Image.open(SCREENSHOTS / "quantize_node.png")
+    image.quantize(256, dither=Image.Dither.NONE).save(SCREENSHOTS / "quantize_node.png", optimize=True)
+    assert picture.evaluate("(image) => image.naturalWidth") == 128
