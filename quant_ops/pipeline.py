@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,8 @@ from .spec import ITEM_SIZES, LayerInput, LayerPlan, ModelPlan, TensorSpec
 
 HUGE = 2.0**120  # |w| above this counts as Inf (FORMATS 2.1)
 
-# (done bytes, total bytes, layer name): called from the caller's thread before each layer; may raise to cancel.
+# (done bytes, total bytes, layer name): called from the caller's thread before each layer and between its steps, so
+# that cancelling waits for a part of a layer only; may raise to cancel.
 ProgressFn = Callable[[int, int, str], None]
 PlanFn = Callable[[ModelPlan], None]
 
@@ -59,7 +61,7 @@ def quantize(
     Args:
         device: where codes are computed; equal sources and recipes give equal bytes on equal devices.
         on_plan: receives the plan before any weight is read.
-        on_progress: called before each layer; whatever it raises cancels the run.
+        on_progress: called before each layer and between its steps; whatever it raises cancels the run.
 
     Raises:
         QuantError: see `plan_source`; and CheckpointError for NaN or Inf in a weight, by tensor name and count.
@@ -75,8 +77,9 @@ def quantize(
             sink.open(plan)
             writing: Future | None = None
             for layer, tensors in _read_ahead(source, plan.layers, reads):
-                on_progress(done, total, layer.name)
-                outputs, result = _convert(source.name, layer, tensors, torch.device(device))
+                step = functools.partial(on_progress, done, total, layer.name)
+                step()
+                outputs, result = _convert(source.name, layer, tensors, torch.device(device), step)
                 del tensors
                 if result:
                     results.append(result)
@@ -119,7 +122,7 @@ def _write(sink: TensorSink, outputs: dict[str, torch.Tensor]) -> None:
 
 
 def _convert(
-    file: str, layer: LayerPlan, tensors: dict[str, torch.Tensor], device: torch.device
+    file: str, layer: LayerPlan, tensors: dict[str, torch.Tensor], device: torch.device, step: Callable[[], None]
 ) -> tuple[dict[str, torch.Tensor], LayerResult | None]:
     """One layer -> (stored tensors by full name, measured result)."""
     if layer.action == "keep":
@@ -134,7 +137,9 @@ def _convert(
     grid = format.grid(LayerInput(tuple(weight.shape), DTYPE_NAMES[weight.dtype]), layer.options)
     _refuse_non_finite(file, key, weight)
     weight = format.prepare(weight, layer.options)
+    step()
     codes, scale = get_method(layer.method).quantize(weight, grid)
+    step()
     error, signal = grid.squared_error(weight, codes, scale)
     packed = format.pack(codes, scale, layer.options)
     outputs = {f"{layer.name}.{suffix}": tensor for suffix, tensor in packed.items()}
