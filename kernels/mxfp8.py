@@ -46,5 +46,5 @@ class Mxfp8Grid:
         return squared_error(weight, codes, e8m0_value(scale), E4M3, BLOCKS)
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """(N, K) float32: code * 2^(e-127), exact."""
-        return decode(codes, e8m0_value(scale), E4M3, BLOCKS)
+        """(N, K) float32: code * 2^(e-127), exact; 0 in blocks with byte 0, as comfy-kitchen decodes them."""
+        return decode(codes, e8m0_value(scale).masked_fill_(scale == 0, 0.0), E4M3, BLOCKS)

@@ -224,7 +224,7 @@ class _Planner:
                 f"loses quality; start from the original model, or keep the layer with a rule"
             )
         layer = format.stored_layer(marker, by_suffix)
-        extra = tuple(spec for suffix, spec in by_suffix.items() if suffix == "input_scale")
+        extra = tuple(spec for suffix, spec in by_suffix.items() if suffix in ("input_scale", "pre_quant_scale"))
         return LayerPlan(
             name=base,
             action="recode",

@@ -1,0 +1,70 @@
+"""Encode one weight with a format, without planner or file, as the pipeline does."""
+
+from __future__ import annotations
+
+import torch
+
+from fewbits.quant_ops.formats import get_format
+from fewbits.quant_ops.methods import get_method
+from fewbits.quant_ops.sources import DTYPE_NAMES, spec_of
+from fewbits.quant_ops.spec import FormatOptions, LayerInput, TensorSpec
+
+CANONICAL = (
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fn_rowwise",
+    "float8_e4m3fn_blockwise",
+    "float8_e4m3fn_block3d",
+    "int8_tensorwise",
+    "int8_tensorwise:tensor",
+    "int8_tensorwise:convrot",
+    "int8_blockwise",
+    "int8_lodewise",
+    "mxfp8",
+    "nvfp4",
+    "convrot_w4a4",
+    "asym_w4a8_int8",
+    "bnb_nf4",
+    "bnb_fp4",
+)
+VARIANTS = {
+    "float8_e4m3fn_blockwise": FormatOptions(block_size=16),
+    "float8_e4m3fn_block3d": FormatOptions(block_size=16),
+    "int8_blockwise": FormatOptions(block_size=16),
+    "int8_lodewise": FormatOptions(block_size=16),
+    "int8_tensorwise:tensor": FormatOptions(scaling="tensor"),
+    "int8_tensorwise:convrot": FormatOptions(convrot=True, convrot_groupsize=64),
+    "convrot_w4a4": FormatOptions(convrot_groupsize=64),
+    "asym_w4a8_int8": FormatOptions(convrot_groupsize=64),
+}
+
+
+def wish(case: str) -> tuple[str, FormatOptions]:
+    """`int8_tensorwise:convrot` -> format name and resolved options; blocks and rotations are small."""
+    name = case.partition(":")[0]
+    return name, get_format(name).resolve(VARIANTS.get(case, FormatOptions()))
+
+
+def layer_of(weight: torch.Tensor) -> LayerInput:
+    return LayerInput(tuple(weight.shape), DTYPE_NAMES[weight.dtype])
+
+
+def encode(
+    name: str, weight: torch.Tensor, options: FormatOptions, method: str = "nearest"
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """(stored tensors by suffix, marker)."""
+    format, layer = get_format(name), layer_of(weight)
+    prepared = format.prepare(weight, options)
+    codes, scale = get_method(method).quantize(prepared, format.grid(layer, options))
+    return format.pack(codes, scale, options), format.marker(layer, options)
+
+
+def specs_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return {suffix: spec_of(suffix, tensor) for suffix, tensor in tensors.items()}
+
+
+def decode(name: str, tensors: dict[str, torch.Tensor], marker: dict) -> torch.Tensor:
+    """(N, K) float32 by the package's own decoder, from nothing but what is stored."""
+    format, specs = get_format(name), specs_of(tensors)
+    options = format.options_from(marker, specs)
+    return format.dequantize(tensors, format.stored_layer(marker, specs), options)

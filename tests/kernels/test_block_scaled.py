@@ -1,0 +1,124 @@
+"""MXFP8, NVFP4 and W4A8 grids: exponents from bits, two-level scales, zero blocks, seeds."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vectors import raw
+
+from fewbits.kernels.mxfp8 import Mxfp8Grid, e8m0_ceiling, e8m0_value
+from fewbits.kernels.nvfp4 import Nvfp4Grid
+from fewbits.kernels.w4a8 import GROUP, W4A8Grid
+
+INFINITY = torch.tensor(float("inf"))
+
+
+def up(value: float) -> float:
+    return float(torch.nextafter(torch.tensor(value), INFINITY))
+
+
+@pytest.mark.parametrize(
+    ("absmax", "exponent"),
+    [(448, 127), (up(448), 128), (up(224), 127), (0.4375, 117), (up(0.4375), 118), (3.5, 120), (up(3.5), 121)],
+    ids=["448", "next above 448", "next above 224", ".4375", "next above .4375", "3.5", "next above 3.5"],
+)
+def test_exponent_bytes_are_the_golden_ones(absmax, exponent):
+    block = torch.zeros(1, 32)
+    block[0, 7] = -absmax
+    assert Mxfp8Grid().scale(block).tolist() == [[exponent]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(value=st.floats(2.0**-120, 2.0**120, width=32))
+def test_the_exponent_is_that_of_the_smallest_power_of_two_not_below(value):
+    mantissa, exponent = math.frexp(value)
+    expected = exponent - 1 if mantissa == 0.5 else exponent
+    byte = e8m0_ceiling(torch.tensor([value]))
+    assert byte.tolist() == [expected + 127]
+    assert e8m0_value(byte).item() == 2.0**expected
+
+
+def test_a_zero_block_of_mxfp8_has_byte_zero_and_decodes_to_zero():
+    weight = torch.zeros(2, 64)
+    weight[0, :32] = -(2.0**-90)
+    weight[1, 32:] = 3.0
+    grid = Mxfp8Grid()
+    scale = grid.scale(weight)
+    assert scale[0].tolist() == [0, 0] and scale[1, 0] == 0 and scale[1, 1] != 0
+    codes = grid.encode(weight, scale)
+    assert not any(raw(codes[0])) and not any(raw(codes[1, :32]))
+    assert torch.equal(grid.decode(codes, scale)[1, 32:], weight[1, 32:])
+
+
+def test_blocks_of_nvfp4_whose_scale_rounds_to_zero_have_only_zero_codes():
+    weight = torch.ones(1, 32)
+    weight[0, :16] = -(2.0**-30)  # b = 2^-30 / 6 / ts underflows e4m3fn
+    grid = Nvfp4Grid()
+    scale = grid.scale(weight)
+    assert scale.block.float()[0, 0] == 0
+    codes = grid.encode(weight, scale)
+    assert not codes[0, :16].any()
+    assert not grid.decode(codes, scale)[0, :16].any()
+
+
+def test_tiny_applies_to_the_nvfp4_tensor():
+    grid = Nvfp4Grid()
+    weight = torch.full((1, 16), -(2.0**-81))
+    scale = grid.scale(weight)
+    assert scale.per_tensor.item() == 1.0
+    assert not any(raw(scale.block)) and not grid.encode(weight, scale).any()
+    assert grid.scale(weight * 4).per_tensor.item() < 1.0
+
+
+def test_zero_groups_and_zero_rows_of_w4a8_decode_to_exact_zeros():
+    weight = torch.zeros(3, 2 * GROUP)
+    weight[1, GROUP:] = torch.randn(GROUP, generator=torch.Generator().manual_seed(0))
+    weight[2, :GROUP] = 2.0**-81
+    grid = W4A8Grid()
+    scale = grid.scale(weight)
+    assert scale.channel[0] == 1.0 and scale.channel[2] == 1.0 and 0 < scale.channel[1] < 0.1
+    assert scale.relative.float()[[0, 0, 1, 2, 2], [0, 1, 0, 0, 1]].tolist() == [0] * 5
+    codes = grid.encode(weight, scale)
+    assert not codes[0].any() and not codes[1, :GROUP].any() and not codes[2].any()
+    decoded = grid.decode(codes, scale)
+    assert not decoded[0].any() and not decoded[1, :GROUP].any() and not decoded[2].any()
+    assert (decoded[1, GROUP:] - weight[1, GROUP:]).norm() < 0.15 * weight[1, GROUP:].norm()
+
+
+@pytest.mark.parametrize("grid", [Mxfp8Grid(), Nvfp4Grid(), W4A8Grid()], ids=["mxfp8", "nvfp4", "w4a8"])
+class TestEveryGrid:
+    def test_rows_do_not_depend_on_their_neighbours_or_on_chunks(self, grid):
+        weight = torch.randn(600, 1024, generator=torch.Generator().manual_seed(1))
+        weight[-1, 0] = weight.abs().max() + 1  # nvfp4 has one scale for the tensor
+        scale = grid.scale(weight)
+        whole = grid.encode(weight, scale)
+        tail = grid.scale(weight[-2:])
+        assert raw(grid.encode(weight[-2:], tail)) == raw(whole[-2:])
+
+    def test_the_reported_error_is_that_of_the_decoded_weight(self, grid):
+        weight = torch.randn(9, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
+        scale = grid.scale(weight)
+        codes = grid.encode(weight, scale)
+        error, signal = grid.squared_error(weight, codes, scale)
+        assert error == pytest.approx(float((grid.decode(codes, scale) - weight.float()).square().sum()), rel=1e-5)
+        assert signal == pytest.approx(float(weight.float().square().sum()), rel=1e-5)
+
+    def test_stochastic_rounding_is_seeded_and_centred(self, grid):
+        """Mean of 2^12 draws per weight within 7 sigma (steps are below 0.5), where the largest code does not clip."""
+        pattern = torch.randn(1, 32, generator=torch.Generator().manual_seed(3))
+        weight = pattern.expand(1 << 12, -1).contiguous()
+        scale = grid.scale(weight)
+        once, again, other = (grid.encode(weight, scale, seed=seed) for seed in (5, 5, 6))
+        assert raw(once) == raw(again) != raw(other)
+        blocks = pattern.view(-1, 16).abs()
+        inside = (blocks < 0.9 * blocks.amax(1, keepdim=True)).view(-1)
+        bias = (grid.decode(once, scale).mean(0) - pattern[0])[inside]
+        assert bias.abs().max() < 7 * 0.25 / 64
+
+    def test_every_dtype_gives_the_codes_of_its_float32_value(self, grid):
+        for dtype in (torch.float16, torch.bfloat16, torch.float64):
+            weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(4)).to(dtype)
+            wide = weight.float()
+            assert raw(grid.encode(weight, grid.scale(weight))) == raw(grid.encode(wide, grid.scale(wide)))
