@@ -115,6 +115,23 @@ class Format(ABC):
     def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
         """Stored tensors -> (N, K) float32, written apart from the encoder (FORMATS 2.6)."""
 
+    def dequantize_to(
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """`dequantize`, rounded once to `dtype`; formats with a kernel for it override this with equal results."""
+        return self.dequantize(tensors, layer, options).to(dtype)
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        tensors: dict[str, torch.Tensor],
+        layer: LayerInput,
+        options: FormatOptions,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x (M, K) @ W.T + bias in x's dtype; formats with a kernel for it override this."""
+        return torch.nn.functional.linear(x, self.dequantize_to(tensors, layer, options, x.dtype), bias)
+
     def refuse_misfit(self, layer: LayerInput, options: FormatOptions, specs: dict[str, TensorSpec]) -> None:
         """Compare stored tensors with `tensor_specs`.
 

@@ -7,6 +7,7 @@ import torch
 from ...kernels.codebook4 import FP4, NF4, FlatGrid
 from ...kernels.grids import Levels
 from ...kernels.packing import pack_nibbles, unpack_nibbles
+from ...kernels.runtime import dequantize_flat4, linear_flat4
 from ..errors import CheckpointError
 from ..spec import FormatOptions, LayerInput, TensorSpec
 from .base import Format, dtype_from_json, dtype_to_json, register_format, with_precision
@@ -80,6 +81,21 @@ class Bnb4Bit(Format):
     def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
         codes = unpack_nibbles(tensors["weight"], high_first=True)
         return FlatGrid(self.levels, options.block_size).decode(codes, tensors["absmax"])
+
+    def dequantize_to(
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return dequantize_flat4(tensors["weight"], tensors["absmax"], self.levels, options.block_size, dtype)
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        tensors: dict[str, torch.Tensor],
+        layer: LayerInput,
+        options: FormatOptions,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return linear_flat4(x, tensors["weight"], tensors["absmax"], self.levels, options.block_size, bias)
 
 
 class BnbNF4(Bnb4Bit):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...kernels.grids import Levels, TiledGrid, decode
+from ...kernels.runtime import dequantize_tiles
 from ...kernels.scales import Geometry
 from ..errors import CheckpointError
 from ..spec import FormatOptions, LayerInput, TensorSpec
@@ -47,6 +48,15 @@ class TiledFormat(Format):
         codes, geometry = tensors["weight"], self.geometry(options)
         scale = tensors["weight_scale"].reshape(geometry.grid_shape(tuple(codes.shape)))
         return decode(codes, scale, self.levels, geometry)
+
+    def dequantize_to(
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions, dtype: torch.dtype
+    ) -> torch.Tensor:
+        codes, geometry = tensors["weight"], self.geometry(options)
+        if tuple(codes.shape) != layer.shape or type(self).dequantize is not TiledFormat.dequantize:
+            return super().dequantize_to(tensors, layer, options, dtype)  # packed or rotated: more than codes x scales
+        scale = tensors["weight_scale"].reshape(geometry.grid_shape(layer.shape))
+        return dequantize_tiles(codes, scale, self.levels, geometry, dtype)
 
     def options_from(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
         options = self.stored_options(marker, specs)

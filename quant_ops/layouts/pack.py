@@ -95,8 +95,21 @@ class PackLayout(QuantizedLayout):
     def decode(cls, pieces: list[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
         """What `fewbits::dequantize` computes; `pieces` are the weight and the side tensors in `SIDE` order."""
         stored = dict(zip(("weight", *cls.SIDE), pieces, strict=True))
-        values = cls.FORMAT.dequantize(stored, cls._stored_layer((n, k)), cls.OPTIONS)
-        return values[:n, :k].to(dtype).contiguous()
+        values = cls.FORMAT.dequantize_to(stored, cls._stored_layer((n, k)), cls.OPTIONS, dtype)
+        return values[:n, :k].contiguous()
+
+    @classmethod
+    def linear(
+        cls, x: torch.Tensor, pieces: list[torch.Tensor], n: int, k: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What `fewbits::linear` computes: x (..., K) @ W.T + bias in x's dtype."""
+        layer = cls._stored_layer((n, k))
+        rows = x.reshape(-1, k)
+        if layer.shape != (n, k):  # zero-padded storage: decode and cut
+            out = torch.nn.functional.linear(rows, cls.decode(pieces, n, k, x.dtype), bias)
+        else:
+            out = cls.FORMAT.linear(rows, dict(zip(("weight", *cls.SIDE), pieces, strict=True)), layer, cls.OPTIONS, bias)
+        return out.view(*x.shape[:-1], n)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
@@ -128,6 +141,19 @@ if not hasattr(torch.ops.fewbits, "dequantize"):  # a second copy of the pack in
         pieces: list[torch.Tensor], layout: str, n: int, k: int, dtype: torch.dtype
     ) -> torch.Tensor:
         return pieces[0].new_empty((n, k), dtype=dtype)
+
+    @torch.library.custom_op("fewbits::linear", mutates_args=())
+    def _linear_op(
+        x: torch.Tensor, pieces: list[torch.Tensor], layout: str, n: int, k: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x (..., K) @ W.T + bias from the stored pieces of W, in x's dtype."""
+        return LAYOUTS[layout].linear(x, pieces, n, k, bias)
+
+    @_linear_op.register_fake
+    def _linear_fake(
+        x: torch.Tensor, pieces: list[torch.Tensor], layout: str, n: int, k: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return x.new_empty((*x.shape[:-1], n))
 
 
 def _make_layout(name: str, format: Format, options: FormatOptions) -> type[PackLayout]:
@@ -175,10 +201,21 @@ def _plain(value: object, dtype: torch.dtype) -> object:
     return value.to(dtype) if isinstance(value, torch.Tensor) else value
 
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _is_own(value: object) -> bool:
+    return isinstance(value, QuantizedTensor) and issubclass(value.layout_cls, PackLayout)
+
+
 @register_layout_op(torch.ops.aten.linear.default, PackLayout)
 def _linear(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
     x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
-    return torch.nn.functional.linear(*(_plain(value, x.dtype) for value in (x, weight, bias)), **kwargs)
+    bias = _plain(bias, x.dtype)
+    if isinstance(x, QuantizedTensor) or not _is_own(weight) or weight._params.transposed or x.dtype not in FLOATS:
+        return torch.nn.functional.linear(_plain(x, x.dtype), _plain(weight, x.dtype), bias)
+    cls, (n, k) = weight.layout_cls, weight.shape
+    return torch.ops.fewbits.linear(x, list(cls.stored(weight._qdata, weight._params).values()), cls.__name__, n, k, bias)
 
 
 @register_layout_op(torch.ops.aten.mm.default, PackLayout)
