@@ -113,7 +113,19 @@ class Environment:
             raise Failed(f"COMFYUI_DIR={own}: no main.py in there; name a ComfyUI folder")
         self.interpreter = own_interpreter(self.tree) if own else make_venv(self.cache, self.tree, full)
         overlay = [str(make_overlay(self.cache, self.interpreter, full))] if own else []
-        kept = ("PATH", "HOME", "LANG", "TMPDIR", "SYSTEMROOT", "TEMP", "TMP", "USERPROFILE", "CI", "COLUMNS", "DISPLAY")
+        kept = (
+            "PATH",
+            "HOME",
+            "LANG",
+            "TMPDIR",
+            "SYSTEMROOT",
+            "TEMP",
+            "TMP",
+            "USERPROFILE",
+            "CI",
+            "COLUMNS",
+            "DISPLAY",
+        )
         self.variables = {name: os.environ[name] for name in kept if name in os.environ} | {
             "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "import_shim"), str(ROOT / "tests"), *overlay]),
             "FEWBITS_COMFYUI": str(self.tree),
@@ -129,7 +141,7 @@ class Environment:
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
             "DO_NOT_TRACK": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait sleep: on a busy machine spinning ones took 40 times as long
+            "OMP_WAIT_POLICY": "PASSIVE",  # on a busy machine, spinning threads took 40 times as long
         }
 
     def python(self, *arguments: str) -> int:
@@ -236,7 +248,17 @@ def make_overlay(cache: Path, interpreter: Path, full: bool) -> Path:
     if not overlay.is_dir():
         with step("install the test tools beside your ComfyUI's environment") as building:
             part = fresh_sibling(overlay)
-            pip = [str(interpreter), "-m", "pip", "install", "-q", "--no-deps", "--no-cache-dir", "--target", str(part / "site")]
+            pip = [
+                str(interpreter),
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                "--no-cache-dir",
+                "--target",
+                str(part / "site"),
+            ]
             building.run([*pip, *tools, *needs])
             finish(part / "site", overlay, part)
     return overlay
@@ -259,7 +281,9 @@ class step:
 
     def run(self, command: list[str]) -> None:
         print(f"+ {' '.join(command)}", flush=True)
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
         while True:
             try:
                 output, _ = process.communicate(timeout=15)

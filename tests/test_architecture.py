@@ -40,7 +40,11 @@ def relative(path):
 
 
 def test_rooms_import_only_the_rooms_below_them():
-    wrong = [f"{relative(p)}: {'.'.join(t)}" for p, t, _ in imports() if t and t[0] not in MAY_IMPORT[p.relative_to(ROOT).parts[0]]]
+    wrong = [
+        f"{relative(p)}: {'.'.join(t)}"
+        for p, t, _ in imports()
+        if t and t[0] not in MAY_IMPORT[p.relative_to(ROOT).parts[0]]
+    ]
     assert not wrong
 
 
@@ -59,7 +63,11 @@ def test_inside_quant_ops_the_order_holds():
 
 
 def test_foreign_modules_stay_in_their_room():
-    wrong = [f"{relative(p)}: {name}" for p, _, name in imports() if name in ONLY_IN and not relative(p).startswith(ONLY_IN[name])]
+    wrong = [
+        f"{relative(p)}: {name}"
+        for p, _, name in imports()
+        if name in ONLY_IN and not relative(p).startswith(ONLY_IN[name])
+    ]
     assert not wrong
 
 

@@ -31,11 +31,16 @@ def copy(tmp_path_factory):
 
 
 def python(code):
-    return subprocess.run([sys.executable, "-c", "import sys\n" + code], capture_output=True, text=True, env=os.environ, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", "import sys\n" + code], capture_output=True, text=True, env=os.environ, timeout=120
+    )
 
 
 def test_without_comfyui_importing_the_folder_does_nothing(copy):
-    result = python(LOAD_BY_PATH + f"load({copy!r}, 'by_path')\nprint('torch' in sys.modules, [m for m in sys.modules if m.startswith('by_path.')])")
+    result = python(
+        LOAD_BY_PATH
+        + f"load({copy!r}, 'by_path')\nprint('torch' in sys.modules, [m for m in sys.modules if m.startswith('by_path.')])"
+    )
     assert result.stdout.strip() == "False []", result.stderr
 
 
@@ -45,14 +50,22 @@ def test_under_comfyui_the_import_registers_formats_and_every_seam(copy, comfyui
     code += f"missing = {OURS!r} - set(QUANT_ALGOS)\n"
     code += "layouts = all(QUANT_ALGOS[name]['comfy_tensor_layout'] in LAYOUTS for name in QUANT_ALGOS)\n"
     code += "status = sys.modules['by_path.nodes.bridge'].status()\n"
-    code += "print(missing, layouts, [s for s, reason in status.items() if reason], len(status) > 2, pack.WEB_DIRECTORY)"
+    code += (
+        "print(missing, layouts, [s for s, reason in status.items() if reason], len(status) > 2, pack.WEB_DIRECTORY)"
+    )
     result = python(code)
     assert result.stdout.strip() == "set() True [] True ./web", result.stderr
 
 
 def test_native_entries_stay_comfyuis_own(copy, comfyui):
-    code = HOST.format(tree=str(comfyui)) + "from comfy.quant_ops import QUANT_ALGOS\nbefore = {k: dict(v) for k, v in QUANT_ALGOS.items()}\n"
-    code += LOAD_BY_PATH + f"load({copy!r}, 'by_path')\nprint(all(QUANT_ALGOS[k] == v for k, v in before.items()), len(before))"
+    code = (
+        HOST.format(tree=str(comfyui))
+        + "from comfy.quant_ops import QUANT_ALGOS\nbefore = {k: dict(v) for k, v in QUANT_ALGOS.items()}\n"
+    )
+    code += (
+        LOAD_BY_PATH
+        + f"load({copy!r}, 'by_path')\nprint(all(QUANT_ALGOS[k] == v for k, v in before.items()), len(before))"
+    )
     assert python(code).stdout.startswith("True")
 
 
@@ -66,14 +79,19 @@ def test_two_copies_in_one_process_register_once(copy, comfyui):
 
 def test_a_comfyui_without_comfy_kitchen_gets_a_reason_and_keeps_the_nodes(copy, comfyui):
     code = HOST.format(tree=str(comfyui)) + "import comfy.quant_ops\ncomfy.quant_ops._CK_AVAILABLE = False\n"
-    code += LOAD_BY_PATH + f"load({copy!r}, 'by_path')\nprint(sys.modules['by_path.nodes.bridge'].status()['quantization'])"
+    code += (
+        LOAD_BY_PATH + f"load({copy!r}, 'by_path')\nprint(sys.modules['by_path.nodes.bridge'].status()['quantization'])"
+    )
     result = python(code)
     assert "reinstall ComfyUI's requirements.txt" in result.stdout, result.stderr
 
 
 def test_a_seam_that_breaks_takes_only_itself_away(copy, comfyui):
     code = HOST.format(tree=str(comfyui)) + "import comfy.ops\ndel comfy.ops.mixed_precision_ops\n"
-    code += LOAD_BY_PATH + f"load({copy!r}, 'by_path')\nstatus = sys.modules['by_path.nodes.bridge'].status()\nprint(status['linear'], status['formats'])"
+    code += (
+        LOAD_BY_PATH
+        + f"load({copy!r}, 'by_path')\nstatus = sys.modules['by_path.nodes.bridge'].status()\nprint(status['linear'], status['formats'])"
+    )
     result = python(code)
     assert "AttributeError" in result.stdout and result.stdout.strip().endswith("None"), result.stderr
     assert result.stderr.count("FewBits: seam") == 1

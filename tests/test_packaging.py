@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from fewbits.quant_ops.version import VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,16 +54,35 @@ def test_the_wheel_puts_one_package_into_site_packages(wheel):
 
 def test_the_wheel_carries_recipes_and_web_files(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {path.relative_to(ROOT).as_posix() for folder in ("quant_ops/recipes", "web", "locales") for path in (ROOT / folder).rglob("*") if path.is_file()}
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("quant_ops/recipes", "web", "locales")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    }
     assert wanted and {f"fewbits/{name}" for name in wanted} <= names
 
 
 def test_the_installed_wheel_runs_without_the_checkout(wheel, tmp_path):
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), str(wheel)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(tmp_path / "site"),
+        str(wheel),
+    ]
     subprocess.run(pip, check=True, capture_output=True)
     code = "import fewbits, sys; from fewbits import quantize_file; print(fewbits.__file__); assert 'nodes' not in sys.modules"
     result = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin"}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin"},
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     assert str(tmp_path) in result.stdout

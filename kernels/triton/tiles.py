@@ -12,7 +12,9 @@ _KIND = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
 
 
 @triton.jit
-def _dequantize(codes, scale, out, n, k, grid_cols, tile_rows, tile_cols, KIND: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def _dequantize(
+    codes, scale, out, n, k, grid_cols, tile_rows, tile_cols, KIND: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     cols = tl.program_id(1) * BK + tl.arange(0, BK)
     inside = (rows[:, None] < n) & (cols[None, :] < k)

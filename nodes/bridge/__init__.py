@@ -1,4 +1,4 @@
-"""The only importer of ComfyUI's modules. `register()` installs FewBits' formats and seams, `status()` says how that went.
+"""The only importer of ComfyUI's modules. `register()` installs formats and seams, `status()` says how that went.
 
 Nothing of ComfyUI is imported at module scope, so that this module can always report why it cannot register.
 """

@@ -32,7 +32,7 @@ def read_header(path: Path) -> Header:
                 raise CheckpointError(_not_safetensors(path, size, length))
             if 8 + length > size:
                 raise CheckpointError(
-                    f"{path.name}: truncated: the header needs {8 + length} bytes, the file has {size}; download it again"
+                    f"{path.name}: truncated: the header needs {8 + length} bytes, the file has {size}; get it again"
                 )
             text = file.read(length)
     except FileNotFoundError:
@@ -89,7 +89,9 @@ def _parse_entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int,
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{path.name}: tensor '{name}' has a malformed header entry; the file is damaged") from None
+        raise CheckpointError(
+            f"{path.name}: tensor '{name}' has a malformed header entry; the file is damaged"
+        ) from None
     if dtype not in ITEM_SIZES:
         raise CheckpointError(
             f"{path.name}: tensor '{name}' has dtype {dtype!r}; readable dtypes: {', '.join(ITEM_SIZES)}"

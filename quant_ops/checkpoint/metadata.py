@@ -43,7 +43,13 @@ def parse_marker(base: str, data: bytes) -> dict:
 
 
 def output_metadata(
-    source: dict[str, str], markers: dict[str, dict], *, version: str, recipe: str, min_comfyui: str, requires_pack: bool
+    source: dict[str, str],
+    markers: dict[str, dict],
+    *,
+    version: str,
+    recipe: str,
+    min_comfyui: str,
+    requires_pack: bool,
 ) -> dict[str, str]:
     """`__metadata__` of the output (FORMATS 1.2): foreign keys copied, ours rebuilt. No time, path or door."""
     kept = {key: value for key, value in source.items() if key != HEADER_KEY and not key.startswith(OURS)}

@@ -118,7 +118,9 @@ def _merge_shards(path: Path, shards: list[Path]) -> Header:
         twice = next((name for name in header.tensors if name in merged.tensors), None)
         if twice is not None:
             first = merged.ranges[twice][0].name
-            raise CheckpointError(f"{path.name}: tensor '{twice}' is in {first} and in {shard.name}; remove one of them")
+            raise CheckpointError(
+                f"{path.name}: tensor '{twice}' is in {first} and in {shard.name}; remove one of them"
+            )
         merged.tensors.update(header.tensors)
         merged.ranges.update(header.ranges)
         for key, value in header.metadata.items():

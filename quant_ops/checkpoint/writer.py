@@ -45,7 +45,8 @@ class FileSink:
         free = shutil.disk_usage(self.path.parent).free
         if free < self._size:
             raise CheckpointError(
-                f"{self.path.name}: the disk is full: {self._size} bytes are needed in {self.path.parent}, {free} are free"
+                f"{self.path.name}: the disk is full: {self._size} bytes are needed in "
+                f"{self.path.parent}, {free} are free"
             )
         self._part = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
         with self._explain():
@@ -57,7 +58,9 @@ class FileSink:
         spec = self._pending.pop(name)
         if type(tensor) is not torch.Tensor or spec_of(name, tensor) != spec:
             got = f"{type(tensor).__name__} {tensor.dtype} {tuple(tensor.shape)}"
-            raise CheckpointError(f"{self.path.name}: tensor '{name}' was planned as {spec.dtype} {spec.shape}, got {got}")
+            raise CheckpointError(
+                f"{self.path.name}: tensor '{name}' was planned as {spec.dtype} {spec.shape}, got {got}"
+            )
         tensor = tensor.detach().cpu().contiguous()
         with self._explain(name):
             self._file.seek(self._offsets[name])

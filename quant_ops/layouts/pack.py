@@ -23,7 +23,6 @@ from ..formats.base import Format
 from ..sources import DTYPE_NAMES
 from ..spec import FormatOptions, LayerInput
 
-
 # Any shape that every format can hold: only the names of the side tensors are asked of it.
 _PROBE = LayerInput((256, 256), "BF16")
 
@@ -108,7 +107,9 @@ class PackLayout(QuantizedLayout):
         if layer.shape != (n, k):  # zero-padded storage: decode and cut
             out = torch.nn.functional.linear(rows, cls.decode(pieces, n, k, x.dtype), bias)
         else:
-            out = cls.FORMAT.linear(rows, dict(zip(("weight", *cls.SIDE), pieces, strict=True)), layer, cls.OPTIONS, bias)
+            out = cls.FORMAT.linear(
+                rows, dict(zip(("weight", *cls.SIDE), pieces, strict=True)), layer, cls.OPTIONS, bias
+            )
         return out.view(*x.shape[:-1], n)
 
     @classmethod
@@ -137,9 +138,7 @@ if not hasattr(torch.ops.fewbits, "dequantize"):  # a second copy of the pack in
         return LAYOUTS[layout].decode(pieces, n, k, dtype)
 
     @_dequantize.register_fake
-    def _dequantize_fake(
-        pieces: list[torch.Tensor], layout: str, n: int, k: int, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def _dequantize_fake(pieces: list[torch.Tensor], layout: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
         return pieces[0].new_empty((n, k), dtype=dtype)
 
     @torch.library.custom_op("fewbits::linear", mutates_args=())
@@ -215,7 +214,9 @@ def _linear(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
     if isinstance(x, QuantizedTensor) or not _is_own(weight) or weight._params.transposed or x.dtype not in FLOATS:
         return torch.nn.functional.linear(_plain(x, x.dtype), _plain(weight, x.dtype), bias)
     cls, (n, k) = weight.layout_cls, weight.shape
-    return torch.ops.fewbits.linear(x, list(cls.stored(weight._qdata, weight._params).values()), cls.__name__, n, k, bias)
+    return torch.ops.fewbits.linear(
+        x, list(cls.stored(weight._qdata, weight._params).values()), cls.__name__, n, k, bias
+    )
 
 
 @register_layout_op(torch.ops.aten.mm.default, PackLayout)
@@ -244,8 +245,10 @@ def _refuse_in_place(qt: object, args: tuple, kwargs: dict) -> None:
 
 
 # The generic fallback would change a dequantized copy and drop it.
-for _op in ("add_.Tensor", "sub_.Tensor", "mul_.Tensor", "div_.Tensor", "add_.Scalar", "sub_.Scalar", "mul_.Scalar",
-            "div_.Scalar", "zero_.default", "fill_.Scalar", "addmm_.default", "clamp_.default", "lerp_.Scalar"):  # fmt: skip
+_IN_PLACE = (
+    "add_.Tensor", "sub_.Tensor", "mul_.Tensor", "div_.Tensor", "add_.Scalar", "sub_.Scalar", "mul_.Scalar",
+    "div_.Scalar", "zero_.default", "fill_.Scalar", "addmm_.default", "clamp_.default", "lerp_.Scalar",
+)  # fmt: skip
+for _op in _IN_PLACE:
     _packet, _overload = _op.split(".")
     register_layout_op(getattr(getattr(torch.ops.aten, _packet), _overload), PackLayout)(_refuse_in_place)
-

@@ -60,14 +60,19 @@ class Report:
             "fewbits": VERSION,
             **plan,
             "rel_l2": self.rel_l2(),
-            "worst": [{"name": r.name, "format": r.format, "rel_l2": r.rel_l2, "sqnr_db": r.sqnr_db} for r in self.worst()],
+            "worst": [
+                {"name": r.name, "format": r.format, "rel_l2": r.rel_l2, "sqnr_db": r.sqnr_db} for r in self.worst()
+            ],
             "seconds": self.seconds,
             "device": self.device,
         }
 
     def to_text(self) -> str:
         """A few lines for a terminal or a text node."""
-        lines = [*plan_lines(self.plan), f"weight error (rel_l2) {self.rel_l2():.4f}, {self.seconds:.1f} s on {self.device}"]
+        lines = [
+            *plan_lines(self.plan),
+            f"weight error (rel_l2) {self.rel_l2():.4f}, {self.seconds:.1f} s on {self.device}",
+        ]
         if self.results:
             lines.append("largest errors:")
             lines += [f"  {result.rel_l2:.4f}  {result.name}" for result in self.worst()]

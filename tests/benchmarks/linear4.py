@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import triton
+
 from fewbits.kernels import runtime
 from fewbits.kernels.codebook4 import NF4, FlatGrid
 from fewbits.kernels.packing import pack_nibbles
@@ -70,7 +71,9 @@ def sweep() -> None:
                 bm = 16 if m <= 16 else 64
                 tile = (0, bm, bn, bh, warps, stages)
                 try:
-                    calls = [lambda p=p, a=a, tile=tile: flat4.linear(x, p, a, table, GROUP, None, tile) for p, a, _ in sets]
+                    calls = [
+                        lambda p=p, a=a, tile=tile: flat4.linear(x, p, a, table, GROUP, None, tile) for p, a, _ in sets
+                    ]
                     found.append((graph_time(calls, 3, 1), tile))
                 except triton.runtime.errors.OutOfResources:
                     continue
@@ -94,21 +97,36 @@ def main() -> None:
         copy_source = [torch.empty(n * k, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
         copy_target = torch.empty(n * k, dtype=torch.bfloat16, device="cuda")
         copy = 4 * n * k / graph_time([lambda s=s: copy_target.copy_(s) for s in copy_source])
-        dequantize = graph_time([lambda p=p, a=a: runtime.dequantize_flat4(p, a, NF4, GROUP, torch.bfloat16) for p, a, _ in sets])
-        print(f"{n}x{k} dequantize {dequantize:.4f} ms, {moved / dequantize / 1e9:.2f} TB/s = {moved / dequantize / copy:.2f} of a copy")
+        dequantize = graph_time(
+            [lambda p=p, a=a: runtime.dequantize_flat4(p, a, NF4, GROUP, torch.bfloat16) for p, a, _ in sets]
+        )
+        print(
+            f"{n}x{k} dequantize {dequantize:.4f} ms, {moved / dequantize / 1e9:.2f} TB/s = {moved / dequantize / copy:.2f} of a copy"
+        )
         for m in ROWS:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             bf16 = graph_time([lambda w=w: torch.nn.functional.linear(x, w) for _, _, w in sets])
             ours = graph_time([lambda p=p, a=a: runtime.linear_flat4(x, p, a, NF4, GROUP, None) for p, a, _ in sets])
             fallback = graph_time(
-                [lambda p=p, a=a: torch.nn.functional.linear(x, runtime.dequantize_flat4(p, a, NF4, GROUP, x.dtype)) for p, a, _ in sets]
+                [
+                    lambda p=p, a=a: torch.nn.functional.linear(x, runtime.dequantize_flat4(p, a, NF4, GROUP, x.dtype))
+                    for p, a, _ in sets
+                ]
             )
-            fused = graph_time([lambda p=p, a=a: flat4.linear(x, p, a, runtime.code_values(NF4, p.device), GROUP, None) for p, a, _ in sets])
+            fused = graph_time(
+                [
+                    lambda p=p, a=a: flat4.linear(x, p, a, runtime.code_values(NF4, p.device), GROUP, None)
+                    for p, a, _ in sets
+                ]
+            )
             rows.append({"device": device, "torch": torch.__version__, "triton": triton.__version__, "N": n, "K": k, "M": m,
                          "bf16_ms": round(bf16, 5), "nf4_ms": round(ours, 5), "speedup": round(bf16 / ours, 3),
                          "fused_ms": round(fused, 5), "dequantize_linear_ms": round(fallback, 5),
                          "dequantize_of_copy": round(moved / dequantize / copy, 3)})  # fmt: skip
-            print(f"{n}x{k} M={m}: bf16 {bf16:.4f}, nf4 {ours:.4f} ({bf16 / ours:.2f}x), fused {fused:.4f}, dequantize+matmul {fallback:.4f}", flush=True)
+            print(
+                f"{n}x{k} M={m}: bf16 {bf16:.4f}, nf4 {ours:.4f} ({bf16 / ours:.2f}x), fused {fused:.4f}, dequantize+matmul {fallback:.4f}",
+                flush=True,
+            )
     RESULTS.parent.mkdir(exist_ok=True)
     new = not RESULTS.exists()
     with open(RESULTS, "a", newline="", encoding="utf-8") as file:

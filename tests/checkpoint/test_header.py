@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
 from fewbits.quant_ops.checkpoint.header import build_header, read_header
 from fewbits.quant_ops.errors import CheckpointError
 from fewbits.quant_ops.spec import TensorSpec
 from helpers import raw_file, tiny_checkpoint
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 A = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
@@ -64,7 +65,9 @@ def test_the_header_of_the_safetensors_library_reads_back_equal(tmp_path):
     path = tiny_checkpoint(tmp_path / "m.safetensors", note="kept")
     header = read_header(path)
     tensors = load_file(path)
-    assert {name: spec.shape for name, spec in header.tensors.items()} == {k: tuple(v.shape) for k, v in tensors.items()}
+    assert {name: spec.shape for name, spec in header.tensors.items()} == {
+        k: tuple(v.shape) for k, v in tensors.items()
+    }
     assert header.metadata == {"note": "kept"}
 
 

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.errors import CheckpointError
 from helpers import random_tensors, tiny_checkpoint
-from safetensors.torch import load_file, save_file
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
           torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]  # fmt: skip
@@ -21,7 +22,9 @@ def test_every_dtype_reads_the_same_bytes_as_the_safetensors_library(tmp_path):
         for name, tensor in tensors.items():
             got = source.read(name)
             assert got.dtype == tensor.dtype and got.shape == tensor.shape
-            assert got.view(torch.uint8).tolist() == tensor.view(torch.uint8).tolist() if tensor.dim() else got == tensor
+            assert (
+                got.view(torch.uint8).tolist() == tensor.view(torch.uint8).tolist() if tensor.dim() else got == tensor
+            )
 
 
 def shards(folder, tensors):

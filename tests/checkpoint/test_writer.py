@@ -9,13 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from fewbits.quant_ops import pipeline
 from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.checkpoint.writer import FileSink
 from fewbits.quant_ops.errors import CheckpointError
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from helpers import tiny_checkpoint
-from safetensors.torch import load_file
 
 INT8 = Recipe(primary=parse_wish("int8_tensorwise"))
 

@@ -10,10 +10,11 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from helpers import EMOJI, fewbits, flux_shapes, random_tensors, tiny_checkpoint
-from safetensors.torch import load_file, save_file
 
 
 def refused(result, *parts):
@@ -56,8 +57,19 @@ def test_plan_reads_no_weights_and_predicts_the_size(tmp_path):
 def test_rules_and_keeps_apply_in_the_order_written(tmp_path):
     plan = json.loads(
         fewbits(
-            "plan", EMOJI, "--format", "float8_e4m3fn", "--json", "--keep", "*.img_mlp.0",
-            "--rule", "double_blocks.*=int8_tensorwise:scaling=tensor", "--keep", "*mlp.2", "--rule", "nothing.*=float8_e5m2",
+            "plan",
+            EMOJI,
+            "--format",
+            "float8_e4m3fn",
+            "--json",
+            "--keep",
+            "*.img_mlp.0",
+            "--rule",
+            "double_blocks.*=int8_tensorwise:scaling=tensor",
+            "--keep",
+            "*mlp.2",
+            "--rule",
+            "nothing.*=float8_e5m2",
         ).stdout  # fmt: skip
     )
     rows = {row["name"]: row for row in plan["layers"]}
@@ -92,7 +104,9 @@ def test_a_scale_of_the_wrong_dtype_is_refused_by_layer(tmp_path):
     key = "single_blocks.0.linear1.weight_scale"
     tensors[key] = tensors[key].bfloat16()
     save_file(tensors, tmp_path / "bad.safetensors")
-    result = fewbits("quantize", tmp_path / "bad.safetensors", "-o", tmp_path / "x.safetensors", "--format", "int8_tensorwise")
+    result = fewbits(
+        "quantize", tmp_path / "bad.safetensors", "-o", tmp_path / "x.safetensors", "--format", "int8_tensorwise"
+    )
     refused(result, "bad.safetensors", "single_blocks.0.linear1", "weight_scale is BF16", "F32")
     assert "weight_scale is BF16" in fewbits("inspect", tmp_path / "bad.safetensors").stdout
 
@@ -100,7 +114,9 @@ def test_a_scale_of_the_wrong_dtype_is_refused_by_layer(tmp_path):
 def test_quantizing_twice_is_refused_and_copying_is_not(tmp_path):
     out = tmp_path / "q.safetensors"
     fewbits("quantize", EMOJI, "-o", out, "--format", "int8_tensorwise")
-    refused(fewbits("quantize", out, "-o", tmp_path / "x.safetensors", "--format", "float8_e4m3fn"), "quantized already")
+    refused(
+        fewbits("quantize", out, "-o", tmp_path / "x.safetensors", "--format", "float8_e4m3fn"), "quantized already"
+    )
     again = tmp_path / "again.safetensors"
     assert fewbits("quantize", out, "-o", again, "--format", "int8_tensorwise").returncode == 0
     assert again.read_bytes() == out.read_bytes()

@@ -1,6 +1,7 @@
 """One ComfyUI with the pack and one without, each started once for all end-to-end tests."""
 
 import pytest
+
 from harness import EMOJI_NODES, PACK, PROMPTS, ComfyServer, emoji_models, emoji_workflow
 
 

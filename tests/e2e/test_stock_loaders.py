@@ -1,6 +1,7 @@
 """Files of the command, opened by ComfyUI's own UNETLoader, sampled, and held against the original's pictures."""
 
 import pytest
+
 from fewbits.quant_ops.formats import FORMATS
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish

@@ -5,12 +5,15 @@ import dataclasses
 import pytest
 import torch
 from comfy_kitchen.tensor.base import QuantizedTensor, get_layout_class
+
 from fewbits.quant_ops.errors import UnsupportedLayerError
 from fewbits.quant_ops.formats import FORMATS, get_format
 from fewbits.quant_ops.layouts import register_layout
 from fewbits.quant_ops.spec import FormatOptions
 
-WISHES = [(name, FormatOptions()) for name in FORMATS if name not in ("mxfp8", "nvfp4")]  # those are always ComfyUI's own
+WISHES = [
+    (name, FormatOptions()) for name in FORMATS if name not in ("mxfp8", "nvfp4")
+]  # those are always ComfyUI's own
 WISHES += [("int8_tensorwise", FormatOptions(convrot=True, convrot_groupsize=16)), ("int8_tensorwise", FormatOptions("tensor")),
            ("int8_blockwise", FormatOptions(block_size=16)), ("bnb_nf4", FormatOptions(block_size=32))]  # fmt: skip
 SHAPES = [(1, 1), (17, 129), (64, 256), (256, 64), (0, 64)]
@@ -54,7 +57,10 @@ def test_a_change_of_dtype_keeps_the_codes(layout, weight):
     qt = quantized(weight, layout)
     half = qt.to(torch.bfloat16)
     assert isinstance(half, QuantizedTensor) and half.dtype == torch.bfloat16
-    assert all(torch.equal(a.view(torch.uint8) if a.dim() else a, b.view(torch.uint8) if b.dim() else b) for a, b in zip(tensors_of(qt), tensors_of(half)))
+    assert all(
+        torch.equal(a.view(torch.uint8) if a.dim() else a, b.view(torch.uint8) if b.dim() else b)
+        for a, b in zip(tensors_of(qt), tensors_of(half))
+    )
 
 
 def test_every_tensor_follows_the_device(layout, weight):
@@ -85,7 +91,9 @@ def test_empty_like_is_quantized_too(layout, weight):
     assert isinstance(like, QuantizedTensor) and like.shape == weight.shape
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, torch.enable_grad], ids=lambda mode: mode.__name__
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_takes_any_leading_dimensions_dtype_and_bias(layout, weight, mode, dtype):
     n, k = weight.shape
@@ -117,7 +125,14 @@ def test_transposing_moves_the_scales_or_dequantizes(layout, weight):
     qt, plain = quantized(weight, layout), quantized(weight, layout).dequantize()
     assert torch.equal(qt.t().dequantize(), plain.t())
     assert torch.equal(qt.t().t().dequantize(), plain)
-    assert torch.equal(torch.as_tensor(qt.transpose(0, 1).clone() if not isinstance(qt.transpose(0, 1), QuantizedTensor) else qt.transpose(0, 1).dequantize()), plain.t())
+    assert torch.equal(
+        torch.as_tensor(
+            qt.transpose(0, 1).clone()
+            if not isinstance(qt.transpose(0, 1), QuantizedTensor)
+            else qt.transpose(0, 1).dequantize()
+        ),
+        plain.t(),
+    )
 
 
 def test_views_and_slices_have_the_right_values(layout, weight):
@@ -138,7 +153,9 @@ def test_changing_a_weight_in_place_is_refused_instead_of_lost(layout, weight):
 @pytest.mark.parametrize("seed", [0, None, 7], ids=["nearest", "none", "stochastic"])
 def test_requantizing_keeps_options_shapes_and_the_stored_size(layout, weight, seed):
     qt = quantized(weight, layout)
-    again = qt.requantize_from_float(qt.dequantize() + 0.01, scale="recalculate", stochastic_rounding=seed, inplace_ops=True)
+    again = qt.requantize_from_float(
+        qt.dequantize() + 0.01, scale="recalculate", stochastic_rounding=seed, inplace_ops=True
+    )
     assert again._layout_cls == qt._layout_cls
     assert [(t.shape, t.dtype) for t in tensors_of(again)] == [(t.shape, t.dtype) for t in tensors_of(qt)]
 
@@ -150,7 +167,9 @@ def test_stochastic_rounding_is_seeded_and_its_mean_is_the_weight(layout):
     assert torch.equal(a._qdata.view(torch.uint8), b._qdata.view(torch.uint8))
     if "w4a" in get_layout_class(layout).FORMAT.name or get_layout_class(layout).OPTIONS.convrot:
         return  # rotated: the constant lies on another grid
-    mean = torch.stack([quantized(weight, layout, stochastic_rounding=s).dequantize()[:, 1:] for s in range(1, 9)]).mean()
+    mean = torch.stack(
+        [quantized(weight, layout, stochastic_rounding=s).dequantize()[:, 1:] for s in range(1, 9)]
+    ).mean()
     # Error of the mean of 8 x 64 x 255 draws, 7 sigma: a step of at most 0.17 (FP4) / sqrt(12 * 130560) * 7 = 0.00095
     assert abs(mean.item() - 0.3) < 0.00095
 
@@ -170,7 +189,10 @@ def test_flattening_and_gathering_gives_the_same_tensor(layout, weight):
     names, context = qt.__tensor_flatten__()
     inner = {name: getattr(qt, name) for name in names}
     assert all(tensor.is_contiguous() for tensor in inner.values())
-    buffers = {name: torch.empty(t.numel() * t.element_size(), dtype=torch.uint8).view(t.dtype).view(t.shape) for name, t in inner.items()}
+    buffers = {
+        name: torch.empty(t.numel() * t.element_size(), dtype=torch.uint8).view(t.dtype).view(t.shape)
+        for name, t in inner.items()
+    }
     rebuilt = QuantizedTensor.__tensor_unflatten__(buffers, context, qt.shape, qt.stride())
     rebuilt.copy_(qt)
     assert torch.equal(rebuilt.dequantize(), qt.dequantize())
