@@ -106,6 +106,8 @@ class LayerPlan:
     method: str | None = None
     marker: dict | None = None
     requested: str | None = None
+    rule: str = ""  # the rule that decided, as `ModelPlan.rules` names it; empty for what is no candidate
+    method_options: tuple[tuple[str, object], ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -136,7 +138,19 @@ class LayerPlan:
             "bytes_after": self.bytes_after,
             "reason": self.reason,
             "requested": self.requested,
+            "rule": self.rule,
         }
+
+
+@dataclass(frozen=True)
+class RuleUse:
+    """One line of the compiled rule list: how many layers its pattern matched, and how many of them it decided."""
+
+    rule: str
+    pattern: str
+    action: str
+    matched: int
+    won: int
 
 
 @dataclass(frozen=True)
@@ -150,6 +164,7 @@ class ModelPlan:
     requires_pack: bool
     unmatched: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    rules: tuple[RuleUse, ...] = ()  # in order: the first that matches a layer decides about it
 
     @cached_property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -194,6 +209,7 @@ class ModelPlan:
             "bytes_after": self.bytes_after,
             "summary": self.summary(),
             "layers": [layer.to_json() for layer in self.layers if layer.is_layer],
+            "rules": [vars(rule) for rule in self.rules],
             "unmatched": list(self.unmatched),
             "warnings": list(self.warnings),
         }
@@ -207,4 +223,3 @@ def compact_json(value: object) -> str:
 def version_key(version: str) -> tuple[int, ...]:
     """`"0.27.0"` -> `(0, 27, 0)`, for comparing minimum ComfyUI versions."""
     return tuple(int(part) for part in version.split("."))
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ class Family:
     """One entry of families.toml.
 
     `keys` must all exist under one common prefix and none of `without`; `kind` is "diffusion", "text" or "refuse".
-    `stock` is False where stock ComfyUI would read quantized layers of this family as plain numbers.
+    `stock` is False where stock ComfyUI would read quantized layers of this family as plain numbers. `widths` names the
+    entry of the widths table, the family's own name unless stated.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Family:
     preset: str = ""
     stock: bool = True
     why: str = ""
+    widths: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Exclusion:
-    """Layers a preset keeps, and why."""
+class Group:
+    """Layers that a preset keeps or leaves out, and why."""
 
     match: tuple[str, ...]
     why: str
@@ -55,9 +58,11 @@ class Exclusion:
 
 @dataclass(frozen=True)
 class Preset:
+    """`exclude` is kept (or becomes the fallback format), `drop` is left out of the file."""
+
     name: str
-    exclude: tuple[Exclusion, ...] = ()
-    drop: tuple[str, ...] = ()
+    exclude: tuple[Group, ...] = ()
+    drop: tuple[Group, ...] = ()
 
 
 def _load(path: Path) -> dict:
@@ -80,7 +85,8 @@ def width_layers(family: str | None) -> tuple[str, ...]:
     """Patterns of the layers whose width ComfyUI reads to recognise a family; of all families for None."""
     table = _load(RECIPES / "families.toml")[WIDTHS]
     if family is not None:
-        return tuple(table.get(family, ()))
+        entry = next((known.widths for known in families() if known.name == family), "")
+        return tuple(table.get(entry or family, ()))
     return tuple(dict.fromkeys(pattern for patterns in table.values() for pattern in patterns))
 
 
@@ -91,18 +97,32 @@ def preset_names() -> tuple[str, ...]:
 
 @cache
 def load_preset(name: str) -> Preset:
-    """A preset by name; `none` is the empty one.
+    """A preset by name, or several joined by `+`; `none` is the empty one.
 
     Raises:
-        RecipeError: no such preset; the message lists those that exist.
+        RecipeError: no such preset; the message suggests the closest and lists those that exist.
     """
+    if "+" in name:
+        parts = [load_preset(part) for part in name.split("+")]
+        return Preset(
+            name, *(tuple(group for part in parts for group in getattr(part, what)) for what in ("exclude", "drop"))
+        )
     if name == "none":
         return Preset("none")
     if name not in preset_names():
-        raise RecipeError(f"unknown preset {name!r}; known: auto, none, {', '.join(preset_names())}")
+        guess = next(iter(difflib.get_close_matches(name, preset_names(), 1, 0.6)), None)
+        hint = f", did you mean {guess!r}?" if guess else ";"
+        raise RecipeError(f"unknown preset {name!r}{hint} known: auto, none, {', '.join(preset_names())}")
     table = _load(RECIPES / f"{name}.toml")
-    exclude = tuple(Exclusion(tuple(entry["match"]), entry["why"]) for entry in table.get("exclude", []))
-    return Preset(name, exclude, tuple(table.get("drop", ())))
+    included = [load_preset(part) for part in table.get("include", ())]
+    groups = {
+        what: (
+            *(group for part in included for group in getattr(part, what)),
+            *(Group(tuple(entry["match"]), entry["why"]) for entry in table.get(what, ())),
+        )
+        for what in ("exclude", "drop")
+    }
+    return Preset(name, **groups)
 
 
 def find_parts(names: Iterable[str]) -> tuple[Part, ...]:

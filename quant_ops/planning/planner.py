@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 from ..checkpoint.metadata import header_markers, output_metadata
 from ..errors import CheckpointError, RecipeError
@@ -13,7 +14,7 @@ from ..version import VERSION
 from .match import matches
 from .model_family import Part, find_parts, load_preset, width_layers
 from .recipe import Recipe
-from .rules import CompiledRule, compile_rules, user_rules
+from .rules import CompiledRule, RuleList, compile_rules
 
 SMALLEST_SIDE = 16  # FORMATS section 4: smaller layers gain nothing and some kernels refuse them
 EMBEDDING = re.compile(
@@ -57,13 +58,13 @@ class _Planner:
     def __init__(self, header: Header, recipe: Recipe, markers: dict[str, dict], parts: list[Part]):
         self.header, self.recipe, self.markers = header, recipe, markers
         self.warnings: list[str] = list(header.warnings)
-        self.main = _main_parts(parts)
-        self.rules = {part.prefix: compile_rules(recipe, part, self._preset(part)) for part in self.main}
-        self.outside = user_rules(recipe, "")
-        self.parts = parts
-        if not parts:
-            self.rules[""] = compile_rules(recipe, None, self._preset(None))
-        self.used: set[str] = set()
+        self.parts, self.main = parts, _main_parts(parts)
+        main = [(part.prefix, self._preset(part)) for part in self.main] or [("", self._preset(None))]
+        others = [part for part in parts if part not in self.main]
+        names = [name.removesuffix(".weight") for name in header.tensors if name.endswith(".weight")]
+        self.rules = RuleList(compile_rules(recipe, main, others, names, known=bool(parts)))
+        if recipe.layer_config:
+            self.warnings += recipe.layer_config.warnings
 
     def _preset(self, part: Part | None):
         if self.recipe.preset != "auto":
@@ -81,20 +82,24 @@ class _Planner:
         layers = tuple(self._layer(base, specs) for base, specs in self._units())
         quantized = [layer for layer in layers if layer.format]
         min_comfyui = max((_min_comfyui(layer) for layer in quantized), key=version_key, default="")
-        unstocked = sorted({part.family.title for part in self.parts if not part.family.stock and self._has(part, quantized)})
+        unstocked = sorted(
+            {part.family.title for part in self.parts if not part.family.stock and self._has(part, quantized)}
+        )
         if unstocked:
-            self.warnings.append(f"{', '.join(unstocked)}: stock ComfyUI reads it quantized only with FewBits installed")
+            self.warnings.append(
+                f"{', '.join(unstocked)}: stock ComfyUI reads it quantized only with FewBits installed"
+            )
         requires_pack = bool(unstocked) or any(not FORMATS[layer.format].native for layer in quantized)
-        unmatched = tuple(rule.match for rule in self.recipe.rules if rule.match not in self.used)
-        self.warnings += [f"rule '{pattern}' matched nothing" for pattern in unmatched]
+        self.warnings += self.rules.warnings()
         return ModelPlan(
             layers=layers,
             metadata=self._metadata(quantized, min_comfyui, requires_pack),
             family=", ".join(dict.fromkeys(part.family.name for part in self.main)) or "unknown",
             min_comfyui=min_comfyui,
             requires_pack=requires_pack,
-            unmatched=unmatched,
+            unmatched=self.rules.unmatched(),
             warnings=tuple(self.warnings),
+            rules=self.rules.uses(),
         )
 
     def _has(self, part: Part, layers: Iterable[LayerPlan]) -> bool:
@@ -135,36 +140,31 @@ class _Planner:
         return grouped.items()
 
     def _layer(self, base: str, specs: list[TensorSpec]) -> LayerPlan:
+        dropped = self.rules.drops(base, self._scope(base))
+        if dropped:
+            return LayerPlan(base, "drop", dropped.why, tuple(specs), (), rule=dropped.label)
         if base in self.markers:
             return self._recode(base, specs)
         (spec,) = specs
-        obstacle = _not_a_candidate(spec)
+        obstacle = not_a_candidate(spec)
         if obstacle:
+            if spec.name.endswith(".weight"):
+                self.rules.pass_by(base, self._scope(base))
             return _keep(base, spec, obstacle)
-        rule = self._rule(base)
-        if rule.action == "drop":
-            return LayerPlan(base, "drop", rule.origin, (spec,), ())
-        if rule.wish is None:
-            return _keep(base, spec, rule.origin)
-        return self._quantize(base, spec, rule)
-
-    def _rule(self, base: str) -> CompiledRule:
-        owner = self._owner(base)
-        if owner is None and self.parts:
-            candidates = (*self.outside, CompiledRule("*", "keep", None, "outside the recognised model"))
-        elif owner is not None and owner not in self.main:
-            why = f"{owner.family.title} inside a checkpoint; quantize it with a rule of its own"
-            candidates = (*user_rules(self.recipe, owner.prefix), CompiledRule("*", "keep", None, why))
-        else:
-            candidates = self.rules[owner.prefix if owner else ""]
-        hits = [rule for rule in candidates if rule.hits(base)]
-        self.used.update(rule.pattern for rule in hits if rule.users)
-        return hits[0]
-
-    def _quantize(self, base: str, spec: TensorSpec, rule: CompiledRule) -> LayerPlan:
-        steps = [rule.origin]
-        wish = rule.wish
         layer = LayerInput((spec.shape[0], spec.shape[1]), spec.dtype, f"{base}.bias" in self.header.tensors)
+        rule, reason = self.rules.first(base, self._scope(base), layer)
+        if rule.wish is None:
+            return replace(_keep(base, spec, reason), rule=rule.label)
+        return replace(self._quantize(base, spec, layer, rule, reason), rule=rule.label)
+
+    def _scope(self, base: str) -> str | None:
+        """The prefix of the part a layer belongs to; all layers of an unrecognised model are one part."""
+        owner = self._owner(base)
+        return owner.prefix if owner else None if self.parts else ""
+
+    def _quantize(self, base: str, spec: TensorSpec, layer: LayerInput, rule: CompiledRule, reason: str) -> LayerPlan:
+        steps = [reason]
+        wish = rule.wish
         name, options = wish.format, wish.options
         while (obstacle := get_format(name).check(layer, options)) is not None:
             fallback = get_format(name).fallback(layer, options)
@@ -179,7 +179,7 @@ class _Planner:
         packed = format.tensor_specs(layer, options)["weight"][1] != layer.shape
         if packed and self._width_is_read(base):
             if not rule.users and self.recipe.preset != "none":
-                return self._unpacked(base, spec, rule, "; ".join([*steps, READS_WIDTH]))
+                return self._unpacked(base, spec, layer, rule, "; ".join([*steps, READS_WIDTH]))
             self.warnings.append(f"layer '{base}' becomes {name}, but {READS_WIDTH}; keep it with a rule")
         return LayerPlan(
             name=base,
@@ -190,6 +190,7 @@ class _Planner:
             format=name,
             options=options,
             method=wish.method,
+            method_options=wish.method_options,
             marker=format.marker(layer, options),
             requested=wish.format,
         )
@@ -202,11 +203,11 @@ class _Planner:
             return False
         return any(matches(pattern, base) or matches(f"*.{pattern}", base) for pattern in width_layers(None))
 
-    def _unpacked(self, base: str, spec: TensorSpec, rule: CompiledRule, reason: str) -> LayerPlan:
+    def _unpacked(self, base: str, spec: TensorSpec, layer: LayerInput, rule: CompiledRule, reason: str) -> LayerPlan:
         """The recipe's fallback for a layer that may not be packed, else keep."""
         if self.recipe.fallback is None or self.recipe.fallback is rule.wish:
             return _keep(base, spec, reason, requested=rule.wish.format)
-        return self._quantize(base, spec, CompiledRule(rule.pattern, rule.action, self.recipe.fallback, reason))
+        return self._quantize(base, spec, layer, replace(rule, wish=self.recipe.fallback), reason)
 
     def _recode(self, base: str, specs: list[TensorSpec]) -> LayerPlan:
         """A layer that is quantized already: same codes, metadata made complete."""
@@ -217,13 +218,14 @@ class _Planner:
             options = format.options_from(marker, by_suffix)
         except (RecipeError, CheckpointError) as error:
             raise CheckpointError(f"layer '{base}': {error}; try `fewbits repair`") from None
-        wish = self._rule(base).wish
+        layer = format.stored_layer(marker, by_suffix)
+        rule, _ = self.rules.first(base, self._scope(base), layer)
+        wish = rule.wish
         if wish is not None and (wish.format, _geometry_of(wish.options)) != (format.name, _geometry_of(options)):
             raise RecipeError(
                 f"layer '{base}' is quantized already ({format.name}) and {wish.format} was asked for: rounding twice "
                 f"loses quality; start from the original model, or keep the layer with a rule"
             )
-        layer = format.stored_layer(marker, by_suffix)
         extra = tuple(spec for suffix, spec in by_suffix.items() if suffix in ("input_scale", "pre_quant_scale"))
         return LayerPlan(
             name=base,
@@ -250,7 +252,7 @@ def _keep(base: str, spec: TensorSpec, reason: str, requested: str | None = None
     return LayerPlan(base, "keep", reason, (spec,), (spec,), requested=requested)
 
 
-def _not_a_candidate(spec: TensorSpec) -> str | None:
+def not_a_candidate(spec: TensorSpec) -> str | None:
     """Why a tensor can never be quantized, in the exact words of FORMATS section 4; None when it can."""
     if not spec.name.endswith(".weight"):
         return "not a weight"

@@ -1,68 +1,71 @@
 """Recipe: the user's wish, from arguments or TOML; unknown keys are errors.
 
-    preset = "auto"                      # auto | none | a file name of recipes/
-    seed = 0
-    [primary]
-    format = "int8_tensorwise"
-    scaling = "row"
-    method = "nearest"
-    [fallback]                           # for what the preset keeps; absent = keep
-    format = "float8_e4m3fn"
-    [[rule]]                             # first match decides
-    match = "double_blocks.0.*"
-    format = "float8_e4m3fn"             # or: keep = true
+preset = "auto"                      # auto | none | file names of recipes/, joined by +
+seed = 0
+heuristics = false                   # true: layers that gain nothing by their shape count as excluded
+[primary]
+format = "int8_tensorwise"
+scaling = "row"
+method = "nearest"                   # the method's own options follow it
+[fallback]                           # for what preset and heuristics exclude; absent = keep
+format = "float8_e4m3fn"
+[[rule]]                             # first match decides
+match = "double_blocks.0.*"
+format = "float8_e4m3fn"             # or: keep = true
+heuristics = false                   # true: keep what gains nothing by its shape
+[layer_config]                       # the layer-config JSON as a table (FORMATS 7)
+"img_in" = { skip = true }
 """
 
 from __future__ import annotations
 
-import difflib
+import json
+import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RecipeError
-from ..formats import get_format
-from ..methods import get_method
-from ..spec import FormatOptions, compact_json
+from ..spec import compact_json
+from .layer_config import LayerConfig, parse_layer_config
 from .match import check_pattern
+from .wish import OPTION_TYPES, Wish, known_keys, parse_wish, typed, wish_from_table
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # the standard library has it from 3.11 on
     import tomli as tomllib
 
-OPTION_TYPES = {"scaling": str, "block_size": int, "convrot": bool, "convrot_groupsize": int, "linear_dtype": str,
-                "full_precision_matrix_mult": bool}  # fmt: skip
+__all__ = ["OPTION_TYPES", "Recipe", "Rule", "Wish", "parse_rule", "parse_wish", "recipe_from_table", "recipe_from_toml",
+           "recipe_to_toml"]  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Wish:
-    """A format with options and a method, checked and with defaults filled in."""
-
-    format: str
-    options: FormatOptions = FormatOptions()
-    method: str = "nearest"
-
-    def __post_init__(self) -> None:
-        get_method(self.method)
-        object.__setattr__(self, "options", get_format(self.format).resolve(self.options))
-
-    def to_json(self) -> dict:
-        return {"format": self.format, "method": self.method, **self.options.stated()}
+KEYS = {"primary", "fallback", "rule", "preset", "seed", "heuristics", "layer_config", "layer_config_fullmatch"}
+# PATTERN=FORMAT[:option=value,...]; the pattern ends at the first = whose right side reads as a wish
+RULE = re.compile(r"(.+?)=(\w+(?::\w+=[^,:=]+(?:,\w+=[^,:=]+)*)?)")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the user's own tier: layers that match get the wish, or are kept when it is None."""
+    """One line of the user's own tier: layers that match get the wish, or are kept when it is None.
+
+    With `heuristics`, matching layers that gain nothing by their shape are kept.
+    """
 
     match: str
     wish: Wish | None
+    heuristics: bool = False
 
     def __post_init__(self) -> None:
         check_pattern(self.match)
 
     def to_json(self) -> dict:
-        return {"match": self.match, **(self.wish.to_json() if self.wish else {"keep": True})}
+        judged = {"heuristics": True} if self.heuristics else {}
+        return {"match": self.match, **(self.wish.to_json() if self.wish else {"keep": True}), **judged}
+
+    def to_text(self) -> str:
+        """As `parse_rule` reads it."""
+        text = self.wish.to_text() if self.wish else "keep"
+        return f"{self.match}={text}{(',' if ':' in text else ':') + 'heuristics=true' if self.heuristics else ''}"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Recipe:
     fallback: Wish | None = None
     preset: str = "auto"
     seed: int = 0
+    layer_config: LayerConfig | None = None
+    heuristics: bool = False
 
     def to_json(self) -> dict:
         return {
@@ -82,6 +87,8 @@ class Recipe:
             "fallback": self.fallback and self.fallback.to_json(),
             "preset": self.preset,
             "seed": self.seed,
+            "layer_config": self.layer_config and self.layer_config.to_json(),
+            "heuristics": self.heuristics,
         }
 
     def to_text(self) -> str:
@@ -97,98 +104,91 @@ def recipe_from_toml(path: Path) -> Recipe:
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return recipe_from_table(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise RecipeError(f"recipe not found: {path}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"recipe {path.name}: {error}") from None
-    try:
-        return recipe_from_table(table)
-    except RecipeError as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecipeError) as error:
         raise RecipeError(f"recipe {path.name}: {error}") from None
 
 
 def recipe_from_table(table: dict) -> Recipe:
     """Build a Recipe from parsed TOML or JSON tables."""
-    _known_keys("recipe", table, {"primary", "fallback", "rule", "preset", "seed"})
+    known_keys("recipe", table, KEYS)
     if "primary" not in table:
         raise RecipeError("a [primary] table with a format is required")
+    primary = wish_from_table("primary", table["primary"])
+    config = None
+    if "layer_config" in table:
+        fullmatch = typed("layer_config_fullmatch", table.get("layer_config_fullmatch", False), bool)
+        config = parse_layer_config(table["layer_config"], fullmatch=fullmatch, unstated=primary)
     return Recipe(
-        primary=_wish("primary", table["primary"]),
-        fallback=_wish("fallback", table["fallback"]) if "fallback" in table else None,
-        rules=tuple(_rule(entry) for entry in _typed("rule", table.get("rule", []), list)),
-        preset=_typed("preset", table.get("preset", "auto"), str),
-        seed=_typed("seed", table.get("seed", 0), int),
+        primary=primary,
+        fallback=wish_from_table("fallback", table["fallback"]) if "fallback" in table else None,
+        rules=tuple(_rule(entry) for entry in typed("rule", table.get("rule", []), list)),
+        preset=typed("preset", table.get("preset", "auto"), str),
+        seed=typed("seed", table.get("seed", 0), int),
+        layer_config=config,
+        heuristics=typed("heuristics", table.get("heuristics", False), bool),
     )
+
+
+def recipe_to_toml(recipe: Recipe) -> str:
+    """TOML text that `recipe_from_toml` reads back as an equal recipe.
+
+    Raises:
+        RecipeError: a recipe without a primary wish, which only inspection uses.
+    """
+    if recipe.primary is None:
+        raise RecipeError("a recipe that keeps everything has no text form")
+    lines = [f"preset = {_toml(recipe.preset)}", f"seed = {recipe.seed}", f"heuristics = {_toml(recipe.heuristics)}"]
+    config = recipe.layer_config
+    if config:
+        lines.append(f"layer_config_fullmatch = {_toml(config.fullmatch)}")
+    lines += ["", "[primary]", *_pairs(recipe.primary.to_json())]
+    if recipe.fallback:
+        lines += ["", "[fallback]", *_pairs(recipe.fallback.to_json())]
+    for rule in recipe.rules:
+        lines += ["", "[[rule]]", *_pairs(rule.to_json())]
+    if config:
+        lines += ["", "[layer_config]", *_pairs(config.to_table())]
+    return "\n".join(lines) + "\n"
 
 
 def parse_rule(text: str) -> Rule:
     """`PATTERN=FORMAT[:option=value,...]` (the command line's --rule) -> Rule; FORMAT `keep` keeps."""
-    pattern, equals, wish = text.rpartition("=") if ":" not in text else _split_rule(text)
-    if not equals or not pattern or not wish:
+    found = RULE.fullmatch(text)
+    if not found:
         raise RecipeError(f"rule {text!r}: write PATTERN=FORMAT or PATTERN=FORMAT:option=value,...")
-    return Rule(pattern, None if wish == "keep" else parse_wish(wish))
-
-
-def _split_rule(text: str) -> tuple[str, str, str]:
-    prefix = "re:" if text.startswith("re:") else ""
-    head, colon, options = text[len(prefix) :].partition(":")
-    pattern, equals, name = head.rpartition("=")
-    return prefix + pattern, equals, name + colon + options
-
-
-def parse_wish(text: str) -> Wish:
-    """`FORMAT[:option=value,...]` -> Wish."""
-    name, _, tail = text.partition(":")
-    table: dict[str, object] = {"format": name}
-    for item in filter(None, tail.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise RecipeError(f"{text!r}: option {item!r} needs a value, as in {item}=...")
-        table[key] = _parse_value(value)
-    return _wish(text, table)
-
-
-def _parse_value(value: str) -> object:
-    if value in ("true", "false"):
-        return value == "true"
-    return int(value) if value.lstrip("-").isdigit() else value
+    pattern, wish = found.groups()
+    name, _, options = wish.partition(":")
+    kept = [item for item in options.split(",") if item not in ("", "heuristics=true", "heuristics=false")]
+    plain = ":".join(filter(None, [name, ",".join(kept)]))
+    return Rule(pattern, None if plain == "keep" else parse_wish(plain), heuristics="heuristics=true" in wish)
 
 
 def _rule(entry: dict) -> Rule:
-    _typed("rule", entry, dict)
+    typed("rule", entry, dict)
     if "match" not in entry:
         raise RecipeError("a [[rule]] needs 'match'")
-    rest = {key: value for key, value in entry.items() if key not in ("match", "keep")}
-    if _typed("keep", entry.get("keep", False), bool):
+    match = typed("match", entry["match"], str)
+    judged = typed(f"rule {match!r}: heuristics", entry.get("heuristics", False), bool)
+    rest = {key: value for key, value in entry.items() if key not in ("match", "keep", "heuristics")}
+    if typed("keep", entry.get("keep", False), bool):
         if rest:
-            raise RecipeError(f"rule {entry['match']!r}: keep = true allows no {', '.join(rest)}")
-        return Rule(entry["match"], None)
-    return Rule(_typed("match", entry["match"], str), _wish(f"rule {entry['match']!r}", rest))
+            raise RecipeError(f"rule {match!r}: keep = true allows no {', '.join(rest)}")
+        return Rule(match, None, judged)
+    return Rule(match, wish_from_table(f"rule {match!r}", rest), judged)
 
 
-def _wish(where: str, table: dict) -> Wish:
-    _typed(where, table, dict)
-    _known_keys(where, table, {"format", "method", *OPTION_TYPES})
-    if "format" not in table:
-        raise RecipeError(f"{where}: 'format' is required")
-    options = {key: _typed(f"{where}: {key}", table[key], kind) for key, kind in OPTION_TYPES.items() if key in table}
-    method = _typed(f"{where}: method", table.get("method", "nearest"), str)
-    return Wish(_typed(f"{where}: format", table["format"], str), FormatOptions(**options), method)
+def _pairs(table: dict) -> list[str]:
+    return [
+        f"{key if key.isidentifier() and key.isascii() else _toml(key)} = {_toml(value)}"
+        for key, value in table.items()
+    ]
 
 
-def _known_keys(where: str, table: dict, known: set[str]) -> None:
-    for key in table:
-        if key not in known:
-            guess = difflib.get_close_matches(key, known, 1, 0.6)
-            hint = f", did you mean {guess[0]!r}?" if guess else f"; known: {', '.join(sorted(known))}"
-            raise RecipeError(f"{where}: unknown key {key!r}{hint}")
-
-
-def _typed(where: str, value: object, kind: type) -> object:
-    if type(value) is not kind:  # a bool is not an int here
-        raise RecipeError(f"{where} must be {kind.__name__}, got {value!r}")
-    return value
-
-
-assert set(OPTION_TYPES) == {field.name for field in fields(FormatOptions)}
+def _toml(value: object) -> str:
+    """JSON's spelling is TOML's for strings (with \\u escapes), numbers, booleans and lists of them; tables are inline."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(_pairs(value)) + " }"
+    return json.dumps(value)

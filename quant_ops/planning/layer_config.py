@@ -1,0 +1,401 @@
+"""The layer-config JSON: validate it, rank its patterns (FORMATS section 7).
+
+Every problem of a file is collected before anything is refused. Settings that do not apply are warnings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from glob import escape
+from pathlib import Path
+
+from ..errors import RecipeError
+from ..formats import FORMATS, get_format
+from ..methods import METHODS
+from ..spec import FormatOptions
+from .match import REGEX
+from .wish import Wish, did_you_mean
+
+DEFAULT, EXCLUSIONS = "_default", "_exclusions"
+SCALING_MODES = ("tensor", "row", "block", "block2d", "block3d")
+# setting -> type; a tuple lists the values where they do not depend on the format
+SETTINGS = {"format": str, "skip": bool, "block_size": int, "group_size": int, "scaling_mode": SCALING_MODES,
+            "method": str, "simple": bool, "full_precision_matrix_mult": bool, "convrot": bool,
+            "convrot_groupsize": int, "linear_dtype": str}  # fmt: skip
+INSTEAD = {"hybrid_mxfp8": "mxfp8", "bnb_af4": "bnb_nf4"}  # read, never written
+LISTED = 5  # entries named when many have the same problem
+
+# What a format stores, and where each scaling mode leads (FORMATS 7.4).
+STORES = {"float8_e4m3fn": "one scale", "float8_e5m2": "one scale", "float8_e4m3fn_rowwise": "one scale per row",
+          "float8_e4m3fn_blockwise": "one scale per square tile", "float8_e4m3fn_block3d": "one scale per block of a row",
+          "int8_tensorwise": "one scale, or one per row", "int8_blockwise": "one scale per square tile",
+          "int8_lodewise": "one scale per block of a row"}  # fmt: skip
+FP8 = {"tensor": "float8_e4m3fn", "row": "float8_e4m3fn_rowwise", "block2d": "float8_e4m3fn_blockwise",
+       "block": "float8_e4m3fn_block3d", "block3d": "float8_e4m3fn_block3d"}  # fmt: skip
+INT8 = {"tensor": "int8_tensorwise", "row": "int8_tensorwise", "block2d": "int8_blockwise", "block": "int8_blockwise",
+        "block3d": "int8_lodewise"}  # fmt: skip
+LEADS_TO = {**{name: FP8 for name in STORES if name.startswith("float8_e4m3fn")}, "float8_e5m2": {"tensor": "float8_e5m2"},
+            **{name: INT8 for name in STORES if name.startswith("int8")}}  # fmt: skip
+
+
+class LayerConfigError(RecipeError):
+    """A malformed layer-config; `problems` are all of them."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A pattern of the file: layers get the wish, or are kept when it is None. `position` counts through the file."""
+
+    pattern: str
+    wish: Wish | None
+    position: int
+    exclusion: bool = False
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A pattern as a rule: `match` is what `match.matches` takes, `entry` where it came from."""
+
+    match: str
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """A checked layer-config. `default` closes it: a wish, or an Entry without one to keep; None where absent."""
+
+    entries: tuple[Entry, ...]
+    default: Entry | None = None
+    fullmatch: bool = False
+    warnings: tuple[str, ...] = ()
+
+    def ranked(self, names: Iterable[str]) -> tuple[Ranked, ...]:
+        """All patterns as one list in which the first match wins, for a model with these base names (FORMATS 7.3)."""
+        names = set(names)
+        rules = [(0, 0, 0, entry, escape(entry.pattern)) for entry in self.entries if entry.pattern in names]
+        for entry in self.entries:
+            match = REGEX + entry.pattern if self.fullmatch else entry.pattern
+            rank, literal, wildcards = pattern_rank(entry.pattern, fullmatch=self.fullmatch)
+            if wildcards or entry.pattern not in names:
+                rules.append((rank, -literal, wildcards, entry, match))
+        rules.sort(key=lambda rule: (*rule[:3], not rule[3].exclusion, rule[3].position))
+        return tuple(Ranked(match, entry) for *_, entry, match in rules)
+
+    def to_json(self) -> dict:
+        """Order is kept in lists, as the last criterion of the ranking is the position."""
+        return {
+            "entries": [{"match": entry.pattern, **_setting(entry)} for entry in self.entries],
+            "default": self.default and _setting(self.default),
+            "fullmatch": self.fullmatch,
+        }
+
+    def to_table(self) -> dict:
+        """The file's own schema again."""
+        table: dict[str, object] = {DEFAULT: _table(self.default)} if self.default else {}
+        for entry in self.entries:
+            if entry.exclusion:
+                table.setdefault(EXCLUSIONS, []).append(entry.pattern)
+            else:
+                table[entry.pattern] = _table(entry)
+        return table
+
+
+def specificity(pattern: str, base: str, *, fullmatch: bool = False) -> tuple[int, int, int]:
+    """(rank, literal length, wildcards) of a pattern for one layer; lower rank, more literal, fewer wildcards win."""
+    return (0, len(pattern), 0) if pattern == base else pattern_rank(pattern, fullmatch=fullmatch)
+
+
+def pattern_rank(pattern: str, *, fullmatch: bool = False) -> tuple[int, int, int]:
+    """`specificity` where the pattern is not the layer's own name: 1 numbered, 2 internal, 3 prefix, 4 catch-all."""
+    literal, wildcards, numbered = _measure_regex(pattern) if fullmatch else _measure_glob(pattern)
+    if literal == 0:
+        rank = 4
+    elif numbered and literal >= 8:
+        rank = 1
+    elif pattern.startswith(("*", ".*", ".+") if fullmatch else "*"):
+        rank = 2
+    else:
+        rank = 3
+    return rank, literal, wildcards
+
+
+GLOB_PART = re.compile(r"\[!?\]?[^\]]*\]|[*?]")  # as fnmatch reads it: an unclosed [ is a plain character
+REGEX_PART = re.compile(
+    r"""(?P<wild>\[\^?\]?(?:\\.|[^\]\\])*\]|\\[a-zA-Z0-9]|\.)(?:[*+?]|\{[\d,]*\})?[?+]?  # class, class escape, dot
+      | (?P<literal>\\[^a-zA-Z0-9])                                                      # escaped punctuation
+      | (?P<quantifier>(?:[*+?]|\{[\d,]*\})[?+]?)
+      | (?P<silent>\(\?(?:P?<\w+>|<?[=!:]|[aiLmsux-]+[:)])|[()|^$])""",
+    re.VERBOSE,
+)
+
+
+def _measure_glob(pattern: str) -> tuple[int, int, bool]:
+    """(literal characters, wildcards, contains a digit)"""
+    parts = GLOB_PART.findall(pattern)
+    return len(pattern) - sum(map(len, parts)), len(parts), any(c.isdigit() for c in pattern)
+
+
+def _measure_regex(pattern: str) -> tuple[int, int, bool]:
+    """The same for a regular expression; a class, a dot or a class escape and its quantifier are one wildcard."""
+    literal, wildcards = len(pattern), 0
+    for part in REGEX_PART.finditer(pattern):
+        literal -= len(part.group()) - (part.lastgroup == "literal")
+        wildcards += part.lastgroup in ("wild", "quantifier")
+    return literal, wildcards, any(c.isdigit() for c in pattern) or "\\d" in pattern
+
+
+def load_layer_config(path: Path, *, fullmatch: bool = False, unstated: Wish | None = None) -> LayerConfig:
+    """Read and check a file; see `parse_layer_config`."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"layer-config not found: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"layer-config {path}: {error}") from None
+    return parse_layer_config_text(text, str(path), fullmatch=fullmatch, unstated=unstated)
+
+
+def parse_layer_config_text(
+    text: str, name: str, *, fullmatch: bool = False, unstated: Wish | None = None
+) -> LayerConfig:
+    """Check JSON text; `name` says in errors where it came from."""
+    twice: list[str] = []
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        table: dict[str, object] = {}
+        for key, value in pairs:
+            if key in table:
+                twice.append(f"layer-config: key {key!r} appears twice")
+            table[key] = value
+        return table
+
+    try:
+        table = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"layer-config {name} line {error.lineno} column {error.colno}: {error.msg}") from None
+    return parse_layer_config(table, fullmatch=fullmatch, unstated=unstated, problems=twice)
+
+
+def parse_layer_config(
+    table: object, *, fullmatch: bool = False, unstated: Wish | None = None, problems: Iterable[str] = ()
+) -> LayerConfig:
+    """Check a parsed layer-config (FORMATS 7.5).
+
+    Args:
+        unstated: where an entry names no method or `full_precision_matrix_mult`, this wish's own are used.
+
+    Raises:
+        LayerConfigError: with every problem found.
+    """
+    if not isinstance(table, dict):
+        raise LayerConfigError([f"layer-config must be a JSON object, got {_kind(table)}"])
+    return _Reader(fullmatch, unstated, list(problems)).read(table)
+
+
+class _Reader:
+    """Collects entries, problems and warnings of one layer-config."""
+
+    def __init__(self, fullmatch: bool, unstated: Wish | None, problems: list[str]):
+        self.fullmatch, self.unstated, self.problems = fullmatch, unstated, problems
+        self.warnings: list[str] = []
+        self.entries: list[Entry] = []
+        self.empty: list[str] = []
+
+    def read(self, table: dict) -> LayerConfig:
+        default = None
+        for key, value in table.items():
+            if key == EXCLUSIONS:
+                self._exclusions(value)
+            elif key == DEFAULT:
+                if isinstance(value, dict):
+                    default = Entry(DEFAULT, self._wish(key, value), len(table))
+                else:
+                    self.problems.append(f"layer-config: '{DEFAULT}' must be an object, got {_kind(value)}")
+            elif key.startswith("_"):
+                self._refuse_near_miss(key)
+            else:
+                self._pattern(key)
+                if isinstance(value, dict):
+                    self.entries.append(Entry(key, self._wish(key, value), len(self.entries)))
+                else:
+                    self.problems.append(f"layer-config entry {key!r} must be an object, got {_kind(value)}")
+        self._report_empty()
+        if self.problems:
+            raise LayerConfigError(self.problems)
+        return LayerConfig(tuple(self.entries), default, self.fullmatch, tuple(self.warnings))
+
+    def _exclusions(self, value: object) -> None:
+        if not isinstance(value, list) or not all(isinstance(pattern, str) and pattern for pattern in value):
+            self.problems.append(f"layer-config: '{EXCLUSIONS}' must be a list of strings")
+            return
+        for pattern in value:
+            self._pattern(pattern)
+            self.entries.append(Entry(pattern, None, len(self.entries), exclusion=True))
+
+    def _refuse_near_miss(self, key: str) -> None:
+        guess = did_you_mean(key, (DEFAULT, EXCLUSIONS))
+        if guess.startswith(", did"):
+            self.problems.append(f"layer-config: unknown key {key!r}{guess}")
+
+    def _pattern(self, pattern: str) -> None:
+        if not pattern:
+            self.problems.append("layer-config: a pattern may not be empty")
+        if self.fullmatch:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                self.problems.append(f"layer-config entry {pattern!r}: not a regular expression: {error}")
+
+    def _wish(self, key: str, stated: dict) -> Wish | None:
+        """The entry's wish; None to keep. Problems are collected, and then the result is not used."""
+        where = f"layer-config entry {key!r}"
+        settings = {name: value for name, value in stated.items() if not name.startswith("_")}
+        before = len(self.problems)
+        for name, value in settings.items():
+            if name not in SETTINGS:
+                self.problems.append(f"{where}: unknown key {name!r}{did_you_mean(name, SETTINGS)}")
+            elif not _fits(value, SETTINGS[name]):
+                self.problems.append(f"{where}: {name!r} must be {_allowed(name, settings)}, got {_shown(value)}")
+        if settings.get("skip") is True:
+            ignored = [name for name in settings if name != "skip"]
+            if ignored:
+                self.warnings.append(f"{where}: skip is true, so {', '.join(ignored)} is ignored")
+            return None
+        if not self._writable(key, where, settings) or len(self.problems) > before:
+            return None
+        return self._build(where, settings)
+
+    def _writable(self, key: str, where: str, settings: dict) -> bool:
+        name = settings.get("format")
+        if "format" not in settings:
+            self.problems.append(f"{where}: 'format' is required (or set \"skip\": true)")
+        elif name == "":
+            self.empty.append(key)
+        elif isinstance(name, str) and name in INSTEAD:
+            self.problems.append(f"{where}: format {name!r} can be read but not written; use {INSTEAD[name]}")
+        elif isinstance(name, str) and name not in FORMATS:
+            try:
+                get_format(name)
+            except RecipeError as error:
+                self.problems.append(f"{where}: {error}")
+        return isinstance(name, str) and name in FORMATS
+
+    def _report_empty(self) -> None:
+        text = "'format' is empty; fill it in, set \"skip\": true, or delete the entry"
+        self.problems += [f"layer-config entry {key!r}: {text}" for key in self.empty[:LISTED]]
+        if len(self.empty) > LISTED:
+            self.problems.append(f"layer-config: {len(self.empty) - LISTED} more entries with an empty 'format'")
+
+    def _build(self, where: str, settings: dict) -> Wish | None:
+        name = settings["format"]
+        format = FORMATS[name]
+        options = {"full_precision_matrix_mult": self._unstated_precision()}
+        if "full_precision_matrix_mult" in settings:
+            options["full_precision_matrix_mult"] = settings["full_precision_matrix_mult"]
+        mode = settings.get("scaling_mode")
+        if mode is not None:
+            if mode not in format.choices.get("scaling", ()):
+                self.problems.append(f"{where}: {_contradiction(name, mode)}")
+                return None
+            if "scaling" in format.layout_options:  # elsewhere it only repeats what the format's name says
+                options["scaling"] = mode
+        sizes = {settings[alias] for alias in ("block_size", "group_size") if alias in settings}
+        if len(sizes) > 1:
+            self.problems.append(f"{where}: 'block_size' and 'group_size' are one setting and differ")
+            return None
+        values = {option: settings.get(option) for option in ("convrot", "convrot_groupsize", "linear_dtype")}
+        values["convrot"] = values["convrot"] or None
+        values["block_size"] = next(iter(sizes), None)
+        for option, value in values.items():
+            if value is None:
+                continue
+            spelled = option if option in settings else "group_size"
+            allowed = format.choices.get(option)
+            if allowed is None:
+                self.warnings.append(f"{where}: {spelled!r} does not apply to {name} and is ignored")
+            elif value not in allowed:
+                names = ", ".join(map(str, allowed))
+                self.problems.append(f"{where}: {spelled!r} must be one of {names}, got {_shown(value)}")
+                return None
+            else:
+                options[option] = value
+        return self._with_method(where, settings, Wish(name), FormatOptions(**options))
+
+    def _with_method(self, where: str, settings: dict, wish: Wish, options: FormatOptions) -> Wish | None:
+        method, simple = settings.get("method"), settings.get("simple", False)
+        if simple and method not in (None, "nearest"):
+            self.problems.append(f"{where}: simple is true, which means method nearest, and method is {method!r}")
+            return None
+        if method is not None and method not in METHODS:
+            self.problems.append(f"{where}: 'method' must be one of {', '.join(sorted(METHODS))}, got {method!r}")
+            return None
+        like = self.unstated if self.unstated and not simple and method in (None, self.unstated.method) else None
+        chosen = (
+            {"method": like.method, "method_options": like.method_options} if like else {"method": method or "nearest"}
+        )
+        try:
+            return replace(wish, options=options, **chosen)
+        except RecipeError as error:
+            self.problems.append(f"{where}: {error}")
+            return None
+
+    def _unstated_precision(self) -> bool:
+        return bool(self.unstated and self.unstated.options.full_precision_matrix_mult)
+
+
+def _contradiction(name: str, mode: str) -> str:
+    if name not in STORES:
+        return f"format {name} takes no scaling_mode; leave it out"
+    instead = LEADS_TO[name].get(mode)
+    advice = f"for scaling_mode {mode} use {instead}" if instead else f"it has no scaling_mode {mode}"
+    return f"format {name} stores {STORES[name]}; {advice}"
+
+
+def _fits(value: object, kind: type | tuple) -> bool:
+    return value in kind if isinstance(kind, tuple) else type(value) is kind
+
+
+def _allowed(name: str, settings: dict) -> str:
+    """What a setting of the wrong type may be, in words."""
+    kind = SETTINGS[name]
+    if isinstance(kind, tuple):
+        return f"one of {', '.join(kind)}"
+    if kind is bool:
+        return "true or false"
+    option = "block_size" if name == "group_size" else name
+    format = FORMATS.get(settings.get("format")) if isinstance(settings.get("format"), str) else None
+    formats = [format] if format and option in format.choices else FORMATS.values()
+    values = sorted({value for format in formats for value in format.choices.get(option, ())})
+    if name == "method":
+        values = sorted(METHODS)
+    return f"one of {', '.join(map(str, values))}" if values else "a format's name" if name == "format" else "text"
+
+
+def _shown(value: object) -> str:
+    return f"{value!r} ({_kind(value)})"
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _setting(entry: Entry) -> dict:
+    return entry.wish.to_json() if entry.wish else {"skip": True}
+
+
+def _table(entry: Entry) -> dict:
+    """An entry in the file's schema; method options other than the recipe's own cannot be said there."""
+    if entry.wish is None:
+        return {"skip": True}
+    options = entry.wish.options.stated()
+    scaling = {"scaling_mode": options.pop("scaling")} if "scaling" in options else {}
+    precise = {"full_precision_matrix_mult": options.pop("full_precision_matrix_mult", False)}
+    return {"format": entry.wish.format, **scaling, **options, "method": entry.wish.method, **precise}

@@ -1,0 +1,127 @@
+"""Wish: a format with options and a method with options, from text or a table; checked, defaults filled in."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+
+from ..errors import RecipeError
+from ..formats import get_format
+from ..methods import get_method
+from ..spec import FormatOptions
+
+OPTION_TYPES = {"scaling": str, "block_size": int, "convrot": bool, "convrot_groupsize": int, "linear_dtype": str,
+                "full_precision_matrix_mult": bool}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a layer shall become. `method_options` holds (name, value) pairs that differ from the method's defaults."""
+
+    format: str
+    options: FormatOptions = FormatOptions()
+    method: str = "nearest"
+    method_options: tuple[tuple[str, object], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "method_options", _method_options(self.method, dict(self.method_options)))
+        object.__setattr__(self, "options", get_format(self.format).resolve(self.options))
+
+    def to_json(self) -> dict:
+        return {"format": self.format, "method": self.method, **self.options.stated(), **dict(self.method_options)}
+
+    def to_text(self) -> str:
+        """As `parse_wish` reads it: `FORMAT[:option=value,...]`, with nothing that is a default."""
+        unstated = get_format(self.format).resolve(FormatOptions()).stated()
+        options = {name: value for name, value in self.options.stated().items() if unstated.get(name) != value}
+        method = {"method": self.method} if self.method != "nearest" else {}
+        items = [f"{name}={_text(value)}" for name, value in (options | method | dict(self.method_options)).items()]
+        return ":".join(filter(None, [self.format, ",".join(items)]))
+
+
+def parse_wish(text: str) -> Wish:
+    """`FORMAT[:option=value,...]` -> Wish; the method's own options stand in the same list."""
+    name, _, tail = text.partition(":")
+    table: dict[str, object] = {"format": name}
+    for item in filter(None, tail.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise RecipeError(f"{text!r}: option {item!r} needs a value, as in {item}=...")
+        table[key] = parse_value(value)
+    return wish_from_table(text, table)
+
+
+def wish_from_table(where: str, table: dict) -> Wish:
+    """Build a Wish from a parsed table; format options, `method` and the method's options are keys beside `format`."""
+    typed(where, table, dict)
+    method = typed(f"{where}: method", table.get("method", "nearest"), str)
+    method_names = tuple(option_table(method))
+    known_keys(where, table, {"format", "method", *OPTION_TYPES, *method_names})
+    if "format" not in table:
+        raise RecipeError(f"{where}: 'format' is required")
+    options = {key: typed(f"{where}: {key}", table[key], kind) for key, kind in OPTION_TYPES.items() if key in table}
+    return Wish(
+        typed(f"{where}: format", table["format"], str),
+        FormatOptions(**options),
+        method,
+        tuple((key, table[key]) for key in method_names if key in table),
+    )
+
+
+def parse_value(text: str) -> object:
+    """`true`, `false`, an integer, a decimal number, or the text itself."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def known_keys(where: str, table: dict, known: set[str]) -> None:
+    """Refuse a key that is not in `known`, with the closest one.
+
+    Raises:
+        RecipeError: the first unknown key.
+    """
+    for key in table:
+        if key not in known:
+            raise RecipeError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}")
+
+
+def did_you_mean(name: str, known: set[str] | dict | tuple) -> str:
+    """`, did you mean 'x'?`, or the list of what is known."""
+    guess = difflib.get_close_matches(name, known, 1, 0.6)
+    return f", did you mean {guess[0]!r}?" if guess else f"; known: {', '.join(sorted(known))}"
+
+
+def typed(where: str, value: object, kind: type) -> object:
+    """The value, if it has exactly this type (a bool is not an int).
+
+    Raises:
+        RecipeError: another type.
+    """
+    if type(value) is not kind:
+        raise RecipeError(f"{where} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def option_table(method: str) -> dict[str, object]:
+    """A method's option names and defaults."""
+    return getattr(get_method(method), "options", {})
+
+
+def _method_options(method: str, stated: dict[str, object]) -> tuple[tuple[str, object], ...]:
+    """The stated options in the method's own order, without those that equal its defaults."""
+    defaults = option_table(method)
+    known_keys(f"method {method}", stated, set(defaults))
+    return tuple((name, stated[name]) for name in defaults if name in stated and stated[name] != defaults[name])
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+assert set(OPTION_TYPES) == {field.name for field in fields(FormatOptions)}
