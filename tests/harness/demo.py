@@ -1,6 +1,6 @@
 """The demo: quantize the emoji model, sample every file through ComfyUI's stock loader, compare the pictures.
 
-    python dev.py demo        writes demo_output/{compare.png, summary.json, *.safetensors}
+python dev.py demo        writes demo_output/{compare.png, summary.json, *.safetensors}
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from harness import EMOJI, EMOJI_NODES, PACK, PROMPTS, ComfyServer, emoji_models
 from harness.metrics import psnr, ssim
 
 ORIGINAL = "emoji_flux.safetensors"
+STARTED = time.monotonic()
 FORMATS = {"fp8": "float8_e4m3fn", "int8": "int8_tensorwise"}
 
 
@@ -26,10 +27,10 @@ def main() -> None:
     for label, name in FORMATS.items():
         rows.append({"format": name, "label": label, **quantize(name, output / f"emoji_{label}.safetensors")})
     with tempfile.TemporaryDirectory(prefix="fewbits-demo-") as folder:
-        print("== start ComfyUI", flush=True)
+        say("start ComfyUI")
         models = emoji_models(*(row["file"] for row in rows[1:]))
         with ComfyServer(Path(folder), custom_nodes=[PACK, EMOJI_NODES], models=models) as server:
-            print(f"== ComfyUI {server.stats['system']['comfyui_version']}: {len(PROMPTS)} prompts x {len(rows)} models")
+            say(f"ComfyUI {server.stats['system']['comfyui_version']}: {len(PROMPTS)} prompts x {len(rows)} models")
             for row in rows:
                 started = time.perf_counter()
                 row["images"] = sample(server, row["file"].name)
@@ -48,11 +49,15 @@ def main() -> None:
     print(f"pictures: {output / 'compare.png'}")
 
 
+def say(text: str) -> None:
+    print(f"== {time.monotonic() - STARTED:3.0f} s  {text}", flush=True)
+
+
 def quantize(name: str, path: Path) -> dict:
     """Run `fewbits quantize` as a user would."""
     command = [sys.executable, "-m", "fewbits.quant_ops.cli", "quantize", str(EMOJI / ORIGINAL), "-o", str(path)]
     command += ["--format", name, "--overwrite", "--json"]
-    print(f"+ fewbits quantize {ORIGINAL} -o {path.name} --format {name}", flush=True)
+    say(f"fewbits quantize {ORIGINAL} -o {path.name} --format {name}")
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if result.returncode:
         raise SystemExit(f"fewbits quantize --format {name} failed with status {result.returncode}")
@@ -103,4 +108,7 @@ def draw(path: Path, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -11,16 +11,15 @@ from harness import EMOJI_NODES, PACK, ComfyServer, emoji_models
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fewbits-comfy-") as folder:
-        server = ComfyServer(Path(folder), custom_nodes=[PACK, EMOJI_NODES], models=emoji_models())
-        server.port = int(sys.argv[1])
+        nodes, port = [PACK, EMOJI_NODES], int(sys.argv[1])
         try:
-            server.start()
-            print(f"ComfyUI with FewBits: http://127.0.0.1:{server.port}   (Ctrl-C ends it; log: {server.log_path})")
-            server.process.wait()
+            with ComfyServer(Path(folder), custom_nodes=nodes, models=emoji_models(), port=port) as server:
+                print(
+                    f"ComfyUI with FewBits: http://127.0.0.1:{server.port}   (Ctrl-C ends it; log: {server.log_path})"
+                )
+                server.process.wait()
         except KeyboardInterrupt:
             print("stopped")
-        finally:
-            server.stop()
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ from pathlib import Path
 import websocket
 
 READY_SECONDS = 180  # the first start compiles bytecode; 15 s on two cores when that is done
+PORTS_TRIED = 5  # another program may take a free port before ComfyUI does
 # The slim environment leaves out the templates; ComfyUI says so in one block at every start.
 HARMLESS = ("comfyui-workflow-templates", "comfyui-embedded-docs")
+_http = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the machine's proxy cannot reach 127.0.0.1
 
 
 @dataclass
@@ -67,6 +69,7 @@ class ComfyServer:
         models: model folder name -> files to link (or copy) there.
         tree: ComfyUI folder; default `FEWBITS_COMFYUI`, which dev.py sets.
         arguments: more command-line flags.
+        port: the port to prefer; another free one is taken if that is in use.
     """
 
     def __init__(
@@ -77,10 +80,12 @@ class ComfyServer:
         models: dict[str, list[Path]] | None = None,
         tree: Path | None = None,
         arguments: list[str] = (),
+        port: int = 0,
     ):
         self.base = Path(base)
         self.tree = Path(tree or os.environ["FEWBITS_COMFYUI"])
         self.arguments = list(arguments)
+        self.port = port
         for name in ("models", "custom_nodes", "input", "output", "temp", "user"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         self.names = [self._place_nodes(Path(folder)) for folder in custom_nodes]
@@ -93,7 +98,7 @@ class ComfyServer:
     def _place_nodes(self, folder: Path) -> str:
         is_pack = (folder / "quant_ops").is_dir()
         name = "ComfyUI-FewBits" if is_pack else {"comfy_nodes": "emoji_nodes"}.get(folder.name, folder.name)
-        ignore = shutil.ignore_patterns(".git", "__pycache__", "demo_output", "assets", ".*_cache") if is_pack else None
+        ignore = shutil.ignore_patterns(".*", "__pycache__", "demo_output", "tests") if is_pack else None
         target = self.base / "custom_nodes" / name
         if not target.exists():
             shutil.copytree(folder, target, ignore=ignore)
@@ -120,13 +125,11 @@ class ComfyServer:
 
     def log_problems(self) -> list[str]:
         """Log lines that a healthy server does not write."""
-        lines = [line for line in self.log.splitlines() if "IMPORT FAILED" in line or "FewBits" in line or "Traceback" in line]
+        bad = ("IMPORT FAILED", "FewBits", "Traceback")
+        lines = [line for line in self.log.splitlines() if any(word in line for word in bad)]
         return [line for line in lines if not any(word in line for word in HARMLESS)]
 
     def __enter__(self) -> ComfyServer:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
         self.start()
         return self
 
@@ -134,38 +137,58 @@ class ComfyServer:
         self.stop()
 
     def command(self) -> list[str]:
-        base = self.base
-        whitelist = ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.names] if self.names else ["--disable-all-custom-nodes"]
+        base, main = self.base, self.tree / "main.py"
+        whitelist = ["--whitelist-custom-nodes", *self.names] if self.names else []
         return [
-            sys.executable, "-s", str(self.tree / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
-            "--base-directory", str(base), "--output-directory", str(base / "output"),
-            "--input-directory", str(base / "input"), "--temp-directory", str(base), "--user-directory", str(base / "user"),
-            "--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes", "--disable-metadata",
-            "--dont-print-server", "--verbose", "WARNING", *whitelist, *self.arguments,
+            sys.executable, "-s", str(main), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
+            "--base-directory", str(base), "--temp-directory", str(base), "--user-directory", str(base / "user"),
+            "--input-directory", str(base / "input"), "--output-directory", str(base / "output"),
+            "--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes",
+            "--disable-metadata", "--dont-print-server", "--verbose", "WARNING",
+            "--disable-all-custom-nodes", *whitelist, *self.arguments,
         ]  # fmt: skip
 
     def start(self) -> None:
+        """Start and wait until the server answers."""
+        for _ in range(PORTS_TRIED):
+            self.port = free_port(self.port)
+            self._spawn()
+            if self._answers():
+                return
+        raise RuntimeError(f"no port for ComfyUI in {PORTS_TRIED} attempts:\n{self.log[-3000:]}")
+
+    def _spawn(self) -> None:
         kept = ("PATH", "HOME", "LANG", "TMPDIR", "SYSTEMROOT", "TEMP", "USERPROFILE", "PYTHONPYCACHEPREFIX")
         variables = {name: os.environ[name] for name in kept if name in os.environ} | {
             "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1",
             "PYTHONNOUSERSITE": "1", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait sleep: on a busy machine spinning ones took 40 times as long
+            # Waiting threads sleep: on a busy machine spinning ones took 40 times as long.
+            "OMP_WAIT_POLICY": "PASSIVE",
         }  # fmt: skip
-        group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
-        with open(self.log_path, "ab") as log:
+        windows = os.name == "nt"  # a group of its own: Ctrl-C is for us, and we stop the server
+        group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if windows else {"start_new_session": True}
+        streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+        with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
-                self.command(), cwd=self.base, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **group
+                self.command(), cwd=self.base, env=variables, stdout=log, **streams, **group
             )
-        limit = time.monotonic() + READY_SECONDS
-        while time.monotonic() < limit:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"ComfyUI ended with status {self.process.returncode}:\n{self.log[-3000:]}")
-            with contextlib.suppress(OSError):
-                self.stats = self.get("/system_stats")
-                return
-            time.sleep(0.1)
-        self.stop()
-        raise RuntimeError(f"ComfyUI did not answer within {READY_SECONDS} s:\n{self.log[-3000:]}")
+
+    def _answers(self) -> bool:
+        """Wait for the first answer; False if the port was taken meanwhile."""
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.stop)  # also when interrupted: nobody else knows of this process yet
+            limit = time.monotonic() + READY_SECONDS
+            while time.monotonic() < limit:
+                if self.process.poll() is not None:
+                    if "address already in use" in self.log:
+                        return False
+                    raise RuntimeError(f"ComfyUI ended with status {self.process.returncode}:\n{self.log[-3000:]}")
+                with contextlib.suppress(OSError):
+                    self.stats = self.get("/system_stats")
+                    undo.pop_all()
+                    return True
+                time.sleep(0.1)
+            raise RuntimeError(f"ComfyUI did not answer within {READY_SECONDS} s:\n{self.log[-3000:]}")
 
     def stop(self) -> None:
         if self.process is None:
@@ -182,9 +205,10 @@ class ComfyServer:
 
     def request(self, path: str, body: object = None) -> bytes:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with _http.open(request, timeout=60) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"{path}: HTTP {error.code}: {error.read().decode(errors='replace')}") from None
@@ -249,3 +273,12 @@ class ComfyServer:
                 return history[prompt_id]
             time.sleep(0.05)
         raise RuntimeError(f"prompt {prompt_id} never entered the history")
+
+
+def free_port(preferred: int = 0) -> int:
+    """A port that nobody listens on: the preferred one if possible."""
+    for port in (preferred, 0):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return probe.getsockname()[1]
+    raise RuntimeError("no free port on 127.0.0.1")
