@@ -32,83 +32,117 @@ def model_input() -> io.Model.Input:
     )
 
 
-def recipe_inputs(formats: list[str], choice: str) -> tuple[list[io.Input], list[io.Input]]:
+def recipe_inputs(formats: list[str], choice: str, default: str) -> tuple[list[io.Input], list[io.Input]]:
     """Inputs that describe a Recipe: (shown, advanced). `recipe_from` takes the values by name.
 
-    `choice` helps to choose among the formats. All but the format are optional, so that an API prompt states what
-    matters and outlives inputs that come later.
+    All but the format are optional, so that an API prompt states what matters and outlives inputs that come later.
+    An option that none of the formats has gets no input.
+
+    Args:
+        choice: helps to choose among the formats.
     """
     scalings = _values(formats, "scaling", only_if_stored=True)
+    sizes = sorted(_values(formats, "block_size"))
     shown = [
-        io.Combo.Input(
-            "format",
-            options=formats,
-            tooltip=f"What the layers become. {choice}",
-        ),
-        *(
-            [
-                io.Combo.Input(
-                    "scaling",
-                    options=[AUTO, *scalings],
-                    optional=True,
-                    tooltip="How many weights share a scale in int8_tensorwise: one scale per row is more exact, one "
-                    "per tensor smaller by a few kilobytes. auto: row. Leave it at auto for the other formats.",
-                )
-            ]
-            if scalings
-            else []
-        ),
-        io.Combo.Input(
-            "preset",
-            options=[AUTO, NONE, *preset_names()],
-            optional=True,
-            tooltip="Which sensitive layers stay as they are. auto: recognise the model and use its own list; "
-            "none: convert every layer that fits.",
-        ),
-        io.String.Input(
-            "keep",
-            optional=True,
-            multiline=True,
-            default="",
-            placeholder="layers to keep, one pattern a line",
-            tooltip="More layers to keep as they are, one pattern a line: a layer name, a glob such as "
-            "double_blocks.0.*, or a regular expression after re:",
-        ),
+        io.Combo.Input("format", options=formats, default=default, tooltip=f"What the layers become. {choice}"),
+        *([scaling_input(scalings)] if scalings else []),
+        preset_input("Which sensitive layers stay as they are."),
+        keep_input(),
     ]
     advanced = [
-        io.Combo.Input(
-            "block_size",
-            options=[AUTO, *map(str, _values(formats, "block_size"))],
-            optional=True,
-            advanced=True,
-            tooltip="Weights per block in the formats that have blocks; smaller is more exact and larger on disk. "
-            "auto: the format's default.",
-        ),
-        io.Combo.Input(
-            "fallback",
-            options=[NONE, *FORMATS],
-            optional=True,
-            advanced=True,
-            tooltip="Convert the layers that the preset would keep to this format. none: keep them.",
-        ),
-        io.Combo.Input(
-            "method",
-            options=list(METHODS),
-            default="nearest",
-            optional=True,
-            advanced=True,
-            tooltip="How each weight's code is chosen. nearest: the closest code; fast, needs no data.",
-        ),
-        io.Boolean.Input(
-            "full_precision_matmul",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="Make ComfyUI compute these layers with unrounded activations: closer to the original, and slower "
-            "on GPUs that could multiply in low precision.",
-        ),
+        *([block_size_input(sizes)] if sizes else []),
+        fallback_input(),
+        method_input(),
+        full_precision_input(),
+        *([convrot_input()] if _values(formats, "convrot") else []),
     ]
     return shown, advanced
+
+
+def scaling_input(scalings: list[str]) -> io.Combo.Input:
+    return io.Combo.Input(
+        "scaling",
+        options=[AUTO, *scalings],
+        optional=True,
+        tooltip="How many weights share a scale in int8_tensorwise: one scale per row is more exact, one per tensor "
+        "smaller by a few kilobytes. auto: row. Leave it at auto for the other formats.",
+    )
+
+
+def preset_input(what: str, *, advanced: bool | None = None) -> io.Combo.Input:
+    return io.Combo.Input(
+        "preset",
+        options=[AUTO, NONE, *preset_names()],
+        optional=True,
+        advanced=advanced,
+        tooltip=f"{what} auto: recognise the model and use its own list; none: convert every layer that fits.",
+    )
+
+
+def keep_input() -> io.String.Input:
+    return io.String.Input(
+        "keep",
+        optional=True,
+        multiline=True,
+        default="",
+        placeholder="layers to keep, one pattern a line",
+        tooltip="More layers to keep as they are, one pattern a line: a layer name, a glob such as double_blocks.0.*, "
+        "or a regular expression after re:",
+    )
+
+
+def block_size_input(sizes: list[int]) -> io.Combo.Input:
+    return io.Combo.Input(
+        "block_size",
+        options=[AUTO, *map(str, sizes)],
+        optional=True,
+        advanced=True,
+        tooltip="Weights per block in the formats that have blocks; smaller is more exact and larger on disk. auto: "
+        "the format's default.",
+    )
+
+
+def fallback_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "fallback",
+        options=[NONE, *FORMATS],
+        optional=True,
+        advanced=True,
+        tooltip="Convert the layers that the preset would keep to this format. none: keep them.",
+    )
+
+
+def method_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "method",
+        options=list(METHODS),
+        default="nearest",
+        optional=True,
+        advanced=True,
+        tooltip="How each weight's code is chosen. nearest: the closest code; fast, needs no data.",
+    )
+
+
+def full_precision_input() -> io.Boolean.Input:
+    return io.Boolean.Input(
+        "full_precision_matmul",
+        default=False,
+        optional=True,
+        advanced=True,
+        tooltip="Make ComfyUI compute these layers with unrounded activations: closer to the original, and slower on "
+        "GPUs that could multiply in low precision.",
+    )
+
+
+def convrot_input() -> io.Boolean.Input:
+    return io.Boolean.Input(
+        "convrot",
+        default=False,
+        optional=True,
+        advanced=True,
+        tooltip="Rotate the weights of int8_tensorwise layers before rounding (ConvRot), which evens out large values. "
+        "ComfyUI rotates the activations to match, which takes some time at every step.",
+    )
 
 
 def device_input() -> io.Combo.Input:
@@ -150,12 +184,14 @@ def recipe_from(
     fallback: str = NONE,
     method: str = "nearest",
     full_precision_matmul: bool = False,
+    convrot: bool = False,
 ) -> Recipe:
     """The Recipe that the inputs of `recipe_inputs` describe."""
     options = FormatOptions(
         scaling=None if scaling == AUTO else scaling,
         block_size=None if block_size == AUTO else int(block_size),
         full_precision_matrix_mult=full_precision_matmul,
+        convrot=convrot or None,
     )
     return Recipe(
         primary=Wish(format, options, method),

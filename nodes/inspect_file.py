@@ -10,11 +10,10 @@ from ..quant_ops.checkpoint.reader import FileSource
 from ..quant_ops.formats import FORMATS
 from ..quant_ops.inspection import inspect_file
 from ..quant_ops.pipeline import plan_source
-from ..quant_ops.planning.model_family import preset_names
 from ..quant_ops.planning.recipe import Recipe, Wish
 from ..quant_ops.report.report import plan_lines
 from .bridge import host
-from .common import AUTO, NONE, inspection_text, schema
+from .common import AUTO, NONE, inspection_text, preset_input, schema
 
 
 class FewBitsInspectFile(io.ComfyNode):
@@ -40,13 +39,7 @@ class FewBitsInspectFile(io.ComfyNode):
                     options=[NONE, *FORMATS],
                     tooltip="Also show what a conversion to this format would do to every layer, and the new size.",
                 ),
-                io.Combo.Input(
-                    "preset",
-                    options=[AUTO, NONE, *preset_names()],
-                    optional=True,
-                    advanced=True,
-                    tooltip="Which layers the previewed conversion keeps. auto: the model family's own list.",
-                ),
+                preset_input("Which layers the previewed conversion keeps.", advanced=True),
             ],
             outputs=[
                 io.String.Output(

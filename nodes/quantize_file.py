@@ -21,11 +21,13 @@ from .common import (
     schema,
 )
 
+DEFAULT = "float8_e4m3fn"  # what the most versions of ComfyUI open
+
 
 class FewBitsQuantizeFile(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        shown, advanced = recipe_inputs(list(FORMATS), "The report says which ComfyUI opens the result.")
+        shown, advanced = recipe_inputs(list(FORMATS), "The report says which ComfyUI opens the result.", DEFAULT)
         return schema(
             node_id="FewBitsQuantizeFile",
             display_name="Quantize File",

@@ -47,7 +47,7 @@ class QuantizeModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        shown, advanced = recipe_inputs(list(cls.ROW.formats), cls.ROW.choice)
+        shown, advanced = recipe_inputs(list(cls.ROW.formats), cls.ROW.choice, cls.ROW.formats[0])
         return schema(
             node_id=cls.ROW.node_id,
             display_name=cls.ROW.name,

@@ -1,0 +1,201 @@
+"""Seams 3 and 4: foreign and fully packed files open in ComfyUI's own loaders and sample like the layers they hold."""
+
+import dialects
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from helpers import flux_shapes, random_tensors, sd3_shapes
+
+SHAPES = {"sd3": sd3_shapes, "flux": flux_shapes}
+INNER = ("qkv.weight", "proj.weight", "linear1.weight", "linear2.weight", "mlp.0.weight", "fc1.weight")
+
+
+@pytest.fixture
+def tensors(family):
+    return random_tensors(SHAPES[family]())
+
+
+@pytest.fixture
+def load(comfy, tmp_path):
+    """Write a state dict and open it with what UNETLoader calls."""
+
+    def run(tensors, metadata=None):
+        path = tmp_path / "foreign.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+        return comfy.sd.load_diffusion_model(str(path))
+
+    return run
+
+
+def converted(tensors, make, chosen=lambda name: name.endswith(INNER)):
+    """Every chosen matrix in a dialect; `make(base, weight)` may also return the bias."""
+    out = dict(tensors)
+    for name, weight in tensors.items():
+        if name.endswith(".weight") and weight.dim() == 2 and chosen(name):
+            del out[name]
+            out.update(make(name.removesuffix(".weight"), weight.float()))
+    return out
+
+
+def everything(name):
+    return True
+
+
+def layers(model):
+    return {
+        name: module
+        for name, module in model.model.diffusion_model.named_modules()
+        if getattr(module, "quant_format", None)
+    }
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+
+
+DIALECTS = {
+    "bitsandbytes nf4": (dialects.bitsandbytes, "bnb_nf4", 0.95),
+    "bitsandbytes fp4": (lambda b, w: dialects.bitsandbytes(b, w, "fp4"), "bnb_fp4", 0.93),
+    "bitsandbytes nested": (dialects.nested, "bnb_nf4", 0.95),
+    "D30 fp4": (lambda b, w: dialects.d30(b, w, "fp4"), "bnb_fp4", 0.93),
+    "D14": (dialects.d14, "bnb_nf4", 0.95),
+    "D19": (dialects.d19, "bnb_nf4", 0.95),
+    "INT8-Fast": (dialects.int8_fast, "int8_tensorwise", 0.999),
+    "INT8-Fast convrot": (lambda b, w: dialects.int8_fast(b, w, 64), "int8_tensorwise", 0.999),
+}
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("case", DIALECTS)
+def test_the_stock_loader_opens_a_foreign_file(load, sample, tensors, case):
+    make, name, least = DIALECTS[case]
+    reference = sample(load(tensors))
+    model = load(converted(tensors, make))
+    found = layers(model)
+    assert found and {module.quant_format for module in found.values()} == {name}
+    assert cosine(sample(model), reference) >= least
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("case", ["bitsandbytes nf4", "D19"])
+def test_a_file_with_every_matrix_packed_is_recognised(load, sample, tensors, case):
+    """First and last projections too: their stored width is half of what ComfyUI would look for."""
+    make, name, _ = DIALECTS[case]
+    model = load(converted(tensors, make, everything))
+    matrices = [key for key, tensor in tensors.items() if key.endswith(".weight") and tensor.dim() == 2]
+    assert len(layers(model)) == len(matrices)
+    assert cosine(sample(model), sample(load(tensors))) > 0.8
+
+
+def test_our_own_file_with_every_matrix_packed_is_recognised(load, tensors):
+    def make(base, weight):
+        return dialects.under(base, *dialects.native("bnb_nf4", weight))
+
+    model = load(converted(tensors, make, everything))
+    assert model.model.diffusion_model.img_in.in_features == 64
+    assert model.model.diffusion_model.params.context_in_dim == 768
+
+
+def test_a_bitsandbytes_layer_computes_with_bitsandbytes_values(load, tensors):
+    import bitsandbytes.functional as oracle
+
+    name = "double_blocks.0.img_attn.qkv.weight"
+    codes, state = oracle.quantize_4bit(tensors[name].float(), blocksize=64, quant_type="nf4", compress_statistics=True)
+    pieces = {f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+    model = load({**tensors, name: codes, **pieces})
+    weight = model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight
+    assert torch.equal(weight.dequantize(), oracle.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("size", [0, 2])
+def test_scaled_e5m2_stays_e5m2(load, sample, tensors, prefix, size):
+    """ComfyUI's own conversion labels such layers e4m3fn and casts them again."""
+    state = converted(tensors, lambda b, w: dialects.scaled_fp8(b, w * 3, "float8_e5m2"))
+    state = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+    model = load({**state, f"{prefix}scaled_fp8": torch.zeros(size, dtype=torch.float8_e5m2)})
+    found = layers(model)
+    assert found and {module.quant_format for module in found.values()} == {"float8_e5m2"}
+    qkv = model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight
+    original = tensors["double_blocks.0.img_attn.qkv.weight"].float() * 3
+    assert float((qkv.dequantize().float() - original).norm() / original.norm()) < 0.08
+
+
+def test_dummy_scales_do_not_turn_bf16_into_fp8(load, tensors):
+    state = converted(tensors, dialects.scaled_fp8)
+    state["img_in.scale_weight"] = torch.ones(1)
+    model = load({**state, "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)})
+    weight = model.model.diffusion_model.img_in.weight
+    assert "img_in" not in layers(model)
+    assert torch.equal(weight.float(), tensors["img_in.weight"].float())
+
+
+def test_row_scales_under_the_scalar_tag_become_our_format(load, tensors):
+    def make(base, weight):
+        return dialects.under(base, dialects.native("float8_e4m3fn_rowwise", weight)[0], {"format": "float8_e4m3fn"})
+
+    found = layers(load(converted(tensors, make)))
+    assert {module.quant_format for module in found.values()} == {"float8_e4m3fn_rowwise"}
+
+
+def test_every_key_is_translated_whatever_prefix_the_loader_asks_about(comfy, tensors):
+    state = dialects.bitsandbytes("text_encoders.clip_l.transformer.a", torch.randn(32, 64))
+    state |= dialects.scaled_fp8("model.diffusion_model.b", torch.randn(32, 64))
+    state["model.diffusion_model.scaled_fp8"] = torch.zeros(0)
+    out, metadata = comfy.utils.convert_old_quants(dict(state), "model.diffusion_model.", metadata={"a": "b"})
+    assert "text_encoders.clip_l.transformer.a.comfy_quant" in out and "model.diffusion_model.b.comfy_quant" in out
+    assert not any("quant_state" in name or "scale_weight" in name or "scaled_fp8" in name for name in out)
+    assert metadata == {"a": "b"}
+
+
+def test_translating_twice_changes_nothing(comfy):
+    from fewbits.nodes.bridge.foreign import translate_state_dict
+    from fewbits.nodes.bridge.ops import OWNED
+
+    state = dialects.bitsandbytes("a", torch.randn(32, 64))
+    once, metadata = translate_state_dict(state, {}, OWNED)
+    twice, again = translate_state_dict(once, metadata, OWNED)
+    assert once is not state and twice is once and again is metadata
+
+
+def test_plain_and_native_state_dicts_pass_untouched(comfy, tensors):
+    from fewbits.nodes.bridge.foreign import translate_state_dict
+    from fewbits.nodes.bridge.ops import OWNED
+
+    assert translate_state_dict(tensors, {}, OWNED)[0] is tensors
+    state = converted(tensors, lambda b, w: dialects.under(b, *dialects.native("float8_e4m3fn", w)))
+    assert translate_state_dict(state, {}, OWNED)[0] is state
+
+
+def test_what_cannot_be_read_is_refused_by_name(load, tensors):
+    from fewbits.quant_ops.errors import CheckpointError
+
+    state = converted(tensors, dialects.d14, lambda name: "img_attn.qkv" in name)
+    del state["double_blocks.0.img_attn.qkv.bias"]
+    with pytest.raises(CheckpointError, match="layer 'double_blocks.0.img_attn.qkv'.*--shapes-from"):
+        load(state)
+
+
+def test_the_logical_shapes_are_a_consistent_mapping(comfy):
+    from fewbits.nodes.bridge.detect import LogicalShapes, logical_weights
+    from fewbits.nodes.bridge.ops import OWNED
+
+    state = {"plain.weight": torch.zeros(4, 4), **dialects.under("a", *dialects.native("bnb_nf4", torch.randn(32, 64)))}
+    stand_ins = logical_weights(state, OWNED)
+    assert {name: tuple(t.shape) for name, t in stand_ins.items()} == {"a.weight": (32, 64)}
+    view = LogicalShapes(state, stand_ins)
+    assert list(view.keys()) == list(state) and len(view) == len(state) and "a.weight" in view and "b" not in view
+    assert view["a.weight"].shape == view.get("a.weight").shape == dict(view.items())["a.weight"].shape == (32, 64)
+    assert view["plain.weight"] is state["plain.weight"] and view.get("b") is None
+    assert view["a.weight"].device.type == "meta"
+
+
+def test_seams_are_installed_once(comfy):
+    from fewbits.nodes.bridge import detect, foreign, register
+
+    before = comfy.utils.convert_old_quants, comfy.model_detection.detect_unet_config
+    register()
+    foreign.install(set())
+    detect.install(set())
+    assert (comfy.utils.convert_old_quants, comfy.model_detection.detect_unet_config) == before
