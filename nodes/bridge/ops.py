@@ -18,6 +18,7 @@ from ...quant_ops.formats import FORMATS, get_format
 from ...quant_ops.layouts import register_layout
 from ...quant_ops.sources import TORCH_DTYPES, spec_of
 from ...quant_ops.spec import FormatOptions, LayerInput
+from . import detect, foreign
 from .compat import weight_only_path
 
 MARK = "_fewbits_wrapped"
@@ -94,6 +95,8 @@ SEAMS: dict[str, Callable[[], None]] = {
     "formats": install_formats,
     "linear": install_linear,
     "text_encoders": install_text_encoders,
+    "foreign dialects": functools.partial(foreign.install, OWNED),
+    "detection": functools.partial(detect.install, OWNED),
 }
 
 

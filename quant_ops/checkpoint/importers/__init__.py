@@ -1,0 +1,41 @@
+"""Foreign dialects: one file per family of them, whose docstring is the mapping table; tried in this order per layer.
+
+A new dialect is a new file and one line in DIALECTS.
+"""
+
+from __future__ import annotations
+
+from ...errors import CheckpointError
+from .asym_w4a8 import AsymW4A8
+from .base import Dialect, ImportOptions, StoredLayer, Translation
+from .bitsandbytes import BitsAndBytes
+from .comfy_quant import ComfyQuant
+from .flat_4bit import Flat4Bit
+from .hybrid_mxfp8 import HybridMxfp8
+from .legacy_4bit import BytesWithScales, StateWithoutWeight
+from .legacy_int8 import Int8Fast, Int8WithoutJson, LegacyInt8
+from .plain import BlocksWithoutJson, DummyScale, PlainFp8
+from .scaled_fp8 import ScaledFp8
+
+# The order of evidence of FORMATS 5.1.
+DIALECTS: tuple[Dialect, ...] = (
+    HybridMxfp8(), AsymW4A8(), Flat4Bit(), ComfyQuant(), Int8Fast(), BitsAndBytes(), StateWithoutWeight(),
+    ScaledFp8(), LegacyInt8(), Int8WithoutJson(), BytesWithScales(), PlainFp8(), BlocksWithoutJson(), DummyScale(),
+)  # fmt: skip
+
+
+def translate(layer: StoredLayer, options: ImportOptions) -> Translation | None:
+    """The canonical layer by the first dialect that claims it; None for a plain tensor, or one that stays as it is.
+
+    Raises:
+        CheckpointError: recognised, but it cannot be read without guessing.
+    """
+    dialect = next((dialect for dialect in DIALECTS if dialect.claims(layer)), None)
+    if dialect is not None:
+        return dialect.translate(layer, options)
+    if layer.unreadable and not options.runtime:
+        raise CheckpointError(f"comfy_quant is {layer.unreadable}, and the tensors alone do not tell the format")
+    return None
+
+
+__all__ = ["DIALECTS", "ImportOptions", "StoredLayer", "Translation", "translate"]

@@ -1,0 +1,88 @@
+"""asym_w4a8_int8 of other writers (C5); ours, with the table and e4m3fn group scales, is plain comfy_quant.
+
+| stored | decode |
+|---|---|
+| `weight_s_rel` U8 | the bytes of e4m3fn: kept |
+| `weight_s_rel` F32 | as it is: decoded |
+| no `weight_codebook` | level = code - 8: decoded |
+| `weight_correction` (K/g, N) | added to the rotated weight before the inverse rotation: decoded |
+| rows of 3K/4 bytes | 6-bit codes (FORMATS 5.6), level = code - 32: decoded |
+
+q8 = clamp(round(level * s_rel), +-127); W = rotate(q8 * s_channel + correction, G).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ....kernels.hadamard import rotate
+from ....kernels.packing import unpack_nibbles
+from ....kernels.w4a8 import GROUP
+from ...errors import CheckpointError
+from ...formats.convrot import stored_group
+from ...spec import LayerInput
+from .base import ImportOptions, StoredLayer, Tensors, Translation, fit, floating
+
+NAME = "asym_w4a8_int8"
+
+
+class AsymW4A8:
+    def claims(self, layer: StoredLayer) -> bool:
+        return layer.said.get("format") == NAME and not _is_ours(layer)
+
+    def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation | None:
+        if NAME in options.host_formats:
+            return None  # the host's own layout reads these variants
+        missing = [suffix for suffix in ("weight_s_rel", "weight_s_channel") if suffix not in layer.specs]
+        if missing:
+            raise CheckpointError(f"{missing[0]} is missing; {NAME} needs it")
+        (n, row_bytes), (_, groups) = layer.matrix, layer.specs["weight_s_rel"].shape
+        size = layer.said.get("group_size", GROUP)
+        k = groups * size
+        bits = 8 * row_bytes / k if k else 0
+        if bits not in (4, 6):
+            raise CheckpointError(f"rows of {row_bytes} bytes for K={k} are {bits:g} bits a weight; 4 and 6 are read")
+        group = stored_group(layer.said, LayerInput((n, k), None))
+
+        def decode(tensors: Tensors) -> torch.Tensor:
+            rotated = _rotated(tensors, bits == 6, size)
+            return rotate(rotated, group)
+
+        return floating("C5", layer, (n, k), decode, f"{NAME} of another writer: decoded")
+
+
+def _is_ours(layer: StoredLayer) -> bool:
+    codebook, relative = layer.specs.get("weight_codebook"), layer.specs.get("weight_s_rel")
+    plain = codebook is not None and relative is not None and "weight_correction" not in layer.specs
+    sizes = plain and len(relative.shape) == 2 and relative.shape[1] * GROUP == 2 * layer.weight.shape[-1]
+    return sizes and codebook.numel == 16 and relative.dtype in ("F8_E4M3", "U8")
+
+
+def _rotated(tensors: Tensors, six_bits: bool, size: int) -> torch.Tensor:
+    """(N, K) float32, still rotated."""
+    if six_bits:
+        levels = _six_bit_codes(tensors["weight"]).float() - 32
+    else:
+        codes = unpack_nibbles(tensors["weight"], high_first=False)
+        table = tensors.get("weight_codebook")
+        levels = codes.float() - 8 if table is None else table.float()[codes.int()]
+    relative = tensors["weight_s_rel"]
+    if relative.dtype == torch.uint8:
+        relative = fit(relative, "F8_E4M3", tuple(relative.shape))
+    n, k = levels.shape
+    grid = (levels.view(n, k // size, size) * relative.float()[:, :, None]).round_().clamp_(-127, 127)
+    rotated = grid.view(n, k) * tensors["weight_s_channel"].float().reshape(n, 1)
+    if "weight_correction" in tensors:
+        rotated = rotated + tensors["weight_correction"].float().t().repeat_interleave(size, 1)
+    return rotated
+
+
+def _six_bit_codes(rows: torch.Tensor) -> torch.Tensor:
+    """(N, 3K/4) bytes -> (N, K) codes 0..63: K/2 bytes of low nibbles, then K/4 bytes of top bit pairs."""
+    n, row_bytes = rows.shape
+    k = row_bytes * 4 // 3
+    rows = rows.contiguous().view(torch.uint8)
+    low = unpack_nibbles(rows[:, : k // 2], high_first=False)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=rows.device)
+    top = (rows[:, k // 2 :, None] >> shifts) & 3
+    return low | (top.reshape(n, k) << 4)

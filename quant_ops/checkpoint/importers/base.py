@@ -1,0 +1,279 @@
+"""What every dialect shares: a layer as a file holds it, what the user adds to it, and its canonical translation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from ...errors import CheckpointError, RecipeError
+from ...formats import get_format
+from ...formats.base import dtype_from_json
+from ...sources import TORCH_DTYPES
+from ...spec import FLOAT_DTYPES, FormatOptions, LayerInput, TensorSpec
+
+Tensors = dict[str, torch.Tensor]
+Specs = dict[str, tuple[str, tuple[int, ...]]]
+
+STATIC_INPUT = ("float8_e4m3fn", "float8_e5m2", "nvfp4")  # formats with an input_scale (FORMATS 3.0)
+FP8 = ("F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What a file does not say and the user may.
+
+    `runtime` is ComfyUI loading the file: what ComfyUI reads by itself stays as it is, unknown formats included.
+    """
+
+    assume: str | None = None  # "nf4" | "fp4", for 4-bit layers that do not say which (D14L)
+    assume_convrot: int | None = None  # rotation group of INT8 layers without JSON (R2)
+    nibble_order: str | None = None  # "low" | "high", where no rule decides (FORMATS 5.4)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor name -> logical shape of the original
+    full_precision_mm: bool = False  # mark every FP8 layer
+    runtime: bool = False
+    host_formats: frozenset[str] = frozenset()  # formats that the ComfyUI at hand reads without us
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file says about all its layers. `scopes` maps the prefix of each `scaled_fp8` marker to its size."""
+
+    scopes: dict[str, int]
+    low_nibble_first: bool  # metadata of the converters that packed the low nibble first (FORMATS 5.4, rule 5)
+
+    def scope_of(self, name: str) -> int | None:
+        """Elements of the marker that owns a tensor, longest prefix first; None when no marker does."""
+        owner = max((prefix for prefix in self.scopes if name.startswith(prefix)), key=len, default=None)
+        return None if owner is None else self.scopes[owner]
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One layer as stored. `specs` and `read` go by suffix: "weight", "weight_scale", "weight.absmax".
+
+    `marker` is the JSON that counts (the header wins), None without any; `unreadable` says why stored JSON is not.
+    """
+
+    name: str
+    specs: dict[str, TensorSpec]
+    read: Callable[[str], torch.Tensor]
+    file: FileFacts
+    header_marker: dict | None = None
+    tensor_marker: dict | None = None
+    unreadable: str | None = None
+    bias: int | None = None
+
+    @property
+    def marker(self) -> dict | None:
+        return self.tensor_marker if self.header_marker is None else self.header_marker
+
+    @cached_property
+    def said(self) -> dict:
+        """The marker with `params` lifted to the top level; older writers know one place or the other."""
+        marker = self.marker or {}
+        params = marker.get("params")
+        return {**(params if isinstance(params, dict) else {}), **marker}
+
+    @property
+    def weight(self) -> TensorSpec:
+        return self.specs["weight"]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(N, K) of a weight stored as it is.
+
+        Raises:
+            CheckpointError: not a matrix.
+        """
+        shape = self.weight.shape
+        if len(shape) != 2:
+            raise CheckpointError(f"weight is {len(shape)}-D {list(shape)}; only matrices are stored quantized")
+        return shape[0], shape[1]
+
+    @property
+    def precise(self) -> bool:
+        return bool(self.said.get("full_precision_matrix_mult", False))
+
+    @property
+    def orig_dtype(self) -> str:
+        """safetensors dtype of the original as far as the JSON says, else BF16."""
+        return dtype_from_json(self.said.get("orig_dtype", self.said.get("dtype"))) or "BF16"
+
+    def first(self, *suffixes: str) -> str | None:
+        """The first of these suffixes that is stored."""
+        return next((suffix for suffix in suffixes if suffix in self.specs), None)
+
+    def number(self, suffix: str) -> float | None:
+        """The value of a one-element tensor, None when it has another size."""
+        return float(self.read(suffix).float().item()) if self.specs[suffix].numel == 1 else None
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A layer in canonical form: quantized in one of FORMATS, or (`format` None) a plain float weight.
+
+    `outputs` states dtype and shape per suffix before anything is read; `convert` maps the stored tensors to them.
+    """
+
+    dialect: str
+    outputs: Specs
+    convert: Callable[[Tensors], Tensors]
+    note: str
+    format: str | None = None
+    options: FormatOptions = FormatOptions()
+    layer: LayerInput | None = None
+    marker: dict | None = None
+    float_dtype: str = "BF16"  # what the layer becomes if it has to be decoded
+    nibbles: str | None = None  # "low" | "high" where the order was in question
+    warnings: tuple[str, ...] = ()
+
+    def decoded(self, dtype: str, note: str) -> Translation:
+        """The same layer as a float weight: canonical decoder, rounded once, `pre_quant_scale` multiplied in."""
+        if self.format is None:
+            return self
+        format, options, layer, convert = get_format(self.format), self.options, self.layer, self.convert
+
+        def decode(tensors: Tensors) -> Tensors:
+            stored = convert(tensors)
+            weight = format.dequantize(stored, layer, options)
+            if "pre_quant_scale" in stored:
+                weight = weight * stored["pre_quant_scale"].float()[None, :]
+            return {"weight": weight.to(TORCH_DTYPES[dtype])}
+
+        outputs = {"weight": (dtype, layer.shape)}
+        note = f"{self.note}; {note}" if self.note else note
+        return Translation(self.dialect, outputs, decode, note, nibbles=self.nibbles, warnings=self.warnings)
+
+
+class Dialect(Protocol):
+    """One way in which files store layers."""
+
+    def claims(self, layer: StoredLayer) -> bool:
+        """Whether the evidence of FORMATS 5.1 is there; earlier dialects in the list have declined."""
+
+    def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation | None:
+        """The canonical layer; None leaves its tensors as they are.
+
+        Raises:
+            CheckpointError: recognised, but it cannot be read without guessing.
+        """
+
+
+def fit(tensor: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The tensor under its canonical dtype and shape: one-byte types change name, floats are converted."""
+    wanted = TORCH_DTYPES[dtype]
+    if tensor.dtype != wanted:
+        same_bytes = tensor.itemsize == wanted.itemsize == 1
+        tensor = tensor.contiguous().view(wanted) if same_bytes else tensor.to(wanted)
+    return tensor.reshape(shape)
+
+
+def quantized(
+    dialect: str,
+    layer: StoredLayer,
+    format_name: str,
+    source: LayerInput,
+    options: FormatOptions,
+    convert: Callable[[Tensors], Tensors],
+    note: str,
+    nibbles: str | None = None,
+    warnings: tuple[str, ...] = (),
+) -> Translation:
+    """A translation into one of our formats, side tensors that stay included.
+
+    Args:
+        convert: stored tensors -> the format's tensors, dtype and shape up to `fit`.
+    """
+    format = get_format(format_name)
+    specs = format.tensor_specs(source, options)
+    sides, dropped = _kept_sides(layer, format_name)
+
+    def translate(tensors: Tensors) -> Tensors:
+        made = convert(tensors)
+        made = {suffix: fit(made[suffix], *spec) for suffix, spec in specs.items()}
+        return {**made, **{to: fit(tensors[of], dtype, shape) for to, (of, dtype, shape) in sides.items()}}
+
+    return Translation(
+        dialect=dialect,
+        outputs={**specs, **{suffix: (dtype, shape) for suffix, (_, dtype, shape) in sides.items()}},
+        convert=translate,
+        note=note,
+        format=format_name,
+        options=options,
+        layer=source,
+        marker=format.marker(source, options),
+        float_dtype=source.dtype if source.dtype in FLOAT_DTYPES else layer.orig_dtype,
+        nibbles=nibbles,
+        warnings=(*warnings, *dropped),
+    )
+
+
+def floating(
+    dialect: str,
+    layer: StoredLayer,
+    shape: tuple[int, ...],
+    decode: Callable[[Tensors], torch.Tensor],
+    note: str,
+    dtype: str | None = None,
+    nibbles: str | None = None,
+) -> Translation:
+    """A translation into a plain weight; `decode` gives float32, rounded here once."""
+    dtype = dtype or layer.orig_dtype
+
+    def translate(tensors: Tensors) -> Tensors:
+        weight = decode(tensors).reshape(shape)
+        if "pre_quant_scale" in tensors:
+            weight = weight * tensors["pre_quant_scale"].float()[None, :]
+        return {"weight": weight.to(TORCH_DTYPES[dtype])}
+
+    return Translation(dialect, {"weight": (dtype, shape)}, translate, note, nibbles=nibbles)
+
+
+def _kept_sides(
+    layer: StoredLayer, format_name: str
+) -> tuple[dict[str, tuple[str, str, tuple[int, ...]]], tuple[str, ...]]:
+    """(canonical suffix -> (stored suffix, dtype, shape), warnings) of the tensors that stay beside the weight."""
+    sides = {}
+    warnings = []
+    if "pre_quant_scale" in layer.specs:
+        spec = layer.specs["pre_quant_scale"]
+        sides["pre_quant_scale"] = ("pre_quant_scale", spec.dtype, spec.shape)
+    suffix = layer.first("input_scale", "scale_input")
+    if suffix is not None:
+        problem = input_scale_problem(layer, suffix, format_name)
+        if problem is None:
+            sides["input_scale"] = (suffix, "F32", ())
+        else:
+            warnings.append(f"layer '{layer.name}': {suffix} dropped: {problem}")
+    return sides, tuple(warnings)
+
+
+def input_scale_problem(layer: StoredLayer, suffix: str, format_name: str) -> str | None:
+    """Why a stored input scale cannot be one (FORMATS 5.2, M12); None when it can.
+
+    A scale equal to the weight's own is a copy, unless both are 1.0: old FP8 files mean that.
+    """
+    if format_name not in STATIC_INPUT:
+        return f"{format_name} scales its input while running"
+    value = layer.number(suffix)
+    if value is None:
+        return f"it has {layer.specs[suffix].numel} elements, one is allowed"
+    if not math.isfinite(value) or value <= 0:
+        return f"it is {value}"
+    own = layer.first("weight_scale", "scale_weight")
+    if value != 1.0 and own is not None and layer.specs[own].numel == 1 and layer.number(own) == value:
+        return "it is a copy of the weight's scale"
+    return None
+
+
+def resolved(format_name: str, options: FormatOptions) -> FormatOptions | None:
+    """The options with defaults, or None when the format does not write such sizes."""
+    try:
+        return get_format(format_name).resolve(options)
+    except RecipeError:
+        return None

@@ -1,0 +1,86 @@
+"""bitsandbytes (B0), with nested absmax (B1), and a converter that used its names with other bytes (D30).
+
+| stored | becomes |
+|---|---|
+| `weight` U8 (bytes, 1), or another dtype viewed as bytes | `weight` U8 (N, K/2), the same bytes |
+| `weight.absmax` F32 | `absmax` F32 (blocks,) |
+| `weight.absmax` U8 with `weight.nested_absmax`, `weight.nested_quant_map` (B1) | FORMATS 5.2 |
+| `weight.quant_map` F32 (16,) | dropped when it is the table of bnb_nf4 or bnb_fp4; another table: decoded |
+| `weight.quant_state.bitsandbytes__nf4`, `__fp4` | JSON: shape, group size, dtype |
+| D30: low nibble first, FP4 codes by magnitude | nibbles swapped, codes renumbered |
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...errors import CheckpointError
+from .base import ImportOptions, StoredLayer, Tensors, Translation
+from .four_bit import (
+    Codes,
+    group_size,
+    logical_shape,
+    nibble_order,
+    quant_state,
+    source_dtype,
+    stored_table,
+    translate_codes,
+)
+
+STATE = "weight.quant_state.bitsandbytes__"
+
+
+class BitsAndBytes:
+    def claims(self, layer: StoredLayer) -> bool:
+        return any(suffix.startswith(STATE) for suffix in layer.specs)
+
+    def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
+        suffix = next(suffix for suffix in layer.specs if suffix.startswith(STATE))
+        text, state = quant_state(layer, suffix)
+        kind = state.get("quant_type", suffix[len(STATE) :])
+        if kind not in ("nf4", "fp4", "af4"):
+            raise CheckpointError(f"{suffix} says quant_type {kind!r}; nf4 and fp4 are read")
+        if "weight.absmax" not in layer.specs:
+            raise CheckpointError("weight.absmax is missing; bitsandbytes layers need it")
+        nested = "weight.nested_absmax" in layer.specs
+        table = stored_table(layer, "weight.quant_map")
+        order, warnings = nibble_order(
+            layer, options, kind=kind, table=table, nested=nested, state_text=text, absmax="weight.absmax"
+        )
+        codes = Codes(
+            kind=kind,
+            group_size=group_size(state.get("blocksize")),
+            shape=logical_shape(layer, state.get("shape"), options),
+            order=order,
+            table=table,
+            absmax=_nested(state) if nested else lambda tensors: tensors["weight.absmax"],
+            absmax_count=layer.specs["weight.absmax"].numel,
+            dtype=source_dtype(state.get("dtype")),
+        )
+        if order == "low":
+            return translate_codes("D30", layer, codes, "low nibble first under bitsandbytes names", warnings)
+        note = "bitsandbytes, nested absmax decoded" if nested else "bitsandbytes"
+        return translate_codes("B1" if nested else "B0", layer, codes, note, warnings)
+
+
+def _nested(state: dict):
+    size = group_size(state.get("nested_blocksize"))
+    offset = state.get("nested_offset")
+    if not isinstance(offset, (int, float)):
+        raise CheckpointError(f"nested_offset is {offset!r}, a number is needed")
+
+    def absmax(tensors: Tensors) -> torch.Tensor:
+        return nested_absmax(
+            tensors["weight.absmax"], tensors["weight.nested_quant_map"], tensors["weight.nested_absmax"], size, offset
+        )
+
+    return absmax
+
+
+def nested_absmax(
+    codes: torch.Tensor, table: torch.Tensor, absmax: torch.Tensor, size: int, offset: float
+) -> torch.Tensor:
+    """table[code] * absmax[i // size] + offset, float32; the product is rounded before the sum."""
+    codes = codes.reshape(-1)
+    scale = absmax.float().reshape(-1).repeat_interleave(size)[: codes.numel()]
+    return torch.index_select(table.float().reshape(-1), 0, codes.int()).mul_(scale).add_(offset)

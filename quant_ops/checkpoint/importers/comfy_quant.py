@@ -1,0 +1,95 @@
+"""Layers whose JSON names a format of ours or of ComfyUI (C0 to C3).
+
+| stored | becomes |
+|---|---|
+| JSON and shapes that agree (C0) | itself |
+| FP8 or INT8 whose scale means another format than the JSON (C1) | the format of the shapes, scale reshaped |
+| group size in one place only, `orig_dtype` with `torch.` (C1, C2) | both places, plain dtype names |
+| scale in bf16 or fp16, (1,) for (), (N,) for (N, 1) | float32 of the format's own shape |
+| file header without `.comfy_quant` tensors (C3) | both |
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...errors import CheckpointError, RecipeError
+from ...formats import FORMATS, get_format
+from ...formats.base import Format
+from ...spec import FLOAT_DTYPES, ITEM_SIZES, FormatOptions, TensorSpec
+from ..labels import LABELS
+from .base import ImportOptions, StoredLayer, Tensors, Translation, quantized
+from .scaled import translate_scaled
+
+SCALED = {name for names in LABELS.values() for name in names.values()}
+NOT_READ = ("awq_w4a16", "svdquant_w4a4")
+
+
+class ComfyQuant:
+    def claims(self, layer: StoredLayer) -> bool:
+        return bool(layer.said.get("format"))
+
+    def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation | None:
+        name = layer.said["format"]
+        if options.runtime and (name not in FORMATS or len(layer.weight.shape) == 3):
+            return None  # ComfyUI may know it; it has layers of stacked experts, for example
+        if name in NOT_READ:
+            raise CheckpointError(f"format {name} is not read; start from the original model")
+        try:
+            format = get_format(name)
+        except RecipeError as error:
+            raise CheckpointError(str(error)) from None
+        fitting = _fitting(format, layer)
+        if fitting is None and name in SCALED and layer.weight.dtype in LABELS:
+            convrot = layer.said.get("convrot_groupsize", 256) if layer.said.get("convrot") else None
+            return translate_scaled("C1", layer, "scales reshaped", tag=name, precise=layer.precise, convrot=convrot)
+        specs, stored_options = fitting or _tidied(format, layer)
+        source = format.stored_layer(layer.said, specs)
+        made = quantized("C0", layer, name, source, stored_options, lambda tensors: _present(tensors, specs), "")
+        same = all(
+            suffix in layer.specs and (layer.specs[suffix].dtype, layer.specs[suffix].shape) == spec
+            for suffix, spec in made.outputs.items()
+        )
+        if options.runtime and same:
+            return None
+        if not same:
+            return replace(made, dialect="C2", note="scales reshaped")
+        if made.marker == layer.header_marker and layer.tensor_marker is None:
+            return replace(made, dialect="C3", note="JSON also beside the layer")
+        return made if made.marker == layer.marker else replace(made, dialect="C2", note="JSON completed")
+
+
+def _fitting(format: Format, layer: StoredLayer) -> tuple[dict[str, TensorSpec], FormatOptions] | None:
+    """Specs and options when the stored tensors are exactly the format's."""
+    try:
+        return layer.specs, format.options_from(layer.said, layer.specs)
+    except CheckpointError:
+        return None
+    except RecipeError:  # a group size that the format does not write
+        return None
+
+
+def _tidied(format: Format, layer: StoredLayer) -> tuple[dict[str, TensorSpec], FormatOptions]:
+    """The same after reshaping side tensors and widening float scales; codes are left alone.
+
+    Raises:
+        CheckpointError: what is stored is not this format.
+    """
+    source = format.stored_layer(layer.said, layer.specs)
+    specs = dict(layer.specs)
+    for suffix, (dtype, shape) in format.tensor_specs(source, format.defaults).items():
+        stored = layer.specs.get(suffix)
+        if stored is None or suffix == "weight":
+            continue
+        widened = dtype == "F32" and stored.dtype in FLOAT_DTYPES
+        renamed = ITEM_SIZES[dtype] == ITEM_SIZES[stored.dtype] == 1
+        flat = replace(stored, dtype=dtype if widened or renamed else stored.dtype)
+        specs[suffix] = replace(flat, shape=shape) if flat.numel == replace(flat, shape=shape).numel else flat
+    try:
+        return specs, format.options_from(layer.said, specs)
+    except RecipeError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _present(tensors: Tensors, specs: dict[str, TensorSpec]) -> Tensors:
+    return {suffix: tensors[suffix] for suffix in specs if suffix in tensors}

@@ -1,0 +1,255 @@
+"""4-bit codes of a flattened weight: nibble order, logical shape and code table, for every dialect that has them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ....kernels.codebook4 import FP4_MAGNITUDES, NF4_VALUES
+from ...errors import CheckpointError
+from ...formats.base import dtype_from_json
+from ...spec import FormatOptions, LayerInput
+from .base import ImportOptions, StoredLayer, Tensors, Translation, floating, quantized, resolved
+
+FP4_VALUES = (*FP4_MAGNITUDES, *(-value for value in FP4_MAGNITUDES))
+AF4_VALUES = (
+    1.0, 0.72424863, 0.55496234, 0.42563882, 0.31675666, 0.21961274, 0.12934483, 0.04273164,
+    0.0, -0.04934812, -0.14982478, -0.25607552, -0.3736951, -0.51243739, -0.69441008, -1.0,
+)  # fmt: skip
+TABLES = {"nf4": NF4_VALUES, "fp4": FP4_VALUES, "af4": AF4_VALUES}
+WRITTEN = {"nf4": "bnb_nf4", "fp4": "bnb_fp4"}
+IDENTITY = tuple(range(16))
+SAME = 1e-3  # tables are stored with 4 to 9 digits; the closest two levels, 0 and 0.0625/12, are 5 times as far apart
+ORDERS = {"high": "high", "hi_first": "high", "low": "low", "lo_first": "low"}
+D30_FLOOR = 1e-12  # smallest absmax that the converters of 30 December 2025 wrote
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How to read one layer: `kind` nf4, fp4 or af4, `table` as stored or None, `absmax(tensors)` in any shape."""
+
+    kind: str
+    group_size: int
+    shape: tuple[int, ...]
+    order: str
+    table: tuple[float, ...] | None
+    absmax: Callable[[Tensors], torch.Tensor]
+    absmax_count: int
+    dtype: str | None = None
+
+
+def translate_codes(
+    dialect: str, layer: StoredLayer, codes: Codes, note: str, warnings: tuple[str, ...] = ()
+) -> Translation:
+    """bnb_nf4 or bnb_fp4 with the same codes where the format holds them, else a float weight.
+
+    Raises:
+        CheckpointError: byte or absmax counts do not fit the shape.
+    """
+    numel = math.prod(codes.shape)
+    if layer.weight.nbytes != -(-numel // 2):
+        raise CheckpointError(
+            f"weight has {layer.weight.nbytes} bytes, {list(codes.shape)} needs {-(-numel // 2)} at 4 bits"
+        )
+    if codes.absmax_count != -(-numel // codes.group_size):
+        raise CheckpointError(
+            f"absmax has {codes.absmax_count} entries, {list(codes.shape)} in groups of {codes.group_size} needs "
+            f"{-(-numel // codes.group_size)}"
+        )
+    name = WRITTEN.get(codes.kind)
+    options = (
+        resolved(name, FormatOptions(block_size=codes.group_size, full_precision_matrix_mult=layer.precise))
+        if name
+        else None
+    )
+    recoded = _recoding(codes)
+    obstacle = _obstacle(codes, options, recoded)
+    if obstacle:
+        note = f"{note}; {obstacle}: decoded"
+        return floating(
+            dialect, layer, codes.shape, lambda t: decode_codes(t, codes), note, codes.dtype, nibbles=codes.order
+        )
+    source = LayerInput((codes.shape[0], codes.shape[1]), codes.dtype)
+
+    def convert(tensors: Tensors) -> Tensors:
+        packed = _bytes_of(tensors["weight"])
+        if codes.order == "low":
+            packed = swap_nibbles(packed)
+        if recoded != IDENTITY:
+            packed = _replace_codes(packed, recoded)
+        return {"weight": packed, "absmax": codes.absmax(tensors)}
+
+    return quantized(dialect, layer, name, source, options, convert, note, nibbles=codes.order, warnings=warnings)
+
+
+def _obstacle(codes: Codes, options: FormatOptions | None, recoded: tuple[int, ...] | None) -> str | None:
+    """Why no format of ours holds these codes as they are."""
+    if codes.kind not in WRITTEN:
+        return f"{codes.kind} is not written by any format"
+    if recoded is None:
+        return "the stored table is neither NF4 nor FP4"
+    if options is None:
+        return f"groups of {codes.group_size} are not written by any format"
+    if len(codes.shape) != 2:
+        return f"not 2-D {list(codes.shape)}"
+    return f"K={codes.shape[1]} is odd" if codes.shape[1] % 2 else None
+
+
+def _recoding(codes: Codes) -> tuple[int, ...] | None:
+    """stored code -> our code, when the stored table holds the same values in any order; None when it does not."""
+    if codes.table is None or codes.kind not in WRITTEN:
+        return IDENTITY
+    ours = TABLES[codes.kind]
+    found = []
+    for index, value in enumerate(codes.table):
+        close = [code for code, known in enumerate(ours) if abs(known - value) < SAME]
+        # FP4 has two zeros: the negative half keeps the negative one
+        found.append(close[-1] if index >= 8 else close[0]) if close else None
+    return tuple(found) if sorted(found) == list(IDENTITY) else None
+
+
+def decode_codes(tensors: Tensors, codes: Codes) -> torch.Tensor:
+    """float32 of the logical shape: table[code] * absmax[flat // g], by the stored table."""
+    packed = _bytes_of(tensors["weight"])
+    first, second = (packed >> 4, packed & 15) if codes.order == "high" else (packed & 15, packed >> 4)
+    numel = math.prod(codes.shape)
+    indices = torch.stack([first, second], -1).reshape(-1)[:numel].int()
+    table = torch.tensor(codes.table or TABLES[codes.kind], dtype=torch.float32, device=packed.device)
+    values = torch.index_select(table, 0, indices)
+    scale = codes.absmax(tensors).float().reshape(-1).repeat_interleave(codes.group_size)[:numel]
+    return values.mul_(scale).reshape(codes.shape)
+
+
+def _bytes_of(weight: torch.Tensor) -> torch.Tensor:
+    """The stored bytes, whatever dtype they were stored under; a view."""
+    return weight.contiguous().view(-1).view(torch.uint8)
+
+
+def swap_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """Low nibble first -> high nibble first, and back."""
+    return (packed << 4) | (packed >> 4)
+
+
+def _replace_codes(packed: torch.Tensor, recoded: tuple[int, ...]) -> torch.Tensor:
+    table = torch.tensor([recoded[byte >> 4] << 4 | recoded[byte & 15] for byte in range(256)], dtype=torch.uint8)
+    return torch.index_select(table.to(packed.device), 0, packed.int())
+
+
+def logical_shape(layer: StoredLayer, stated: object, options: ImportOptions) -> tuple[int, ...]:
+    """The shape before packing, by FORMATS 5.5.
+
+    Args:
+        stated: `shape` of the quant_state, if there is one.
+
+    Raises:
+        CheckpointError: nothing says it.
+    """
+    for shape in (layer.said.get("shape"), stated, options.shapes.get(f"{layer.name}.weight")):
+        if shape is not None:
+            return _sizes(shape)
+    count = 2 * layer.weight.nbytes
+    if layer.bias and count % layer.bias == 0:
+        return layer.bias, count // layer.bias
+    raise CheckpointError(
+        f"4-bit weight of {layer.weight.nbytes} bytes does not say its shape; "
+        "run `fewbits convert` with --shapes-from ORIGINAL.safetensors"
+    )
+
+
+def _sizes(shape: object) -> tuple[int, ...]:
+    if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size > 0 for size in shape):
+        raise CheckpointError(f"shape is {shape!r}, a list of sizes is needed")
+    return tuple(shape)
+
+
+def group_size(value: object) -> int:
+    """A stated group size.
+
+    Raises:
+        CheckpointError: not a positive number.
+    """
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"group size is {value!r}, a positive number is needed")
+    return value
+
+
+def stored_table(layer: StoredLayer, suffix: str) -> tuple[float, ...] | None:
+    """The 16 levels stored as a tensor or in the JSON; None without any.
+
+    Raises:
+        CheckpointError: not 16 numbers.
+    """
+    values = layer.read(suffix).float().reshape(-1).tolist() if suffix in layer.specs else layer.said.get("quant_map")
+    if values is None:
+        return None
+    if not isinstance(values, list) or len(values) != 16 or not all(isinstance(v, (int, float)) for v in values):
+        raise CheckpointError(f"{suffix} must hold 16 numbers")
+    return tuple(float(value) for value in values)
+
+
+def nibble_order(
+    layer: StoredLayer,
+    options: ImportOptions,
+    *,
+    kind: str,
+    table: tuple[float, ...] | None,
+    nested: bool = False,
+    state_text: str = "",
+    absmax: str = "absmax",
+) -> tuple[str, tuple[str, ...]]:
+    """("high" | "low", warnings): the first rule of FORMATS 5.4 that applies."""
+    said = layer.said.get("nibble_order")
+    if said in ORDERS:
+        return ORDERS[said], ()
+    if nested:
+        return "high", ()
+    if len(layer.weight.shape) == 1 and absmax == "absmax" and absmax in layer.specs:
+        return "low", ()
+    if kind == "fp4" and table is not None:
+        if abs(table[2] - 2 / 3) < SAME:
+            return "high", ()
+        if abs(table[2] - 1 / 6) < SAME:
+            return "low", ()
+    if layer.file.low_nibble_first:
+        return "low", ()
+    first_key = next(iter(_parsed(state_text)), None)
+    if first_key in ("quant_type", "dtype"):
+        return ("high" if first_key == "quant_type" else "low"), ()
+    floor = torch.tensor(D30_FLOOR)
+    if absmax in layer.specs and bool((layer.read(absmax).float() == floor).any()):
+        return "low", ()
+    if options.nibble_order:
+        return options.nibble_order, ()
+    return "high", (
+        f"layer '{layer.name}': nothing says which nibble comes first; the names are bitsandbytes', so the high one "
+        "(check with `fewbits verify --against ORIGINAL`, or say --nibble-order low)",
+    )
+
+
+def _parsed(text: str) -> dict:
+    try:
+        parsed = json.loads(text) if text else {}
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def quant_state(layer: StoredLayer, suffix: str) -> tuple[str, dict]:
+    """(raw text, object) of a `quant_state` tensor.
+
+    Raises:
+        CheckpointError: not JSON.
+    """
+    text = bytes(layer.read(suffix).cpu().reshape(-1).tolist()).decode("utf-8", "replace")
+    state = _parsed(text)
+    if not state:
+        raise CheckpointError(f"{suffix} is not JSON; the file is damaged")
+    return text, state
+
+
+def source_dtype(name: object) -> str | None:
+    return dtype_from_json(name) if name else None

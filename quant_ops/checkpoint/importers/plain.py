@@ -1,0 +1,56 @@
+"""Layers that are not what their neighbours suggest: plain FP8 casts (F0), dummy scales, and what is refused.
+
+| stored | becomes |
+|---|---|
+| F0: `weight` FP8, no scale anywhere | float8_e4m3fn or float8_e5m2 with scale 1.0; ComfyUI itself reads it as it is |
+| unreadable JSON, FP8 codes | by dtype and scale shape (FORMATS 5.3) |
+| floating-point `weight` with `scale_weight` | the weight alone, bit for bit: ComfyUI would cast it to FP8 |
+| `weight` U8 with block scales, no JSON | refused: the order of scales and nibbles is unknown |
+"""
+
+from __future__ import annotations
+
+from ...errors import CheckpointError
+from ...spec import FLOAT_DTYPES
+from .base import FP8, ImportOptions, StoredLayer, Tensors, Translation
+from .scaled import translate_scaled
+
+
+class PlainFp8:
+    """F0, and FP8 layers whose JSON is unreadable or names no format."""
+
+    def claims(self, layer: StoredLayer) -> bool:
+        return layer.weight.dtype in FP8
+
+    def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation | None:
+        if layer.marker is None and layer.unreadable is None:
+            return None if options.runtime else translate_scaled("F0", layer, "plain FP8 cast")
+        return translate_scaled("C1", layer, "format read off the shapes", precise=layer.precise)
+
+
+class BlocksWithoutJson:
+    def claims(self, layer: StoredLayer) -> bool:
+        return layer.weight.dtype == "U8" and {"weight_scale", "weight_scale_2"} <= set(layer.specs)
+
+    def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
+        raise CheckpointError(
+            "packed 4-bit weight with block scales but without readable JSON: the order of scales and nibbles is "
+            "unknown; make the file again"
+        )
+
+
+class DummyScale:
+    def claims(self, layer: StoredLayer) -> bool:
+        return layer.weight.dtype in FLOAT_DTYPES and "scale_weight" in layer.specs
+
+    def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
+        value = layer.number("scale_weight")
+        warnings = (
+            () if value == 1.0 else (f"layer '{layer.name}': high precision, its scale_weight {value} is dropped",)
+        )
+
+        def keep(tensors: Tensors) -> Tensors:
+            return {"weight": tensors["weight"]}
+
+        outputs = {"weight": (layer.weight.dtype, layer.weight.shape)}
+        return Translation("L1", outputs, keep, "high precision: dummy scale dropped", warnings=warnings)

@@ -1,0 +1,36 @@
+"""Legacy scaled FP8 (L1), as ComfyUI and convert_to_quant wrote it before comfy_quant (FORMATS section 6).
+
+| stored | becomes |
+|---|---|
+| `weight` F8_E4M3 or F8_E5M2 | the same bytes; the weight's dtype decides, never the marker's |
+| `scale_weight`, or `weight_scale` without JSON | `weight_scale` F32; the label comes from its shape |
+| `scale_input`, or `input_scale` | `input_scale` F32 `()`, also when it is 1.0 |
+| `scaled_fp8` of two elements, under any prefix | `full_precision_matrix_mult` for the layers below that prefix |
+| e5m2 | `float8_e5m2`, always full precision |
+| no scale, but a marker | scale 1.0 |
+| FP8 that is not 2-D | decoded to bf16 |
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .base import FP8, ImportOptions, StoredLayer, Translation
+from .scaled import translate_scaled
+
+PRECISE = 2  # elements of a marker that asks for full-precision matrix products
+
+
+class ScaledFp8:
+    def claims(self, layer: StoredLayer) -> bool:
+        if layer.weight.dtype not in FP8 or layer.marker is not None:
+            return False
+        return layer.first("scale_weight", "weight_scale") is not None or layer.file.scope_of(layer.name) is not None
+
+    def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
+        scope = layer.file.scope_of(layer.name)
+        precise = options.full_precision_mm or scope == PRECISE
+        made = translate_scaled("L1", layer, "scaled_fp8", precise=precise)
+        if scope is None:
+            made = replace(made, warnings=(*made.warnings, "scaled FP8 layers without a scaled_fp8 marker"))
+        return made

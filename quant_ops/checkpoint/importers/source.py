@@ -1,0 +1,292 @@
+"""A foreign file as a TensorSource in canonical form: same pipeline, same planner, one layer in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...errors import CheckpointError
+from ...formats import get_format
+from ...sources import TORCH_DTYPES, TensorSource
+from ...spec import Header, TensorSpec
+from ..labels import EMBEDDING
+from ..metadata import HEADER_KEY, parse_marker
+from ..reader import tensor_bytes
+from . import translate
+from .base import FP8, FileFacts, ImportOptions, StoredLayer, Translation
+
+LEGACY_MARKER = "scaled_fp8"
+# Side tensors by suffix (FORMATS 5.2); those of NESTED also appear as `<base>.weight.<name>`.
+SIDES = frozenset({
+    "weight_scale", "weight_scale_2", "weight_scalar", "scale_weight", "scale_input", "input_scale", "absmax",
+    "quant_map", "comfy_quant", "weight_s_rel", "weight_s_channel", "weight_codebook", "weight_correction",
+    "pre_quant_scale", "nested_absmax", "nested_quant_map",
+})  # fmt: skip
+NESTED = frozenset({"absmax", "quant_map", "nested_absmax", "nested_quant_map"})
+STATE = ".quant_state."
+# Prefixes that ComfyUI strips from diffusion models; a header may have been written without (FORMATS 5.2, C3).
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.", "transformer.")
+CONVERTERS = ("formats", "bnb_quant_type")  # header keys of the converters of rule 5 in FORMATS 5.4
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A file sorted into layers, tensors of their own, side tensors without a weight, and what it says as a whole."""
+
+    layers: dict[str, StoredLayer]
+    loose: tuple[TensorSpec, ...]
+    orphans: tuple[TensorSpec, ...]
+    scopes: dict[str, str]  # key of each scaled_fp8 marker -> prefix
+    header_order: tuple[str, ...]
+    warnings: tuple[str, ...]
+    header_problem: str | None = None
+    unresolved: tuple[str, ...] = ()  # names in the file header that no weight has
+
+
+def read_contents(source: TensorSource) -> Contents:
+    """Sort a file; reads JSON tensors only."""
+    header = source.header
+    names = header.tensors
+    weights = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+    grouped: dict[str, dict[str, TensorSpec]] = {}
+    loose, orphans, scopes = [], [], {}
+    for name, spec in names.items():
+        if name == LEGACY_MARKER or name.endswith(f".{LEGACY_MARKER}"):
+            scopes[name] = name[: -len(LEGACY_MARKER)]
+            continue
+        base, suffix = split_name(name)
+        if suffix is None:
+            loose.append(spec)
+        elif base in weights:
+            grouped.setdefault(base, {})[suffix] = spec
+        else:
+            orphans.append(spec)
+    markers, problem, converters = _header_layers(header.metadata)
+    markers, unresolved, moved = _resolve_names(markers, weights)
+    warnings = [*header.warnings, *([problem] if problem else []), *moved]
+    facts = FileFacts({prefix: names[key].numel for key, prefix in scopes.items()}, converters)
+    layers = {}
+    for base, specs in grouped.items():
+        layer = _stored_layer(source, base, specs, facts, markers.get(base))
+        if layer.header_marker and layer.tensor_marker and layer.header_marker != layer.tensor_marker:
+            warnings.append(f"layer '{base}': header/tensor mismatch: the header's JSON is used, as ComfyUI does")
+        layers[base] = layer
+    order = tuple(base for base in markers if base in layers)
+    return Contents(layers, tuple(loose), tuple(orphans), scopes, order, tuple(warnings), problem, tuple(unresolved))
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """`a.b.weight_scale` -> ("a.b", "weight_scale"); the suffix is None for a tensor that belongs to no weight."""
+    head, state, tail = name.partition(STATE)
+    if state:
+        base = head.removesuffix(".weight")
+        return base, f"{head[len(base) + 1 :]}{'.' if base != head else ''}quant_state.{tail}"
+    base, _, suffix = name.rpartition(".")
+    if not base:
+        return name, None
+    if suffix in NESTED and base.endswith(".weight"):
+        return base.removesuffix(".weight"), f"weight.{suffix}"
+    if suffix == "weight" or suffix in SIDES:
+        return base, suffix
+    return name, None
+
+
+def is_side(name: str) -> bool:
+    """Whether a tensor's name alone says that some layer is quantized."""
+    return split_name(name)[1] not in (None, "weight") or name.rpartition(".")[2] == LEGACY_MARKER
+
+
+def _header_layers(metadata: dict[str, str]) -> tuple[dict[str, dict], str | None, bool]:
+    """(base -> JSON, what is wrong, whether converters of rule 5 wrote it)."""
+    text = metadata.get(HEADER_KEY)
+    if text is None:
+        return {}, None, False
+    try:
+        parsed = json.loads(text)
+        if "layers" not in parsed and any(key in parsed for key in CONVERTERS):
+            return {}, None, True
+        return {base: dict(marker) for base, marker in parsed["layers"].items()}, None, False
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return (
+            {},
+            f"metadata {HEADER_KEY} cannot be read ({type(error).__name__}: {error}); the layers' own JSON is used",
+            False,
+        )
+
+
+def _resolve_names(markers: dict[str, dict], weights: set[str]) -> tuple[dict[str, dict], list[str], tuple[str, ...]]:
+    """(markers under full names, names that no weight has, warnings)."""
+    missing = [base for base in markers if base not in weights]
+    if not missing:
+        return markers, [], ()
+    fitting = [prefix for prefix in PREFIXES if all(prefix + base in weights for base in markers)]
+    if len(fitting) == 1:
+        moved = {fitting[0] + base: marker for base, marker in markers.items()}
+        return moved, [], (f"header names lack the prefix '{fitting[0]}'",)
+    return {base: marker for base, marker in markers.items() if base in weights}, missing, ()
+
+
+def _stored_layer(
+    source: TensorSource, base: str, specs: dict[str, TensorSpec], facts: FileFacts, header_marker: dict | None
+) -> StoredLayer:
+    def read(suffix: str) -> torch.Tensor:
+        return source.read(f"{base}.{suffix}")
+
+    tensor_marker, unreadable = None, None
+    if "comfy_quant" in specs:
+        data = bytes(tensor_bytes(read("comfy_quant").detach().cpu().contiguous()))
+        try:
+            tensor_marker = parse_marker(base, data)
+        except CheckpointError:
+            unreadable = "all zero bytes" if not any(data) else "not JSON"
+    bias = source.header.tensors.get(f"{base}.bias")
+    return StoredLayer(
+        name=base,
+        specs=specs,
+        read=read,
+        file=facts,
+        header_marker=header_marker,
+        tensor_marker=tensor_marker,
+        unreadable=unreadable if header_marker is None else None,
+        bias=bias.shape[0] if bias is not None and len(bias.shape) == 1 else None,
+    )
+
+
+Retarget = Callable[[Translation], Translation]
+
+
+class ImportedSource:
+    """A source whose quantized layers are canonical, or whatever `retarget` makes of them.
+
+    `translations` maps base names to what becomes of each quantized layer, in the order of the file's own header.
+    Reading a layer's first tensor translates all of it; the pipeline reads layer by layer.
+
+    Raises:
+        CheckpointError: a layer that cannot be read without guessing, or one file with both nibble orders.
+    """
+
+    def __init__(self, source: TensorSource, options: ImportOptions | None = None, retarget: Retarget | None = None):
+        self.source, self.name = source, source.name
+        self.options = options or ImportOptions()
+        self.contents = read_contents(source)
+        found = {base: self._translate(layer) for base, layer in self.contents.layers.items()}
+        order = dict.fromkeys((*self.contents.header_order, *found))
+        self.translations = {base: found[base] for base in order if found[base] is not None}
+        _refuse_mixed_nibbles(self.translations)
+        self.canonical = dict(self.translations)
+        if retarget is not None:
+            self.translations = {base: retarget(made) for base, made in self.translations.items()}
+        self._owners: dict[str, tuple[str, str]] = {}
+        self._cached: tuple[str, dict[str, torch.Tensor]] = ("", {})
+        self.header = self._header()
+
+    def _translate(self, layer: StoredLayer) -> Translation | None:
+        try:
+            made = translate(layer, self.options)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.name}: layer '{layer.name}': {error}") from None
+        return made and as_loadable(layer.name, made)
+
+    def _header(self) -> Header:
+        tensors: dict[str, TensorSpec] = {}
+        for base, made in self.translations.items():
+            for suffix, (dtype, shape) in made.outputs.items():
+                name = f"{base}.{suffix}"
+                tensors[name] = TensorSpec(name, dtype, shape)
+                self._owners[name] = (base, suffix)
+        kept = (*self.contents.loose, *(self.contents.orphans if self.options.runtime else ()))
+        untouched = [
+            spec
+            for base, layer in self.contents.layers.items()
+            if base not in self.translations
+            for spec in layer.specs.values()
+        ]
+        for spec in (*untouched, *kept):
+            tensors[spec.name] = replace(spec, dtype="BF16") if self._is_cast(spec) else spec
+        markers = {base: made.marker for base, made in self.translations.items() if made.marker is not None}
+        metadata = {key: value for key, value in self.source.header.metadata.items() if key != HEADER_KEY}
+        if markers:
+            metadata[HEADER_KEY] = json.dumps({"format_version": "1.0", "layers": markers})
+        return Header(tensors, metadata, {}, tuple(self._warnings()))
+
+    def _is_cast(self, spec: TensorSpec) -> bool:
+        """FP8 biases and norms of scaled files: old scripts cast them along, and ComfyUI has no scale for them."""
+        return spec.dtype in FP8 and (not self.options.runtime or self._scope(spec.name) is not None)
+
+    def _scope(self, name: str) -> str | None:
+        return next((prefix for prefix in self.contents.scopes.values() if name.startswith(prefix)), None)
+
+    def _warnings(self) -> Iterable[str]:
+        yield from self.contents.warnings
+        yield from dict.fromkeys(text for made in self.translations.values() for text in made.warnings)
+        if not self.options.runtime:
+            yield from (f"'{spec.name}' dropped: it belongs to no weight" for spec in self.contents.orphans)
+
+    def origins(self) -> dict[str, int]:
+        """Dialect and what becomes of it -> number of layers; empty for a file in canonical form."""
+        counts: dict[str, int] = {}
+        for made in self.translations.values():
+            if made.note:
+                text = f"{made.dialect}: {made.note}"
+                counts[text] = counts.get(text, 0) + 1
+        return counts
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether every tensor would come out as it went in."""
+        return (
+            not self.contents.scopes
+            and not self.translations
+            and all(not self._is_cast(spec) for spec in self.contents.loose)
+        )
+
+    def layer(self, base: str) -> dict[str, torch.Tensor]:
+        """All canonical tensors of a layer by suffix."""
+        stored = self.contents.layers[base]
+        return self.translations[base].convert({suffix: stored.read(suffix) for suffix in stored.specs})
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self._owners:
+            return self.source.read(name).to(TORCH_DTYPES[self.header.tensors[name].dtype])
+        base, suffix = self._owners[name]
+        if self._cached[0] != base or suffix not in self._cached[1]:
+            self._cached = (base, self.layer(base))
+        return self._cached[1].pop(suffix)  # each tensor is read once; what was handed out is not held here
+
+    def close(self) -> None:
+        close = getattr(self.source, "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> ImportedSource:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def as_loadable(base: str, made: Translation) -> Translation:
+    """Embedding tables in formats that ComfyUI cannot load there are decoded: it would read codes as numbers."""
+    if made.format and EMBEDDING.fullmatch(base) and get_format(made.format).embedding_min_comfyui is None:
+        return made.decoded(made.float_dtype, f"embedding table in {made.format}: decoded")
+    return made
+
+
+def _refuse_mixed_nibbles(translations: dict[str, Translation]) -> None:
+    """One file has one nibble order (FORMATS 5.4)."""
+    orders = {made.nibbles: base for base, made in translations.items() if made.nibbles}
+    if len(orders) > 1:
+        raise CheckpointError(
+            f"layer '{orders['low']}' stores the low nibble first and layer '{orders['high']}' the high one; "
+            "one file has one order: say --nibble-order, or make the file again"
+        )
+
+
+def imported(source: TensorSource, options: ImportOptions | None = None) -> TensorSource:
+    """The source itself when nothing in it is foreign, else its translation."""
+    if not any(is_side(name) or spec.dtype in FP8 for name, spec in source.header.tensors.items()):
+        return source
+    return ImportedSource(source, options)
