@@ -40,7 +40,7 @@ PIP = "pip>=25.1,<27"
 ONLY_IN_THE_PAGE = ("comfyui-workflow-templates", "comfyui-embedded-docs")  # 1 GB that only a person in the UI sees
 OLDER_TREES = ("glfw>=2.10,<3",)  # one extra-node module of ComfyUI <= 0.24 wants it
 TOOLS = (
-    PIP, "setuptools>=77", "pytest>=8.3,<10", "hypothesis>=6.150,<7", "ruff==0.17.6", "piq==0.8.0",
+    "setuptools>=77", "pytest>=8.3,<10", "hypothesis>=6.150,<7", "ruff==0.17.6", "piq==0.8.0",
     "matplotlib>=3.9,<4", "websocket-client>=1.8,<2", "bitsandbytes==0.50.2",
 )  # fmt: skip
 PAGE_TOOLS = ("playwright>=1.60,<2",)
@@ -211,7 +211,7 @@ def make_layer(
     The folder is keyed by everything that decides its contents, so two checkouts share it while their pins agree.
     """
     lines = list(lines)
-    version = f"{platform.python_version_tuple()[:2]} {sysconfig.get_platform()} {COMFYUI[1]}"
+    version = f"{sys.version_info[:2]} {sysconfig.get_platform()} {COMFYUI[1]} {PIP}"
     text = "\n".join([version, str(python) if below else "", *map(str, below), *constraints, "", *lines])
     venv = cache / f"venv-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if venv_python(venv).exists():
@@ -219,11 +219,11 @@ def make_layer(
     shutil.rmtree(venv, ignore_errors=True)  # the interpreter that it was made from is gone
     with build(venv, title) as part:
         result = part / "result"
-        # Some systems lack ensurepip or have an old pip, so the pip that installs is fetched beside the result.
-        # The result is renamed at the end, which everything but the scripts in its bin folder survives.
+        # Some systems lack ensurepip or bring an old pip. The result is renamed at the end, which everything but the
+        # scripts in its bin folder survives.
         run([str(python), "-m", "venv", "--without-pip", str(result)], part)
-        run([sys.executable, "-m", "pip", "install", "--target", str(part / "pip"), PIP], part)
         interpreter = venv_python(result)
+        run([sys.executable, "-m", "pip", "install", "--target", str(site_packages(interpreter)), PIP], part)
         if below:
             paths = "; ".join(f"site.addsitedir({str(path)!r})" for path in below)
             (site_packages(interpreter) / "below.pth").write_text(f"import site; {paths}\n", encoding="utf-8")
@@ -231,8 +231,7 @@ def make_layer(
         (part / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         # Bytecode goes to PYTHONPYCACHEPREFIX, so what pip would compile is never read.
         pip = [str(interpreter), "-m", "pip", "install", "--no-compile", "--progress-bar=off"]
-        needs = ["-c", str(part / "constraints.txt"), "-r", str(part / "requirements.txt")]
-        run([*pip, *needs], part, PYTHONPATH=str(part / "pip"))
+        run([*pip, "-c", str(part / "constraints.txt"), "-r", str(part / "requirements.txt")], part)
     return venv_python(venv)
 
 
@@ -295,14 +294,14 @@ def build(target: Path, title: str) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def run(command: list[str], part: Path, **variables: str) -> None:
+def run(command: list[str], part: Path) -> None:
     """Run a quiet command, its temporary files and output inside `part`; every ten seconds say how far it is."""
     print(f"+ {' '.join(command)}", flush=True)
     started = time.monotonic()
     scratch = part / "tmp"  # wheels are unpacked there: gigabytes that a small /tmp may not hold
     scratch.mkdir(exist_ok=True)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    variables |= {name: str(scratch) for name in ("TMPDIR", "TEMP", "TMP")}
+    variables = {name: str(scratch) for name in ("TMPDIR", "TEMP", "TMP")}
     variables |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     variables["PIP_NO_CACHE_DIR"] = "1"  # as a variable it also reaches the pip that prepares an sdist
     log = part / "log.txt"

@@ -28,7 +28,7 @@ def commands(dev, monkeypatch):
     """Every command dev.py would run, instead of running it; a venv and a download leave what the real ones leave."""
     seen = []
 
-    def record(command, part, **variables):
+    def record(command, part):
         seen.append(command)
         if "venv" in command:
             python = dev.venv_python(Path(command[-1]))

@@ -1,9 +1,11 @@
-"""The wheel: one top-level package, everything in it, versions that agree."""
+"""Installed from a wheel, editable, or not at all: one top-level package, everything in it, versions that agree."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import pytest
 from fewbits.quant_ops.version import VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
+EMOJI = ROOT / "tests" / "assets" / "emoji" / "emoji_flux.safetensors"
+TEXT = {"capture_output": True, "text": True, "timeout": 120}
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
@@ -34,17 +38,48 @@ def test_requirements_leave_torch_and_comfy_kitchen_to_comfyui():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel, built from a copy so that no build folder appears in the checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory):
+    """A copy of the pack's files, so that building leaves nothing in the checkout."""
+    folder = tmp_path_factory.mktemp("source") / "ComfyUI-FewBits"
     ignore = shutil.ignore_patterns(".git", "tests", "demo_output", "__pycache__", "build", "*.egg-info", ".venv")
-    shutil.copytree(ROOT, folder / "src", ignore=ignore)
-    if not (folder / "src" / "README.md").exists():
-        (folder / "src" / "README.md").write_text("")
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "-w", str(folder), str(folder / "src")], check=True, capture_output=True, text=True)
+    shutil.copytree(ROOT, folder, ignore=ignore)
+    return folder
+
+
+def pip(python, *arguments):
+    offline = ["--no-deps", "--no-index", "--no-build-isolation"]
+    result = subprocess.run([str(python), "-m", "pip", arguments[0], "-q", *offline, *map(str, arguments[1:])], **TEXT)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    pip(sys.executable, "wheel", "-w", folder, source)
     (built,) = folder.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable"])
+def installed(request, source, tmp_path_factory):
+    """(python, script folder) of an environment with the pack installed, above the one that runs the tests."""
+    environment = tmp_path_factory.mktemp(request.param)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    scripts = environment / ("Scripts" if os.name == "nt" else "bin")
+    python = scripts / ("python.exe" if os.name == "nt" else "python")
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = subprocess.run([str(python), "-c", code], **TEXT).stdout.strip()
+    below = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
+    (Path(packages) / "below.pth").write_text(below, encoding="utf-8")
+    source = request.getfixturevalue("wheel") if request.param == "wheel" else f"--editable={source}"
+    pip(python, "install", source)
+    return python, scripts
+
+
+def elsewhere(command, folder):
+    """Run a command in another folder and without the tests' own search path."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHONPATH")}
+    return subprocess.run(list(map(str, command)), cwd=folder, env=variables, **TEXT)
 
 
 def test_the_wheel_puts_one_package_into_site_packages(wheel):
@@ -52,47 +87,41 @@ def test_the_wheel_puts_one_package_into_site_packages(wheel):
     assert {name.split("/")[0] for name in names} == {"fewbits", f"fewbits-{VERSION}.dist-info"}
 
 
-def test_the_wheel_carries_recipes_and_web_files(wheel):
+def test_the_wheel_carries_recipes_and_web_files_and_no_tests(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("quant_ops/recipes", "web", "locales")
+        for folder in ("quant_ops/recipes", "web", "locales", "example_workflows")
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
     }
     assert wanted and {f"fewbits/{name}" for name in wanted} <= names
+    assert not [name for name in names if "/tests/" in name or "/." in name]
 
 
-def test_the_installed_wheel_runs_without_the_checkout(wheel, tmp_path):
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-index",
-        "--target",
-        str(tmp_path / "site"),
-        str(wheel),
-    ]
-    subprocess.run(pip, check=True, capture_output=True)
-    code = "import fewbits, sys; from fewbits import quantize_file; print(fewbits.__file__); assert 'nodes' not in sys.modules"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin"},
-        capture_output=True,
-        text=True,
+def test_the_wheel_carries_both_licence_files(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[-1] for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
+
+
+def test_the_installed_pack_is_one_name_and_leaves_comfyuis_alone(installed, tmp_path):
+    code = (
+        "import importlib.util, fewbits; from fewbits import quantize_file\n"
+        "print([n for n in ('nodes', 'kernels', 'quant_ops', 'dev', 'tests') if importlib.util.find_spec(n)])"
     )
+    result = elsewhere([installed[0], "-c", code], tmp_path)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_the_installed_command_plans_a_file(installed, tmp_path):
+    result = elsewhere([installed[1] / "fewbits", "--version"], tmp_path)
+    assert result.stdout.strip() == f"fewbits {VERSION}", result.stderr
+    result = elsewhere([installed[1] / "fewbits", "plan", EMOJI, "--format", "int8_tensorwise"], tmp_path)
     assert result.returncode == 0, result.stderr
-    assert str(tmp_path) in result.stdout
+    assert not list(tmp_path.iterdir())
 
 
-def test_the_folder_runs_uninstalled_under_a_name_with_a_dash(tmp_path):
-    ignore = shutil.ignore_patterns(".git", "tests", "demo_output", "__pycache__")
-    shutil.copytree(ROOT, tmp_path / "ComfyUI-FewBits", ignore=ignore)
-    result = subprocess.run(
-        [sys.executable, "-m", "ComfyUI-FewBits.quant_ops.cli", "--version"], cwd=tmp_path, capture_output=True, text=True,
-        env={"PATH": "/usr/bin", "SYSTEMROOT": "C:\\Windows"},
-    )  # fmt: skip
+def test_the_folder_runs_uninstalled_under_a_name_with_a_dash(source):
+    command = [sys.executable, "-m", f"{source.name}.quant_ops.cli", "--version"]
+    result = elsewhere(command, source.parent)
     assert result.stdout.strip() == f"fewbits {VERSION}", result.stderr
