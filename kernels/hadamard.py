@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .scales import CHUNK_ELEMENTS
+from .scales import CHUNK_ELEMENTS, chunk_rows
 
 
 def is_group_size(group: int) -> bool:
@@ -28,7 +28,7 @@ def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:
     """
     n, k = weight.shape
     out = torch.empty((n, k), dtype=torch.float32, device=weight.device)
-    rows = max(CHUNK_ELEMENTS // max(k, 1), 1)
+    rows = chunk_rows(CHUNK_ELEMENTS, k, weight.device)
     for start in range(0, n, rows):
         part = out[start : start + rows]
         part.copy_(weight[start : start + rows])

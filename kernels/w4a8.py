@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from .codebook4 import constant, fast_codes, look_up
-from .scales import CHUNK_ELEMENTS, TINY, Geometry
+from .grids import E4M3_SCALE_STEP, chosen_e4m3, rescaled_e4m3
+from .scales import CHUNK_ELEMENTS, TINY, Geometry, chunk_rows
 
 GROUP = 16
 GROUPS = Geometry(1, GROUP)
@@ -55,11 +56,13 @@ class W4A8Scale(NamedTuple):
 class W4A8Grid:
     """Grid of an already rotated weight; K is a multiple of 16."""
 
+    scale_step: ClassVar[float] = E4M3_SCALE_STEP
+
     def scale(self, weight: torch.Tensor) -> W4A8Scale:
         n, k = weight.shape
         channel = torch.empty(n, dtype=torch.float32, device=weight.device)
         relative = torch.empty((n, k // GROUP), dtype=torch.float8_e4m3fn, device=weight.device)
-        for rows in _row_slices(n, k):
+        for rows in _row_slices(weight):
             channel[rows], relative[rows] = _fit(weight[rows].float())
         return W4A8Scale(channel, relative)
 
@@ -67,7 +70,7 @@ class W4A8Grid:
         """(N, K) uint8 codes 0..15 of the levels whose INT8 value is nearest to w / s_channel; zero groups are 0."""
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         generator = torch.Generator(weight.device).manual_seed(seed) if seed else None
-        for rows in _row_slices(*weight.shape):
+        for rows in _row_slices(weight):
             w = weight[rows].float()
             part = W4A8Scale(scale.channel[rows], scale.relative[rows])
             found = _choose(w, part, generator)
@@ -77,7 +80,7 @@ class W4A8Grid:
     def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: W4A8Scale) -> tuple[float, float]:
         """Measured in the rotated basis; the rotation is orthogonal, so the sums are those of the weight itself."""
         error = signal = 0.0
-        for rows in _row_slices(*weight.shape):
+        for rows in _row_slices(weight):
             w = weight[rows].float().reshape(-1)
             difference = self.decode(codes[rows], W4A8Scale(scale.channel[rows], scale.relative[rows])).view(-1).sub_(w)
             error += float(torch.dot(difference, difference))
@@ -95,9 +98,26 @@ class W4A8Grid:
         q8 = values.mul_(scale.relative.float()[..., None]).round_().clamp_(-127.0, 127.0)
         return q8.view(n, k).mul_(scale.channel[:, None])
 
+    def rescaled(self, scale: W4A8Scale, factor: float) -> W4A8Scale:
+        """Group scales times factor as e4m3fn, at most 448; row scales stay."""
+        return scale._replace(relative=rescaled_e4m3(scale.relative, factor))
 
-def _row_slices(n: int, k: int) -> Iterator[slice]:
-    rows = max(CHUNK_ELEMENTS // 4 // max(k, 1), 1)  # about ten temporaries of float32 are alive at once
+    def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: W4A8Scale) -> torch.Tensor:
+        """Squared error of each group, (N, K/16)."""
+        errors = torch.empty(scale.relative.shape, dtype=torch.float32, device=weight.device)
+        for rows in _row_slices(weight):
+            part = W4A8Scale(scale.channel[rows], scale.relative[rows])
+            difference = self.decode(codes[rows], part).sub_(weight[rows].float())
+            errors[rows] = difference.square_().view(*part.relative.shape, GROUP).sum(2)
+        return errors
+
+    def chosen(self, take: torch.Tensor, scale: W4A8Scale, other: W4A8Scale) -> W4A8Scale:
+        return scale._replace(relative=chosen_e4m3(take, scale.relative, other.relative))
+
+
+def _row_slices(weight: torch.Tensor) -> Iterator[slice]:
+    n, k = weight.shape
+    rows = chunk_rows(CHUNK_ELEMENTS // 4, k, weight.device)  # about ten temporaries of float32 are alive at once
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
 
