@@ -242,29 +242,37 @@ class ComfyServer:
 
         Args:
             on_message: called with each websocket message while the prompt runs, e.g. to interrupt it.
+
+        Raises:
+            RuntimeError: the prompt was refused, or ComfyUI ended while it ran.
+            TimeoutError: it did not end within `timeout` seconds.
         """
         client, connection = self.connect()
         prompt_id = str(uuid.uuid4())
         messages = []
-        try:
+        limit = time.monotonic() + timeout
+        with contextlib.closing(connection):
             self.post("/prompt", {"prompt": workflow, "client_id": client, "prompt_id": prompt_id})
-            limit = time.monotonic() + timeout
-            while time.monotonic() < limit:
-                connection.settimeout(max(limit - time.monotonic(), 0.1))
-                text = connection.recv()
-                if isinstance(text, bytes):  # previews
+            while True:
+                message = self._receive(connection, limit)
+                if message is None:  # a preview picture
                     continue
-                message = json.loads(text)
                 messages.append(message)
                 if on_message:
                     on_message(message)
-                data = message["data"]
                 ended = message["type"] in ("execution_success", "execution_error", "execution_interrupted")
-                if ended and data.get("prompt_id") == prompt_id:
+                if ended and message["data"].get("prompt_id") == prompt_id:
                     return Run(self, self._history(prompt_id), messages)
-        finally:
-            connection.close()
-        raise TimeoutError(f"the prompt did not end within {timeout} s:\n{self.log[-2000:]}")
+
+    def _receive(self, connection: websocket.WebSocket, limit: float) -> dict | None:
+        connection.settimeout(max(limit - time.monotonic(), 0.1))
+        try:
+            text = connection.recv()
+        except websocket.WebSocketTimeoutException:
+            raise TimeoutError(f"the prompt did not end in time:\n{self.log[-2000:]}") from None
+        except (websocket.WebSocketException, OSError) as error:
+            raise RuntimeError(f"ComfyUI hung up during the prompt ({error}):\n{self.log[-2000:]}") from None
+        return None if isinstance(text, bytes) else json.loads(text)
 
     def _history(self, prompt_id: str) -> dict:
         for _ in range(100):

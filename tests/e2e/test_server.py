@@ -1,0 +1,67 @@
+"""The server around the nodes: what starting leaves behind, being killed in mid conversion, ending with its parent."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from harness import EMOJI_NODES, PACK, ComfyServer
+from helpers import flux_shapes, tiny_checkpoint
+
+BIG = flux_shapes(hidden=1024)  # 120 MB: long enough to be killed in
+
+
+def contents(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if ".git" not in path.parts}
+
+
+def test_starting_leaves_nothing_in_comfyui_or_in_the_pack(comfyui, tmp_path):
+    before = contents(comfyui), contents(PACK / "nodes"), contents(PACK / "quant_ops")
+    with ComfyServer(tmp_path, custom_nodes=[PACK, EMOJI_NODES], tree=comfyui) as server:
+        assert server.object_info("FewBitsQuantizeFile")
+        assert server.log_problems() == []
+    assert before == (contents(comfyui), contents(PACK / "nodes"), contents(PACK / "quant_ops"))
+
+
+def test_a_server_killed_in_mid_conversion_leaves_no_result_and_can_go_on_afterwards(comfyui, tmp_path):
+    model = tiny_checkpoint(tmp_path / "big.safetensors", BIG)
+    workflow = {
+        "q": {
+            "class_type": "FewBitsQuantizeFile",
+            "inputs": {"file": "diffusion_models/big.safetensors", "format": "int8_tensorwise", "filename": "result"},
+        }
+    }
+
+    def kill(message):
+        if message["type"] == "fewbits.progress":
+            server.process.kill()
+
+    models = {"diffusion_models": [model]}
+    with ComfyServer(tmp_path / "comfyui", custom_nodes=[PACK], models=models, tree=comfyui) as server:
+        with pytest.raises(RuntimeError, match="hung up"):
+            server.run(workflow, on_message=kill)
+        result = server.output / "result.safetensors"
+        assert not result.exists()
+        server.start()
+        run = server.run(workflow)
+        assert run.status == "success", run.error
+        assert result.stat().st_size < 0.6 * model.stat().st_size
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_an_interrupted_parent_takes_the_server_with_it():
+    command = [sys.executable, "-m", "harness.serve", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        line = parent.stdout.readline()
+        address = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
+        page = urllib.request.urlopen(f"{address}/object_info/FewBitsLoadModel").read()
+        assert b"emoji_flux.safetensors" in page
+        parent.send_signal(signal.SIGINT)
+        assert parent.stdout.read() == "stopped\n"
+    assert parent.returncode == 0
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"{address}/system_stats")
