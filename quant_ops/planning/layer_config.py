@@ -30,15 +30,16 @@ LISTED = 5  # entries named when many have the same problem
 
 # What a format stores, and where each scaling mode leads (FORMATS 7.4).
 STORES = {"float8_e4m3fn": "one scale", "float8_e5m2": "one scale", "float8_e4m3fn_rowwise": "one scale per row",
-          "float8_e4m3fn_blockwise": "one scale per square tile", "float8_e4m3fn_block3d": "one scale per block of a row",
-          "int8_tensorwise": "one scale, or one per row", "int8_blockwise": "one scale per square tile",
-          "int8_lodewise": "one scale per block of a row"}  # fmt: skip
+          "float8_e4m3fn_blockwise": "one scale per square tile",
+          "float8_e4m3fn_block3d": "one scale per block of a row", "int8_tensorwise": "one scale, or one per row",
+          "int8_blockwise": "one scale per square tile", "int8_lodewise": "one scale per block of a row"}  # fmt: skip
 FP8 = {"tensor": "float8_e4m3fn", "row": "float8_e4m3fn_rowwise", "block2d": "float8_e4m3fn_blockwise",
        "block": "float8_e4m3fn_block3d", "block3d": "float8_e4m3fn_block3d"}  # fmt: skip
 INT8 = {"tensor": "int8_tensorwise", "row": "int8_tensorwise", "block2d": "int8_blockwise", "block": "int8_blockwise",
         "block3d": "int8_lodewise"}  # fmt: skip
-LEADS_TO = {**{name: FP8 for name in STORES if name.startswith("float8_e4m3fn")}, "float8_e5m2": {"tensor": "float8_e5m2"},
-            **{name: INT8 for name in STORES if name.startswith("int8")}}  # fmt: skip
+LEADS_TO = {**{name: FP8 for name in STORES if name.startswith("float8_e4m3fn")},
+            **{name: INT8 for name in STORES if name.startswith("int8")},
+            "float8_e5m2": {"tensor": "float8_e5m2"}}  # fmt: skip
 
 
 class LayerConfigError(RecipeError):

@@ -36,8 +36,8 @@ if sys.version_info >= (3, 11):
 else:  # the standard library has it from 3.11 on
     import tomli as tomllib
 
-__all__ = ["OPTION_TYPES", "Recipe", "Rule", "Wish", "parse_rule", "parse_wish", "recipe_from_table", "recipe_from_toml",
-           "recipe_to_toml"]  # fmt: skip
+__all__ = ["OPTION_TYPES", "Recipe", "Rule", "Wish", "parse_rule", "parse_wish", "recipe_from_table",
+           "recipe_from_toml", "recipe_to_toml"]  # fmt: skip
 
 KEYS = {"primary", "fallback", "rule", "preset", "seed", "heuristics", "layer_config", "layer_config_fullmatch"}
 # PATTERN=FORMAT[:option=value,...]; the pattern ends at the first = whose right side reads as a wish
@@ -188,7 +188,7 @@ def _pairs(table: dict) -> list[str]:
 
 
 def _toml(value: object) -> str:
-    """JSON's spelling is TOML's for strings (with \\u escapes), numbers, booleans and lists of them; tables are inline."""
+    """JSON's spelling is TOML's for strings, numbers, booleans and lists of them; tables are inline."""
     if isinstance(value, dict):
         return "{ " + ", ".join(_pairs(value)) + " }"
     return json.dumps(value)

@@ -9,7 +9,7 @@ from ..spec import LayerInput, RuleUse
 from .heuristics import gains_nothing
 from .layer_config import DEFAULT
 from .match import SEARCH, looks_like_regex, matches
-from .model_family import Part, Preset
+from .model_family import Group, Part, Preset
 from .recipe import Recipe, Wish
 
 EVERYTHING = "*"
@@ -141,27 +141,35 @@ def compile_rules(
     rest = tuple(_keep_part((part.prefix,), _inside(part)) for part in others)
     outside = (_keep_part((None,), "outside the recognised model"),) if known else ()
     return (
-        *(
-            CompiledRule(f"preset {preset.name} '{pattern}'", pattern, None, f"preset {preset.name} drops it: {drop.why}",
-                         "drop", (prefix,), "below", origin="preset")
-            for prefix, preset in main for drop in preset.drop for pattern in drop.match
-        ),
+        *(rule for prefix, preset in main for rule in _preset_rules(preset.name, preset.drop, prefix, "drop", None)),
         *_layer_config_rules(recipe, names, prefixes),
         *_custom_rules(recipe),
         *rest,
         *outside,
         *(
-            CompiledRule(f"preset {preset.name} '{pattern}'", pattern, recipe.fallback, f"preset {preset.name}: {kept.why}",
-                         _action(recipe.fallback), (prefix,), "below", origin="preset")
-            for prefix, preset in main for kept in preset.exclude for pattern in kept.match
+            rule
+            for prefix, preset in main
+            for rule in _preset_rules(preset.name, preset.exclude, prefix, _action(recipe.fallback), recipe.fallback)
         ),
-        *(
-            [CompiledRule("heuristics", EVERYTHING, recipe.fallback, "heuristics", _action(recipe.fallback), prefixes,
-                          judged_by=recipe.primary)]
-            if recipe.heuristics and recipe.primary else []
-        ),
+        *_heuristics(recipe, prefixes),
         CompiledRule("primary", EVERYTHING, recipe.primary, "primary", _action(recipe.primary)),
-    )  # fmt: skip
+    )
+
+
+def _preset_rules(
+    preset: str, groups: Iterable[Group], prefix: str, action: str, wish: Wish | None
+) -> Iterable[CompiledRule]:
+    for group in groups:
+        why = f"preset {preset}: {group.why}"
+        for pattern in group.match:
+            label = f"preset {preset} '{pattern}'"
+            yield CompiledRule(label, pattern, wish, why, action, (prefix,), "below", origin="preset")
+
+
+def _heuristics(recipe: Recipe, prefixes: tuple[str, ...]) -> Iterable[CompiledRule]:
+    if recipe.heuristics and recipe.primary:
+        wish, judged = recipe.fallback, recipe.primary
+        yield CompiledRule("heuristics", EVERYTHING, wish, "heuristics", _action(wish), prefixes, judged_by=judged)
 
 
 def _layer_config_rules(recipe: Recipe, names: Iterable[str], prefixes: tuple[str, ...]) -> Iterable[CompiledRule]:

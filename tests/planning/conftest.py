@@ -1,0 +1,10 @@
+"""ComfyUI's own model classes, for key names and shapes that are not copied from anywhere."""
+
+import comfy_models
+import pytest
+
+
+@pytest.fixture(scope="session")
+def comfy(comfyui):
+    """ComfyUI's package `comfy`, importable in this process; nothing of it runs."""
+    comfy_models.import_comfy(comfyui)
