@@ -10,24 +10,36 @@ from pathlib import Path
 from ..errors import RecipeError
 from ..formats import FORMATS
 from ..methods import METHODS
+from ..planning.layer_config import load_layer_config
 from ..planning.recipe import Recipe, Rule, parse_rule, parse_wish, recipe_from_toml
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", metavar="F", help=f"what layers become: {', '.join(FORMATS)}")
-    parser.add_argument("--scaling", help="how many weights share a scale: tensor, row (the format's default if absent)")
+    parser.add_argument("--scaling", help="how many weights share a scale: tensor, row (default: the format's own)")
     parser.add_argument("--recipe", type=Path, metavar="R.toml", help="a recipe file instead of --format")
     parser.add_argument(
-        "--rule", dest="rules", action="append", default=[], type=_reported(parse_rule), metavar="PATTERN=FORMAT[:o=v,...]",
-        help="another format for layers whose name matches (glob, or re:...); first match decides; repeatable",
+        "--rule", dest="rules", action="append", default=[], type=_reported(parse_rule),
+        metavar="PATTERN=FORMAT[:o=v,...]",
+        help="another format for layers whose name matches (glob, re:... or search:...); first match decides; repeatable",
     )  # fmt: skip
     parser.add_argument(
         "--keep", dest="rules", action="append", type=_reported(lambda text: Rule(text, None)), metavar="PATTERN",
         help="keep matching layers as they are; repeatable, in one order with --rule",
     )  # fmt: skip
-    parser.add_argument("--fallback", type=_reported(parse_wish), metavar="F", help="format for what the preset would keep")
+    parser.add_argument(
+        "--fallback", type=_reported(parse_wish), metavar="F", help="format for what a preset would keep"
+    )
+    parser.add_argument(
+        "--heur",
+        dest="heuristics",
+        action="store_true",
+        help="layers that gain nothing by their shape count as excluded",
+    )
+    parser.add_argument("--layer-config", type=Path, metavar="C.json", help="settings per layer, before every rule")
+    parser.add_argument("--fullmatch", action="store_true", help="layer-config keys are whole regular expressions")
     parser.add_argument("--method", help=f"how codes are chosen: {', '.join(METHODS)} (default nearest)")
-    parser.add_argument("--preset", help="auto (default), none, or a model family's preset")
+    parser.add_argument("--preset", help="auto (default), none, or presets joined by +")
     parser.add_argument("--seed", type=int, help="seed of methods that draw random numbers (default 0)")
 
 
@@ -44,7 +56,11 @@ def _reported(parse: Callable) -> Callable:
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:
-    """The Recipe that the arguments describe; --rule and --keep go before the rules of a recipe file."""
+    """The Recipe that the arguments describe; --rule and --keep go before the rules of a recipe file.
+
+    Raises:
+        RecipeError: contradicting arguments, or a malformed recipe or layer-config.
+    """
     if args.recipe and (args.format or args.scaling or args.method):
         raise RecipeError("--recipe already says format, scaling and method; change the file or leave --recipe out")
     if args.recipe:
@@ -56,4 +72,12 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     else:
         raise RecipeError(f"say --format (one of {', '.join(FORMATS)}) or --recipe FILE")
     stated = {name: value for name in ("fallback", "preset", "seed") if (value := getattr(args, name)) is not None}
+    if args.heuristics:
+        stated["heuristics"] = True
+    if args.layer_config:
+        if recipe.layer_config:
+            raise RecipeError("--layer-config: the recipe has a [layer_config] of its own; leave one of them out")
+        stated["layer_config"] = load_layer_config(args.layer_config, fullmatch=args.fullmatch, unstated=recipe.primary)
+    elif args.fullmatch:
+        raise RecipeError("--fullmatch is about the keys of --layer-config FILE, which is missing")
     return replace(recipe, rules=(*args.rules, *recipe.rules), **stated)

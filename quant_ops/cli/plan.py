@@ -10,6 +10,7 @@ from ..checkpoint.header import build_header
 from ..checkpoint.reader import FileSource
 from ..pipeline import plan_source
 from ..planning.recipe import Recipe
+from ..planning.template import write_template
 from ..report.report import megabytes, plan_lines
 from .common import add_recipe_arguments, recipe_from
 
@@ -19,11 +20,22 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("input", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards")
     add_recipe_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.set_defaults(run=lambda args: print_plan(args.input, recipe_from(args), as_json=args.json))
+    parser.add_argument(
+        "--template", action="store_true", help="write a layer-config to fill in beside the model; needs no --format"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing template")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.template:
+        print(write_template(args.input, overwrite=args.overwrite))
+    else:
+        print_plan(args.input, recipe_from(args), as_json=args.json)
 
 
 def print_plan(path: Path, recipe: Recipe, *, as_json: bool) -> None:
-    """Print the plan of one file: a row per layer, totals, predicted file size."""
+    """Print the plan of one file: a row per layer, the rules that decided, totals, predicted file size."""
     with FileSource(path) as source:
         plan = plan_source(source, recipe)
     file_bytes = len(build_header(plan.outputs, plan.metadata)[0]) + plan.bytes_after
@@ -33,7 +45,12 @@ def print_plan(path: Path, recipe: Recipe, *, as_json: bool) -> None:
     for layer in plan.layers:
         if layer.is_layer:
             label = layer.format or layer.action
-            print(f"{label:<24} {layer.method or '':<8} {megabytes(layer.bytes_after):>10}  {layer.name}  [{layer.reason}]")
+            size = megabytes(layer.bytes_after)
+            print(f"{label:<24} {layer.method or '':<8} {size:>10}  {layer.name}  [{layer.reason}]")
+    print("\nrules, in order; the first that matches a layer decides (decided / matched layers):")
+    for rule in plan.rules:
+        unmatched = "" if rule.matched else "  (matched nothing)"
+        print(f"{rule.won:>6} / {rule.matched:<6} {rule.action:<9} {rule.rule}{unmatched}")
     print()
     print("\n".join(plan_lines(plan)))
     print(f"file size {megabytes(file_bytes)} ({file_bytes} bytes)")
