@@ -155,9 +155,14 @@ class Run:
         eta = seconds * (total - done) / done if done else None
         progress = {"layer": layer, "done": done, "total": total, "seconds": seconds, "eta_seconds": eta}
         self._send("fewbits.progress", progress)
+        if self.text:
+            self.say(f"{done * 100 // max(total, 1)} % {layer}")
+
+    def say(self, text: str) -> None:
+        """A line of text under the node."""
         server = _server()
-        if server is not None and self.text:
-            server.send_progress_text(f"{done * 100 // max(total, 1)} % {layer}".rstrip(), self.node_id)
+        if server is not None:
+            server.send_progress_text(text, self.node_id)
 
     def _send(self, event: str, data: dict) -> None:
         server = _server()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
-from harness import EMOJI, emoji_workflow
+from harness import EMOJI, PACK, emoji_workflow
 from harness.metrics import ssim
 from helpers import flux_shapes, random_tensors
 
@@ -283,3 +283,42 @@ def test_a_checkpoint_keeps_everything_but_its_diffusion_model(server, tmp_path)
     wanted = load_file(tmp_path / "inner.safetensors")
     assert {name.removeprefix("model.diffusion_model.") for name in got} == set(wanted)
     assert all(torch.equal(got[f"model.diffusion_model.{name}"], tensor) for name, tensor in wanted.items())
+
+
+def test_the_page_gets_help_translations_and_the_example_workflow(server):
+    for name in IDS:
+        for page in (f"{name}.md", f"{name}/zh.md"):
+            assert server.request(f"/extensions/ComfyUI-FewBits/docs/{page}").startswith(b"# ")
+    translations = server.get("/i18n")
+    for language in ("en", "zh"):
+        assert set(IDS) <= set(translations[language]["nodeDefs"])
+    assert server.get("/workflow_templates")["ComfyUI-FewBits"] == ["quantize_int8_emoji"]
+    thumbnail = server.request("/api/workflow_templates/ComfyUI-FewBits/quantize_int8_emoji.jpg")
+    assert thumbnail.startswith(b"\xff\xd8\xff")
+
+
+def prompt_of(server, graph):
+    """The API prompt that the page makes of a workflow: links by slot, widget values in the order of the inputs."""
+    origins = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
+    prompt = {}
+    for item in graph["nodes"]:
+        if item["type"] == "MarkdownNote":
+            continue
+        info = server.object_info(item["type"])["input"]
+        values = iter(item["widgets_values"])
+        inputs = {slot["name"]: origins[slot["link"]] for slot in item["inputs"]}
+        for name in [*info.get("required", {}), *info.get("optional", {})]:
+            if name not in inputs:
+                inputs[name] = next(values)
+                if name == "seed":
+                    next(values)  # "control after generate" belongs to the page alone
+        assert not list(values), item["type"]
+        prompt[str(item["id"])] = {"class_type": item["type"], "inputs": inputs}
+    return prompt
+
+
+def test_the_example_workflow_runs_as_it_is(server, original):
+    graph = json.loads((PACK / "example_workflows" / "quantize_int8_emoji.json").read_text(encoding="utf-8"))
+    run = server.run(prompt_of(server, graph))
+    assert ssim(picture(run), original) > SAME_PICTURE
+    assert (server.output / "diffusion_models" / "emoji_flux_int8.safetensors").is_file()

@@ -143,7 +143,7 @@ def test_progress_is_sent_at_most_ten_times_a_second_and_always_at_the_end(host,
     assert all(data["node_id"] == "7" for data in progress)
     middle = progress[len(progress) // 2]
     assert middle["eta_seconds"] == pytest.approx(middle["seconds"] * (100 - middle["done"]) / middle["done"])
-    assert server.texts[0] == ("0 % layer0", "7") and server.texts[-1] == ("100 %", "7")
+    assert server.texts[0] == ("0 % layer0", "7") and server.texts[-1] == ("100 % ", "7")
 
 
 def test_the_plan_is_sent_before_any_work(host, server):
