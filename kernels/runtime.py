@@ -18,9 +18,9 @@ from .triton import why_not_triton
 
 
 @cache
-def code_values(levels: Levels, device: torch.device) -> torch.Tensor:
-    """(16,) float32: the value of each 4-bit code."""
-    return levels.widen(torch.arange(16, dtype=torch.uint8, device=device)).contiguous()
+def code_values(levels: Levels) -> tuple[float, ...]:
+    """The value of each of the 16 codes."""
+    return tuple(levels.widen(torch.arange(16, dtype=torch.uint8)).tolist())
 
 
 @op
@@ -49,7 +49,9 @@ def linear_flat4(
     group_size: int,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """x @ W.T + bias for 4-bit codes: W dequantized to x's dtype, products accumulated in float32.
+    """x @ W.T + bias for 4-bit codes, products accumulated in float32.
+
+    Eager rounds W to x's dtype; the fused kernel rounds the table instead and multiplies absmax in float32.
 
     Args:
         x: (M, K) float32, float16 or bfloat16.
@@ -70,7 +72,7 @@ def _dequantize_tiles(codes, scale, levels, geometry, dtype):
 def _dequantize_flat4(packed, absmax, levels, group_size, dtype):
     from .triton import flat4
 
-    return flat4.dequantize(packed, absmax, code_values(levels, packed.device), group_size, dtype)
+    return flat4.dequantize(packed, absmax, code_values(levels), group_size, dtype)
 
 
 def _why_not_fused(x, packed, absmax, levels, group_size, bias):
@@ -84,12 +86,12 @@ def _why_not_fused(x, packed, absmax, levels, group_size, bias):
     return why_not_triton(x)
 
 
-# Above this many rows of x, dequantize + library matmul wins. Measured, see tests/benchmarks/results/linear4.csv.
-FUSED_ROWS = 64
+# Above this many rows of x, dequantize + library matmul wins: kernels/triton/flat4.py, TILE.
+FUSED_ROWS = 16
 
 
 @linear_flat4.backend("triton", _why_not_fused)
 def _linear_flat4(x, packed, absmax, levels, group_size, bias):
     from .triton import flat4
 
-    return flat4.linear(x, packed, absmax, code_values(levels, x.device), group_size, bias)
+    return flat4.linear(x, packed, absmax, code_values(levels), group_size, bias)

@@ -1,6 +1,6 @@
 """4-bit codes with one absmax per group of the flattened weight: dequantize, and x @ W.T without writing W.
 
-w[n, k] = round(table[code] * absmax[(n * K + k) // g]); two codes per byte, the high nibble first.
+w[n, k] = table[code] * absmax[(n * K + k) // g]; two codes per byte, the high nibble first.
 """
 
 from __future__ import annotations
@@ -9,42 +9,56 @@ import torch
 import triton
 import triton.language as tl
 
+from .lut import table_asm
+
 
 @triton.jit
-def _dequantize(packed, absmax, table, out, count, group, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < count
-    byte = tl.load(packed + index, inside, other=0).to(tl.int32)
-    # both codes of a byte lie in one group, because group sizes are even
-    scale = tl.load(absmax + (2 * index) // group, inside, other=0.0)
-    high = tl.load(table + (byte >> 4)) * scale
-    low = tl.load(table + (byte & 15)) * scale
-    pair = tl.join(high, low).to(out.dtype.element_ty)
-    at = (2 * tl.program_id(0).to(tl.int64)) * BLOCK + tl.arange(0, 2 * BLOCK)
-    tl.store(out + at, tl.reshape(pair, (2 * BLOCK,)), at < 2 * count)
+def _dequantize(
+    packed, absmax, out, count, HALF_GROUP: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr, SPEC: tl.constexpr
+):
+    base = tl.program_id(0).to(tl.int64) * BLOCK
+    index = tl.arange(0, BLOCK)
+    inside = index < count - base
+    byte = tl.load(packed + base + index, inside, other=0)
+    high, low = tl.inline_asm_elementwise(ASM, SPEC, [byte], dtype=(tl.float32, tl.float32), is_pure=True, pack=4)
+    # BLOCK is a multiple of every group, so the group is found inside the block
+    scale = tl.load(absmax + base // HALF_GROUP + index // HALF_GROUP, inside, other=0.0)
+    pair = tl.join(high * scale, low * scale).to(out.dtype.element_ty)
+    at = tl.arange(0, 2 * BLOCK)
+    tl.store(out + 2 * base + at, tl.reshape(pair, (2 * BLOCK,)), at < 2 * (count - base))
 
 
 def dequantize(
-    packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, group_size: int, dtype: torch.dtype
+    packed: torch.Tensor, absmax: torch.Tensor, values: tuple[float, ...], group_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """(N, K/2) uint8 -> (N, K) `dtype`; `table` (16,) float32."""
+    """(N, K/2) uint8 -> (N, K) `dtype`: the float32 product, rounded once; `values` by code."""
     n, half = packed.shape
     packed = packed.contiguous()
     out = torch.empty((n, 2 * half), dtype=dtype, device=packed.device)
-    block = 1024
+    block = 2048
+    asm, spec = table_asm(values, torch.float32)
     with torch.cuda.device(packed.device):
         _dequantize[(triton.cdiv(packed.numel(), block),)](
-            packed, absmax, table, out, packed.numel(), group_size, BLOCK=block, num_warps=4
+            packed,
+            absmax,
+            out,
+            packed.numel(),
+            HALF_GROUP=group_size // 2,
+            BLOCK=block,
+            ASM=asm,
+            SPEC=spec,
+            num_warps=8,
         )
     return out
 
 
 @triton.jit
 def _linear(
-    x, packed, absmax, table, bias, out, m, n, half, per_split,
-    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
+    x, packed, absmax, bias, out, m, n, half, per_split,
+    HALF_GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, SPLIT: tl.constexpr,
+    BIAS: tl.constexpr, ASM: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    # One program: BM rows of x, BN rows of W, one of SPLIT runs of bytes along K.
+    # One program: BM rows of x, BN rows of W, one of SPLIT runs of bytes along K. BH bytes lie in one group.
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     part = tl.program_id(2)
@@ -53,19 +67,19 @@ def _linear(
     sums = tl.zeros((BM, BN), dtype=tl.float32)
     start = part * per_split
     stop = tl.minimum(start + per_split, half)
+    at = tl.arange(0, BH)
+    byte_at = packed + cols[:, None].to(tl.int64) * half + at[None, :]
+    x_at = x + rows[:, None].to(tl.int64) * (2 * half) + 2 * at[None, :]
+    scale_at = absmax + cols.to(tl.int64) * (half // HALF_GROUP)
     for offset in range(start, stop, BH):
-        at = offset + tl.arange(0, BH)
-        inside = at < stop
-        mask = col_inside[None, :] & inside[:, None]
-        byte = tl.load(packed + cols[None, :].to(tl.int64) * half + at[:, None], mask, other=0).to(tl.int32)
-        group = (cols[None, :].to(tl.int64) * half + at[:, None]) // (GROUP // 2)
-        scale = tl.load(absmax + group, mask, other=0.0)
-        high = (tl.load(table + (byte >> 4)) * scale).to(dtype)
-        low = (tl.load(table + (byte & 15)) * scale).to(dtype)
-        x_mask = row_inside[:, None] & inside[None, :]
-        x_at = x + rows[:, None].to(tl.int64) * (2 * half) + 2 * at[None, :]
-        sums = tl.dot(tl.load(x_at, x_mask, other=0.0), high, sums)
-        sums = tl.dot(tl.load(x_at + 1, x_mask, other=0.0), low, sums)
+        byte = tl.load(byte_at + offset, col_inside[:, None], other=0)
+        high, low = tl.inline_asm_elementwise(ASM, SPEC, [byte], dtype=(dtype, dtype), is_pure=True, pack=4)
+        scale = tl.load(scale_at + offset // HALF_GROUP, col_inside, other=0.0)
+        even = tl.load(x_at + 2 * offset, row_inside[:, None], other=0.0)
+        odd = tl.load(x_at + 2 * offset + 1, row_inside[:, None], other=0.0)
+        group = tl.dot(even, tl.trans(high))
+        group = tl.dot(odd, tl.trans(low), group)
+        sums += group * scale[None, :]
     out_at = rows[:, None].to(tl.int64) * n + cols[None, :]
     out_mask = row_inside[:, None] & col_inside[None, :]
     if SPLIT == 1:
@@ -88,9 +102,11 @@ def _reduce(parts, bias, out, m, n, SPLIT: tl.constexpr, BIAS: tl.constexpr, BLO
     tl.store(out + at, sums.to(out.dtype.element_ty), inside)
 
 
-# (largest M, BM, BN, bytes of K per step, warps, stages); the first row whose M fits. Swept by
-# tests/benchmarks/linear4.py on an H200.
-TILES = ((16, 16, 32, 64, 4, 4), (32, 32, 64, 64, 4, 3), (64, 64, 64, 64, 4, 3), (1 << 30, 64, 128, 32, 8, 3))
+# (rows of x and of W per program, bytes of K per step, warps, stages, largest split): fastest of a sweep on an H200
+# (tests/benchmarks/linear4.py --sweep; NF4, g 64). 12288x3072, M=16: 0.026 ms, the next best rows of W 0.032;
+# dequantize + matmul takes 0.049. From M=64 on the fused kernel loses (0.121 against 0.049). At M=1 a kernel without
+# tensor cores took 0.026, this one 0.020.
+TILE = (16, 128, 32, 4, 3, 8)
 PROGRAMS_PER_SM = 4
 
 
@@ -98,33 +114,38 @@ def linear(
     x: torch.Tensor,
     packed: torch.Tensor,
     absmax: torch.Tensor,
-    table: torch.Tensor,
+    values: tuple[float, ...],
     group_size: int,
     bias: torch.Tensor | None,
-    tile: tuple[int, ...] | None = None,
+    tile: tuple[int, ...] = TILE,
 ) -> torch.Tensor:
-    """(M, K) @ (N, K).T + bias -> (M, N) of x's dtype; float32 accumulation, split along K where M and N are small.
+    """(M, K) @ (N, K).T + bias -> (M, N) of x's dtype.
 
-    K must be a multiple of `group_size`.
+    Codes are looked up in x's dtype, products accumulate in float32, absmax multiplies each group's float32 sum; split
+    along K where M and N are small. K must be a multiple of `group_size`.
     """
     m, k = x.shape
     n, half = packed.shape
     x, packed = x.contiguous(), packed.contiguous()
-    _, block_m, block_n, block_h, warps, stages = tile or next(row for row in TILES if m <= row[0])
-    programs = triton.cdiv(n, block_n) * triton.cdiv(m, block_m)
+    block_m, block_n, block_h, warps, stages, most = tile
+    block_h = min(block_h, group_size // 2)
+    row_programs = triton.cdiv(m, block_m)
+    programs = triton.cdiv(n, block_n) * row_programs
     wanted = PROGRAMS_PER_SM * torch.cuda.get_device_properties(x.device).multi_processor_count
     split = 1
-    while split < 16 and programs * split * 2 <= wanted and half // (split * 2) >= 2 * block_h:
+    while split < most and programs * split * 2 <= wanted and half // (split * 2) >= 2 * block_h:
         split *= 2
-    per_split = triton.cdiv(triton.cdiv(half, split), block_h) * block_h
+    whole_groups = group_size // 2
+    per_split = triton.cdiv(triton.cdiv(half, split), whole_groups) * whole_groups
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     parts = out if split == 1 else torch.empty((split, m, n), dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(n, block_n), triton.cdiv(m, block_m), split)
     has_bias = bias is not None
+    asm, spec = table_asm(values, x.dtype)
     with torch.cuda.device(x.device):
-        _linear[grid](
-            x, packed, absmax, table, bias if has_bias else x, parts, m, n, half, per_split, GROUP=group_size,
-            BM=block_m, BN=block_n, BH=block_h, SPLIT=split, BIAS=has_bias, num_warps=warps, num_stages=stages,
+        _linear[(triton.cdiv(n, block_n), row_programs, split)](
+            x, packed, absmax, bias if has_bias else x, parts, m, n, half, per_split, HALF_GROUP=group_size // 2,
+            BM=block_m, BN=block_n, BH=block_h, SPLIT=split, BIAS=has_bias, ASM=asm, SPEC=spec,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if split > 1:
             block = 1024 if m * n >= 1 << 16 else 256

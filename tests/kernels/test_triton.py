@@ -77,7 +77,7 @@ def test_four_bit_codes_dequantize_equal_to_eager(levels, n, k, group, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("m", [1, 2, 7, 16, 33, 64])
+@pytest.mark.parametrize("m", [1, 2, 7, 16])
 @pytest.mark.parametrize(
     ("n", "k", "group"), [(64, 64, 64), (1, 64, 64), (257, 192, 64), (3072, 1152, 128), (768, 12288, 64), (65, 96, 32)]
 )
@@ -86,9 +86,9 @@ def test_a_fused_linear_errs_at_most_twice_as_much_as_eager(levels, n, k, group,
     packed, absmax = four_bit(n, k, levels, group)
     x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
     with use_backend("eager"):
-        truth = runtime.dequantize_flat4(packed, absmax, levels, group, dtype).double()
+        weight = runtime.dequantize_flat4(packed, absmax, levels, group, torch.float32).double()
         eager = runtime.linear_flat4(x, packed, absmax, levels, group, bias)
-    truth = x.double() @ truth.t() + bias.double()
+    truth = x.double() @ weight.t() + bias.double()
     with use_backend("triton"):
         for b, expected in ((bias, truth), (None, truth - bias.double())):
             got = runtime.linear_flat4(x, packed, absmax, levels, group, b)
