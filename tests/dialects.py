@@ -7,7 +7,6 @@ import json
 import torch
 
 from fewbits.quant_ops.formats import get_format
-from fewbits.quant_ops.methods import get_method
 from fewbits.quant_ops.sources import DTYPE_NAMES
 from fewbits.quant_ops.spec import FormatOptions, LayerInput
 
@@ -32,8 +31,9 @@ def native(name: str, weight: torch.Tensor, **options: object) -> tuple[dict[str
     options = format.resolve(FormatOptions(**options))
     layer = LayerInput(tuple(weight.shape), DTYPE_NAMES[weight.dtype])
     prepared = format.prepare(weight, options)
-    codes, scale = get_method("nearest").quantize(prepared, format.grid(layer, options))
-    return format.pack(codes, scale, options), format.marker(layer, options)
+    grid = format.grid(layer, options)
+    scale = grid.scale(prepared)
+    return format.pack(grid.encode(prepared, scale), scale, options), format.marker(layer, options)
 
 
 def under(base: str, tensors: dict[str, torch.Tensor], marker: object = None) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ INSIDE = {  # rooms of quant_ops, lowest first; a room may import those in lines
     "ground": {"errors", "spec", "sources", "version"},
     "parts": {"formats", "methods", "transforms", "checkpoint", "calibration", "report"},
     "planning": {"planning"},
-    "engines": {"pipeline", "layouts", "loading", "bench", "inspection"},
+    "engines": {"pipeline", "layouts", "loading", "bench", "inspection", "conversion"},
     "doors": {"cli", "compat"},
 }
 ONLY_IN = {

@@ -1,4 +1,7 @@
-"""`fewbits`: parse, one core call, print. Exit 0 = complete and verified, 2 = refused, 130 = interrupted."""
+"""`fewbits`: parse, one core call, print.
+
+Exit 0 = complete and verified, 1 = problems found, 2 = refused, 130 = interrupted.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ import sys
 
 from ..errors import QuantError
 from ..version import VERSION
-from . import info, plan, quantize
+from . import convert, info, plan, quantize, repair, verify
 
-COMMANDS = (quantize, plan, info)
+COMMANDS = (quantize, convert, plan, info, verify, repair)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,14 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except QuantError as error:
         print(f"fewbits: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fewbits: interrupted; nothing was written", file=sys.stderr)
         return 130
-    return 0
 
 
 def run() -> None:

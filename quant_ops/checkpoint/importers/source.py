@@ -44,6 +44,7 @@ class Contents:
     warnings: tuple[str, ...]
     header_problem: str | None = None
     unresolved: tuple[str, ...] = ()  # names in the file header that no weight has
+    missing_prefix: str = ""  # what its names lack
 
 
 def read_contents(source: TensorSource) -> Contents:
@@ -65,7 +66,8 @@ def read_contents(source: TensorSource) -> Contents:
         else:
             orphans.append(spec)
     markers, problem, converters = _header_layers(header.metadata)
-    markers, unresolved, moved = _resolve_names(markers, weights)
+    markers, unresolved, prefix = _resolve_names(markers, weights)
+    moved = [f"header names lack the prefix '{prefix}'"] if prefix else []
     warnings = [*header.warnings, *([problem] if problem else []), *moved]
     facts = FileFacts({prefix: names[key].numel for key, prefix in scopes.items()}, converters)
     layers = {}
@@ -75,7 +77,9 @@ def read_contents(source: TensorSource) -> Contents:
             warnings.append(f"layer '{base}': header/tensor mismatch: the header's JSON is used, as ComfyUI does")
         layers[base] = layer
     order = tuple(base for base in markers if base in layers)
-    return Contents(layers, tuple(loose), tuple(orphans), scopes, order, tuple(warnings), problem, tuple(unresolved))
+    return Contents(
+        layers, tuple(loose), tuple(orphans), scopes, order, tuple(warnings), problem, tuple(unresolved), prefix
+    )
 
 
 def split_name(name: str) -> tuple[str, str | None]:
@@ -117,16 +121,16 @@ def _header_layers(metadata: dict[str, str]) -> tuple[dict[str, dict], str | Non
         )
 
 
-def _resolve_names(markers: dict[str, dict], weights: set[str]) -> tuple[dict[str, dict], list[str], tuple[str, ...]]:
-    """(markers under full names, names that no weight has, warnings)."""
+def _resolve_names(markers: dict[str, dict], weights: set[str]) -> tuple[dict[str, dict], list[str], str]:
+    """(markers under full names, names that no weight has, the prefix that was missing)."""
     missing = [base for base in markers if base not in weights]
     if not missing:
-        return markers, [], ()
+        return markers, [], ""
     fitting = [prefix for prefix in PREFIXES if all(prefix + base in weights for base in markers)]
     if len(fitting) == 1:
         moved = {fitting[0] + base: marker for base, marker in markers.items()}
-        return moved, [], (f"header names lack the prefix '{fitting[0]}'",)
-    return {base: marker for base, marker in markers.items() if base in weights}, missing, ()
+        return moved, [], fitting[0]
+    return {base: marker for base, marker in markers.items() if base in weights}, missing, ""
 
 
 def _stored_layer(

@@ -1,0 +1,23 @@
+"""`fewbits verify FILE [--against ORIGINAL]`: decode and check every layer; exit status 1 when something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..conversion import verify_file
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("verify", help="decode and check every layer of a file")
+    parser.add_argument("file", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards")
+    parser.add_argument("--against", type=Path, metavar="ORIGINAL", help="also the error of each layer, worst first")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    found = verify_file(args.file, args.against)
+    print(json.dumps(found.to_json(), indent=2) if args.json else found.to_text())
+    return 0 if found.ok else 1

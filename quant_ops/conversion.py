@@ -1,0 +1,152 @@
+"""File -> file without new codes: dialects into ours, ours into bitsandbytes' or a plain model, repairs; and verify."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .checkpoint.exporters import TARGETS
+from .checkpoint.importers import ImportOptions
+from .checkpoint.importers.scaled_fp8 import ScaledFp8
+from .checkpoint.importers.source import ImportedSource
+from .checkpoint.reader import FileSource
+from .checkpoint.repair import Repair, repaired
+from .checkpoint.verify import Finding, Verification, verify_source
+from .checkpoint.writer import FileSink
+from .errors import CheckpointError, RecipeError
+from .pipeline import ProgressFn, ignore_progress, quantize
+from .planning.model_family import find_parts
+from .planning.recipe import Recipe
+from .report.report import Report, plan_lines
+from .spec import FLOAT_DTYPES
+
+logger = logging.getLogger(__name__)
+
+COPY = Recipe(primary=None)  # decides about no layer: codes and weights are copied
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """`origins` counts layers by dialect and what was done; `high_precision` the layers that hp_filter matched."""
+
+    report: Report
+    origins: dict[str, int]
+    high_precision: int | None = None
+
+    def to_text(self) -> str:
+        """What became of the layers, sizes and warnings, for a terminal or a text node."""
+        lines = [f"{count:>5} layers  {origin}" for origin, count in self.origins.items()] or ["nothing to convert"]
+        if self.high_precision is not None:
+            lines.append(f"{self.high_precision} layers match the filter, all high precision")
+        return "\n".join([*lines, *plan_lines(self.report.plan)])
+
+    def to_json(self) -> dict:
+        return {**self.report.to_json(), "origins": self.origins, "high_precision": self.high_precision}
+
+
+def convert_file(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    to: str = "comfy_quant",
+    options: ImportOptions | None = None,
+    only: str | None = None,
+    hp_filter: str | None = None,
+    overwrite: bool = False,
+    on_progress: ProgressFn = ignore_progress,
+) -> Conversion:
+    """Convert a file to another dialect: codes unchanged where that is possible, decoded where it is not.
+
+    Args:
+        to: comfy_quant, bnb or bf16.
+        only: "fp8_scaled" refuses any file that is not one.
+        hp_filter: regular expression; every layer whose base name it finds must be high precision (FORMATS 6.3).
+
+    Raises:
+        RecipeError: unknown target, invalid expression, or a layer that hp_filter matches is not high precision;
+            nothing is written.
+        CheckpointError: a layer that cannot be read without guessing; nothing is written.
+    """
+    if to not in TARGETS:
+        raise RecipeError(f"unknown target {to!r}; known: {', '.join(TARGETS)}")
+    pattern = _compiled(hp_filter) if hp_filter is not None else None
+    sink = FileSink(target, overwrite=overwrite)
+    with FileSource(source) as file, closing(ImportedSource(file, options, TARGETS[to])) as opened:
+        if only == "fp8_scaled":
+            _refuse_unscaled(opened)
+        matched = _high_precision(opened, pattern) if pattern else None
+        report = quantize(opened, sink, COPY, on_progress=on_progress)
+        if matched == 0:
+            logger.warning("--hp-filter %r matches no layer", hp_filter)
+        return Conversion(report, opened.origins(), matched)
+
+
+def _compiled(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(f"--hp-filter {pattern!r} is not a regular expression: {error}") from None
+
+
+def _refuse_unscaled(opened: ImportedSource) -> None:
+    claims = ScaledFp8().claims
+    if not opened.contents.scopes and not any(claims(layer) for layer in opened.contents.layers.values()):
+        raise CheckpointError(
+            f"{opened.name}: not a scaled_fp8 file: no scaled_fp8 marker, no FP8 layer with scale_weight"
+        )
+
+
+def _high_precision(opened: ImportedSource, pattern: re.Pattern) -> int:
+    """How many layers match, all of them high precision."""
+    layers = {base: layer for base, layer in opened.contents.layers.items() if pattern.search(base)}
+    wrong = [
+        f"{base} ({layer.weight.dtype})" for base, layer in layers.items() if layer.weight.dtype not in FLOAT_DTYPES
+    ]
+    if wrong:
+        raise RecipeError(
+            f"{opened.name}: --hp-filter: {len(wrong)} of {len(layers)} matching layers are not high precision: "
+            f"{', '.join(wrong)}; nothing was written"
+        )
+    return len(layers)
+
+
+def verify_file(path: str | os.PathLike, against: str | os.PathLike | None = None) -> Verification:
+    """Decode and check every layer of a file; with the original also the error of each.
+
+    Raises:
+        CheckpointError: the container itself cannot be read.
+    """
+    with FileSource(path) as source:
+        if against is None:
+            found = verify_source(source)
+        else:
+            with FileSource(against) as original:
+                found = verify_source(source, original)
+        refused = [part.family for part in find_parts(source.header.tensors) if part.family.kind == "refuse"]
+        if refused and found.layers:
+            findings = tuple(Finding("M36", "", f"{family.title}: {family.why}") for family in refused)
+            return replace(found, findings=(*found.findings, *findings))
+        return found
+
+
+def repair_file(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    options: ImportOptions | None = None,
+    overwrite: bool = False,
+    on_progress: ProgressFn = ignore_progress,
+) -> Repair:
+    """Write a copy in which everything is fixed that can be fixed without the original, and say what was done."""
+    sink = FileSink(target, overwrite=overwrite)
+    with FileSource(source) as file:
+        before = verify_source(file)
+        with closing(ImportedSource(file, options)) as opened:
+            quantize(opened, sink, COPY, on_progress=on_progress)
+            origins = opened.origins()
+    with FileSource(Path(target)) as written:
+        return repaired(before, verify_source(written), origins)

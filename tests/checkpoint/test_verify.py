@@ -1,0 +1,257 @@
+"""`fewbits verify`: each mistake of FORMATS section 8 that a file can show, and no false alarm on our own files."""
+
+import json
+
+import dialects
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fewbits.kernels.packing import unswizzle_scales
+from fewbits.quant_ops.checkpoint.verify import MISTAKES, verify_source
+from fewbits.quant_ops.cli.__main__ import main
+from fewbits.quant_ops.conversion import repair_file, verify_file
+from fewbits.quant_ops.sources import MemorySource
+from helpers import EMOJI
+
+WIDE = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+SQUARE = torch.randn(128, 128, generator=torch.Generator().manual_seed(1))
+
+
+def native(name, weight=WIDE, marker=None, **options):
+    """A layer 'a' of a format; `marker` replaces its JSON, or changes it when it is a function."""
+    stored, own = dialects.native(name, weight, **options)
+    own = marker(own) if callable(marker) else (marker or own)
+    return dialects.under("a", stored, own)
+
+
+def changed(tensors, **replaced):
+    out = dict(tensors)
+    for suffix, change in replaced.items():
+        out[f"a.{suffix}"] = change(out[f"a.{suffix}"]) if callable(change) else change
+    return out
+
+
+def without(key):
+    def drop(marker):
+        return {name: value for name, value in marker.items() if name != key}
+
+    return drop
+
+
+ZERO_DEFECT = {"weight": torch.zeros(64, 128, dtype=torch.uint8), "absmax": torch.ones(64, 2, 1)}
+NF4 = {"format": "bnb_nf4", "params": {"group_size": 64}, "group_size": 64}
+MARKER = torch.zeros(0, dtype=torch.float8_e4m3fn)
+
+
+def mxfp8_with_nan():
+    tensors = native("mxfp8")
+    tensors["a.weight"].view(torch.uint8)[0, 0] = 0x7F
+    return tensors
+
+
+def int8_with_lowest():
+    tensors = native("int8_tensorwise")
+    tensors["a.weight"][0, 0] = -128
+    return tensors
+
+
+def nvfp4_with_nan():
+    return changed(native("nvfp4"), weight_scale_2=torch.tensor(float("nan")))
+
+
+def conv_with_marker():
+    codes = torch.randn(4, 4, 3, 3).to(torch.float8_e4m3fn)
+    return dialects.under("a", {"weight": codes, "weight_scale": torch.tensor(1.0)}, {"format": "float8_e4m3fn"})
+
+
+def full_range_without_scale():
+    codes = (WIDE / WIDE.abs().max() * 448).to(torch.float8_e4m3fn)
+    return {"a.weight": codes}
+
+
+# id -> (tensors, metadata)
+SHOWN = {
+    "M01": native("float8_e4m3fn_rowwise", SQUARE, {"format": "float8_e4m3fn"}),
+    "M02": changed(native("float8_e4m3fn"), weight_scale=lambda s: s.reshape(1)),
+    "M03": changed(native("int8_tensorwise"), weight_scale=lambda s: s.reshape(-1)),
+    "M04": dialects.int8_fast("a", WIDE),
+    "M07": native("float8_e4m3fn_rowwise", WIDE, {"format": "float8_e4m3fn_blockwise", **{k: NF4[k] for k in ("group_size", "params")}}),
+    "M08": native("float8_e4m3fn_block3d", WIDE, {"format": "float8_e4m3fn_block3d"}),
+    "M09": nvfp4_with_nan(),
+    "M09 zero layer": dialects.under("a", ZERO_DEFECT, NF4),
+    "M10": dialects.d30("a", WIDE),
+    "M11": {name: t for name, t in dialects.d14("a", WIDE).items() if not name.endswith("bias")},
+    "M12 copy": changed(native("float8_e4m3fn"), input_scale=dialects.native("float8_e4m3fn", WIDE)[0]["weight_scale"]),
+    "M12 vector": changed(native("float8_e4m3fn"), input_scale=torch.ones(4)),
+    "M12 format": changed(native("int8_blockwise", WIDE, block_size=64), input_scale=torch.tensor(1.0)),
+    "M15": changed(native("int8_tensorwise"), weight_scale=lambda s: s.bfloat16()),
+    "M16": changed(native("int8_tensorwise"), comfy_quant=torch.zeros(30, dtype=torch.uint8)),
+    "M17": {"a.weight": WIDE.bfloat16(), "a.scale_weight": torch.ones(1), "scaled_fp8": MARKER},
+    "M18": full_range_without_scale(),
+    "M19": {**dialects.scaled_fp8("m.a", WIDE), "m.scaled_fp8": MARKER},
+    "M24 embedding": {k.replace("a.", "x.embed_tokens.", 1): v for k, v in native("int8_blockwise", WIDE, block_size=64).items()},
+    "M24 convolution": conv_with_marker(),
+    "M26 tensor scale": changed(native("int8_tensorwise", WIDE, lambda m: {**m, "convrot": True}), weight_scale=torch.tensor(1.0)),
+    "M26 group": native("int8_tensorwise", WIDE, {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 48}),
+    "M29": changed(native("mxfp8", WIDE, lambda m: {**m, "format": "hybrid_mxfp8"}), weight_scalar=torch.tensor(2.0)),
+    "M30": native("int8_lodewise", WIDE, {"format": "int8_tensorwise"}, block_size=64),
+    "M31": int8_with_lowest(),
+    "M32": mxfp8_with_nan(),
+    "M34": native("int8_blockwise", WIDE, without("params"), block_size=64),
+    "M37": native("float8_e4m3fn", WIDE, {"format": ""}),
+    "M39": {"b.weight": WIDE, "a.weight_scale": torch.ones(())},
+    "unreadable": {"a.weight": WIDE.to(torch.float8_e5m2), "a.weight_scale": torch.rand(64)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHOWN)
+def test_a_mistake_is_found_by_its_id(case):
+    found = verify_source(MemorySource(SHOWN[case]))
+    assert case.split()[0] in {finding.id for finding in found.findings}, found.to_text()
+    assert not found.ok and all(finding.to_text() and finding.id in MISTAKES for finding in found.findings)
+
+
+REPAIRABLE = [
+    case
+    for case in SHOWN
+    if MISTAKES[case.split()[0]][1] == "fewbits repair" or case == "M09 zero layer" or case == "M37"
+]
+
+
+@pytest.mark.parametrize("case", REPAIRABLE)
+def test_what_can_be_repaired_is_and_decodes_as_it_should(case, tmp_path):
+    broken, fixed = tmp_path / "broken.safetensors", tmp_path / "fixed.safetensors"
+    save_file({name: tensor.clone() for name, tensor in SHOWN[case].items()}, broken)
+    done = repair_file(broken, fixed)
+    assert case.split()[0] in {finding.id for finding in done.fixed}
+    assert done.left == () and verify_file(fixed).ok
+
+
+def test_a_repaired_file_is_repaired_to_itself(tmp_path):
+    broken, fixed, again = (tmp_path / f"{name}.safetensors" for name in ("broken", "fixed", "again"))
+    save_file(SHOWN["M04"], broken)
+    repair_file(broken, fixed)
+    done = repair_file(fixed, again)
+    assert done.fixed == () and again.read_bytes() == fixed.read_bytes()
+
+
+HEADERS = {
+    "M05": ({"layers": {"a": {"format": "int8_tensorwise"}}}, "a"),
+    "M35 names": ({"layers": {"b": {"format": "int8_tensorwise"}}}, "a"),
+    "M35 prefix": ({"layers": {"a": {"format": "int8_tensorwise", "per_row": True}}}, "model.diffusion_model.a"),
+    "M35 layers": ({"format_version": "1.0"}, "a"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_wrong_file_header_is_found_and_rewritten(case, tmp_path):
+    header, base = HEADERS[case]
+    tensors = dialects.under(base, *dialects.native("int8_tensorwise", WIDE))
+    broken, fixed = tmp_path / "broken.safetensors", tmp_path / "fixed.safetensors"
+    save_file(tensors, broken, metadata={"_quantization_metadata": json.dumps(header)})
+    done = repair_file(broken, fixed)
+    assert case.split()[0] in {finding.id for finding in done.fixed} and verify_file(fixed).ok
+
+
+@pytest.mark.parametrize("wish", ["float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_tensorwise:convrot=true",
+                                  "int8_blockwise", "mxfp8", "nvfp4", "bnb_nf4", "bnb_fp4", "convrot_w4a4",
+                                  "asym_w4a8_int8"])  # fmt: skip
+def test_our_own_files_have_no_problems_and_small_errors(tmp_path, wish):
+    path = tmp_path / "ours.safetensors"
+    assert main(["quantize", str(EMOJI), "-o", str(path), "--format", wish, "--quiet"]) == 0
+    found = verify_file(path, EMOJI)
+    assert found.ok, found.to_text()
+    assert found.layers and 0 < found.worst()[0].rel_l2 < 0.2
+    assert found.worst()[0].rel_l2 == max(layer.rel_l2 for layer in found.layers)
+
+
+@pytest.mark.parametrize(
+    "make", [dialects.bitsandbytes, dialects.nested, dialects.d19, dialects.d19_legacy], ids=lambda m: m.__name__
+)
+def test_foreign_files_that_are_right_have_no_problems(make):
+    original = MemorySource({"a.weight": WIDE})
+    found = verify_source(MemorySource(make("a", WIDE)), original)
+    assert found.ok and found.layers[0].rel_l2 < 0.12, found.to_text()
+
+
+# ---- against the original ------------------------------------------------------------------------------------------
+
+
+def against(tensors, original=WIDE, metadata=None):
+    found = verify_source(MemorySource(tensors), MemorySource({"a.weight": original}, metadata))
+    return {finding.id: finding for finding in found.findings}
+
+
+def test_truncated_int8_is_told_from_rounded():
+    scale = WIDE.abs().amax(1, keepdim=True) / 127
+    codes = {"weight": (WIDE / scale).to(torch.int8), "weight_scale": scale}
+    assert set(against(dialects.under("a", codes, {"format": "int8_tensorwise", "per_row": True}))) == {"M06"}
+    assert not against(native("int8_tensorwise"))
+
+
+def test_swapped_nibbles_are_told_from_another_model():
+    tensors = changed(native("bnb_nf4"), weight=dialects.swapped)
+    assert set(against(tensors)) == {"M10"}
+    assert set(against(native("bnb_nf4"), torch.randn(64, 128))) == {"error"}
+
+
+@pytest.mark.parametrize("group", [16, 64])
+def test_a_rotation_that_the_json_does_not_say_is_found(group):
+    rotated, _ = dialects.native("int8_tensorwise", WIDE, convrot=True, convrot_groupsize=group)
+    tensors = dialects.under("a", rotated, {"format": "int8_tensorwise", "per_row": True})
+    found = against(tensors)
+    assert set(found) == {"M25"} and f"groups of {group}" in found["M25"].what
+
+
+def test_clipped_blocks_are_found():
+    """Exponents rounded down instead of up, codes clamped accordingly."""
+    tensors = native("mxfp8")
+    exponents = tensors["a.weight_scale"].view(torch.uint8) - 1
+    spread = unswizzle_scales(exponents, 64, 4).float().repeat_interleave(32, 1)
+    codes = (WIDE / torch.exp2(spread - 127)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    found = against({**tensors, "a.weight": codes, "a.weight_scale": exponents})
+    assert set(found) == {"M13"} and found["M13"].what == "256 blocks"
+    assert not against(native("mxfp8"))
+
+
+def test_unswizzled_block_scales_are_found():
+    weight = WIDE * torch.logspace(-3, 3, 64)[:, None]
+    tensors = native("nvfp4", weight)
+    tensors["a.weight_scale"] = tensors["a.weight_scale"].view(torch.uint8).flip(1).roll(3, 0).view(torch.float8_e4m3fn)
+    assert set(against(tensors, weight)) & {"M14"}
+
+
+def test_lost_metadata_is_found():
+    assert set(against(native("int8_tensorwise"), metadata={"config": "{}"})) == {"M21"}
+
+
+# ---- the commands --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_exits_1_on_problems_and_0_without(tmp_path, capsys):
+    path = tmp_path / "broken.safetensors"
+    save_file(SHOWN["M04"], path)
+    assert main(["verify", str(path)]) == 1
+    assert "M04: layer 'a'" in capsys.readouterr().out
+    assert main(["verify", str(path), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["findings"][0]["fix"] == "fewbits repair" and report["ok"] is False
+    fixed = tmp_path / "fixed.safetensors"
+    assert main(["repair", str(path), "-o", str(fixed)]) == 0
+    assert "1 problems fixed, 0 left" in capsys.readouterr().out
+    assert main(["verify", str(fixed)]) == 0
+    assert torch.equal(load_file(fixed)["a.weight"], SHOWN["M04"]["a.weight"])
+
+
+def test_a_file_that_is_none_exits_2(tmp_path, capsys):
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    assert main(["verify", str(tmp_path / "x.safetensors")]) == 2
+    assert "not a safetensors file" in capsys.readouterr().err
+
+
+def test_a_file_with_diffusers_names_is_reported(tmp_path):
+    path = tmp_path / "diffusers.safetensors"
+    tensors = dialects.under("single_transformer_blocks.0.attn.to_q", *dialects.native("int8_tensorwise", WIDE))
+    save_file({**tensors, "x_embedder.weight": WIDE}, path)
+    assert "M36" in {finding.id for finding in verify_file(path).findings}
