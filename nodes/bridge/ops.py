@@ -82,9 +82,9 @@ def install_text_encoders() -> None:
         states = kwargs.get("state_dict", [])
         states = states if isinstance(states, list) else [states]
         options = kwargs.get("model_options") or {}
-        if "quantization_metadata" not in options and "custom_operations" not in options:
-            if any(key.endswith(".comfy_quant") for state in states for key in state):
-                kwargs["model_options"] = {**options, "quantization_metadata": {"mixed_ops": True}}
+        decided = "quantization_metadata" in options or "custom_operations" in options
+        if not decided and any(key.endswith(".comfy_quant") for state in states for key in state):
+            kwargs["model_options"] = {**options, "quantization_metadata": {"mixed_ops": True}}
         original(self, *args, **kwargs)
 
     setattr(__init__, MARK, True)
@@ -150,7 +150,8 @@ class OwnFormats:
             raise CheckpointError(f"layer '{layer}': {error}; try `fewbits repair`") from None
         if tuple(specs["weight"].shape) != tuple(format.tensor_specs(expected, options)["weight"][1]):
             raise UnsupportedLayerError(
-                f"layer '{layer}': weight is {list(specs['weight'].shape)}, the model needs {list(shape)} in {format.name}; "
+                f"layer '{layer}': weight is {list(specs['weight'].shape)}, the model needs {list(shape)} "
+                f"in {format.name}; "
                 "the file belongs to another model, or was packed wrongly"
             )
         self.layout_type = _layout(format.name, options)

@@ -198,4 +198,3 @@ def get_format(name: str) -> Format:
         hint = f", did you mean {guess!r}?" if guess else "."
         raise RecipeError(f"unknown format {name!r}{hint} Allowed: {', '.join(FORMATS)}")
     return FORMATS[name]
-
