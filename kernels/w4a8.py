@@ -35,13 +35,18 @@ def round_level(x: torch.Tensor) -> torch.Tensor:
     return torch.where(nearer, high, low)
 
 
+def _columns(x: torch.Tensor) -> torch.Tensor:
+    """(n, K) -> (16, n * K/16): each group a column, so that every step runs over long contiguous rows."""
+    return x.view(-1, GROUP).t().contiguous()
+
+
 def _fold(x: torch.Tensor) -> torch.Tensor:
-    """Sum of 16 along the last dimension, always in the same order: x[i] + x[i+8], then +4, +2, +1."""
-    half = x.shape[-1] // 2
+    """Sum of each column of 16, always in the same order: x[i] + x[i+8], then +4, +2, +1."""
+    half = GROUP // 2
     while half:
-        x = x[..., :half] + x[..., half:]
+        x = x[:half] + x[half:]
         half //= 2
-    return x.squeeze(-1)
+    return x[0]
 
 
 class W4A8Scale(NamedTuple):
@@ -70,8 +75,7 @@ class W4A8Grid:
         for rows in _row_slices(weight):
             w = weight[rows].float()
             part = W4A8Scale(scale.channel[rows], scale.relative[rows])
-            found = _choose(w, part, generator)
-            codes[rows] = found.masked_fill_((GROUPS.absmax(w) < TINY)[..., None], 0).view(w.shape)
+            codes[rows] = _choose(w, part, generator).t().reshape(w.shape)
         return codes
 
     def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: W4A8Scale) -> tuple[float, float]:
@@ -105,8 +109,8 @@ def _row_slices(weight: torch.Tensor) -> Iterator[slice]:
 def _fit(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(channel, relative) of some rows: each group's scale by alternating least squares, each row's by its largest."""
     n, k = w.shape
-    groups = w.view(n, k // GROUP, GROUP)
-    absmax = GROUPS.absmax(w)
+    groups = _columns(w)
+    absmax = groups.abs().amax(0)
     zero = absmax < TINY
     group_scale = torch.where(zero, 1.0, absmax)
     levels = _nearest_levels(groups, group_scale)
@@ -114,35 +118,36 @@ def _fit(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weighted, squared = _fold(groups * levels), _fold(levels * levels)
         group_scale = (weighted / squared.clamp_(min=FLOOR)).clamp_(min=FLOOR)
         levels = _nearest_levels(groups, group_scale)
-    largest = (levels * group_scale[..., None]).abs_().amax(2).masked_fill_(zero, 0.0).amax(1)
+    largest = (levels * group_scale).abs_().amax(0).masked_fill_(zero, 0.0).view(n, -1).amax(1)
     divisor = torch.tensor(127.0, dtype=torch.float32, device=w.device)  # see scale_from_absmax
+    zero = zero.view(n, -1)
     channel = torch.where(zero.all(1), 1.0, (largest / divisor).clamp_(min=FLOOR))
-    return channel, (group_scale / channel[:, None]).masked_fill_(zero, 0.0).to(torch.float8_e4m3fn)
+    return channel, (group_scale.view(n, -1) / channel[:, None]).masked_fill_(zero, 0.0).to(torch.float8_e4m3fn)
 
 
 def _nearest_levels(groups: torch.Tensor, group_scale: torch.Tensor) -> torch.Tensor:
-    return look_up(fast_codes(groups / group_scale[..., None], round_level), LEVELS)
+    return look_up(fast_codes(groups / group_scale, round_level), LEVELS)
 
 
 def _choose(w: torch.Tensor, scale: W4A8Scale, generator: torch.Generator | None) -> torch.Tensor:
-    """(n, K/16, 16) codes against the stored grid: the nearer of the two levels around w / s_channel."""
-    n, k = w.shape
-    v = (w / scale.channel[:, None]).view(n, k // GROUP, GROUP)
-    relative = scale.relative.float()[..., None]
-    grid = _int8_levels(constant(LEVELS, w.device), relative)  # (n, K/16, 16), ascending
-    below = torch.zeros(v.shape, dtype=torch.uint8, device=w.device)
-    for index in range(len(LEVELS)):
-        below.add_(grid[..., index : index + 1] < v)
+    """(16, n * K/16) codes against the stored grid: the nearer of the two levels around w / s_channel."""
+    v = _columns(w / scale.channel[:, None])
+    relative = scale.relative.float().view(-1)
+    below = torch.zeros(v.shape, dtype=torch.uint8, device=w.device)  # number of levels below v; levels ascend
+    for level in constant(LEVELS, w.device):
+        below.add_(_int8_levels(level, relative) < v)
     last = len(LEVELS) - 1
+    zero = _columns(w).abs().amax(0) < TINY
     if generator is not None:
         low = below.clamp_(1, last).sub_(1)
         lower, upper = (_int8_levels(look_up(code, LEVELS), relative) for code in (low, low + 1))
         threshold = torch.rand(v.shape, generator=generator, device=v.device).mul_(upper - lower).add_(lower)
-        return low.add_(v > threshold)
+        return low.add_(v > threshold).masked_fill_(zero, 0)
     high = below.clamp(max=last)
     low = below.clamp_(min=1).sub_(1)
     above, under = (_int8_levels(look_up(code, LEVELS), relative) for code in (high, low))
-    return torch.where((v - above).abs_() < (v - under).abs_(), high, low)
+    nearer = (v - above).abs_() < (v - under).abs_()  # never where high == low; else high == low + 1
+    return low.add_(nearer).masked_fill_(zero, 0)
 
 
 def _int8_levels(levels: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
