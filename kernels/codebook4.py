@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 
-from .grids import Levels, by_division_, by_reciprocal_, decode, encode, squared_error
+from .grids import Levels, by_division_, by_reciprocal_, decode, encode, squared_error, tile_errors
 from .scales import Geometry, scale_from_absmax
 
 RoundFn = Callable[[torch.Tensor], torch.Tensor]
@@ -183,6 +184,7 @@ class FlatGrid:
 
     levels: Levels
     group_size: int
+    scale_step: ClassVar[float] = 0.0
 
     def _runs(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The flattened matrix as (blocks, group_size), then what is left as (1, rest); views of x."""
@@ -219,6 +221,17 @@ class FlatGrid:
         pairs = zip(runs, self._scales(scale, runs), strict=True)
         parts = [decode(run, part, self.levels, ROWS) for run, part in pairs]
         return _joined(parts).view(codes.shape)
+
+    def rescaled(self, scale: torch.Tensor, factor: float) -> torch.Tensor:
+        return scale * factor
+
+    def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        runs = self._runs(weight)
+        parts = zip(runs, self._runs(codes), self._scales(scale, runs), strict=True)
+        return _joined([tile_errors(run, part, scales, self.levels, ROWS) for run, part, scales in parts])
+
+    def chosen(self, take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return torch.where(take, scale, other)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import ClassVar, Protocol, TypeAlias
 
 import torch
 
@@ -164,12 +164,46 @@ def squared_error(
     return error, signal
 
 
+def tile_errors(
+    weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry
+) -> torch.Tensor:
+    """Squared error of each tile, float32, shape `grid_shape`; chunked like `encode`."""
+    n, k = weight.shape
+    rows = _row_chunks(geometry, (n, k))
+    errors = torch.zeros(geometry.grid_shape((n, k)), dtype=torch.float32, device=weight.device)
+    for start in range(0, n, rows):
+        stop = min(start + rows, n)
+        tiles = slice(None) if geometry.rows is None else slice(start // geometry.rows, stop // geometry.rows)
+        difference = decode(codes[start:stop], scale[tiles], levels, geometry).sub_(weight[start:stop].float())
+        errors[tiles] += geometry.tiles(difference.square_()).sum((1, 3))
+    return errors
+
+
+E4M3_SCALE_STEP = 0.125  # e4m3fn has eight values per octave
+
+
+def rescaled_e4m3(scale: torch.Tensor, factor: float) -> torch.Tensor:
+    """factor * scale for scales stored as e4m3fn, rounded to even, at most 448."""
+    return scale.float().mul_(factor).clamp_(max=E4M3.qmax).to(torch.float8_e4m3fn)
+
+
+def chosen_e4m3(take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`torch.where` for e4m3fn, by its bytes: torch has none for float8."""
+    return torch.where(take, scale.view(torch.uint8), other.view(torch.uint8)).view(torch.float8_e4m3fn)
+
+
 # A grid's own description of its scales, passed on unread: one tensor, or a NamedTuple where a format has two levels.
 Scale: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 class Grid(Protocol):
-    """The representable values of one weight matrix. Formats make it, methods choose from it."""
+    """The representable values of one weight matrix. Formats make it, methods choose from it.
+
+    `scale_step`: octaves between neighbouring scales that the format can store, 0 for float32 scales. A search with
+    finer steps than this meets the same scales again.
+    """
+
+    scale_step: float
 
     def scale(self, weight: torch.Tensor) -> Scale:
         """The scale that maps each region's absmax to the largest code; 1.0 for zero regions."""
@@ -180,6 +214,18 @@ class Grid(Protocol):
     def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale) -> tuple[float, float]:
         """(sum of squared errors, sum of squared weights) of stored codes."""
 
+    def decode(self, codes: torch.Tensor, scale: Scale) -> torch.Tensor:
+        """(N, K) float32 value of each code."""
+
+    def rescaled(self, scale: Scale, factor: float) -> Scale:
+        """The closest scale to factor * scale that the format can store; scales that mark zero regions stay."""
+
+    def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale) -> torch.Tensor:
+        """Squared error of each region that has a scale of its own, float32."""
+
+    def chosen(self, take: torch.Tensor, scale: Scale, other: Scale) -> Scale:
+        """`scale` for the regions where `take` is true, `other` elsewhere; `take` is shaped as `region_errors`."""
+
 
 @dataclass(frozen=True)
 class TiledGrid:
@@ -187,6 +233,7 @@ class TiledGrid:
 
     levels: Levels
     geometry: Geometry
+    scale_step: ClassVar[float] = 0.0
 
     def scale(self, weight: torch.Tensor) -> torch.Tensor:
         return scale_from_absmax(self.geometry.absmax(weight), self.levels.qmax)
@@ -196,3 +243,15 @@ class TiledGrid:
 
     def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
         return squared_error(weight, codes, scale, self.levels, self.geometry)
+
+    def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return decode(codes, scale, self.levels, self.geometry)
+
+    def rescaled(self, scale: torch.Tensor, factor: float) -> torch.Tensor:
+        return scale * factor
+
+    def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return tile_errors(weight, codes, scale, self.levels, self.geometry)
+
+    def chosen(self, take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return torch.where(take, scale, other)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from .grids import E4M3, decode, encode, squared_error
+from .grids import E4M3, decode, encode, squared_error, tile_errors
 from .scales import TINY, Geometry
 
 BLOCK = 32
@@ -33,6 +35,8 @@ def e8m0_value(exponent: torch.Tensor) -> torch.Tensor:
 class Mxfp8Grid:
     """`scale` is (N, K/32) uint8, E8M0; 0 marks a zero block, whose codes are 0x00. K is a multiple of 32."""
 
+    scale_step: ClassVar[float] = 1.0
+
     def scale(self, weight: torch.Tensor) -> torch.Tensor:
         absmax = BLOCKS.absmax(weight)
         # A 0-d divisor on the same device: CUDA multiplies by the reciprocal of a Python scalar, one ulp off.
@@ -48,3 +52,14 @@ class Mxfp8Grid:
     def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """(N, K) float32: code * 2^(e-127), exact; 0 in blocks with byte 0, as comfy-kitchen decodes them."""
         return decode(codes, e8m0_value(scale).masked_fill_(scale == 0, 0.0), E4M3, BLOCKS)
+
+    def rescaled(self, scale: torch.Tensor, factor: float) -> torch.Tensor:
+        """The exponent moved by log2(factor), rounded to even, within 1..254."""
+        moved = (scale.int() + round(math.log2(factor))).clamp_(1, 254)
+        return moved.to(torch.uint8).masked_fill_(scale == 0, 0)
+
+    def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return tile_errors(weight, codes, e8m0_value(scale), E4M3, BLOCKS)
+
+    def chosen(self, take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return torch.where(take, scale, other)

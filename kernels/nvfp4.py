@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from .codebook4 import E2M1
-from .grids import E4M3, decode, encode, squared_error
+from .grids import (
+    E4M3,
+    E4M3_SCALE_STEP,
+    chosen_e4m3,
+    decode,
+    encode,
+    rescaled_e4m3,
+    squared_error,
+    tile_errors,
+)
 from .scales import Geometry, scale_from_absmax
 
 BLOCK = 16
@@ -29,6 +38,8 @@ class Nvfp4Scale(NamedTuple):
 @dataclass(frozen=True)
 class Nvfp4Grid:
     """K is a multiple of 16. A zero tensor has per_tensor 1.0 and otherwise only zero bytes."""
+
+    scale_step: ClassVar[float] = E4M3_SCALE_STEP
 
     def scale(self, weight: torch.Tensor) -> Nvfp4Scale:
         absmax = BLOCKS.absmax(weight)
@@ -52,3 +63,13 @@ class Nvfp4Grid:
     def decode(self, codes: torch.Tensor, scale: Nvfp4Scale) -> torch.Tensor:
         """(N, K) float32: value(code) * total, the product rounded."""
         return decode(codes, scale.total(), E2M1, BLOCKS)
+
+    def rescaled(self, scale: Nvfp4Scale, factor: float) -> Nvfp4Scale:
+        """Block scales times factor as e4m3fn, at most 448; the scale of the tensor stays."""
+        return scale._replace(block=rescaled_e4m3(scale.block, factor))
+
+    def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: Nvfp4Scale) -> torch.Tensor:
+        return tile_errors(weight, codes, scale.total(), E2M1, BLOCKS)
+
+    def chosen(self, take: torch.Tensor, scale: Nvfp4Scale, other: Nvfp4Scale) -> Nvfp4Scale:
+        return scale._replace(block=chosen_e4m3(take, scale.block, other.block))

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from .codebook4 import constant, fast_codes, look_up
+from .grids import E4M3_SCALE_STEP, chosen_e4m3, rescaled_e4m3
 from .scales import CHUNK_ELEMENTS, TINY, Geometry, chunk_rows
 
 GROUP = 16
@@ -60,6 +61,8 @@ class W4A8Scale(NamedTuple):
 class W4A8Grid:
     """Grid of an already rotated weight; K is a multiple of 16."""
 
+    scale_step: ClassVar[float] = E4M3_SCALE_STEP
+
     def scale(self, weight: torch.Tensor) -> W4A8Scale:
         n, k = weight.shape
         channel = torch.empty(n, dtype=torch.float32, device=weight.device)
@@ -98,6 +101,22 @@ class W4A8Grid:
         values = look_up(codes, levels if levels is not None else LEVELS).view(n, k // GROUP, GROUP)
         q8 = values.mul_(scale.relative.float()[..., None]).round_().clamp_(-127.0, 127.0)
         return q8.view(n, k).mul_(scale.channel[:, None])
+
+    def rescaled(self, scale: W4A8Scale, factor: float) -> W4A8Scale:
+        """Group scales times factor as e4m3fn, at most 448; row scales stay."""
+        return scale._replace(relative=rescaled_e4m3(scale.relative, factor))
+
+    def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: W4A8Scale) -> torch.Tensor:
+        """Squared error of each group, (N, K/16)."""
+        errors = torch.empty(scale.relative.shape, dtype=torch.float32, device=weight.device)
+        for rows in _row_slices(weight):
+            part = W4A8Scale(scale.channel[rows], scale.relative[rows])
+            difference = self.decode(codes[rows], part).sub_(weight[rows].float())
+            errors[rows] = difference.square_().view(*part.relative.shape, GROUP).sum(2)
+        return errors
+
+    def chosen(self, take: torch.Tensor, scale: W4A8Scale, other: W4A8Scale) -> W4A8Scale:
+        return scale._replace(relative=chosen_e4m3(take, scale.relative, other.relative))
 
 
 def _row_slices(weight: torch.Tensor) -> Iterator[slice]:
