@@ -16,7 +16,7 @@ from .checkpoint.writer import FileSink
 from .errors import CheckpointError
 from .formats import get_format
 from .formats.base import marker_bytes
-from .methods import get_method
+from .methods import Layer, choose, get_method, layer_generator
 from .planning.planner import make_plan, stored_markers_needed
 from .planning.recipe import Recipe
 from .report.report import LayerResult, Report
@@ -79,7 +79,7 @@ def quantize(
             for layer, tensors in _read_ahead(source, plan.layers, reads):
                 step = functools.partial(on_progress, done, total, layer.name)
                 step()
-                outputs, result = _convert(source.name, layer, tensors, torch.device(device), step)
+                outputs, result = _convert(source.name, layer, tensors, torch.device(device), recipe.seed, step)
                 del tensors
                 if result:
                     results.append(result)
@@ -122,7 +122,12 @@ def _write(sink: TensorSink, outputs: dict[str, torch.Tensor]) -> None:
 
 
 def _convert(
-    file: str, layer: LayerPlan, tensors: dict[str, torch.Tensor], device: torch.device, step: Callable[[], None]
+    file: str,
+    layer: LayerPlan,
+    tensors: dict[str, torch.Tensor],
+    device: torch.device,
+    seed: int,
+    step: Callable[[], None],
 ) -> tuple[dict[str, torch.Tensor], LayerResult | None]:
     """One layer -> (stored tensors by full name, measured result)."""
     if layer.action == "keep":
@@ -138,12 +143,23 @@ def _convert(
     _refuse_non_finite(file, key, weight)
     weight = format.prepare(weight, layer.options)
     step()
-    codes, scale = get_method(layer.method).quantize(weight, grid)
+    method = get_method(layer.method)
+    options = method.configure(dict(layer.method_options))
+    choice = choose(method, Layer(weight, grid, options, layer_generator(seed, layer.name, device), step))
     step()
-    error, signal = grid.squared_error(weight, codes, scale)
-    packed = format.pack(codes, scale, layer.options)
+    packed = format.pack(choice.codes, choice.scale, layer.options)
     outputs = {f"{layer.name}.{suffix}": tensor for suffix, tensor in packed.items()}
-    result = LayerResult(layer.name, layer.format, layer.method, error, signal)
+    result = LayerResult(
+        layer.name,
+        layer.format,
+        layer.method,
+        choice.error,
+        choice.signal,
+        choice.error_nearest,
+        choice.objective,
+        choice.objective_nearest,
+        choice.verdict,
+    )
     return {**outputs, f"{layer.name}.comfy_quant": marker}, result
 
 

@@ -1,6 +1,8 @@
 """How codes and scales are chosen. A method sees a grid, never a format name."""
 
-from .base import METHODS, get_method
+from .base import METHODS, Choice, Layer, choose, get_method, layer_generator
+from .mse_clip import MseClip
 from .nearest import Nearest
+from .svd import Svd
 
-__all__ = ["METHODS", "Nearest", "get_method"]
+__all__ = ["METHODS", "Choice", "Layer", "MseClip", "Nearest", "Svd", "choose", "get_method", "layer_generator"]

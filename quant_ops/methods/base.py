@@ -1,22 +1,155 @@
-"""What a method is, and the registry of methods."""
+"""What a method is, which options it has, and the guard: a method's codes are used only if nearest is not better."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import difflib
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 
 from ...kernels.grids import Grid, Scale
 from ..errors import RecipeError
 
+# Plain weight error allowed to a method whose objective is only a proxy, x nearest (PERFORMANCE section 4).
+WEIGHT_ERROR_LIMIT = 1.02
 
-class Method(Protocol):
-    """Chooses codes and scales for one layer."""
+# (codes, scale) -> what a method minimises, measured on these codes.
+Objective = Callable[[torch.Tensor, Scale], float]
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Options of one method: fields with defaults. `choices` lists allowed values, `ranges` closed intervals."""
+
+    choices: ClassVar[dict[str, tuple]] = {}
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {}
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            self._check(entry.name, getattr(self, entry.name), type(entry.default))
+
+    def _check(self, name: str, value: object, kind: type) -> None:
+        if kind is float and type(value) is int:
+            value = float(value)  # 1 is a fine way to write 1.0
+            object.__setattr__(self, name, value)
+        if type(value) is not kind:
+            raise RecipeError(f"{name} must be {kind.__name__}, got {value!r}")
+        if name in self.choices and value not in self.choices[name]:
+            raise RecipeError(f"{name}: unknown value {value!r}{_did_you_mean(value, self.choices[name])}")
+        low, high = self.ranges.get(name, (value, value))
+        if not low <= value <= high:
+            raise RecipeError(f"{name} must be from {low:g} to {high:g}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a method is given.
+
+    `weight` (N, K) is the matrix that gets codes: rotated or padded where the format says so. `generator` lives on
+    the weight's device and belongs to this layer alone. `step` is called within long work and may raise to cancel.
+    """
+
+    weight: torch.Tensor
+    grid: Grid
+    options: Any
+    generator: torch.Generator
+    step: Callable[[], None] = lambda: None
+
+
+class Method(ABC):
+    """Chooses codes and scales for one layer; sees a grid, never a format.
+
+    `proxy`: the objective leaves out part of the weight's error, so that the guard limits that error as well.
+    """
 
     name: str
+    Options: type[MethodOptions] = MethodOptions
+    proxy = False
 
-    def quantize(self, weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Scale]:
-        """weight (N, K) -> (codes, scale) as the grid defines them."""
+    @property
+    def options(self) -> dict[str, object]:
+        """Names of the options and their defaults."""
+        return asdict(self.Options())
+
+    def configure(self, stated: Mapping[str, object]) -> MethodOptions:
+        """Defaults with the stated options in their place.
+
+        Raises:
+            RecipeError: an option the method does not have, of another type or out of range; with the closest name.
+        """
+        for name in stated:
+            if name not in self.options:
+                raise RecipeError(f"method {self.name} has no option {name!r}{_did_you_mean(name, self.options)}")
+        try:
+            return self.Options(**stated)
+        except RecipeError as error:
+            raise RecipeError(f"method {self.name}: {error}") from None
+
+    @abstractmethod
+    def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, Objective | None]:
+        """(codes, scale, objective), the first two as the grid defines them; no objective: nothing to compare."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Codes and scale of one layer, and how they compare; errors are sums of squares over the whole weight.
+
+    `error` and `objective` belong to these codes, `*_nearest` to nearest's; None where nothing was compared.
+    `verdict` says why nearest was taken in place of the method, empty when it was not.
+    """
+
+    codes: torch.Tensor
+    scale: Scale
+    error: float
+    signal: float
+    error_nearest: float | None = None
+    objective: float | None = None
+    objective_nearest: float | None = None
+    verdict: str = ""
+
+
+def choose(method: Method, layer: Layer) -> Choice:
+    """The method's codes, or nearest's unless the method is at least as good: on its own objective, measured on
+    the codes, and for a proxy objective also within WEIGHT_ERROR_LIMIT of nearest's plain error.
+    """
+    weight, grid = layer.weight, layer.grid
+    if not weight.numel():
+        return Choice(*nearest_codes(weight, grid), 0.0, 0.0)
+    codes, scale, objective = method.quantize(layer)
+    error, signal = grid.squared_error(weight, codes, scale)
+    if objective is None:
+        return Choice(codes, scale, error, signal)
+    value = objective(codes, scale)
+    plain_codes, plain_scale = nearest_codes(weight, grid)
+    plain_error, _ = grid.squared_error(weight, plain_codes, plain_scale)
+    plain_value = objective(plain_codes, plain_scale)
+    verdict = ""
+    if not value <= plain_value:  # also when a value is NaN
+        verdict = f"nearest was better: objective {plain_value:.4g}, {method.name} {value:.4g}"
+    elif method.proxy and not error <= WEIGHT_ERROR_LIMIT**2 * plain_error:
+        ratio = (error / plain_error) ** 0.5 if plain_error else float("inf")
+        verdict = (
+            f"nearest was better: {method.name} had {ratio:.3f} x its weight error, {WEIGHT_ERROR_LIMIT:g} allowed"
+        )
+    if verdict:
+        return Choice(plain_codes, plain_scale, plain_error, signal, plain_error, plain_value, plain_value, verdict)
+    return Choice(codes, scale, error, signal, plain_error, value, plain_value)
+
+
+def nearest_codes(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Scale]:
+    """(codes, scale) of round-to-nearest: scale = absmax / qmax, each weight to the closest code, ties to even."""
+    scale = grid.scale(weight)
+    return grid.encode(weight, scale), scale
+
+
+def layer_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """The layer's own random numbers, from the recipe's seed and its name: order and neighbours change nothing."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 METHODS: dict[str, Method] = {}
@@ -36,3 +169,8 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise RecipeError(f"unknown method {name!r}; known methods: {', '.join(sorted(METHODS))}")
     return METHODS[name]
+
+
+def _did_you_mean(name: object, known: Iterable[str]) -> str:
+    guess = difflib.get_close_matches(str(name), list(known), 1, 0.6)
+    return f", did you mean {guess[0]!r}?" if guess else f"; it allows: {', '.join(known) or 'none'}"

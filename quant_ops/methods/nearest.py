@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.grids import Grid, Scale
-from .base import register_method
+from ...kernels.grids import Scale
+from .base import Layer, Method, nearest_codes, register_method
 
 
-class Nearest:
+class Nearest(Method):
     name = "nearest"
 
-    def quantize(self, weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Scale]:
-        scale = grid.scale(weight)
-        return grid.encode(weight, scale), scale
+    def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, None]:
+        return *nearest_codes(layer.weight, layer.grid), None
 
 
 register_method(Nearest())

@@ -13,18 +13,39 @@ WORST = 5  # layers named in the text
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Measured on the stored codes: sums over all elements of (dec - w)^2 and w^2."""
+    """Measured on the stored codes: sums over all elements of (dec - w)^2 and w^2.
+
+    A method other than nearest also has its own objective, and both numbers for nearest; `verdict` says why nearest
+    was stored in its place, empty when it was not.
+    """
 
     name: str
     format: str
     method: str
     squared_error: float
     squared_weight: float
+    squared_error_nearest: float | None = None
+    objective: float | None = None
+    objective_nearest: float | None = None
+    verdict: str = ""
 
     @property
     def rel_l2(self) -> float:
         """||dec - w|| / ||w||; 0 for an all-zero weight."""
         return math.sqrt(self.squared_error / self.squared_weight) if self.squared_weight else 0.0
+
+    @property
+    def against_nearest(self) -> dict | None:
+        """This method's weight error and objective, x nearest's; None for nearest itself, 1.0 where both are zero."""
+        if self.objective is None:
+            return None
+        error = _ratio(self.squared_error, self.squared_error_nearest)
+        return {
+            "rel_l2": math.sqrt(error),
+            "objective": _ratio(self.objective, self.objective_nearest),
+            "stored": "nearest" if self.verdict else self.method,
+            "verdict": self.verdict,
+        }
 
     @property
     def sqnr_db(self) -> float | None:
@@ -56,6 +77,8 @@ class Report:
             result = measured.get(row["name"])
             row["rel_l2"] = result and result.rel_l2
             row["sqnr_db"] = result and result.sqnr_db
+            if result and result.against_nearest:
+                row["against_nearest"] = result.against_nearest
         return {
             "fewbits": VERSION,
             **plan,
@@ -77,6 +100,10 @@ class Report:
             lines.append("largest errors:")
             lines += [f"  {result.rel_l2:.4f}  {result.name}" for result in self.worst()]
         return "\n".join(lines)
+
+
+def _ratio(value: float, reference: float) -> float:
+    return value / reference if reference else 1.0
 
 
 def plan_lines(plan: ModelPlan) -> list[str]:

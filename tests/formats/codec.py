@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fewbits.quant_ops.formats import get_format
-from fewbits.quant_ops.methods import get_method
+from fewbits.quant_ops.methods import Layer, choose, get_method, layer_generator
 from fewbits.quant_ops.sources import DTYPE_NAMES, spec_of
 from fewbits.quant_ops.spec import FormatOptions, LayerInput, TensorSpec
 
@@ -55,8 +55,10 @@ def encode(
     """(stored tensors by suffix, marker)."""
     format, layer = get_format(name), layer_of(weight)
     prepared = format.prepare(weight, options)
-    codes, scale = get_method(method).quantize(prepared, format.grid(layer, options))
-    return format.pack(codes, scale, options), format.marker(layer, options)
+    chosen = get_method(method)
+    generator = layer_generator(0, name, prepared.device)
+    choice = choose(chosen, Layer(prepared, format.grid(layer, options), chosen.configure({}), generator))
+    return format.pack(choice.codes, choice.scale, options), format.marker(layer, options)
 
 
 def specs_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:

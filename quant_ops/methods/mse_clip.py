@@ -1,0 +1,81 @@
+"""mse_clip: the scale of each region that gives the smallest squared weight error, found by search. Needs no data.
+
+scale = f * absmax / qmax with f below 1 (the largest weights are clipped, the others get finer steps) or above 1
+(floating-point and uneven grids: the levels move against the weights).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ...kernels.grids import Grid, Scale
+from .base import Layer, Method, MethodOptions, Objective, register_method
+
+
+@dataclass(frozen=True)
+class MseClipOptions(MethodOptions):
+    """The search: multiples of the absmax scale from `lowest` to `highest`, `steps_per_octave` for each factor of 2.
+
+    Below 1/2, where the error changes slowly, a quarter as many steps are tried.
+    """
+
+    lowest: float = 1 / 16
+    highest: float = 2.0
+    steps_per_octave: int = 16
+
+    ranges: ClassVar = {"lowest": (2**-10, 1.0), "highest": (1.0, 4.0), "steps_per_octave": (1, 64)}
+
+
+class MseClip(Method):
+    name = "mse_clip"
+    Options = MseClipOptions
+
+    def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, Objective]:
+        weight, grid = layer.weight, layer.grid
+        scale = search_scale(layer)
+        return grid.encode(weight, scale), scale, plain_error(weight, grid)
+
+
+def plain_error(weight: torch.Tensor, grid: Grid) -> Objective:
+    """||Q - W|| of the codes."""
+    return lambda codes, scale: math.sqrt(grid.squared_error(weight, codes, scale)[0])
+
+
+def search_scale(layer: Layer) -> Scale:
+    """The best scale of every region: all regions try the same factors at once, then refine around their own best."""
+    weight, grid, options = layer.weight, layer.grid, layer.options
+    step = max(1 / options.steps_per_octave, grid.scale_step)
+    start = best = grid.scale(weight)
+    errors = grid.region_errors(weight, grid.encode(weight, start), start)
+
+    def attempt(scale: Scale, best: Scale, errors: torch.Tensor) -> tuple[Scale, torch.Tensor]:
+        layer.step()
+        tried = grid.region_errors(weight, grid.encode(weight, scale), scale)
+        better = tried < errors  # zero regions have no error: they keep their scale
+        return grid.chosen(better, scale, best), torch.where(better, tried, errors)
+
+    for factor in _factors(options, step):
+        best, errors = attempt(grid.rescaled(start, factor), best, errors)
+    for octaves in (2 * step, step, step / 2):
+        if octaves >= grid.scale_step:
+            centre = best
+            for factor in (2**octaves, 2**-octaves):
+                best, errors = attempt(grid.rescaled(centre, factor), best, errors)
+    return best
+
+
+def _factors(options: MseClipOptions, step: float) -> Iterator[float]:
+    """Multiples of the absmax scale, 1 excepted; `step` in octaves."""
+    for direction, limit in ((1, options.highest), (-1, options.lowest)):
+        octaves = step
+        while octaves <= abs(math.log2(limit)) + 1e-9:
+            yield 2.0 ** (direction * octaves)
+            octaves += max(4 * step, 0.25) if direction < 0 and octaves >= 1 - 1e-9 else step
+
+
+register_method(MseClip())
