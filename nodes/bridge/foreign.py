@@ -55,7 +55,7 @@ def translate_state_dict(state_dict: dict, metadata: dict | None, owned: set[str
     host_formats = frozenset(comfy.quant_ops.QUANT_ALGOS) - owned
     texts = {key: text for key, text in metadata.items() if isinstance(text, str)}
     source = ImportedSource(
-        MemorySource(known, texts, "the model"), ImportOptions(runtime=True, host_formats=host_formats)
+        MemorySource(known, texts, "the model"), ImportOptions(foreign_only=True, host_formats=host_formats)
     )
     if source.changes_nothing:
         return state_dict, metadata

@@ -159,6 +159,14 @@ def verify_source(source: TensorSource, original: TensorSource | None = None) ->
     return Verification(source.name, tuple(checks), tuple(findings), tuple(source.header.warnings))
 
 
+def stored_findings(source: TensorSource) -> list[Finding]:
+    """The problems that names, shapes and JSON show, without reading any weight."""
+    contents = read_contents(source)
+    layers = contents.layers.items()
+    found = (Finding(id, base, what) for base, layer in layers for check in STORED for id, what in check(layer))
+    return [*_file_findings(contents), *found]
+
+
 def _check_layer(
     base: str, layer: StoredLayer, truth: ImportedSource | None
 ) -> tuple[LayerCheck | None, list[Finding]]:

@@ -238,7 +238,7 @@ def test_fp8_without_a_scale_below_a_marker_gets_one():
 def test_a_plain_fp8_cast_is_converted_but_left_alone_at_run_time():
     tensors = {"a.weight": WIDE.to(torch.float8_e4m3fn)}
     assert one(tensors)[0].dialect == "F0"
-    assert imported(tensors, runtime=True).changes_nothing
+    assert imported(tensors, foreign_only=True).changes_nothing
 
 
 def test_orphan_scales_are_dropped_and_listed():
@@ -341,7 +341,7 @@ def test_unknown_formats_are_named_in_files_and_left_alone_at_run_time():
     tensors = dialects.under("a", {"weight": torch.zeros(16, 8, dtype=torch.uint8)}, {"format": "svdquant_w4a4"})
     with pytest.raises(CheckpointError, match="layer 'a': format svdquant_w4a4 is not read"):
         imported(tensors)
-    assert imported(tensors, runtime=True).changes_nothing
+    assert imported(tensors, foreign_only=True).changes_nothing
 
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "int8_tensorwise", "int8_blockwise", "bnb_nf4", "nvfp4", "mxfp8"])
@@ -350,7 +350,7 @@ def test_our_own_files_stay_as_they_are(name):
     made, stored = one(tensors)
     assert made.dialect == "C0" and made.note == ""
     assert all(torch.equal(raw_bytes(stored[k]), raw_bytes(tensors[f"a.{k}"])) for k in stored)
-    assert imported(tensors, runtime=True).changes_nothing
+    assert imported(tensors, foreign_only=True).changes_nothing
 
 
 # ---- decoding where no format holds the codes ----------------------------------------------------------------------

@@ -33,7 +33,7 @@ def translate(layer: StoredLayer, options: ImportOptions) -> Translation | None:
     dialect = next((dialect for dialect in DIALECTS if dialect.claims(layer)), None)
     if dialect is not None:
         return dialect.translate(layer, options)
-    if layer.unreadable and not options.runtime:
+    if layer.unreadable and not options.foreign_only:
         raise CheckpointError(f"comfy_quant is {layer.unreadable}, and the tensors alone do not tell the format")
     return None
 

@@ -27,7 +27,8 @@ FP8 = ("F8_E4M3", "F8_E5M2")
 class ImportOptions:
     """What a file does not say and the user may.
 
-    `runtime` is ComfyUI loading the file: what ComfyUI reads by itself stays as it is, unknown formats included.
+    `foreign_only` leaves alone what ComfyUI reads by itself, plain FP8 casts and unknown formats included; the others
+    are brought into canonical form completely.
     """
 
     assume: str | None = None  # "nf4" | "fp4", for 4-bit layers that do not say which (D14L)
@@ -35,7 +36,7 @@ class ImportOptions:
     nibble_order: str | None = None  # "low" | "high", where no rule decides (FORMATS 5.4)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor name -> logical shape of the original
     full_precision_mm: bool = False  # mark every FP8 layer
-    runtime: bool = False
+    foreign_only: bool = False
     host_formats: frozenset[str] = frozenset()  # formats that the ComfyUI at hand reads without us
 
 

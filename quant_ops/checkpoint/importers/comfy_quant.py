@@ -31,7 +31,7 @@ class ComfyQuant:
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation | None:
         name = layer.said["format"]
-        if options.runtime and (name not in FORMATS or len(layer.weight.shape) == 3):
+        if options.foreign_only and (name not in FORMATS or len(layer.weight.shape) == 3):
             return None  # ComfyUI may know it; it has layers of stacked experts, for example
         if name in NOT_READ:
             raise CheckpointError(f"format {name} is not read; start from the original model")
@@ -50,7 +50,7 @@ class ComfyQuant:
             suffix in layer.specs and (layer.specs[suffix].dtype, layer.specs[suffix].shape) == spec
             for suffix, spec in made.outputs.items()
         )
-        if options.runtime and same:
+        if options.foreign_only and same:
             return None
         if not same:
             return replace(made, dialect="C2", note="scales reshaped")

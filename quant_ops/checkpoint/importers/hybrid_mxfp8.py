@@ -22,5 +22,5 @@ class HybridMxfp8:
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
         specs = {suffix: spec for suffix, spec in layer.specs.items() if suffix != "weight_scalar"}
         plain = replace(layer, specs=specs, header_marker={**layer.marker, "format": "mxfp8"})
-        made = ComfyQuant().translate(plain, replace(options, runtime=False))
+        made = ComfyQuant().translate(plain, replace(options, foreign_only=False))
         return replace(made, dialect="C4", note="hybrid_mxfp8 -> mxfp8: weight_scalar dropped")

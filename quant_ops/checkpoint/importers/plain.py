@@ -24,7 +24,7 @@ class PlainFp8:
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation | None:
         if layer.marker is None and layer.unreadable is None:
-            return None if options.runtime else translate_scaled("F0", layer, "plain FP8 cast")
+            return None if options.foreign_only else translate_scaled("F0", layer, "plain FP8 cast")
         return translate_scaled("C1", layer, "format read off the shapes", precise=layer.precise)
 
 

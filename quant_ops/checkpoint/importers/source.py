@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +16,7 @@ from ...sources import TORCH_DTYPES, TensorSource
 from ...spec import Header, TensorSpec
 from ..labels import EMBEDDING
 from ..metadata import HEADER_KEY, parse_marker
-from ..reader import tensor_bytes
+from ..reader import FileSource, tensor_bytes
 from . import translate
 from .base import FP8, FileFacts, ImportOptions, StoredLayer, Translation
 
@@ -201,7 +203,7 @@ class ImportedSource:
                 name = f"{base}.{suffix}"
                 tensors[name] = TensorSpec(name, dtype, shape)
                 self._owners[name] = (base, suffix)
-        kept = (*self.contents.loose, *(self.contents.orphans if self.options.runtime else ()))
+        kept = (*self.contents.loose, *(self.contents.orphans if self.options.foreign_only else ()))
         untouched = [
             spec
             for base, layer in self.contents.layers.items()
@@ -218,7 +220,7 @@ class ImportedSource:
 
     def _is_cast(self, spec: TensorSpec) -> bool:
         """FP8 biases and norms of scaled files: old scripts cast them along, and ComfyUI has no scale for them."""
-        return spec.dtype in FP8 and (not self.options.runtime or self._scope(spec.name) is not None)
+        return spec.dtype in FP8 and (not self.options.foreign_only or self._scope(spec.name) is not None)
 
     def _scope(self, name: str) -> str | None:
         return next((prefix for prefix in self.contents.scopes.values() if name.startswith(prefix)), None)
@@ -226,7 +228,7 @@ class ImportedSource:
     def _warnings(self) -> Iterable[str]:
         yield from self.contents.warnings
         yield from dict.fromkeys(text for made in self.translations.values() for text in made.warnings)
-        if not self.options.runtime:
+        if not self.options.foreign_only:
             yield from (f"'{spec.name}' dropped: it belongs to no weight" for spec in self.contents.orphans)
 
     def origins(self) -> dict[str, int]:
@@ -290,7 +292,21 @@ def _refuse_mixed_nibbles(translations: dict[str, Translation]) -> None:
 
 
 def imported(source: TensorSource, options: ImportOptions | None = None) -> TensorSource:
-    """The source itself when nothing in it is foreign, else its translation."""
+    """The source itself when nothing in it is to be translated, else its translation; either is closed by the caller."""
     if not any(is_side(name) or spec.dtype in FP8 for name, spec in source.header.tensors.items()):
         return source
-    return ImportedSource(source, options)
+    made = ImportedSource(source, options)
+    return source if made.changes_nothing else made
+
+
+def open_checkpoint(path: str | os.PathLike) -> TensorSource:
+    """A file, index or folder of shards, foreign layers in canonical form; a context manager that closes the files.
+
+    Raises:
+        CheckpointError: see FileSource and ImportedSource.
+    """
+    with ExitStack() as stack:
+        file = stack.enter_context(FileSource(path))
+        opened = imported(file, ImportOptions(foreign_only=True))
+        stack.pop_all()
+        return opened
