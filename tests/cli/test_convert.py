@@ -256,3 +256,20 @@ def test_the_command_prints_json_and_leaves_an_existing_output_alone(write, tmp_
     assert json.loads(done.stdout)["origins"] == {"B0: bitsandbytes": 1}
     again = fewbits("convert", path, "-o", output)
     assert again.returncode == 2 and "exists already" in again.stderr and len(again.stderr.splitlines()) == 1
+
+
+# ---- the other commands on foreign files ---------------------------------------------------------------------------
+
+
+def test_inspect_says_dialect_and_problems(write, capsys):
+    assert main(["inspect", str(write(dialects.int8_fast("a", WIDE)))]) == 0
+    text = capsys.readouterr().out
+    assert "1 layers  in dialect R1: INT8-Fast: format added" in text and "M04" in text and "needs FewBits" in text
+
+
+def test_quantize_refuses_to_round_a_foreign_layer_again_and_copies_its_codes(write, tmp_path, capsys):
+    path, output = write(dialects.bitsandbytes("a", WIDE)), tmp_path / "out.safetensors"
+    assert main(["quantize", str(path), "-o", str(output), "--format", "int8_tensorwise", "--quiet"]) == 2
+    assert "quantized already (bnb_nf4)" in capsys.readouterr().err
+    assert main(["quantize", str(path), "-o", str(output), "--format", "bnb_nf4", "--quiet"]) == 0
+    assert torch.equal(load_file(output)["a.weight"], dialects.native("bnb_nf4", WIDE)[0]["weight"])
