@@ -10,8 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from .checkpoint.importers.source import open_checkpoint
 from .checkpoint.metadata import parse_marker
-from .checkpoint.reader import FileSource, tensor_bytes
+from .checkpoint.reader import tensor_bytes
 from .checkpoint.writer import FileSink
 from .errors import CheckpointError
 from .formats import get_format
@@ -193,7 +194,10 @@ def quantize_file(
     on_plan: PlanFn | None = None,
     on_progress: ProgressFn = ignore_progress,
 ) -> Report:
-    """Convert a file, an index or a folder of shards to one safetensors file; streamed, atomic, input untouched."""
+    """Convert a file, an index or a folder of shards to one safetensors file; streamed, atomic, input untouched.
+
+    Layers in a foreign dialect are quantized already, and treated as such.
+    """
     sink = FileSink(target, overwrite=overwrite)
-    with FileSource(source) as opened:
+    with open_checkpoint(source) as opened:
         return quantize(opened, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress)

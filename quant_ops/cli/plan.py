@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ..checkpoint.header import build_header
-from ..checkpoint.reader import FileSource
+from ..checkpoint.importers.source import open_checkpoint
 from ..pipeline import plan_source
 from ..planning.recipe import Recipe
 from ..planning.template import write_template
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
 
 def print_plan(path: Path, recipe: Recipe, *, as_json: bool) -> None:
     """Print the plan of one file: a row per layer, the rules that decided, totals, predicted file size."""
-    with FileSource(path) as source:
+    with open_checkpoint(path) as source:
         plan = plan_source(source, recipe)
     file_bytes = len(build_header(plan.outputs, plan.metadata)[0]) + plan.bytes_after
     if as_json:

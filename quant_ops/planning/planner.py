@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 
+from ..checkpoint.labels import EMBEDDING
 from ..checkpoint.metadata import header_markers, output_metadata
 from ..errors import CheckpointError, RecipeError
 from ..formats import FORMATS, get_format
@@ -17,10 +17,6 @@ from .recipe import Recipe
 from .rules import CompiledRule, RuleList, compile_rules
 
 SMALLEST_SIDE = 16  # FORMATS section 4: smaller layers gain nothing and some kernels refuse them
-EMBEDDING = re.compile(
-    r"(.*\.)?(embed_tokens|shared|token_embedding|word_embeddings|wte|relative_attention_bias)"
-)  # FORMATS section 4
-
 READS_WIDTH = "ComfyUI reads its width to recognise the model"
 
 
