@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
+from .checkpoint.importers.source import ImportedSource, open_checkpoint
 from .checkpoint.metadata import HEADER_KEY
 from .checkpoint.reader import FileSource
+from .checkpoint.verify import stored_findings
 from .errors import QuantError
 from .pipeline import plan_source
 from .planning.model_family import find_parts
@@ -14,10 +16,15 @@ from .planning.recipe import Recipe
 from .report.report import megabytes
 from .spec import ModelPlan
 
+STOCK = ("L1", "C3")  # dialects that ComfyUI reads without FewBits
+
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts about a checkpoint; `formats` counts quantized layers, `dtypes` is dtype -> [tensors, bytes]."""
+    """Facts about a checkpoint; `formats` counts quantized layers, `dtypes` is dtype -> [tensors, bytes].
+
+    `dialects` counts the layers that FewBits translates while opening the file, by dialect.
+    """
 
     name: str
     bytes: int
@@ -28,6 +35,7 @@ class Inspection:
     loads_in: str
     metadata: dict[str, str]
     findings: tuple[str, ...]
+    dialects: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -35,6 +43,7 @@ class Inspection:
     def to_text(self) -> str:
         lines = [f"{self.name}: {megabytes(self.bytes)}, {self.tensors} tensors, family {self.family}", self.loads_in]
         lines += [f"  {count:>5} layers  {name}" for name, count in self.formats.items()]
+        lines += [f"  {count:>5} layers  in dialect {name}" for name, count in self.dialects.items()]
         lines += [f"  {count:>5} tensors {dtype:<8} {megabytes(size)}" for dtype, (count, size) in self.dtypes.items()]
         lines += [f"  {key} = {value[:100]}" for key, value in self.metadata.items() if key != HEADER_KEY]
         lines += [f"problem: {finding}" for finding in self.findings] or ["no problems found"]
@@ -49,12 +58,17 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
     """
     with FileSource(path) as source:
         header = source.header
-        findings = list(header.warnings)
+        findings = [*header.warnings, *(finding.to_text() for finding in stored_findings(source))]
         plan: ModelPlan | None = None
+        dialects: dict[str, int] = {}
         try:
-            plan = plan_source(source, Recipe(primary=None))
+            with open_checkpoint(path) as opened:
+                plan = plan_source(opened, Recipe(primary=None))
+                dialects = opened.origins() if isinstance(opened, ImportedSource) else {}
         except QuantError as error:
             findings.append(str(error))
+        if plan and not all(name.startswith(STOCK) for name in dialects):
+            plan = replace(plan, requires_pack=True)
         dtypes: dict[str, list[int]] = {}
         for spec in header.tensors.values():
             entry = dtypes.setdefault(spec.dtype, [0, 0])
@@ -73,4 +87,5 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
             loads_in=plan.loads_in() if plan else "unknown: see the problems",
             metadata=dict(header.metadata),
             findings=tuple(findings),
+            dialects=dialects,
         )
