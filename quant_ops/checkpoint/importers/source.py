@@ -292,7 +292,7 @@ def _refuse_mixed_nibbles(translations: dict[str, Translation]) -> None:
 
 
 def imported(source: TensorSource, options: ImportOptions | None = None) -> TensorSource:
-    """The source itself when nothing in it is to be translated, else its translation; either is closed by the caller."""
+    """The source itself when nothing in it is to be translated, else its translation; the caller closes either."""
     if not any(is_side(name) or spec.dtype in FP8 for name, spec in source.header.tensors.items()):
         return source
     made = ImportedSource(source, options)
