@@ -17,6 +17,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_kitchen.tensor import QuantizedTensor
 
+from ...quant_ops.checkpoint.importers.source import ImportedSource, open_checkpoint
 from ...quant_ops.checkpoint.metadata import HEADER_KEY
 from ...quant_ops.checkpoint.reader import FileSource
 from ...quant_ops.errors import CheckpointError, QuantError, UnsupportedLayerError
@@ -80,7 +81,7 @@ class ModelSource:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if isinstance(self._origin, FileSource):
+        if isinstance(self._origin, (FileSource, ImportedSource)):
             self._origin.close()
 
     def read(self, name: str) -> torch.Tensor:
@@ -284,7 +285,7 @@ def _find_origin(patcher: ModelPatcher) -> tuple[TensorSource | None, tuple[str,
     if factory.__module__ != "comfy.sd" or factory.__name__ not in FILE_LOADERS:
         return None, ()
     try:
-        return FileSource(arguments[0]), ()
+        return open_checkpoint(arguments[0]), ()
     except CheckpointError as error:
         return None, (f"the MODEL's file cannot be read again, so dtypes are those in memory ({error})",)
 
