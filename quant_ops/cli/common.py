@@ -21,7 +21,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rule", dest="rules", action="append", default=[], type=_reported(parse_rule),
         metavar="PATTERN=FORMAT[:o=v,...]",
-        help="another format for layers whose name matches (glob, re:... or search:...); first match decides; repeatable",
+        help="another format for layers whose name matches (glob, re: or search:); first match decides; repeatable",
     )  # fmt: skip
     parser.add_argument(
         "--keep", dest="rules", action="append", type=_reported(lambda text: Rule(text, None)), metavar="PATTERN",

@@ -124,9 +124,7 @@ class _Planner:
         grouped: dict[str, list[TensorSpec]] = {}
         for name, spec in self.header.tensors.items():
             base, _, suffix = name.rpartition(".")
-            if base in self.markers and suffix != "bias":
-                grouped.setdefault(base, []).append(spec)
-            elif suffix == "weight":
+            if (base in self.markers and suffix != "bias") or suffix == "weight":
                 grouped.setdefault(base, []).append(spec)
             else:
                 grouped[name] = [spec]

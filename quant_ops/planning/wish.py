@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 from ..errors import RecipeError
 from ..formats import get_format
@@ -55,7 +55,7 @@ def wish_from_table(where: str, table: dict) -> Wish:
     """Build a Wish from a parsed table; format options, `method` and the method's options are keys beside `format`."""
     typed(where, table, dict)
     method = typed(f"{where}: method", table.get("method", "nearest"), str)
-    method_names = tuple(option_table(method))
+    method_names = tuple(get_method(method).options)
     known_keys(where, table, {"format", "method", *OPTION_TYPES, *method_names})
     if "format" not in table:
         raise RecipeError(f"{where}: 'format' is required")
@@ -108,16 +108,11 @@ def typed(where: str, value: object, kind: type) -> object:
     return value
 
 
-def option_table(method: str) -> dict[str, object]:
-    """A method's option names and defaults."""
-    return getattr(get_method(method), "options", {})
-
-
 def _method_options(method: str, stated: dict[str, object]) -> tuple[tuple[str, object], ...]:
     """The stated options in the method's own order, without those that equal its defaults."""
-    defaults = option_table(method)
-    known_keys(f"method {method}", stated, set(defaults))
-    return tuple((name, stated[name]) for name in defaults if name in stated and stated[name] != defaults[name])
+    chosen = get_method(method)
+    configured = asdict(chosen.configure(stated))
+    return tuple((name, value) for name, value in configured.items() if value != chosen.options[name])
 
 
 def _text(value: object) -> str:
