@@ -130,7 +130,7 @@ def _convert(
     seed: int,
     step: Callable[[], None],
 ) -> tuple[dict[str, torch.Tensor], LayerResult | None]:
-    """One layer -> (stored tensors by full name, measured result)."""
+    """One layer -> (stored tensors by full name, measured result). Takes the weight out of `tensors`."""
     if layer.action == "keep":
         return {spec.name: tensors[spec.name].to(TORCH_DTYPES[spec.dtype]) for spec in layer.outputs}, None
     marker = torch.frombuffer(bytearray(marker_bytes(layer.marker)), dtype=torch.uint8)
@@ -138,7 +138,7 @@ def _convert(
         copied = {spec.name: _same_bytes(tensors[spec.name], spec) for spec in layer.outputs if spec.name in tensors}
         return {**copied, f"{layer.name}.comfy_quant": marker}, None
     key = f"{layer.name}.weight"
-    weight = tensors[key].to(device)
+    weight = tensors.pop(key).to(device)  # no other reference: a rotated weight replaces the source in memory
     format = get_format(layer.format)
     grid = format.grid(LayerInput(tuple(weight.shape), DTYPE_NAMES[weight.dtype]), layer.options)
     _refuse_non_finite(file, key, weight)

@@ -77,8 +77,8 @@ class ConvRotW4A4(TiledFormat):
         return rotate(weight, options.convrot_groupsize)
 
     def pack(self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions) -> dict[str, torch.Tensor]:
-        packed = pack_nibbles(codes & 15, high_first=False)
-        return {"weight": packed.view(torch.int8), "weight_scale": scale.reshape(-1)}
+        packed = pack_nibbles(codes, high_first=False).view(torch.int8)
+        return {"weight": packed, "weight_scale": scale.reshape(-1)}
 
     def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
         nibbles = unpack_nibbles(tensors["weight"], high_first=False).view(torch.int8)
