@@ -101,6 +101,7 @@ class LayerCheck:
     dialect: str
     format: str | None
     rel_l2: float | None = None
+    nibbles: str | None = None  # "low" | "high" for 4-bit layers of other writers
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ class Verification:
     def to_text(self) -> str:
         counts: dict[str, int] = {}
         for layer in self.layers:
-            label = f"{layer.format or 'decoded'} ({layer.dialect})"
+            order = f", {layer.nibbles} nibble first" if layer.nibbles else ""
+            label = f"{layer.format or 'decoded'} ({layer.dialect}{order})"
             counts[label] = counts.get(label, 0) + 1
         lines = [f"{self.name}: {len(self.layers)} quantized layers"]
         lines += [f"  {count:>5}  {label}" for label, count in counts.items()]
@@ -156,6 +158,8 @@ def verify_source(source: TensorSource, original: TensorSource | None = None) ->
         findings += found
         if check is not None:
             checks.append(check)
+    if len({check.nibbles for check in checks} - {None}) > 1:
+        findings.append(Finding("unreadable", "", "some layers store the low nibble first, others the high one"))
     return Verification(source.name, tuple(checks), tuple(findings), tuple(source.header.warnings))
 
 
@@ -187,7 +191,7 @@ def _check_layer(
     if weight is not None:
         rel_l2, more = _compare(made, canonical, weight)
         found += [Finding(id, base, what) for id, what in more]
-    return LayerCheck(base, made.dialect, made.format, rel_l2), found
+    return LayerCheck(base, made.dialect, made.format, rel_l2, made.nibbles), found
 
 
 def _original(truth: ImportedSource, base: str) -> torch.Tensor | None:

@@ -175,6 +175,12 @@ def test_foreign_files_that_are_right_have_no_problems(make):
     assert found.ok and found.layers[0].rel_l2 < 0.12, found.to_text()
 
 
+def test_two_nibble_orders_in_one_file_are_a_problem():
+    found = verify_source(MemorySource({**dialects.bitsandbytes("a", WIDE), **dialects.d19("b", WIDE)}))
+    assert any("low nibble first, others the high" in finding.what for finding in found.findings)
+    assert "bnb_nf4 (B0, high nibble first)" in found.to_text()
+
+
 # ---- against the original ------------------------------------------------------------------------------------------
 
 

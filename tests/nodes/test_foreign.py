@@ -199,3 +199,17 @@ def test_seams_are_installed_once(comfy):
     foreign.install(set())
     detect.install(set())
     assert (comfy.utils.convert_old_quants, comfy.model_detection.detect_unet_config) == before
+
+
+@pytest.mark.parametrize("case", ["bitsandbytes nested", "D19", "INT8-Fast"])
+def test_a_foreign_model_saves_as_our_own_file(load, save, sample, comfy, tensors, tmp_path, case):
+    from fewbits.quant_ops.conversion import verify_file
+
+    make, name, _ = DIALECTS[case]
+    model = load(converted(tensors, make))
+    path = tmp_path / "saved.safetensors"
+    save(model, path)
+    found = verify_file(path)
+    assert found.ok, found.to_text()
+    assert {(layer.dialect, layer.format) for layer in found.layers} == {("C0", name)}
+    assert torch.equal(sample(comfy.sd.load_diffusion_model(str(path))), sample(model))
