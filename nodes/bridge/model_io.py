@@ -199,13 +199,13 @@ class ModelSource:
     def _requantized(self, base: str) -> dict[str, torch.Tensor]:
         """Stored tensors of a quantized layer after its patches. The layers come in order, so one is remembered."""
         if self._pieces[0] != base:
-            module, key = self.quantized[base], f"{PREFIX}{base}.weight"
-            weight = module.weight.to(device=self.device).dequantize().float()
-            weight = comfy.lora.calculate_weight(self.patcher.patches[key], weight, key)
+            module, device = self.quantized[base], self.patcher.load_device
+            weight = self.patcher.patch_weight_to_device(f"{PREFIX}{base}.weight", device, return_weight=True)
             twin = copy.copy(module)  # shares everything but the table of parameters: the MODEL stays as it is
-            twin._parameters = dict(module._parameters)
-            weight = module.set_weight(weight, seed=comfy.utils.string_to_seed(key), return_weight=True)
-            twin.weight = torch.nn.Parameter(weight.to(device="cpu"), requires_grad=False)
+            twin._parameters = {
+                **module._parameters,
+                "weight": torch.nn.Parameter(weight.to("cpu"), requires_grad=False),
+            }
             self._pieces = (base, twin.state_dict(prefix=f"{base}."))
         return self._pieces[1]
 
