@@ -20,11 +20,12 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_the_package_list_is_the_tree():
-    listed = set(re.findall(r'^ {4}"(fewbits[\w.]*)",$', PYPROJECT, re.M))
-    found = {"fewbits"}
+    listed = set(re.findall(r'^ {4}"((?:fewbits|convert_to_quant)[\w.]*)",$', PYPROJECT, re.M))
+    found = {"fewbits", "fewbits.compat", "convert_to_quant"}  # the last two are aliases, see package-dir
     for room in ("kernels", "nodes", "quant_ops"):
         folders = [ROOT / room, *(path for path in (ROOT / room).rglob("*") if path.is_dir())]
-        found |= {".".join(("fewbits", *f.relative_to(ROOT).parts)) for f in folders if (f / "__init__.py").is_file()}
+        packages = [f.relative_to(ROOT) for f in folders if (f / "__init__.py").is_file()]
+        found |= {".".join(("fewbits", *f.parts)) for f in packages if "installed" not in f.parts}
     assert listed == found
 
 
@@ -82,9 +83,9 @@ def elsewhere(command, folder):
     return subprocess.run(list(map(str, command)), cwd=folder, env=variables, **TEXT)
 
 
-def test_the_wheel_puts_one_package_into_site_packages(wheel):
+def test_the_wheel_puts_the_package_and_the_classic_name_into_site_packages(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"fewbits", f"fewbits-{VERSION}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"fewbits", "convert_to_quant", f"fewbits-{VERSION}.dist-info"}
 
 
 def test_the_wheel_carries_recipes_and_web_files_and_no_tests(wheel):
@@ -119,6 +120,20 @@ def test_the_installed_command_plans_a_file(installed, tmp_path):
     result = elsewhere([installed[1] / "fewbits", "plan", EMOJI, "--format", "int8_tensorwise"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_installed_classic_names_are_thin_aliases(installed, tmp_path):
+    code = (
+        "import convert_to_quant, fewbits.compat as c\n"
+        "from convert_to_quant import LearnedRoundingConverter, convert_to_fp8_scaled, main, quantize\n"
+        "assert c.LearnedRoundingConverter is LearnedRoundingConverter and c.main is main\n"
+        "print(main.__module__)"
+    )
+    result = elsewhere([installed[0], "-c", code], tmp_path)
+    assert result.stdout.strip() == "fewbits.quant_ops.compat.api", result.stderr
+    result = elsewhere([installed[1] / "convert_to_quant", "-i", EMOJI, "--simple", "--dry-run"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("+ fewbits plan ") and not list(tmp_path.iterdir())
 
 
 def test_the_folder_runs_uninstalled_under_a_name_with_a_dash(source):

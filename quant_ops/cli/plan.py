@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from ..checkpoint.header import build_header
@@ -12,6 +13,7 @@ from ..pipeline import plan_source
 from ..planning.recipe import Recipe
 from ..planning.template import write_template
 from ..report.report import megabytes, plan_lines
+from ..spec import ModelPlan
 from .common import add_recipe_arguments, recipe_from
 
 
@@ -34,11 +36,18 @@ def run(args: argparse.Namespace) -> None:
         print_plan(args.input, recipe_from(args), as_json=args.json)
 
 
+def print_warnings(plan: ModelPlan) -> None:
+    """What the plan warns of, on stderr, wherever its text goes."""
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
 def print_plan(path: Path, recipe: Recipe, *, as_json: bool) -> None:
     """Print the plan of one file: a row per layer, the rules that decided, totals, predicted file size."""
     with open_checkpoint(path) as source:
         plan = plan_source(source, recipe)
     file_bytes = len(build_header(plan.outputs, plan.metadata)[0]) + plan.bytes_after
+    print_warnings(plan)
     if as_json:
         print(json.dumps({**plan.to_json(), "file_bytes": file_bytes}, indent=2))
         return

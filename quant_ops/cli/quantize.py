@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..errors import RecipeError
 from ..pipeline import quantize_file
 from .common import add_recipe_arguments, recipe_from
-from .plan import print_plan
+from .plan import print_plan, print_warnings
+from .progress import progress_bar
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -36,16 +35,15 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.output is None:
         raise RecipeError("-o OUT.safetensors is required")
-    hidden = args.quiet or args.json or not sys.stderr.isatty()
-    with tqdm(unit="B", unit_scale=True, disable=hidden, file=sys.stderr) as bar:
-
-        def show(done: int, total: int, layer: str) -> None:
-            bar.total = total
-            bar.set_postfix_str(layer, refresh=False)
-            bar.update(done - bar.n)
-
+    with progress_bar(args.quiet or args.json) as show:
         report = quantize_file(
-            args.input, args.output, recipe, overwrite=args.overwrite, device=pick_device(args.device), on_progress=show
+            args.input,
+            args.output,
+            recipe,
+            overwrite=args.overwrite,
+            device=pick_device(args.device),
+            on_plan=None if args.quiet else print_warnings,
+            on_progress=show,
         )
     if args.json:
         print(json.dumps({"output": str(args.output), **report.to_json()}, indent=2))

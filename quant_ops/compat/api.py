@@ -1,0 +1,150 @@
+"""The classic command and the functions that scripts call: flags in, a job out, run by the engine."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from ..checkpoint.importers import ImportOptions
+from ..checkpoint.reader import FileSource
+from ..cli.__main__ import build_parser
+from ..cli.quantize import pick_device
+from ..conversion import Conversion, convert_file
+from ..errors import QuantError, RecipeError
+from ..pipeline import plan_source, quantize_file
+from ..planning.template import write_template
+from ..report.report import Report
+from ..spec import ModelPlan
+from ..version import VERSION
+from .flags import FLAGS, SHORT, dashed, underscored
+from .job import Job, make_job
+
+# Names that the classic functions give to flags.
+ARGUMENTS = {"include_input_scale": "input_scale", "no_learned_rounding": "simple", "skip_inefficient_layers": "heur",
+             "layer_config_fullmatch": "fullmatch"}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the classic command; returns the exit status: 0 complete, 2 refused, 130 interrupted."""
+    try:
+        job = make_job(_parse(sys.argv[1:] if argv is None else argv))
+        for note in job.notes:
+            print(f"convert_to_quant: {note}", file=sys.stderr)
+        if not {"quiet", "json"} & set(job.options):
+            print(f"+ {shlex.join(['fewbits', *job.arguments])}", flush=True)
+        args = build_parser().parse_args(list(job.arguments))
+        return args.run(args) or 0
+    except QuantError as error:
+        print(f"convert_to_quant: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert_to_quant: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def quantize(**flags: object) -> Report | ModelPlan | Conversion | Path:
+    """What the command does, with its flags as keywords (`input=`, `output=`, `int8=True`, `block_size=128`, ...).
+
+    Returns:
+        The report of a conversion, the plan for `dry_run="analyze"`, the path for `dry_run="create-template"`.
+
+    Raises:
+        QuantError: unknown, contradicting or malformed flags, or a file that cannot be converted.
+    """
+    return _perform(make_job(flags))
+
+
+def convert_to_fp8_scaled(
+    input_file: str | os.PathLike,
+    output_file: str | os.PathLike,
+    comfy_quant: bool = True,
+    filter_flags: dict[str, bool] | None = None,
+    calib_samples: int | None = None,
+    seed: int = -1,
+    **flags: object,
+) -> Report:
+    """The classic entry point: quantize a file. `filter_flags` names presets; `flags` are those of `quantize`.
+
+    Raises:
+        QuantError: as `quantize`; also for `comfy_quant=False`, as the legacy layout is never written.
+    """
+    if not comfy_quant:
+        flags["legacy"] = True
+    renamed = {ARGUMENTS.get(name, name): value for name, value in flags.items()}
+    stated = {"input": input_file, "output": output_file, "manual_seed": seed, "calib_samples": calib_samples}
+    return quantize(**stated, **(filter_flags or {}), **renamed)
+
+
+def convert_fp8_scaled_to_comfy_quant(
+    input_file: str | os.PathLike,
+    output_file: str | os.PathLike,
+    hp_filter: str | None = None,
+    full_precision_mm: bool = False,
+    include_input_scale: bool = False,
+    overwrite: bool = False,
+) -> Conversion:
+    """Legacy scaled_fp8 -> comfy_quant with the same codes (`--convert-fp8-scaled`); input scales are always kept.
+
+    Raises:
+        QuantError: not such a file, or a layer that `hp_filter` matches is FP8; nothing is written.
+    """
+    return quantize(
+        input=input_file,
+        output=output_file,
+        convert_fp8_scaled=True,
+        hp_filter=hp_filter,
+        full_precision_mm=full_precision_mm,
+        input_scale=include_input_scale,
+        overwrite=overwrite,
+    )
+
+
+def _perform(job: Job) -> Report | ModelPlan | Conversion | Path:
+    overwrite = "overwrite" in job.options
+    if job.kind == "create-template":
+        return write_template(job.input, overwrite=overwrite)
+    if job.kind == "analyze":
+        with FileSource(job.input) as source:
+            return plan_source(source, job.recipe)
+    if job.kind == "convert":
+        options = ImportOptions(full_precision_mm=job.options["precise"])
+        pattern = job.options["hp_filter"]
+        return convert_file(
+            job.input, job.output, options=options, only="fp8_scaled", hp_filter=pattern, overwrite=overwrite
+        )
+    device = pick_device(job.options.get("device", "auto"))
+    return quantize_file(job.input, job.output, job.recipe, overwrite=overwrite, device=device)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of printing its usage and leaving."""
+
+    def error(self, message: str) -> None:
+        raise RecipeError(message)
+
+
+def _parse(argv: list[str]) -> dict[str, object]:
+    """Command line -> flag values by name, as text; an unknown flag is refused with the closest one."""
+    parser = _Parser(prog="convert_to_quant", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"convert_to_quant (FewBits {VERSION})")
+    for flag in FLAGS:
+        short = [SHORT[flag.name]] if flag.name in SHORT else []
+        name = {"dest": underscored(flag.name), "help": flag.help or None, "default": argparse.SUPPRESS}
+        if flag.value is bool:
+            parser.add_argument(*short, *flag.spellings, action="store_true", **name)
+        elif flag.without:
+            parser.add_argument(*short, *flag.spellings, nargs="?", const=flag.without, **name)
+        else:
+            parser.add_argument(*short, *flag.spellings, **name)
+    known, rest = parser.parse_known_args(argv)
+    if rest:
+        name = rest[0].split("=")[0]
+        spelled = [dashed(spelling) for flag in FLAGS for spelling in flag.spellings]
+        guess = difflib.get_close_matches(dashed(name), spelled, 1, 0.6) if name.startswith("--") else []
+        hint = f", did you mean {guess[0]}?" if guess else "; see --help"
+        raise RecipeError(f"unknown argument {rest[0]}{hint}")
+    return vars(known)
