@@ -97,18 +97,21 @@ def test_a_truncated_file_is_refused(tmp_path):
             "m.safetensors", "truncated: tensor '")  # fmt: skip
 
 
-def test_a_scale_of_the_wrong_dtype_is_refused_by_layer(tmp_path):
+def test_a_scale_of_the_wrong_dtype_is_refused_by_layer_and_a_narrow_one_is_widened(tmp_path):
     out = tmp_path / "q.safetensors"
     fewbits("quantize", EMOJI, "-o", out, "--format", "int8_tensorwise")
     tensors = load_file(out)
     key = "single_blocks.0.linear1.weight_scale"
-    tensors[key] = tensors[key].bfloat16()
-    save_file(tensors, tmp_path / "bad.safetensors")
-    result = fewbits(
-        "quantize", tmp_path / "bad.safetensors", "-o", tmp_path / "x.safetensors", "--format", "int8_tensorwise"
-    )
-    refused(result, "bad.safetensors", "single_blocks.0.linear1", "weight_scale is BF16", "F32")
-    assert "weight_scale is BF16" in fewbits("inspect", tmp_path / "bad.safetensors").stdout
+    whole = tensors[key]
+    copy = ("-o", tmp_path / "x.safetensors", "--format", "int8_tensorwise", "--overwrite")
+    for dtype, stored in ((torch.int32, "I32"), (torch.uint8, "U8")):
+        save_file({**tensors, key: whole.to(dtype)}, tmp_path / "bad.safetensors")
+        result = fewbits("quantize", tmp_path / "bad.safetensors", *copy)
+        refused(result, "bad.safetensors", "single_blocks.0.linear1", f"weight_scale is {stored}", "F32")
+        assert f"weight_scale is {stored}" in fewbits("inspect", tmp_path / "bad.safetensors").stdout
+    save_file({**tensors, key: whole.bfloat16()}, tmp_path / "narrow.safetensors")
+    assert fewbits("quantize", tmp_path / "narrow.safetensors", *copy).returncode == 0
+    assert torch.equal(load_file(tmp_path / "x.safetensors")[key], whole.bfloat16().float())
 
 
 def test_quantizing_twice_is_refused_and_copying_is_not(tmp_path):

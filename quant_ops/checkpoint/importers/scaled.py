@@ -12,7 +12,7 @@ from ....kernels.grids import E4M3, E5M2, INT8, decode
 from ....kernels.scales import Geometry
 from ...errors import CheckpointError
 from ...formats.convrot import stored_group
-from ...spec import LayerInput
+from ...spec import FLOAT_DTYPES, LayerInput
 from ..labels import Label, label_of
 from .base import StoredLayer, Tensors, Translation, floating, quantized, resolved
 
@@ -52,6 +52,11 @@ def translate_scaled(
             raise CheckpointError("INT8 codes without a scale; the model is lost without the original")
         note = f"{note}; {UNSCALED}" if note else UNSCALED
     scale_shape = layer.specs[suffix].shape if suffix else ()
+    if suffix and layer.specs[suffix].dtype not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"{suffix} is {layer.specs[suffix].dtype}, a scale is F32 (BF16, F16 and F64 are widened or rounded); "
+            "start from the original model"
+        )
     if len(layer.weight.shape) != 2:
         return _odd_rank(dialect, layer, suffix, note)
     label = label_of(layer.weight.dtype, layer.matrix, scale_shape, tag, layer.said.get("group_size"))
