@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from fewbits.quant_ops.errors import RecipeError
 from fewbits.quant_ops.formats import FORMATS
 from fewbits.quant_ops.pipeline import plan_source, quantize
@@ -135,7 +136,10 @@ def test_planned_tensors_are_the_ones_that_come_out(name):
 
 
 def test_the_input_order_and_foreign_metadata_are_kept():
-    source = MemorySource(random_tensors(flux_shapes()), {"modelspec.title": "x", "fewbits.recipe": "old", "_quantization_metadata": '{"layers": {}}'})
+    source = MemorySource(
+        random_tensors(flux_shapes()),
+        {"modelspec.title": "x", "fewbits.recipe": "old", "_quantization_metadata": '{"layers": {}}'},
+    )
     plan = plan_source(source, INT8)
     assert plan.metadata["modelspec.title"] == "x"
     assert plan.metadata["fewbits.recipe"] != "old"
@@ -164,7 +168,9 @@ def test_a_checkpoint_quantizes_the_diffusion_model_and_leaves_the_rest():
     plan = make_plan(Header(tensors), INT8)
     assert all(name.startswith("model.diffusion_model.") for name in quantized(plan))
     by_name = rows(plan)
-    assert "inside a checkpoint" in by_name["text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"].reason
+    assert (
+        "inside a checkpoint" in by_name["text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"].reason
+    )
     assert by_name["vae.decoder.conv_in"].reason == "outside the recognised model"
     assert not plan.requires_pack
 

@@ -1,6 +1,7 @@
 """Recipes: TOML and command-line text in, one checked object out."""
 
 import pytest
+
 from fewbits.quant_ops.errors import RecipeError
 from fewbits.quant_ops.planning.match import check_pattern, matches
 from fewbits.quant_ops.planning.recipe import Recipe, Rule, parse_rule, parse_wish, recipe_from_table, recipe_from_toml
@@ -37,7 +38,9 @@ def test_a_toml_recipe_is_read_whole(tmp_path):
 
 
 def test_defaults_and_stated_defaults_make_the_same_recipe_text():
-    assert Recipe(parse_wish("int8_tensorwise")).to_text() == Recipe(parse_wish("int8_tensorwise:scaling=row")).to_text()
+    assert (
+        Recipe(parse_wish("int8_tensorwise")).to_text() == Recipe(parse_wish("int8_tensorwise:scaling=row")).to_text()
+    )
 
 
 BAD = {
