@@ -6,7 +6,7 @@ import json
 
 from comfy_api.latest import io
 
-from ..quant_ops.checkpoint.reader import FileSource
+from ..quant_ops.checkpoint.importers.source import open_checkpoint
 from ..quant_ops.formats import FORMATS
 from ..quant_ops.inspection import inspect_file
 from ..quant_ops.pipeline import plan_source
@@ -60,7 +60,7 @@ class FewBitsInspectFile(io.ComfyNode):
         inspection = inspect_file(path)
         text, data = inspection_text(inspection), inspection.to_json()
         if preview != NONE:
-            with FileSource(path) as source:
+            with open_checkpoint(path) as source:
                 plan = plan_source(source, Recipe(primary=Wish(preview), preset=preset))
             host.Run(cls.hidden.unique_id).on_plan(plan)
             text = "\n".join([text, "", f"as {preview}:", *plan_lines(plan)])

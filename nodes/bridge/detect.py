@@ -41,8 +41,8 @@ def logical_weights(state_dict: Mapping, owned: set[str]) -> dict[str, torch.Ten
     for name in state_dict:
         base, _, suffix = name.rpartition(".")
         key = f"{base}.weight"
-        if suffix != "comfy_quant" or key not in state_dict:
-            continue
+        if suffix != "comfy_quant" or key not in state_dict or state_dict[name].is_meta:
+            continue  # without data (a header sent through detection) there is nothing to read
         try:
             marker = parse_marker(base, bytes(state_dict[name].cpu().tolist()))
             if marker.get("format") not in owned:
