@@ -1,10 +1,12 @@
-"""Learning rate schedules: constant steps that grow, decay or wait for a plateau, by whether the last step improved."""
+"""Learning rate schedules of svd: the rate of the next step, from whether the last one improved the objective."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
+SCHEDULES = ("adaptive", "exponential", "plateau")
 GROWTH = 1.25  # adaptive: after an improvement, up to the initial rate
+IMPATIENCE = 8  # adaptive: steps without improvement after which each one lowers the rate once more
 
 
 class ScheduleOptions(Protocol):
@@ -24,8 +26,8 @@ class LearningRate:
     * exponential: x lr_gamma each step.
     * plateau: x lr_factor after more than `lr_patience` steps in a row without improvement, then `lr_cooldown` steps
       of rest.
-    * adaptive: x 1.25 after an improvement, up to `lr`; x lr_factor after a step without one, in mode "no-reset"
-      faster the more such steps there were since the start, in "simple-reset" since the last improvement.
+    * adaptive: x 1.25 after an improvement, up to `lr`; x lr_factor after a step without one, and once more for every
+      eight of those since the last improvement ("simple-reset") or since the start ("no-reset").
     """
 
     def __init__(self, options: ScheduleOptions):
@@ -57,4 +59,4 @@ class LearningRate:
                 self.stalled = 0
             return min(self.value * GROWTH, self.options.lr)
         self.stalled += 1
-        return self.value * self.options.lr_factor ** (1 + self.stalled // 8)
+        return self.value * self.options.lr_factor ** (1 + self.stalled // IMPATIENCE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 
 from ..spec import ModelPlan
@@ -96,10 +97,25 @@ class Report:
             *plan_lines(self.plan),
             f"weight error (rel_l2) {self.rel_l2():.4f}, {self.seconds:.1f} s on {self.device}",
         ]
+        lines += self._method_lines()
         if self.results:
             lines.append("largest errors:")
             lines += [f"  {result.rel_l2:.4f}  {result.name}" for result in self.worst()]
         return "\n".join(lines)
+
+    def _method_lines(self) -> list[str]:
+        """One line per method that is compared with nearest: medians over its layers."""
+        compared = [(result, result.against_nearest) for result in self.results if result.against_nearest]
+        lines = []
+        for method in sorted({result.method for result, _ in compared}):
+            rows = [row for result, row in compared if result.method == method]
+            objective, error = (statistics.median(row[key] for row in rows) for key in ("objective", "rel_l2"))
+            kept = sum(row["stored"] == "nearest" for row in rows)
+            lines.append(
+                f"{method} against nearest, median of {len(rows)} layers: objective {objective:.3f} x, "
+                f"weight error {error:.3f} x; nearest was stored for {kept}"
+            )
+        return lines
 
 
 def _ratio(value: float, reference: float) -> float:

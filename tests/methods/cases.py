@@ -1,0 +1,114 @@
+"""Small seeded layers, and one call that runs a method on a format's grid as the pipeline does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fewbits.kernels.grids import Grid
+from fewbits.quant_ops.formats import get_format
+from fewbits.quant_ops.methods import Choice, Layer, choose, get_method, layer_generator
+from fewbits.quant_ops.methods.base import nearest_codes
+from fewbits.quant_ops.planning.wish import parse_wish
+from fewbits.quant_ops.sources import DTYPE_NAMES
+from fewbits.quant_ops.spec import LayerInput
+
+FORMATS = (
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fn_rowwise",
+    "float8_e4m3fn_blockwise",
+    "float8_e4m3fn_block3d",
+    "int8_tensorwise",
+    "int8_tensorwise:scaling=tensor",
+    "int8_tensorwise:convrot=true,convrot_groupsize=64",
+    "int8_blockwise:block_size=64",
+    "int8_lodewise:block_size=64",
+    "mxfp8",
+    "nvfp4",
+    "bnb_nf4",
+    "bnb_fp4",
+    "convrot_w4a4:convrot_groupsize=64",
+    "asym_w4a8_int8:convrot_groupsize=64",
+)
+
+
+def heavy_weight(n: int = 256, k: int = 320, seed: int = 0) -> torch.Tensor:
+    """(n, k) float32: one weight in a thousand is 4.5 times as large, and a tenth of the energy has rank 32."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, k, generator=generator)
+    weight = torch.where(torch.rand(n, k, generator=generator) < 1e-3, weight * 4.5, weight)
+    low_rank = torch.randn(n, 32, generator=generator) @ torch.randn(32, k, generator=generator) / 32**0.5
+    return (weight + 0.3 * low_rank) * 0.02
+
+
+def correlated_rows(k: int, rows: int = 2048, seed: int = 1) -> torch.Tensor:
+    """(rows, k) float32 activations whose strength falls from 1 to e^-3 over random directions."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(k, k, generator=generator) * torch.linspace(0, 3, k).neg().exp()[:, None]
+    return torch.randn(rows, k, generator=generator) @ mix / k**0.5
+
+
+@dataclass(frozen=True)
+class Run:
+    """One layer quantized by a method: what was chosen, and decoded matrices of it and of nearest."""
+
+    weight: torch.Tensor  # prepared: rotated or padded
+    grid: Grid
+    choice: Choice
+    steps: int
+
+    @property
+    def error(self) -> torch.Tensor:
+        return self.grid.decode(self.choice.codes, self.choice.scale) - self.weight
+
+    @property
+    def error_nearest(self) -> torch.Tensor:
+        return self.grid.decode(*nearest_codes(self.weight, self.grid)) - self.weight
+
+    @property
+    def objective_ratio(self) -> float:
+        return self.choice.objective / self.choice.objective_nearest
+
+    @property
+    def weight_ratio(self) -> float:
+        return float(self.error.norm() / self.error_nearest.norm())
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Codes and scales as bytes."""
+        scale = self.choice.scale
+        parts = [scale] if isinstance(scale, torch.Tensor) else list(scale)
+        return [part.contiguous().view(-1).view(torch.uint8) for part in (self.choice.codes, *parts)]
+
+
+def run(
+    weight: torch.Tensor,
+    text: str,
+    method: str,
+    *,
+    seed: int = 0,
+    name: str = "layer",
+    step: Callable[[], None] = lambda: None,
+    **options: object,
+) -> Run:
+    """Quantize one weight; `text` is a format with its options as --rule has it."""
+    wish = parse_wish(text)
+    format, chosen = get_format(wish.format), get_method(method)
+    layer = LayerInput(tuple(weight.shape), DTYPE_NAMES[weight.dtype])
+    assert format.check(layer, wish.options) is None
+    prepared, grid = format.prepare(weight, wish.options), format.grid(layer, wish.options)
+    generator = layer_generator(seed, name, weight.device)
+    steps = []
+
+    def counted() -> None:
+        steps.append(1)
+        step()
+
+    choice = choose(chosen, Layer(prepared, grid, chosen.configure(options), generator, counted))
+    return Run(prepared.float(), grid, choice, len(steps))
+
+
+def same(a: Run, b: Run) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
