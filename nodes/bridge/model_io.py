@@ -18,8 +18,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...quant_ops.checkpoint.importers.source import ImportedSource, open_checkpoint
-from ...quant_ops.checkpoint.metadata import HEADER_KEY
-from ...quant_ops.checkpoint.reader import FileSource
+from ...quant_ops.checkpoint.metadata import HEADER_KEY, parse_marker
+from ...quant_ops.checkpoint.reader import FileSource, tensor_bytes
 from ...quant_ops.errors import CheckpointError, QuantError, UnsupportedLayerError
 from ...quant_ops.pipeline import PlanFn, ProgressFn, ignore_progress, quantize
 from ...quant_ops.planning.recipe import Recipe
@@ -33,6 +33,7 @@ PREFIX = "diffusion_model."  # of a MODEL's own names; a diffusion model file ha
 FILE_LOADERS = ("load_diffusion_model", "load_checkpoint_guess_config", "load_checkpoint_guess_config_model_only")
 # What ComfyUI read off a checkpoint beyond the weights, and could not read off the weights alone.
 TRAITS = ("model_type", "model_sampling", "latent_format")
+MARKER = ".comfy_quant"
 LEGACY_MARKER = "scaled_fp8"  # a tensor that old FP8 files carry beside their layers
 
 
@@ -69,6 +70,7 @@ class ModelSource:
         self.name = self._origin.name if self._origin else "MODEL"
         # offered name -> (key in the MODEL or None, name in the origin or None)
         self._entries = self._list_with_origin() if self._origin else self._list_alone()
+        self._restore_markers()
         self._extra = self._detection_keys()
         specs = {name: self._spec(name, *entry) for name, entry in self._entries.items()}
         specs.update({name: spec_of(name, tensor) for name, tensor in self._extra.items()})
@@ -94,6 +96,8 @@ class ModelSource:
             base = self._quantized_base(key)
             if base is None:
                 return self._plain(key, stored)
+            if key.endswith(MARKER):
+                return self._state[key]
             return self._requantized(base)[key] if self._patches(f"{base}.weight") else self._state[key]
 
     def rebuild(self, sink: MemorySink) -> ModelPatcher:
@@ -150,6 +154,16 @@ class ModelSource:
             elif derived or self._patches(key):
                 entries[key] = (key, None)
         return entries
+
+    def _restore_markers(self) -> None:
+        """ComfyUI writes a marker again with the keys it knows; the origin's says more, as long as the format agrees."""
+        for key, stored in self._entries.values():
+            if key is None or stored is None or not key.endswith(MARKER):
+                continue
+            original = self._origin.read(stored)
+            base = key.removesuffix(MARKER)
+            if _marker(base, original).get("format") == _marker(base, self._state[key]).get("format"):
+                self._state[key] = original
 
     def _detection_keys(self) -> dict[str, torch.Tensor]:
         """What ComfyUI itself adds when it saves, because the weights alone would not say it."""
@@ -307,6 +321,10 @@ def _keys_of(patcher: ModelPatcher, header: Header) -> list[tuple[str, str, str 
     config.__dict__.update(patcher.model.model_config.__dict__)  # in it while they rename
     keys = {id(tensor): key for key, tensor in config.process_unet_state_dict(dict(stand_ins)).items()}
     return [(short, name, keys.get(id(stand_ins[short]))) for name, short in part.items()]
+
+
+def _marker(base: str, tensor: torch.Tensor) -> dict:
+    return parse_marker(base, bytes(tensor_bytes(tensor.detach().cpu())))
 
 
 def _dtype_and_shape(spec: TensorSpec) -> tuple[str, tuple[int, ...]]:

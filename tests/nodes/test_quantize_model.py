@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fewbits.quant_ops.formats import FORMATS
 from helpers import EMOJI
 
 LORA = EMOJI.with_name("emoji_lora_blue.safetensors")
@@ -66,6 +67,16 @@ def test_saving_what_comfyui_loaded_gives_the_same_file_again(comfy, model, quan
     save(quantize(model)[0], first)
     save(comfy.sd.load_diffusion_model(str(first)), second)
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("wish", [*FORMATS, "int8_tensorwise:scaling=tensor", "int8_tensorwise:convrot=true"])
+def test_every_format_saves_to_the_bytes_that_the_file_door_writes(model, model_file, quantize, save, tmp_path, wish):
+    from fewbits.quant_ops.pipeline import quantize_file
+    from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
+
+    save(quantize(model, wish)[0], tmp_path / "model.safetensors")
+    quantize_file(model_file, tmp_path / "file.safetensors", Recipe(parse_wish(wish)))
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "file.safetensors").read_bytes()
 
 
 def test_saving_an_unquantized_model_is_a_copy_of_its_tensors(model, model_file, save, tmp_path):
