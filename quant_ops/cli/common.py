@@ -11,13 +11,13 @@ from ..errors import RecipeError
 from ..formats import FORMATS
 from ..methods import METHODS
 from ..planning.layer_config import load_layer_config
-from ..planning.recipe import Recipe, Rule, parse_rule, parse_wish, recipe_from_toml
+from ..planning.recipe import Draft, Recipe, Rule, Wish, draft_from_toml, parse_rule, parse_wish
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", metavar="F", help=f"what layers become: {', '.join(FORMATS)}")
     parser.add_argument("--scaling", help="how many weights share a scale: tensor, row (default: the format's own)")
-    parser.add_argument("--recipe", type=Path, metavar="R.toml", help="a recipe file instead of --format")
+    parser.add_argument("--recipe", type=Path, metavar="R.toml", help="a recipe file; --format only if it says none")
     parser.add_argument(
         "--rule", dest="rules", action="append", default=[], type=_reported(parse_rule),
         metavar="PATTERN=FORMAT[:o=v,...]",
@@ -61,23 +61,25 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     Raises:
         RecipeError: contradicting arguments, or a malformed recipe or layer-config.
     """
-    if args.recipe and (args.format or args.scaling or args.method):
+    base = draft_from_toml(args.recipe) if args.recipe else Draft()
+    if base.primary and (args.format or args.scaling or args.method):
         raise RecipeError("--recipe already says format, scaling and method; change the file or leave --recipe out")
-    if args.recipe:
-        recipe = recipe_from_toml(args.recipe)
-    elif args.format:
-        separator = "," if ":" in args.format else ":"
-        options = [f"{key}={value}" for key, value in (("scaling", args.scaling), ("method", args.method)) if value]
-        recipe = Recipe(primary=parse_wish(args.format + (separator + ",".join(options) if options else "")))
-    else:
-        raise RecipeError(f"say --format (one of {', '.join(FORMATS)}) or --recipe FILE")
-    stated = {name: value for name in ("fallback", "preset", "seed") if (value := getattr(args, name)) is not None}
-    if args.heuristics:
-        stated["heuristics"] = True
+    if not base.primary and not args.format:
+        raise RecipeError(f"say --format (one of {', '.join(FORMATS)}) or --recipe FILE with a [primary] table")
+    primary = base.primary or _primary(args)
+    config = None
     if args.layer_config:
-        if recipe.layer_config:
+        if base.layer_config:
             raise RecipeError("--layer-config: the recipe has a [layer_config] of its own; leave one of them out")
-        stated["layer_config"] = load_layer_config(args.layer_config, fullmatch=args.fullmatch, unstated=recipe.primary)
+        config = load_layer_config(args.layer_config, fullmatch=args.fullmatch)
     elif args.fullmatch:
         raise RecipeError("--fullmatch is about the keys of --layer-config FILE, which is missing")
-    return replace(recipe, rules=(*args.rules, *recipe.rules), **stated)
+    stated = Draft(None, tuple(args.rules), args.fallback, args.preset, args.seed, config, args.heuristics)
+    return replace(stated.over(base), primary=primary).finish()
+
+
+def _primary(args: argparse.Namespace) -> Wish:
+    """--format, in which options may stand, with --scaling and --method."""
+    separator = "," if ":" in args.format else ":"
+    options = [f"{key}={value}" for key, value in (("scaling", args.scaling), ("method", args.method)) if value]
+    return parse_wish(args.format + (separator + ",".join(options) if options else ""))

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
 
@@ -70,12 +70,20 @@ class Ranked:
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """A checked layer-config. `default` closes it: a wish, or an Entry without one to keep; None where absent."""
+    """A checked layer-config. `default` closes it: a wish, or an Entry without one to keep; None where absent.
+
+    `stated` is the file's own object, from which `under` reads it again.
+    """
 
     entries: tuple[Entry, ...]
     default: Entry | None = None
     fullmatch: bool = False
     warnings: tuple[str, ...] = ()
+    stated: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
+
+    def under(self, primary: Wish) -> LayerConfig:
+        """The same file where this wish fills in what its entries leave unsaid."""
+        return parse_layer_config(dict(self.stated), fullmatch=self.fullmatch, unstated=primary)
 
     def ranked(self, names: Iterable[str]) -> tuple[Ranked, ...]:
         """All patterns as one list in which the first match wins, for a model with these base names (FORMATS 7.3)."""
@@ -231,7 +239,7 @@ class _Reader:
         self._report_empty()
         if self.problems:
             raise LayerConfigError(self.problems)
-        return LayerConfig(tuple(self.entries), default, self.fullmatch, tuple(self.warnings))
+        return LayerConfig(tuple(self.entries), default, self.fullmatch, tuple(self.warnings), table)
 
     def _exclusions(self, value: object) -> None:
         if not isinstance(value, list) or not all(isinstance(pattern, str) and pattern for pattern in value):

@@ -1,4 +1,4 @@
-"""Recipe: the user's wish, from arguments or TOML; unknown keys are errors.
+"""Recipe: the user's wish, put together from drafts: arguments, TOML, nodes; unknown keys are errors.
 
 preset = "auto"                      # auto | none | file names of recipes/, joined by +
 seed = 0
@@ -22,8 +22,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import RecipeError
 from ..spec import compact_json
@@ -36,8 +38,11 @@ if sys.version_info >= (3, 11):
 else:  # the standard library has it from 3.11 on
     import tomli as tomllib
 
-__all__ = ["OPTION_TYPES", "Recipe", "Rule", "Wish", "parse_rule", "parse_wish", "recipe_from_table",
-           "recipe_from_toml", "recipe_to_toml"]  # fmt: skip
+__all__ = ["OPTION_TYPES", "Draft", "Recipe", "Rule", "Wish", "draft_from_table", "draft_from_text",
+           "draft_from_toml", "parse_rule", "parse_wish", "recipe_from_table", "recipe_from_toml", "recipe_to_toml",
+           "rule_from"]  # fmt: skip
+
+T = TypeVar("T")
 
 KEYS = {"primary", "fallback", "rule", "preset", "seed", "heuristics", "layer_config", "layer_config_fullmatch"}
 # PATTERN=FORMAT[:option=value,...]; the pattern ends at the first = whose right side reads as a wish
@@ -96,40 +101,106 @@ class Recipe:
         return compact_json(self.to_json())
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A recipe in the making: what has been stated so far; None and empty where nothing has."""
+
+    primary: Wish | None = None
+    rules: tuple[Rule, ...] = ()
+    fallback: Wish | None = None
+    preset: str | None = None
+    seed: int | None = None
+    layer_config: LayerConfig | None = None
+    heuristics: bool = False
+
+    def over(self, base: Draft) -> Draft:
+        """Both in one: the rules of this one come first, and where both state a value, this one's counts.
+
+        Raises:
+            RecipeError: both have a primary wish, or both a layer-config; neither can give way in part.
+        """
+        for name in ("primary", "layer_config"):
+            if getattr(self, name) and getattr(base, name):
+                raise RecipeError(f"two recipes are combined and both have a [{name}]; delete one of them")
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        stated = {name: value for name, value in values.items() if value is not None and value is not False}
+        return replace(base, **{**stated, "rules": (*self.rules, *base.rules)})
+
+    def finish(self) -> Recipe:
+        """The recipe, with defaults for what nobody stated.
+
+        Raises:
+            RecipeError: no primary wish.
+        """
+        if self.primary is None:
+            raise RecipeError("a [primary] table with a format is required")
+        return Recipe(
+            primary=self.primary,
+            rules=self.rules,
+            fallback=self.fallback,
+            preset="auto" if self.preset is None else self.preset,
+            seed=self.seed or 0,
+            layer_config=self.layer_config and self.layer_config.under(self.primary),
+            heuristics=self.heuristics,
+        )
+
+
 def recipe_from_toml(path: Path) -> Recipe:
-    """Read a recipe file.
+    """Read a complete recipe file; see `draft_from_toml`."""
+    path = Path(path)
+    return _named(path.name, draft_from_toml(path).finish)
+
+
+def recipe_from_table(table: dict) -> Recipe:
+    """Build a Recipe from parsed TOML or JSON tables."""
+    return draft_from_table(table).finish()
+
+
+def draft_from_toml(path: Path) -> Draft:
+    """Read a recipe file, of which [primary] may be missing.
 
     Raises:
         RecipeError: unreadable, not TOML, unknown or wrongly typed keys, unknown formats or methods.
     """
     path = Path(path)
     try:
-        return recipe_from_table(tomllib.loads(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(f"recipe not found: {path}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecipeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path.name}: {error}") from None
+    return draft_from_text(text, path.name)
 
 
-def recipe_from_table(table: dict) -> Recipe:
-    """Build a Recipe from parsed TOML or JSON tables."""
-    known_keys("recipe", table, KEYS)
-    if "primary" not in table:
-        raise RecipeError("a [primary] table with a format is required")
-    primary = wish_from_table("primary", table["primary"])
+def draft_from_text(text: str, name: str) -> Draft:
+    """Read TOML text; `name` says in errors where it came from."""
+    return _named(name, lambda: draft_from_table(tomllib.loads(text)))
+
+
+def draft_from_table(table: dict) -> Draft:
+    """Build a Draft from parsed TOML or JSON tables."""
+    known_keys("top level", table, KEYS)
     config = None
     if "layer_config" in table:
         fullmatch = typed("layer_config_fullmatch", table.get("layer_config_fullmatch", False), bool)
-        config = parse_layer_config(table["layer_config"], fullmatch=fullmatch, unstated=primary)
-    return Recipe(
-        primary=primary,
-        fallback=wish_from_table("fallback", table["fallback"]) if "fallback" in table else None,
+        config = parse_layer_config(table["layer_config"], fullmatch=fullmatch)
+    wishes = {name: wish_from_table(name, table[name]) for name in ("primary", "fallback") if name in table}
+    return Draft(
+        **wishes,
         rules=tuple(_rule(entry) for entry in typed("rule", table.get("rule", []), list)),
-        preset=typed("preset", table.get("preset", "auto"), str),
-        seed=typed("seed", table.get("seed", 0), int),
+        preset=typed("preset", table["preset"], str) if "preset" in table else None,
+        seed=typed("seed", table["seed"], int) if "seed" in table else None,
         layer_config=config,
         heuristics=typed("heuristics", table.get("heuristics", False), bool),
     )
+
+
+def _named(name: str, read: Callable[[], T]) -> T:
+    """What `read` returns; its refusals name the recipe."""
+    try:
+        return read()
+    except (tomllib.TOMLDecodeError, RecipeError) as error:
+        raise RecipeError(f"recipe {name}: {error}") from None
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
@@ -159,11 +230,15 @@ def parse_rule(text: str) -> Rule:
     found = RULE.fullmatch(text)
     if not found:
         raise RecipeError(f"rule {text!r}: write PATTERN=FORMAT or PATTERN=FORMAT:option=value,...")
-    pattern, wish = found.groups()
-    name, _, options = wish.partition(":")
+    return rule_from(*found.groups())
+
+
+def rule_from(pattern: str, action: str) -> Rule:
+    """A pattern and `FORMAT[:option=value,...]` or `keep` -> Rule."""
+    name, _, options = action.partition(":")
     kept = [item for item in options.split(",") if item not in ("", "heuristics=true", "heuristics=false")]
     plain = ":".join(filter(None, [name, ",".join(kept)]))
-    return Rule(pattern, None if plain == "keep" else parse_wish(plain), heuristics="heuristics=true" in wish)
+    return Rule(pattern, None if plain == "keep" else parse_wish(plain), heuristics="heuristics=true" in action)
 
 
 def _rule(entry: dict) -> Rule:

@@ -192,3 +192,14 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(tmp_path):
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert result.returncode == 130
     assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+def test_a_recipe_file_may_leave_the_primary_to_the_format_argument(tmp_path):
+    (tmp_path / "r.toml").write_text('preset = "none"\n[[rule]]\nmatch = "img_in"\nkeep = true\n')
+    plan = ("plan", EMOJI, "--recipe", tmp_path / "r.toml", "--json")
+    rows = {row["name"]: row for row in json.loads(fewbits(*plan, "--format", "mxfp8").stdout)["layers"]}
+    assert rows["img_in"]["rule"] == "rule 'img_in'" and rows["txt_in"]["format"] == "mxfp8"
+    refused(fewbits(*plan), "say --format", "[primary]")
+    refused(fewbits(*plan, "--scaling", "row"), "say --format")
+    (tmp_path / "r.toml").write_text('[primary]\nformat = "mxfp8"\n')
+    refused(fewbits(*plan, "--format", "mxfp8"), "--recipe already says format")

@@ -4,7 +4,17 @@ import pytest
 
 from fewbits.quant_ops.errors import RecipeError
 from fewbits.quant_ops.planning.match import check_pattern, matches
-from fewbits.quant_ops.planning.recipe import Recipe, Rule, parse_rule, parse_wish, recipe_from_table, recipe_from_toml
+from fewbits.quant_ops.planning.recipe import (
+    Draft,
+    Recipe,
+    Rule,
+    draft_from_table,
+    draft_from_text,
+    parse_rule,
+    parse_wish,
+    recipe_from_table,
+    recipe_from_toml,
+)
 
 TOML = """
 preset = "flux"
@@ -92,3 +102,42 @@ def test_patterns_are_exact_names_globs_or_regular_expressions():
     assert matches("re:a.\\d+", "a.12") and not matches("re:a.\\d", "a.12")
     with pytest.raises(RecipeError, match="may not be empty"):
         check_pattern("")
+
+
+INT8, FP8 = parse_wish("int8_tensorwise"), parse_wish("float8_e4m3fn")
+
+
+def test_a_draft_over_another_puts_its_rules_first_and_has_the_last_word():
+    base = draft_from_table({"primary": {"format": "int8_tensorwise"}, "preset": "flux", "seed": 4,
+                             "fallback": {"format": "mxfp8"}, "rule": [{"match": "a", "keep": True}]})  # fmt: skip
+    own = Draft(rules=(Rule("b", None),), preset="none", fallback=FP8)
+    assert own.over(base).finish() == Recipe(INT8, (Rule("b", None), Rule("a", None)), FP8, "none", 4)
+    assert Draft().over(base) == base and base.over(Draft()) == base
+    assert Draft(seed=0).over(base).finish().seed == 0
+    assert Draft(preset="auto").over(base).finish().preset == "auto"
+
+
+@pytest.mark.parametrize("table", [{"primary": {"format": "mxfp8"}}, {"layer_config": {"x": {"skip": True}}}], ids=list)
+def test_what_cannot_give_way_in_part_is_refused_when_both_state_it(table):
+    with pytest.raises(RecipeError, match=rf"both have a \[{next(iter(table))}\]; delete one of them"):
+        draft_from_table(table).over(draft_from_table(table))
+
+
+def test_a_draft_without_primary_is_no_recipe():
+    with pytest.raises(RecipeError, match=r"a \[primary\] table with a format is required"):
+        draft_from_text("seed = 1", "pasted").finish()
+    with pytest.raises(RecipeError, match="recipe pasted: top level: unknown key 'sead', did you mean 'seed'"):
+        draft_from_text("sead = 1", "pasted")
+    with pytest.raises(RecipeError, match="recipe pasted: .*line 1"):
+        draft_from_text("seed 1", "pasted")
+
+
+def test_entries_of_a_layer_config_leave_to_the_primary_what_they_do_not_say_whoever_states_it_when():
+    config = {"layer_config": {"x": {"format": "bnb_nf4"}, "y": {"format": "bnb_nf4", "simple": True}}}
+    primary = {"format": "int8_tensorwise", "method": "mse_clip", "full_precision_matrix_mult": True}
+    at_once = recipe_from_table({"primary": primary, **config})
+    later = draft_from_table({"primary": primary}).over(draft_from_table(config)).finish()
+    assert at_once == later and at_once.to_text() == later.to_text()
+    wishes = [entry.wish for entry in later.layer_config.entries]
+    assert [wish.method for wish in wishes] == ["mse_clip", "nearest"]
+    assert all(wish.options.full_precision_matrix_mult for wish in wishes)
