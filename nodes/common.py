@@ -7,16 +7,18 @@ import json
 
 from comfy_api.latest import io
 
+from ..quant_ops.errors import RecipeError
 from ..quant_ops.formats import FORMATS
 from ..quant_ops.inspection import Inspection
 from ..quant_ops.methods import METHODS
 from ..quant_ops.planning.model_family import preset_names
-from ..quant_ops.planning.recipe import Recipe, Rule, Wish
+from ..quant_ops.planning.recipe import Draft, Recipe, Rule, Wish
 from ..quant_ops.report.report import Report
 from ..quant_ops.spec import FormatOptions
 from . import bridge
 
 AUTO, NONE = "auto", "none"
+RECIPE = io.Custom("FEWBITS_RECIPE")  # carries a Draft
 SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
 
@@ -44,6 +46,7 @@ def recipe_inputs(formats: list[str], choice: str, default: str) -> tuple[list[i
     scalings = _values(formats, "scaling", only_if_stored=True)
     sizes = sorted(_values(formats, "block_size"))
     shown = [
+        recipe_input("Rules for single layers, from Layer Rules. What it says counts before the inputs of this node."),
         io.Combo.Input("format", options=formats, default=default, tooltip=f"What the layers become. {choice}"),
         *([scaling_input(scalings)] if scalings else []),
         preset_input("Which sensitive layers stay as they are."),
@@ -57,6 +60,10 @@ def recipe_inputs(formats: list[str], choice: str, default: str) -> tuple[list[i
         *([convrot_input()] if _values(formats, "convrot") else []),
     ]
     return shown, advanced
+
+
+def recipe_input(tooltip: str) -> io.Input:
+    return RECIPE.Input("recipe", optional=True, tooltip=tooltip)
 
 
 def scaling_input(scalings: list[str]) -> io.Combo.Input:
@@ -185,20 +192,37 @@ def recipe_from(
     method: str = "nearest",
     full_precision_matmul: bool = False,
     convrot: bool = False,
+    recipe: Draft | None = None,
 ) -> Recipe:
-    """The Recipe that the inputs of `recipe_inputs` describe."""
+    """The Recipe that the inputs of `recipe_inputs` describe.
+
+    A connected recipe brings rules, and perhaps a primary wish in place of this node's. The node's own layers to keep
+    come before its rules; preset and fallback count where they are not left alone.
+
+    Raises:
+        RecipeError: an unknown value, or one that a connected recipe's primary wish makes void.
+    """
+    base = recipe or Draft()
+    if base.primary:
+        stated = {"scaling": scaling != AUTO, "block_size": block_size != AUTO, "method": method != "nearest",
+                  "full_precision_matmul": full_precision_matmul, "convrot": convrot}  # fmt: skip
+        for name in filter(stated.get, stated):
+            raise RecipeError(
+                f"the connected recipe has a [primary] table, which says everything about {base.primary.format}; leave "
+                f"{name} of this node alone, or delete [primary] from the recipe"
+            )
     options = FormatOptions(
         scaling=None if scaling == AUTO else scaling,
         block_size=None if block_size == AUTO else int(block_size),
         full_precision_matrix_mult=full_precision_matmul,
         convrot=convrot or None,
     )
-    return Recipe(
-        primary=Wish(format, options, method),
+    own = Draft(
         rules=tuple(Rule(line.strip(), None) for line in keep.splitlines() if line.strip()),
         fallback=None if fallback == NONE else Wish(fallback),
-        preset=preset,
+        preset=None if preset == AUTO else preset,
     )
+    return dataclasses.replace(own.over(base), primary=base.primary or Wish(format, options, method)).finish()
 
 
 def report_result(*values: object, report: Report) -> io.NodeOutput:

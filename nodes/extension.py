@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import bridge, inspect_file, load, quantize_file, quantize_model, save
+from . import bridge, inspect_file, layer_rules, load, quantize_file, quantize_model, save
 
 NODES = [
     load.FewBitsLoadModel,
     *quantize_model.NODES,
     quantize_file.FewBitsQuantizeFile,
+    layer_rules.FewBitsLayerRules,
+    layer_rules.FewBitsSaveRecipe,
     save.FewBitsSaveComfyQuant,
     inspect_file.FewBitsInspectFile,
 ]

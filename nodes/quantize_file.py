@@ -70,11 +70,12 @@ class FewBitsQuantizeFile(io.ComfyNode):
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
         folder, name = host.split_choice(file)
-        target = host.output_path(filename or automatic_name(folder, name, wish["format"]))
+        recipe = recipe_from(**wish)
+        target = host.output_path(filename or automatic_name(folder, name, recipe.primary.format))
         report = quantize_file(
             host.model_path(folder, name),
             target,
-            recipe_from(**wish),
+            recipe,
             overwrite=overwrite,
             device=host.pick_device(device),
             on_plan=run.on_plan,

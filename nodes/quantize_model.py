@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from comfy_api.latest import io
 
+from ..quant_ops.errors import RecipeError
 from ..quant_ops.formats import FORMATS
 from .bridge import host, model_io
 from .common import AUTO, device_input, model_input, recipe_from, recipe_inputs, report_output, report_result, schema
@@ -65,9 +66,15 @@ class QuantizeModel(io.ComfyNode):
     @classmethod
     def execute(cls, model: io.Model.Type, device: str = AUTO, **wish: object) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
+        recipe = recipe_from(**wish)
+        if recipe.primary.format not in cls.ROW.formats:
+            raise RecipeError(
+                f"the connected recipe's primary format is {recipe.primary.format}, {cls.ROW.name} makes "
+                f"{', '.join(cls.ROW.formats)}; take the node of that format, or delete [primary] from the recipe"
+            )
         quantized, report = model_io.quantize_model(
             model,
-            recipe_from(**wish),
+            recipe,
             device=host.pick_device(device),
             on_plan=run.on_plan,
             on_progress=run.on_progress,

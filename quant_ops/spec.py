@@ -165,6 +165,7 @@ class ModelPlan:
     unmatched: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     rules: tuple[RuleUse, ...] = ()  # in order: the first that matches a layer decides about it
+    recipe: str = ""  # TOML from which the same plan comes again; empty where nothing was wished for
 
     @cached_property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -210,6 +211,7 @@ class ModelPlan:
             "summary": self.summary(),
             "layers": [layer.to_json() for layer in self.layers if layer.is_layer],
             "rules": [vars(rule) for rule in self.rules],
+            "recipe": self.recipe,
             "unmatched": list(self.unmatched),
             "warnings": list(self.warnings),
         }

@@ -57,8 +57,8 @@ def file_state(choice: str) -> tuple[int, int]:
     return state.st_mtime_ns, state.st_size
 
 
-def output_path(name: str) -> Path:
-    """Where a file named by the user goes: below ComfyUI's output folder, `.safetensors` added, subfolders made.
+def output_path(name: str, suffix: str = ".safetensors") -> Path:
+    """Where a file named by the user goes: below ComfyUI's output folder, the suffix added, subfolders made.
 
     Raises:
         RecipeError: empty, absolute, with `..`, a drive or a device name, or leading elsewhere through a link.
@@ -66,14 +66,27 @@ def output_path(name: str) -> Path:
     parts = PurePosixPath(name.strip().replace("\\", "/")).parts
     root = Path(folder_paths.get_output_directory())
     target = root.joinpath(*parts)
-    if not target.name.lower().endswith(".safetensors"):
-        target = target.with_name(target.name + ".safetensors")
+    if parts and not target.name.lower().endswith(suffix):
+        target = target.with_name(target.name + suffix)
     if not parts or any(_unsafe(part) for part in parts) or not is_within_any(_writable_roots(), target):
         raise RecipeError(
             f"file name {name!r} is not allowed: write a name inside ComfyUI's output folder, such as "
             "diffusion_models/my_model; absolute paths, '..' and device names are refused"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def save_text(name: str, suffix: str, text: str, *, overwrite: bool) -> Path:
+    """Write a small text file at `output_path`.
+
+    Raises:
+        RecipeError: a name that is not allowed, or an existing file and no wish to overwrite it.
+    """
+    target = output_path(name, suffix)
+    if target.exists() and not overwrite:
+        raise RecipeError(f"{target} exists already; choose another name or allow overwriting")
+    target.write_text(text, encoding="utf-8", newline="\n")
     return target
 
 

@@ -12,7 +12,7 @@ from ..checkpoint.importers.source import open_checkpoint
 from ..pipeline import plan_source
 from ..planning.recipe import Recipe
 from ..planning.template import write_template
-from ..report.report import megabytes, plan_lines
+from ..report.report import layer_lines, megabytes, plan_lines
 from ..spec import ModelPlan
 from .common import add_recipe_arguments, recipe_from
 
@@ -51,15 +51,5 @@ def print_plan(path: Path, recipe: Recipe, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**plan.to_json(), "file_bytes": file_bytes}, indent=2))
         return
-    for layer in plan.layers:
-        if layer.is_layer:
-            label = layer.format or layer.action
-            size = megabytes(layer.bytes_after)
-            print(f"{label:<24} {layer.method or '':<8} {size:>10}  {layer.name}  [{layer.reason}]")
-    print("\nrules, in order; the first that matches a layer decides (decided / matched layers):")
-    for rule in plan.rules:
-        unmatched = "" if rule.matched else "  (matched nothing)"
-        print(f"{rule.won:>6} / {rule.matched:<6} {rule.action:<9} {rule.rule}{unmatched}")
-    print()
-    print("\n".join(plan_lines(plan)))
+    print("\n".join([*layer_lines(plan), "", *plan_lines(plan)]))
     print(f"file size {megabytes(file_bytes)} ({file_bytes} bytes)")

@@ -13,7 +13,7 @@ from ..spec import FLOAT_DTYPES, FormatOptions, Header, LayerInput, LayerPlan, M
 from ..version import VERSION
 from .match import matches
 from .model_family import Part, find_parts, load_preset, width_layers
-from .recipe import Recipe
+from .recipe import Recipe, recipe_to_toml
 from .rules import CompiledRule, RuleList, compile_rules
 
 SMALLEST_SIDE = 16  # FORMATS section 4: smaller layers gain nothing and some kernels refuse them
@@ -96,6 +96,7 @@ class _Planner:
             unmatched=self.rules.unmatched(),
             warnings=tuple(self.warnings),
             rules=self.rules.uses(),
+            recipe=recipe_to_toml(self.recipe) if self.recipe.primary else "",
         )
 
     def _has(self, part: Part, layers: Iterable[LayerPlan]) -> bool:

@@ -134,6 +134,20 @@ def plan_lines(plan: ModelPlan) -> list[str]:
     return lines
 
 
+def layer_lines(plan: ModelPlan) -> list[str]:
+    """What becomes of every layer and why, then the rules in order with what each matched."""
+    lines = []
+    for layer in plan.layers:
+        if layer.is_layer:
+            label, size = layer.format or layer.action, megabytes(layer.bytes_after)
+            lines.append(f"{label:<24} {layer.method or '':<8} {size:>10}  {layer.name}  [{layer.reason}]")
+    lines += ["", "rules, in order; the first that matches a layer decides (decided / matched layers):"]
+    for rule in plan.rules:
+        unmatched = "" if rule.matched else "  (matched nothing)"
+        lines.append(f"{rule.won:>6} / {rule.matched:<6} {rule.action:<9} {rule.rule}{unmatched}")
+    return lines
+
+
 def megabytes(count: int) -> str:
     """Bytes for people, decimal units as file managers show them."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 IDS = [
-    "FewBitsLoadModel", "FewBitsQuantizeFP8", "FewBitsQuantizeINT8", "FewBitsQuantizeFile", "FewBitsSaveComfyQuant",
-    "FewBitsInspectFile",
+    "FewBitsLoadModel", "FewBitsQuantizeFP8", "FewBitsQuantizeINT8", "FewBitsQuantizeFile", "FewBitsLayerRules",
+    "FewBitsSaveRecipe", "FewBitsSaveComfyQuant", "FewBitsInspectFile",
 ]  # fmt: skip
 
 
@@ -40,12 +40,12 @@ def test_names_are_plain_english_in_one_category_tree(schema):
 def test_every_input_and_output_says_what_it_does(schema):
     for item in (*schema.inputs, *schema.outputs):
         assert item.tooltip and len(item.tooltip) > 15, item.id
-    assert [item.id for item in schema.outputs][-1] == "report"
+    assert [item.id for item in schema.outputs][-1] in ("report", "recipe")
 
 
 def test_what_has_a_default_may_be_left_out_of_an_api_prompt(schema, nodes):
     required = {item.id for item in schema.inputs if not item.optional}
-    assert required <= {"model", "file", "format", "filename"}
+    assert required <= {"model", "file", "format", "filename", "report"}
     assert all(item.optional for item in schema.inputs if getattr(item, "advanced", None))
 
 
