@@ -60,6 +60,43 @@ def sd3_shapes(depth: int = 2) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def clip_shapes(layers: int = 12, hidden: int = 768, vocabulary: int = 49408) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a CLIP text encoder; the defaults are CLIP-L's."""
+    h, text = hidden, "text_model"
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{text}.embeddings.token_embedding.weight": (vocabulary, h),
+        f"{text}.embeddings.position_embedding.weight": (77, h),
+        "text_projection.weight": (h, h),
+    }
+    linears = {f"self_attn.{name}_proj": (h, h) for name in ("q", "k", "v", "out")}
+    linears |= {"mlp.fc1": (4 * h, h), "mlp.fc2": (h, 4 * h)}
+    norms = [f"{text}.final_layer_norm"]
+    for i in range(layers):
+        base = f"{text}.encoder.layers.{i}"
+        norms += [f"{base}.layer_norm1", f"{base}.layer_norm2"]
+        for name, shape in linears.items():
+            shapes[f"{base}.{name}.weight"], shapes[f"{base}.{name}.bias"] = shape, shape[:1]
+    for name in norms:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (h,)
+    return shapes
+
+
+def t5_shapes(layers: int = 12, hidden: int = 768, inner: int = 3072) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a T5 encoder; the defaults are T5-base's, the smallest that ComfyUI loads."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "shared.weight": (32128, hidden),
+        "encoder.final_layer_norm.weight": (hidden,),
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 12),
+    }
+    for i in range(layers):
+        attention, dense = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
+        shapes |= {f"{attention}.SelfAttention.{name}.weight": (hidden, hidden) for name in "qkvo"}
+        shapes[f"{dense}.DenseReluDense.wi.weight"] = (inner, hidden)
+        shapes[f"{dense}.DenseReluDense.wo.weight"] = (hidden, inner)
+        shapes |= {f"{base}.layer_norm.weight": (hidden,) for base in (attention, dense)}
+    return shapes
+
+
 def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     """Seeded weights: matrices randn / sqrt(fan in), norms one, biases zero."""
     generator = torch.Generator().manual_seed(0)

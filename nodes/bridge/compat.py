@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import PackageNotFoundError, version
+
+import torch
 
 
 def why_no_quantization() -> str | None:
@@ -35,3 +38,27 @@ def weight_only_path() -> bool:
     from comfy.quant_ops import QUANT_ALGOS
 
     return any("quantize_input" in entry for entry in QUANT_ALGOS.values())
+
+
+_EMBEDDING: dict[str, bool] = {}
+
+
+def embedding_reads(format_name: str, core: type) -> bool:
+    """Whether ComfyUI's own Embedding reads a format (FP8: 0.21 on, INT8: 0.29 on), found by loading one.
+
+    Args:
+        core: ComfyUI's Embedding class for quantized models.
+    """
+    from comfy_kitchen.tensor import QuantizedTensor
+
+    if format_name not in _EMBEDDING:
+        codes = torch.int8 if format_name.startswith("int8") else torch.float8_e4m3fn
+        state = {
+            "weight": torch.zeros(1, 16).to(codes),
+            "weight_scale": torch.ones(()),
+            "comfy_quant": torch.frombuffer(bytearray(json.dumps({"format": format_name}).encode()), dtype=torch.uint8),
+        }
+        probe = core(1, 16, device="cpu", dtype=torch.float32)
+        probe.load_state_dict(state, strict=False)
+        _EMBEDDING[format_name] = isinstance(probe.weight, QuantizedTensor)
+    return _EMBEDDING[format_name]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import comfy.ops
 import comfy.quant_ops
-import comfy.sd
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 
@@ -18,12 +17,13 @@ from ...quant_ops.formats import FORMATS, get_format
 from ...quant_ops.layouts import register_layout
 from ...quant_ops.sources import TORCH_DTYPES, spec_of
 from ...quant_ops.spec import FormatOptions, LayerInput
-from . import detect, foreign
-from .compat import weight_only_path
+from . import detect, foreign, text_encoders
+from .compat import embedding_reads, weight_only_path
 
 MARK = "_fewbits_wrapped"
 # Formats that ComfyUI did not know when we registered; the others stay ComfyUI's own.
 OWNED: set[str] = set()
+LOOKED_UP = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # rows can be decoded one by one
 PROBE = LayerInput((256, 256), None)  # a layer that every format fits, to ask which tensors it stores
 
 
@@ -52,7 +52,7 @@ def _layout(name: str, options: FormatOptions) -> str:
     return layout
 
 
-def install_linear() -> None:
+def install_layers() -> None:
     """Subclass what `mixed_precision_ops` returns, so that every stock loader reads our layers."""
     original = comfy.ops.mixed_precision_ops
     if getattr(original, MARK, False):
@@ -61,47 +61,28 @@ def install_linear() -> None:
     @functools.wraps(original)
     def mixed_precision_ops(*args: object, **kwargs: object) -> type:
         ops = original(*args, **kwargs)
-        ops.Linear = type("Linear", (OwnFormats, ops.Linear), {})
-        for name in ("Embedding", "MoEExperts"):
+        core = getattr(ops, "Embedding", None)
+        for name, mixin in MIXINS.items():
             if hasattr(ops, name):
-                setattr(ops, name, type(name, (RefuseOwnFormats, getattr(ops, name)), {}))
+                setattr(ops, name, type(name, (mixin, getattr(ops, name)), {}))
+        ops.Embedding._fewbits_core, ops.Embedding._fewbits_dtype = core, ops._compute_dtype
         return ops
 
     setattr(mixed_precision_ops, MARK, True)
     comfy.ops.mixed_precision_ops = mixed_precision_ops
 
 
-def install_text_encoders() -> None:
-    """Mark text encoders as quantized where ComfyUI does not look (CLIP-L and others): seam 12 of the design."""
-    original = comfy.sd.CLIP.__init__
-    if getattr(original, MARK, False):
-        return
-
-    @functools.wraps(original)
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        states = kwargs.get("state_dict", [])
-        states = states if isinstance(states, list) else [states]
-        options = kwargs.get("model_options") or {}
-        decided = "quantization_metadata" in options or "custom_operations" in options
-        if not decided and any(key.endswith(".comfy_quant") for state in states for key in state):
-            kwargs["model_options"] = {**options, "quantization_metadata": {"mixed_ops": True}}
-        original(self, *args, **kwargs)
-
-    setattr(__init__, MARK, True)
-    comfy.sd.CLIP.__init__ = __init__
-
-
 SEAMS: dict[str, Callable[[], None]] = {
     "formats": install_formats,
-    "linear": install_linear,
-    "text_encoders": install_text_encoders,
+    "linear": install_layers,
+    "text_encoders": text_encoders.install,
     "foreign dialects": functools.partial(foreign.install, OWNED),
     "detection": functools.partial(detect.install, OWNED),
 }
 
 
-def _own_marker(state_dict: dict, prefix: str) -> dict | None:
-    """The layer's marker if it names a format of ours."""
+def _marker(state_dict: dict, prefix: str) -> dict | None:
+    """The layer's marker if it names a format that we know."""
     data = state_dict.get(f"{prefix}comfy_quant")
     if data is None:
         return None
@@ -109,36 +90,32 @@ def _own_marker(state_dict: dict, prefix: str) -> dict | None:
         marker = parse_marker(prefix.rstrip("."), bytes(data.cpu().tolist()))
     except CheckpointError:
         return None  # ComfyUI reports it in its own way
-    return marker if marker.get("format") in OWNED else None
+    return marker if marker.get("format") in FORMATS else None
+
+
+def _own_marker(state_dict: dict, prefix: str) -> dict | None:
+    """The layer's marker if it names a format of ours."""
+    marker = _marker(state_dict, prefix)
+    return marker if marker and marker["format"] in OWNED else None
 
 
 class OwnFormats:
-    """Mixed in before ComfyUI's Linear: loads, saves and requantizes our formats, leaves all others to `super()`."""
+    """Mixed in before ComfyUI's layers: loads, saves and requantizes our formats; all others are `super()`'s."""
 
     _fewbits_marker: torch.Tensor | None = None
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    def _fewbits_load(
+        self,
+        marker: dict,
+        state_dict: dict,
+        prefix: str,
+        shape: tuple[int, int],
+        device: torch.device | None,
+        dtype: torch.dtype,
     ) -> None:
-        marker = _own_marker(state_dict, prefix)
-        if marker is None:
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-            return
-        device = self.factory_kwargs["device"]
-        self._fewbits_load(marker, state_dict, prefix, device)
-        # Not super(): ComfyUI's body would look for a weight. torch's own loads the bias.
-        torch.nn.Module._load_from_state_dict(
-            self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if f"{prefix}weight" in missing_keys:
-            missing_keys.remove(f"{prefix}weight")
-
-    def _fewbits_load(self, marker: dict, state_dict: dict, prefix: str, device: torch.device | None) -> None:
+        """Take weight, side tensors and marker out of the state dict and make them the weight."""
         layer = prefix.rstrip(".")
         format = get_format(marker["format"])
-        shape = (self.out_features, self.in_features)
         expected = LayerInput(shape, None)
         wanted = (*format.tensor_specs(PROBE, format.defaults), "comfy_quant")
         stored = {suffix: state_dict.pop(f"{prefix}{suffix}", None) for suffix in wanted}
@@ -157,13 +134,17 @@ class OwnFormats:
         self.layout_type = _layout(format.name, options)
         self.quant_format = format.name
         self._full_precision_mm_config = bool(marker.get("full_precision_matrix_mult", False))
-        if self._full_precision_mm_config or not weight_only_path():
-            self._full_precision_mm = True  # older ComfyUI would quantize activations with our weight layout
         stored = {suffix: tensor.to(device=device) for suffix, tensor in stored.items()}
-        params = get_layout_class(self.layout_type).params_of(stored, self.factory_kwargs["dtype"], shape)
+        params = get_layout_class(self.layout_type).params_of(stored, dtype, shape)
         weight = QuantizedTensor(stored["weight"], self.layout_type, params)
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self._fewbits_marker = torch.frombuffer(bytearray(json.dumps(marker).encode()), dtype=torch.uint8)
+
+    def _fewbits_load_rest(self, state_dict, prefix, local_metadata, strict, missing_keys, *others) -> None:
+        """The bias. Not by super(): ComfyUI's body would look for a weight."""
+        torch.nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *others)
+        if f"{prefix}weight" in missing_keys:
+            missing_keys.remove(f"{prefix}weight")
 
     def _is_own(self) -> bool:
         return self._fewbits_marker is not None and isinstance(self.weight, QuantizedTensor)
@@ -172,22 +153,19 @@ class OwnFormats:
         if not self._is_own():
             return super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
         destination = {} if destination is None else destination
-        if self.bias is not None:
-            destination[f"{prefix}bias"] = self.bias
+        bias = getattr(self, "bias", None)
+        if bias is not None:
+            destination[f"{prefix}bias"] = bias
         weight = self.weight
         stored = get_layout_class(self.layout_type).stored(weight._qdata, weight._params)
         destination.update({f"{prefix}{suffix}": tensor for suffix, tensor in stored.items()})
         destination[f"{prefix}comfy_quant"] = self._fewbits_marker
         return destination
 
-    def convert_weight(self, weight, inplace=False, **kwargs):
+    def _fewbits_convert(self, weight, inplace=False, **kwargs):
         return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
 
-    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
-        if not self._is_own():
-            return super().set_weight(
-                weight, inplace_update=inplace_update, seed=seed, return_weight=return_weight, **kwargs
-            )
+    def _fewbits_set(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
         # The LoRA's dtype may differ from the layer's; without .to() every later forward would dequantize.
         new = QuantizedTensor.from_float(weight, self.layout_type, stochastic_rounding=seed).to(self.weight.dtype)
         if return_weight:
@@ -196,14 +174,87 @@ class OwnFormats:
         return None
 
 
-class RefuseOwnFormats:
-    """Mixed in before Embedding and MoEExperts, where our formats would be read as plain numbers without an error."""
+class OwnLinear(OwnFormats):
+    """Mixed in before Linear."""
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
+        marker = _own_marker(state_dict, prefix)
+        if marker is None:
+            super()._load_from_state_dict(state_dict, prefix, *others)
+            return
+        shape = (self.out_features, self.in_features)
+        self._fewbits_load(marker, state_dict, prefix, shape, **self.factory_kwargs)
+        if self._full_precision_mm_config or not weight_only_path():
+            self._full_precision_mm = True  # older ComfyUI would quantize activations with our weight layout
+        self._fewbits_load_rest(state_dict, prefix, *others)
+
+    def convert_weight(self, weight, inplace=False, **kwargs):
+        return self._fewbits_convert(weight)
+
+    def set_weight(self, *args, **kwargs):
+        return self._fewbits_set(*args, **kwargs) if self._is_own() else super().set_weight(*args, **kwargs)
+
+
+class OwnEmbedding(OwnFormats):
+    """Mixed in before Embedding: the formats of `LOOKED_UP` where ComfyUI's own does not read them (<= 0.20, 0.28).
+
+    Every other format is refused by name: ComfyUI would take its codes for weights without a word.
+    """
+
+    _fewbits_core: type  # ComfyUI's Embedding, to ask what it reads
+    _fewbits_dtype: torch.dtype  # ComfyUI computes in it
+
+    def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
+        marker = _marker(state_dict, prefix)
+        if marker is None or embedding_reads(marker["format"], self._fewbits_core):
+            super()._load_from_state_dict(state_dict, prefix, *others)
+            return
+        if marker["format"] not in LOOKED_UP:
+            raise _unsupported(self, prefix, marker)
+        shape = (self.num_embeddings, self.embedding_dim)
+        self._fewbits_load(marker, state_dict, prefix, shape, None, self._fewbits_dtype)
+        self._fewbits_load_rest(state_dict, prefix, *others)
+
+    def forward_comfy_cast_weights(self, input, out_dtype=None):
+        if not self._is_own() or self.weight_function:
+            return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
+        weight, _, stream = comfy.ops.cast_bias_weight(
+            self, device=input.device, dtype=self.weight.dtype, offloadable=True
+        )
+        layout = get_layout_class(self.layout_type)
+        rows = layout.rows(weight._qdata, weight._params, input.reshape(-1), out_dtype or weight.dtype)
+        comfy.ops.uncast_bias_weight(self, weight, None, stream)
+        return rows.view(*input.shape, self.embedding_dim)
+
+    # ComfyUI looks for these two; for a plain weight it must not find them, as it rounds that one itself.
+    @property
+    def convert_weight(self):
+        return self._fewbits_convert if self._is_own() else _absent("convert_weight")
+
+    @property
+    def set_weight(self):
+        return self._fewbits_set if self._is_own() else _absent("set_weight")
+
+
+class RefuseOwnFormats:
+    """Mixed in before MoEExperts, where our formats would be read as plain numbers without an error."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
         marker = _own_marker(state_dict, prefix)
         if marker is not None:
-            raise UnsupportedLayerError(
-                f"layer '{prefix.rstrip('.')}': {marker['format']} is not supported for {type(self).__name__} layers; "
-                "make the file again with this layer kept, or as int8_tensorwise or float8_e4m3fn"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            raise _unsupported(self, prefix, marker)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+MIXINS = {"Linear": OwnLinear, "Embedding": OwnEmbedding, "MoEExperts": RefuseOwnFormats}
+
+
+def _absent(name: str) -> None:
+    raise AttributeError(name)
+
+
+def _unsupported(module: torch.nn.Module, prefix: str, marker: dict) -> UnsupportedLayerError:
+    return UnsupportedLayerError(
+        f"layer '{prefix.rstrip('.')}': {marker['format']} is not supported for {type(module).__name__} layers; "
+        "make the file again with this layer kept, or as int8_tensorwise or float8_e4m3fn"
+    )

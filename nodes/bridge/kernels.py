@@ -1,0 +1,73 @@
+"""Which kernel multiplies each quantized layer, and switching ComfyUI's full-precision product off where it may be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import comfy.model_management
+import comfy_kitchen
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from .compat import weight_only_path
+
+# ComfyUI's own formats whose kernels not every GPU has -> ComfyUI's probe for them.
+NEEDS = {
+    "float8_e4m3fn": "supports_fp8_compute",
+    "float8_e5m2": "supports_fp8_compute",
+    "nvfp4": "supports_nvfp4_compute",
+    "mxfp8": "supports_mxfp8_compute",
+}
+DECODED = "decoded, then multiplied at full precision"
+LOOKED_UP = "rows looked up, then decoded"
+
+
+def use_kernels(module: torch.nn.Module, device: torch.device) -> None:
+    """Let the quantized layers of a text encoder multiply as those of a MODEL do; ComfyUI decodes them all.
+
+    A layer stays as it is where its file asks for full precision, or where this device or ComfyUI has no kernel.
+    """
+    for layer in _linears(module):
+        if not layer._full_precision_mm_config and _has_kernel(layer, device):
+            layer._full_precision_mm = False
+
+
+def kernel_lines(module: torch.nn.Module) -> list[str]:
+    """`72 layers bnb_nf4: how they are multiplied`, for a report; empty for a model that is not quantized."""
+    found = Counter((layer.quant_format, _how(layer)) for layer in _quantized(module))
+    return [f"{count:>5} layers  {name}: {how}" for (name, how), count in found.items()]
+
+
+def _how(layer: torch.nn.Module) -> str:
+    if isinstance(layer, torch.nn.Embedding):
+        return LOOKED_UP
+    if layer._full_precision_mm:
+        return DECODED
+    if _is_own(layer):
+        return "FewBits' kernel, activations at full precision"
+    backends = [name for name, facts in comfy_kitchen.list_backends().items() if _usable(facts)]
+    return f"comfy-kitchen's kernel ({', '.join(backends)}), activations rounded too"
+
+
+def _usable(facts: dict) -> bool:
+    return bool(facts.get("available")) and not facts.get("disabled")
+
+
+def _has_kernel(layer: torch.nn.Module, device: torch.device) -> bool:
+    if _is_own(layer):
+        return weight_only_path()
+    probe = NEEDS.get(layer.quant_format)
+    return probe is None or bool(getattr(comfy.model_management, probe, lambda device: False)(device))
+
+
+def _is_own(layer: torch.nn.Module) -> bool:
+    return getattr(layer, "_fewbits_marker", None) is not None
+
+
+def _quantized(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    return (part for part in module.modules() if isinstance(getattr(part, "weight", None), QuantizedTensor))
+
+
+def _linears(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    return (layer for layer in _quantized(module) if hasattr(layer, "_full_precision_mm"))
