@@ -113,6 +113,23 @@ class PackLayout(QuantizedLayout):
         return out.view(*x.shape[:-1], n)
 
     @classmethod
+    def rows(cls, qdata: torch.Tensor, params: BaseLayoutParams, index: torch.Tensor, dtype: torch.dtype):
+        """Decode only the rows that an embedding looks up; for formats whose scales are one, or one per row.
+
+        Args:
+            index: (M,) int64.
+
+        Returns:
+            (M, K) `dtype`, equal to those rows of `dequantize`.
+        """
+        n, k = params.orig_shape
+        picked = {
+            suffix: _take(tensor, index) if tensor.dim() and tensor.shape[0] == n else tensor
+            for suffix, tensor in cls.stored(qdata, params).items()
+        }
+        return cls.FORMAT.dequantize_to(picked, LayerInput((index.numel(), k), None), cls.OPTIONS, dtype)
+
+    @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
         return tuple(cls.stored(qtensor._qdata, qtensor._params).values())
 
@@ -173,6 +190,11 @@ def _make_layout(name: str, format: Format, options: FormatOptions) -> type[Pack
 def _pad(rows: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     missing = shape[0] - rows.shape[0], shape[1] - rows.shape[1]
     return torch.nn.functional.pad(rows, (0, missing[1], 0, missing[0])) if any(missing) else rows
+
+
+def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows by number; torch cannot index every 8-bit float type."""
+    return tensor.view(torch.uint8)[index].view(tensor.dtype) if tensor.itemsize == 1 else tensor[index]
 
 
 def layout_name(format: Format, options: FormatOptions) -> str:

@@ -1,9 +1,9 @@
 """Quantized embedding tables: read by ComfyUI where it can, by us where it cannot, refused where nobody could."""
 
+import dialects
 import pytest
 import torch
 
-import dialects
 from fewbits.quant_ops.spec import FormatOptions
 
 N, K = 40, 256
