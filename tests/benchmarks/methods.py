@@ -2,16 +2,15 @@
 
     python tests/benchmarks/methods.py [--device cuda] [--sizes 3072x3072] [--formats bnb_nf4,...] [--options lr=0.5,...]
 
-Layers: synthetic ones whose errors under nearest are those of the design's reference layer (fp8 .0265, int8 block 128
-.022, nf4 .094), and the emoji model with activations of its own sampling loop. Ratios x nearest; for the emoji model
-the worst layer and, in brackets, all layers together. Appends a row per case to results/methods.csv. Asserts nothing.
+Layers: synthetic heavy-tailed ones, and the emoji model with activations of its own sampling loop (tests/layers.py).
+Ratios x nearest; for the emoji model the worst layer and, in brackets, all layers together. Appends a row per case to
+results/methods.csv. Asserts nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import math
 import sys
 import time
@@ -21,14 +20,12 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "import_shim"), str(HERE.parent)]
 
 import torch
-from helpers import EMOJI
+from layers import correlated_rows, emoji_activations, emoji_weights, heavy_weight
 
-from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.methods import Layer, choose, get_method, layer_generator
 from fewbits.quant_ops.methods.base import nearest_codes
-from fewbits.quant_ops.pipeline import plan_source
-from fewbits.quant_ops.planning.recipe import Recipe, Wish, parse_wish
+from fewbits.quant_ops.planning.recipe import Wish, parse_wish
 from fewbits.quant_ops.sources import DTYPE_NAMES
 from fewbits.quant_ops.spec import LayerInput
 
@@ -36,49 +33,6 @@ RESULTS = HERE / "results" / "methods.csv"
 FORMATS = (
     "float8_e4m3fn,float8_e4m3fn_block3d,int8_tensorwise,int8_blockwise,mxfp8,nvfp4,bnb_nf4,bnb_fp4,asym_w4a8_int8"
 )
-OUTLIERS = 1e-3  # share of weights that are OUTLIER times as large; see the module's docstring
-OUTLIER = 4.5
-
-
-def synthetic_weight(n: int, k: int, seed: int = 0) -> torch.Tensor:
-    """(n, k) float32: normal with outliers, plus a part of rank 32 with a tenth of the energy."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(n, k, generator=generator)
-    weight = torch.where(torch.rand(n, k, generator=generator) < OUTLIERS, weight * OUTLIER, weight)
-    low_rank = torch.randn(n, 32, generator=generator) @ torch.randn(32, k, generator=generator) / 32**0.5
-    return (weight + 0.3 * low_rank) * 0.02
-
-
-def correlated_rows(rows: int, k: int, seed: int = 1) -> torch.Tensor:
-    """(rows, k) float32 activations: random directions whose strength falls from 1 to e^-3."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(k, k, generator=generator) * torch.linspace(0, 3, k).neg().exp()[:, None]
-    return torch.randn(rows, k, generator=generator) @ mix / k**0.5
-
-
-def emoji_activations(rows: int = 4096) -> dict[str, torch.Tensor]:
-    """Inputs of every linear layer while the emoji model draws four pictures, `rows` of each at most."""
-    spec = importlib.util.spec_from_file_location("emoji_train", EMOJI.parent / "train.py")
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
-    model = train.load_flux(argparse.Namespace(out=str(EMOJI.parent), work=str(EMOJI.parent)), "cpu")
-    seen: dict[str, list[torch.Tensor]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            keep = seen.setdefault(name, [])
-            module.register_forward_pre_hook(lambda _, inputs, keep=keep: keep.append(inputs[0].flatten(0, -2)))
-    prompts = (EMOJI.parent / "prompts.txt").read_text(encoding="utf-8").split("\n")[:4]
-    train.sample(model, *train.conditioning(prompts, "cpu"), 8, 3.0, 1, "cpu")
-    generator = torch.Generator().manual_seed(0)
-    inputs = {name: torch.cat(parts) for name, parts in seen.items() if parts}
-    return {name: x[torch.randperm(len(x), generator=generator)[:rows]] for name, x in inputs.items()}
-
-
-def emoji_weights(wish: Wish) -> dict[str, torch.Tensor]:
-    """The weights that a plan with this wish quantizes."""
-    with FileSource(EMOJI) as source:
-        layers = plan_source(source, Recipe(wish)).layers
-        return {layer.name: source.read(f"{layer.name}.weight") for layer in layers if layer.format == wish.format}
 
 
 def measure(name: str, weight: torch.Tensor, inputs: torch.Tensor, wish: Wish, device: torch.device) -> dict:
@@ -156,7 +110,7 @@ def main() -> None:
             wish = parse_wish(f"{name}:method={method}{options}")
             for size in filter(None, args.sizes.split(",")):
                 n, k = map(int, size.split("x"))
-                case = [measure(size, synthetic_weight(n, k), correlated_rows(4096, k), wish, device)]
+                case = [measure(size, heavy_weight(n, k), correlated_rows(k, 4096), wish, device)]
                 report(size, wish, case, where)
             if activations:
                 weights = emoji_weights(wish)

@@ -1,4 +1,4 @@
-"""Small seeded layers, and one call that runs a method on a format's grid as the pipeline does."""
+"""One call that runs a method on a format's grid as the pipeline does."""
 
 from __future__ import annotations
 
@@ -33,22 +33,6 @@ FORMATS = (
     "convrot_w4a4:convrot_groupsize=64",
     "asym_w4a8_int8:convrot_groupsize=64",
 )
-
-
-def heavy_weight(n: int = 256, k: int = 320, seed: int = 0) -> torch.Tensor:
-    """(n, k) float32: one weight in a thousand is 4.5 times as large, and a tenth of the energy has rank 32."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(n, k, generator=generator)
-    weight = torch.where(torch.rand(n, k, generator=generator) < 1e-3, weight * 4.5, weight)
-    low_rank = torch.randn(n, 32, generator=generator) @ torch.randn(32, k, generator=generator) / 32**0.5
-    return (weight + 0.3 * low_rank) * 0.02
-
-
-def correlated_rows(k: int, rows: int = 2048, seed: int = 1) -> torch.Tensor:
-    """(rows, k) float32 activations whose strength falls from 1 to e^-3 over random directions."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(k, k, generator=generator) * torch.linspace(0, 3, k).neg().exp()[:, None]
-    return torch.randn(rows, k, generator=generator) @ mix / k**0.5
 
 
 @dataclass(frozen=True)

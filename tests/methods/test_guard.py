@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from methods.cases import FORMATS, heavy_weight, run
+from layers import heavy_weight
+from methods.cases import FORMATS, run
 
 from fewbits.kernels.grids import INT8, TiledGrid
 from fewbits.kernels.scales import Geometry

@@ -2,25 +2,25 @@
 
 import pytest
 import torch
-from methods.cases import FORMATS, correlated_rows, heavy_weight, run, same
-from safetensors import safe_open
+from layers import correlated_rows, emoji_activations, emoji_weights, heavy_weight
+from methods.cases import FORMATS, run, same
 
 from fewbits.quant_ops.methods.learning_rate import LearningRate
-from fewbits.quant_ops.methods.svd import SvdOptions, leading_directions
-from helpers import EMOJI
+from fewbits.quant_ops.methods.svd import WORTH_A_SCALE, SvdOptions, leading_directions
+from fewbits.quant_ops.planning.wish import parse_wish
 
 PROMISED = ("float8_e4m3fn", "int8_tensorwise", "bnb_nf4")
 # Projected error x nearest on heavy_weight(), seed 0, CPU, torch 2.11; the bound leaves 0.1.
 MEASURED = {
-    "float8_e4m3fn": 0.32,
-    "float8_e5m2": 0.35,
+    "float8_e4m3fn": 0.34,
+    "float8_e5m2": 0.34,
     "float8_e4m3fn_rowwise": 0.31,
-    "float8_e4m3fn_blockwise": 0.32,
+    "float8_e4m3fn_blockwise": 0.33,
     "float8_e4m3fn_block3d": 0.32,
-    "int8_tensorwise": 0.37,
+    "int8_tensorwise": 0.36,
     "int8_tensorwise:scaling=tensor": 0.44,
-    "int8_tensorwise:convrot=true,convrot_groupsize=64": 0.31,
-    "int8_blockwise:block_size=64": 0.33,
+    "int8_tensorwise:convrot=true,convrot_groupsize=64": 0.30,
+    "int8_blockwise:block_size=64": 0.29,
     "int8_lodewise:block_size=64": 0.38,
     "mxfp8": 0.32,
     "nvfp4": 0.39,
@@ -43,7 +43,7 @@ def test_the_promise_holds_on_heavy_tailed_layers(text, seed):
     """Objective <= 0.7 x nearest by an exact SVD of the weight; weight and held-out output error <= 1.02 x.
 
     Measured over the seeds, CPU, torch 2.11: objective, weight, output
-    fp8 .32 - .33, .998 - 1.009, .980 - 1.010; int8 .32 - .39, 1.003 - 1.005, .972 - 1.004;
+    fp8 .32 - .34, 1.009 - 1.010, .980 - 1.010; int8 .32 - .37, 1.009 - 1.010, .975 - 1.001;
     nf4 .40 - .43, .934 - .940, .899 - .943.
     """
     weight = heavy_weight(seed=seed)
@@ -66,19 +66,41 @@ def test_one_loop_serves_every_format(text):
     assert found.weight_ratio <= 1.02
 
 
-def test_the_promise_holds_on_a_trained_layer():
-    """Measured, CPU, torch 2.11: fp8 .47, 0.999; int8 row .44, 1.002; nf4 .53, .936."""
-    with safe_open(EMOJI, "pt") as file:
-        weight = file.get_tensor("double_blocks.0.img_attn.proj.weight")
-    for text in PROMISED:
-        found = run(weight, text, "svd")
-        assert found.objective_ratio <= 0.7 and found.weight_ratio <= 1.02
+@pytest.fixture(scope="module")
+def activations():
+    """Inputs of the emoji model's layers while it draws; nothing here is told of them."""
+    return emoji_activations()
+
+
+@pytest.mark.parametrize("text", PROMISED)
+def test_the_promise_holds_on_every_layer_of_a_trained_model(text, activations):
+    """Measured over 22 layers, CPU, torch 2.11, largest objective, weight and output error:
+    fp8 .541, 1.0098, 1.017; int8 row .490, 1.0100, 1.011; nf4 .548, .9401, .971.
+    """
+    broken, layers = [], emoji_weights(parse_wish(text))
+    for name, weight in layers.items():
+        found, x = run(weight, text, "svd", name=name), activations[name]
+        output = float((x @ found.error.T).norm() / (x @ found.error_nearest.T).norm())
+        if found.choice.verdict or found.objective_ratio > 0.7 or max(found.weight_ratio, output) > 1.02:
+            broken.append((name, found.objective_ratio, found.weight_ratio, output, found.choice.verdict))
+    assert len(layers) == 22 and not broken
+
+
+@pytest.mark.parametrize(
+    ("text", "searched"), [("float8_e4m3fn", False), ("int8_tensorwise", False), ("bnb_nf4", True)], ids=str
+)
+def test_a_searched_scale_is_taken_only_where_it_gains_enough(text, searched):
+    weight = heavy_weight()
+    found, clipped, plain = (run(weight, text, method) for method in ("svd", "mse_clip", "nearest"))
+    gain = (clipped.choice.error / plain.choice.error) ** 0.5
+    assert (gain <= WORTH_A_SCALE) == searched
+    assert torch.equal(found.choice.scale, (clipped if searched else plain).choice.scale)
 
 
 @pytest.mark.parametrize("schedule", ["adaptive", "exponential", "plateau"])
 @pytest.mark.parametrize("optimizer", ["original", "adamw", "radam"])
 def test_every_optimizer_with_every_schedule_learns(optimizer, schedule):
-    """Measured, CPU, torch 2.11: objective .26 - .32, radam with exponential decay .53; weight .993 - .999."""
+    """Measured, CPU, torch 2.11: objective .25 - .34, radam with exponential decay .55; weight 1.004 - 1.010."""
     found = run(heavy_weight(128, 192), "int8_tensorwise", "svd", optimizer=optimizer, lr_schedule=schedule)
     assert found.objective_ratio <= 0.7 and found.weight_ratio <= 1.02
 
