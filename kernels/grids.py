@@ -43,6 +43,9 @@ def by_division_(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return x.div_(scale)
 
 
+E4M3_MAX = 448.0
+
+
 def _widen_e4m3(codes: torch.Tensor) -> torch.Tensor:
     """Exact float32 values by way of float16 bits: sign, exponent and mantissa moved into place, then times 2^8.
 
@@ -53,8 +56,11 @@ def _widen_e4m3(codes: torch.Tensor) -> torch.Tensor:
     # A sign-extended shift leaves the sign in bits 15 and 14; bit 14 belongs to the exponent.
     half = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16)
     values = half.float().mul_(256.0)
-    nan = codes.view(torch.uint8).bitwise_and(0x7F) == 0x7F
-    return values.masked_fill_(nan, torch.nan) if nan.any() else values
+    # The two NaN codes come out as +-480, which no other code has. Looking for them in the floats takes 0.1 ns per
+    # code on one core, comparing the codes took 1.0.
+    if values.numel() and max(map(abs, torch.aminmax(values))) > E4M3_MAX:
+        values.masked_fill_(values.abs() > E4M3_MAX, torch.nan)
+    return values
 
 
 def _widen_e5m2(codes: torch.Tensor) -> torch.Tensor:
@@ -79,7 +85,7 @@ def _float_dither(mantissa_bits: int, min_exponent: int) -> Callable[[torch.Tens
 
 
 # The cast to FP8 rounds to nearest even; the clamp comes first, because overflow differs between torch versions.
-E4M3 = Levels("e4m3fn", torch.float8_e4m3fn, 448.0, by_reciprocal_, _clamp_to(448.0), _widen_e4m3,
+E4M3 = Levels("e4m3fn", torch.float8_e4m3fn, E4M3_MAX, by_reciprocal_, _clamp_to(E4M3_MAX), _widen_e4m3,
               _float_dither(3, -6), True)  # fmt: skip
 E5M2 = Levels("e5m2", torch.float8_e5m2, 57344.0, by_reciprocal_, _clamp_to(57344.0), _widen_e5m2,
               _float_dither(2, -14), True)  # fmt: skip
@@ -129,11 +135,13 @@ def encode(
             levels.dither_(x, torch.rand(x.shape, generator=generator, device=x.device).sub_(0.5))
         codes[start:stop].copy_(levels.round_(x))
     if levels.clear_zero_blocks:
-        _clear_zero_blocks_(codes, weight, geometry)
+        _clear_zero_blocks_(codes, weight, scale, geometry)
     return codes
 
 
-def _clear_zero_blocks_(codes: torch.Tensor, weight: torch.Tensor, geometry: Geometry) -> None:
+def _clear_zero_blocks_(codes: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, geometry: Geometry) -> None:
+    if not (scale == 1.0).any():  # a zero block has scale 1.0; most weights need no second pass to know they have none
+        return
     zero = geometry.absmax(weight) < TINY
     if zero.any():
         mask = _spread(zero, geometry, 0, weight.shape[0])

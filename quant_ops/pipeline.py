@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -23,6 +24,7 @@ from .planning.recipe import Recipe
 from .report.report import LayerResult, Report
 from .sources import DTYPE_NAMES, TORCH_DTYPES, TensorSink, TensorSource
 from .spec import ITEM_SIZES, LayerInput, LayerPlan, ModelPlan, TensorSpec
+from .workers import workers
 
 HUGE = 2.0**120  # |w| above this counts as Inf (FORMATS 2.1)
 
@@ -73,22 +75,36 @@ def quantize(
         on_plan(plan)
     results = []
     done, total = 0, plan.bytes_before
-    with ThreadPoolExecutor(1, "fewbits-read") as reads, ThreadPoolExecutor(1, "fewbits-write") as writes:
+    with (
+        ThreadPoolExecutor(1, "fewbits-read") as reads,
+        ThreadPoolExecutor(1, "fewbits-write") as writes,
+        workers(torch.device(device).type == "cpu" and all(_in_passes(layer) for layer in plan.layers)) as compute,
+    ):
+        running: deque[tuple[LayerPlan, object]] = deque()
+        writing: Future | None = None
+
+        def finish() -> None:
+            """Take the oldest layer and hand it on; at most one layer waits to be written."""
+            nonlocal done, writing
+            layer, handle = running.popleft()
+            outputs, result = compute.result(handle, functools.partial(on_progress, done, total, layer.name))
+            if result:
+                results.append(result)
+            if writing:
+                writing.result()
+            writing = writes.submit(_write, sink, outputs)
+            done += layer.bytes_before
+
         try:
             sink.open(plan)
-            writing: Future | None = None
             for layer, tensors in _read_ahead(source, plan.layers, reads):
-                step = functools.partial(on_progress, done, total, layer.name)
-                step()
-                outputs, result = _convert(source.name, layer, tensors, torch.device(device), recipe.seed, step)
-                del tensors
-                if result:
-                    results.append(result)
-                if writing:
-                    writing.result()  # at most one layer waits to be written
-                writing = writes.submit(_write, sink, outputs)
-                del outputs
-                done += layer.bytes_before
+                task = functools.partial(_convert, source.name, layer, tensors, torch.device(device), recipe.seed)
+                running.append((layer, compute.submit(task, functools.partial(on_progress, done, total, layer.name))))
+                del tensors, task
+                if len(running) == compute.at_once:
+                    finish()
+            while running:
+                finish()
             if writing:
                 writing.result()
             on_progress(total, total, "")
@@ -98,6 +114,10 @@ def quantize(
             sink.abort()
             raise
     return Report(plan, tuple(results), time.perf_counter() - started, str(device))
+
+
+def _in_passes(layer: LayerPlan) -> bool:
+    return layer.action != "quantize" or get_method(layer.method).in_passes
 
 
 def _read_ahead(
@@ -199,5 +219,5 @@ def quantize_file(
     Layers in a foreign dialect are quantized already, and treated as such.
     """
     sink = FileSink(target, overwrite=overwrite)
-    with open_checkpoint(source) as opened:
+    with open_checkpoint(source, short_lived=True) as opened:  # the sink writes every tensor away
         return quantize(opened, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress)

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {"kernels": {"kernels"}, "quant_ops": {"kernels", "quant_ops"}, "nodes": {"quant_ops", "nodes"}}
 INSIDE = {  # rooms of quant_ops, lowest first; a room may import those in lines above and its own
-    "ground": {"errors", "spec", "sources", "version"},
+    "ground": {"errors", "spec", "sources", "version", "workers"},
     "parts": {"formats", "methods", "transforms", "checkpoint", "calibration", "report"},
     "planning": {"planning"},
     "engines": {"pipeline", "layouts", "loading", "bench", "inspection", "conversion"},

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
+import weakref
 from pathlib import Path
 
 import torch
 
 from ..errors import CheckpointError
 from ..sources import TORCH_DTYPES
-from ..spec import Header
+from ..spec import Header, TensorSpec
 from .header import read_header
 
 READ_STEP = 1 << 30  # Linux moves at most 2 GiB a call
+REUSED_FROM = 1 << 20  # smaller tensors get memory of their own: the allocator reuses that anyway
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -26,26 +29,62 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
+class _ReadMemory:
+    """Memory for tensors that live shortly: a block is used again once the tensor on it is gone.
+
+    Fresh pages have to be cleared by the system: reading 1.8 GB from the page cache took 1.7 to 2.3 s into fresh memory
+    and 0.45 s into used memory (one core, 4 KB pages). There are never more blocks than tensors alive at once.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[mmap.mmap] = []
+
+    def tensor(self, nbytes: int) -> torch.Tensor:
+        """(nbytes,) uint8, contents undefined."""
+        free = sorted(self._free, key=len)  # a copy: tensors end in other threads
+        block = next((block for block in free if len(block) >= nbytes), None)
+        if block is not None:
+            self._free.remove(block)
+        else:
+            if free:
+                self._free.remove(free[-1])
+            block = mmap.mmap(-1, nbytes)
+        owner = memoryview(block)  # what the tensor's storage holds; it dies with the storage
+        weakref.finalize(owner, self._free.append, block).atexit = False
+        return torch.frombuffer(owner, dtype=torch.uint8, count=nbytes)
+
+
 class FileSource:
     """A checkpoint on disk.
 
     `path` may be a `.safetensors` file, a `*.safetensors.index.json`, or a folder that holds either an index or one
     set of shards. Reading goes through `readinto`, not a memory map: mapped pages would count as resident memory.
 
+    Args:
+        short_lived: the tensors that `read` returns are dropped soon, so that their memory is used for the next ones.
+            One that is kept may hold more memory than its size.
+
     Raises:
         CheckpointError: anything missing, damaged or ambiguous, by file and tensor name.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, *, short_lived: bool = False):
         self.path = Path(path)
         self.name = self.path.name
         self.header = _open_header(self.path)
         self._files: dict[Path, object] = {}
+        self._memory = _ReadMemory() if short_lived else None
+
+    def _empty(self, spec: TensorSpec) -> torch.Tensor:
+        dtype = TORCH_DTYPES[spec.dtype]
+        if self._memory is None or spec.nbytes < REUSED_FROM:
+            return torch.empty(spec.shape, dtype=dtype)
+        return self._memory.tensor(spec.nbytes).view(dtype).view(spec.shape)
 
     def read(self, name: str) -> torch.Tensor:
         spec = self.header.tensors[name]
         path, begin, end = self.header.ranges[name]
-        tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+        tensor = self._empty(spec)
         if begin == end:
             return tensor
         view = tensor_bytes(tensor)

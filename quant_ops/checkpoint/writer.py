@@ -17,6 +17,10 @@ from ..spec import ModelPlan, TensorSpec
 from .header import build_header, read_header
 from .reader import tensor_bytes
 
+# Bytes after which written data is flushed, so that the disk works while the next layers are computed: for 0.9 GB the
+# flush at the end alone took 0.35 s of 4.5.
+FLUSH_STEP = 1 << 26
+
 
 class FileSink:
     """A safetensors file that appears complete or not at all.
@@ -36,6 +40,7 @@ class FileSink:
         self._part: Path | None = None
         self._pending: dict[str, TensorSpec] = {}
         self._offsets: dict[str, int] = {}
+        self._unflushed = 0
         check_target(self.path, overwrite)
 
     def open(self, plan: ModelPlan) -> None:
@@ -65,6 +70,10 @@ class FileSink:
         with self._explain(name):
             self._file.seek(self._offsets[name])
             self._put(tensor_bytes(tensor))
+            self._unflushed += tensor.nbytes
+            if self._unflushed >= FLUSH_STEP:
+                os.fsync(self._file.fileno())
+                self._unflushed = 0
 
     def commit(self) -> None:
         if self._pending:

@@ -64,11 +64,14 @@ class Method(ABC):
     """Chooses codes and scales for one layer; sees a grid, never a format.
 
     `proxy`: the objective leaves out part of the weight's error, so that the guard limits that error as well.
+    `in_passes`: a few passes over the weight in cache-sized chunks and hardly any memory beside it, so that layers side
+    by side are faster than threads inside one.
     """
 
     name: str
     Options: type[MethodOptions] = MethodOptions
     proxy = False
+    in_passes = False
 
     @property
     def options(self) -> dict[str, object]:

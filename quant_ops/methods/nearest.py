@@ -10,6 +10,7 @@ from .base import Layer, Method, nearest_codes, register_method
 
 class Nearest(Method):
     name = "nearest"
+    in_passes = True
 
     def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, None]:
         return *nearest_codes(layer.weight, layer.grid), None

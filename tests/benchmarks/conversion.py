@@ -127,23 +127,31 @@ def bench_plan(folder: Path) -> None:
 
 
 def bench_format(folder: Path, model: Path, name: str, repeats: int) -> dict:
-    """cp and conversion in turn; medians, ratio pair by pair."""
+    """cp and conversion in turn, each without the other's output on disk; medians, ratio pair by pair.
+
+    `seconds` is the whole process; what it takes to start Python and import torch is measured apart.
+    """
     out, copy = folder / "out.safetensors", folder / "copy.safetensors"
     size = model.stat().st_size
     largest = max(torch.Size(shape).numel() for shape in BLOCK.values()) * 2
-    copies, runs, peaks = [], [], []
-    for _ in range(repeats + 1):  # the first pair warms the page cache
+    copies, runs, starts, peaks = [], [], [], []
+    for _ in range(repeats + 1):  # the first round warms the page cache
         copies.append(run_child(["cp", str(model), str(copy)])[0] if shutil.which("cp") else _python_copy(model, copy))
-        seconds, peak = run_child(command("quantize", model, "-o", out, "--format", name, "--overwrite", "--quiet"))
+        copy.unlink()
+        starts.append(run_child(command("quantize", "--help"))[0])
+        seconds, peak = run_child(command("quantize", model, "-o", out, "--format", name, "--quiet"))
+        out.unlink()
         runs.append(seconds)
         peaks.append(peak)
-        copy.unlink()
     ratios = [run / cp for run, cp in zip(runs[1:], copies[1:], strict=True)]
     ratio, limit = statistics.median(ratios), LIMITS.get(name, 5.0)
+    start = statistics.median(starts[1:])
+    alone = statistics.median((run - start) / cp for run, cp in zip(runs[1:], copies[1:], strict=True))
     allowed = 700e6 + 3 * largest
     print(
         f"{name}: {size / 1e9:.2f} GB in {statistics.median(runs[1:]):.2f} s, cp {statistics.median(copies[1:]):.2f} s, "
-        f"ratio {ratio:.2f} ({min(ratios):.2f}..{max(ratios):.2f}, limit {limit:.0f}); "
+        f"ratio {ratio:.2f} ({min(ratios):.2f}..{max(ratios):.2f}, limit {limit:.0f}), {alone:.2f} without the "
+        f"{start:.2f} s of imports; "
         f"peak {max(peaks) / 1e6:.0f} MB (limit {allowed / 1e6:.0f})"
     )
     return {
@@ -152,6 +160,8 @@ def bench_format(folder: Path, model: Path, name: str, repeats: int) -> dict:
         "seconds": round(statistics.median(runs[1:]), 3),
         "cp_seconds": round(statistics.median(copies[1:]), 3),
         "ratio": round(ratio, 3),
+        "start_seconds": round(start, 3),
+        "ratio_without_start": round(alone, 3),
         "ratio_min": round(min(ratios), 3),
         "ratio_max": round(max(ratios), 3),
         "peak_bytes": max(peaks),

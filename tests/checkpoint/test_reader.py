@@ -93,3 +93,20 @@ def test_reading_leaves_the_file_as_it_was(tmp_path):
         source.read("img_in.weight").zero_()
     assert path.read_bytes() == before
     assert load_file(path)["img_in.weight"].abs().sum() > 0
+
+
+def test_memory_of_short_lived_tensors_is_used_again_only_when_they_are_gone(tmp_path):
+    tensors = {f"t{i}": torch.full((1 << 19,), float(i)) for i in range(6)}  # 2 MB each
+    save_file(tensors, tmp_path / "model.safetensors")
+    with FileSource(tmp_path / "model.safetensors", short_lived=True) as source:
+        first, second = source.read("t0"), source.read("t1")
+        part = second[5:]
+        places = {first.data_ptr(), second.data_ptr()}
+        del first, second  # `part` still needs the second one
+        third = source.read("t2")
+        fourth = source.read("t3")
+        assert third.data_ptr() in places and fourth.data_ptr() not in places
+        assert float(part.min()) == float(part.max()) == 1.0
+        assert float(third.min()) == float(third.max()) == 2.0
+        assert float(fourth.min()) == float(fourth.max()) == 3.0
+    assert float(part.sum()) == part.numel()  # also after the source is closed

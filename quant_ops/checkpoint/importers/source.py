@@ -299,14 +299,16 @@ def imported(source: TensorSource, options: ImportOptions | None = None) -> Tens
     return source if made.changes_nothing else made
 
 
-def open_checkpoint(path: str | os.PathLike) -> TensorSource:
+def open_checkpoint(path: str | os.PathLike, *, short_lived: bool = False) -> TensorSource:
     """A file, index or folder of shards, foreign layers in canonical form; a context manager that closes the files.
+
+    `short_lived` as FileSource defines it.
 
     Raises:
         CheckpointError: see FileSource and ImportedSource.
     """
     with ExitStack() as stack:
-        file = stack.enter_context(FileSource(path))
+        file = stack.enter_context(FileSource(path, short_lived=short_lived))
         opened = imported(file, ImportOptions(foreign_only=True))
         stack.pop_all()
         return opened
