@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -130,6 +131,66 @@ def test_the_ranking_is_total_documented_and_independent_of_the_order_of_keys(ca
     dice.shuffle(shuffled)
     again = winner(parse_layer_config(table_of(shuffled, excluded[::-1])), base)
     assert key(again) == key(chosen)
+
+
+@st.composite
+def regex_of(draw, base):
+    """A regular expression that matches this whole name."""
+    parts, index = [], 0
+    while index < len(base):
+        kind = draw(st.sampled_from(["keep"] * 6 + [".", "class", "digit", ".*"]))
+        char = base[index]
+        if kind == ".*":
+            index += draw(st.integers(0, len(base) - index))
+            parts.append(".*")
+            continue
+        wild = {".": ".", "class": f"[{re.escape(char)}]", "digit": r"\d" if char.isdigit() else r"\S"}
+        parts.append(wild.get(kind, re.escape(char)))
+        index += 1
+    return "".join(parts) or ".*"
+
+
+@st.composite
+def config_for_a_model(draw, fullmatch):
+    made = regex_of if fullmatch else pattern_of
+    bases = st.sampled_from(sorted(MODEL))
+    patterns = draw(st.lists(st.one_of(bases.flatmap(made), bases), min_size=1, max_size=8, unique=True))
+    return patterns, draw(st.lists(bases.flatmap(made), max_size=2, unique=True))
+
+
+MODEL = {"blocks.12.mlp.0", "blocks.1.mlp.0", "double_blocks.0.img_attn.proj", "final_layer.linear", "a.0", "norm"}
+
+
+@pytest.mark.parametrize("fullmatch", [False, True], ids=["globs", "regular expressions"])
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_in_a_whole_model_the_most_specific_pattern_decides_every_layer_whatever_the_order(fullmatch, data):
+    """One list for all layers gives each of them the pattern that wins among those that match it."""
+    patterns, excluded = data.draw(config_for_a_model(fullmatch))
+    shuffled = data.draw(st.permutations(patterns))
+    configs = [parse_layer_config(table_of(order, excluded), fullmatch=fullmatch) for order in (patterns, shuffled)]
+    for base in MODEL:
+        winners = []
+        for config in configs:
+            hits = [
+                entry
+                for entry in config.entries
+                if matches(f"re:{entry.pattern}" if fullmatch else entry.pattern, base)
+            ]
+            key = lambda entry: (*ranking(entry.pattern, base, fullmatch), not entry.exclusion, entry.position)  # noqa: B023, E731
+            wanted = min(hits, key=key, default=None)
+            found = next((r.entry for r in config.ranked(MODEL) if matches(r.match, base)), None)
+            assert found == wanted
+            winners.append(found and (ranking(found.pattern, base, fullmatch), found.exclusion))
+        assert winners[0] == winners[1]
+        if base in patterns:
+            assert next(r.entry.pattern for r in configs[0].ranked(MODEL) if matches(r.match, base)) == base
+
+
+def ranking(pattern, base, fullmatch):
+    """(rank, longer literal text first, fewer wildcards first) as the format page orders them."""
+    rank, literal, wildcards = specificity(pattern, base, fullmatch=fullmatch)
+    return rank, -literal, wildcards
 
 
 @pytest.mark.parametrize(
