@@ -1,0 +1,56 @@
+"""What `fewbits quantize` and `fewbits plan` refuse before they look at the model: the file named here does not exist."""
+
+import json
+
+import pytest
+
+from fewbits.quant_ops.cli.__main__ import main
+
+REFUSED = {
+    "--format fp8": "unknown format 'fp8', did you mean 'float8_e4m3fn'?",
+    "--format float8_e4m3fn_block_wise": "did you mean 'float8_e4m3fn_blockwise'?",
+    "--format int8_tensorwise --scaling rows": "scaling must be one of row, tensor; got 'rows'",
+    "--format int8_tensorwise:scalling=row": "unknown key 'scalling', did you mean 'scaling'?",
+    "--format int8_blockwise:block_size=48": "block_size must be one of 16, 32, 64, 128, 256; got 48",
+    "--format int8_tensorwise:convrot=true,scaling=tensor": "convrot needs scaling row",
+    "--format bnb_nf4 --method gtpq": "unknown method 'gtpq'; known methods: ",
+    "--format bnb_nf4:method=svd,num_iters=5": "unknown key 'num_iters', did you mean 'num_iter'?",
+    "--format bnb_nf4:method=svd,optimizer=adam": "unknown value 'adam', did you mean 'radam'?",
+    "--format bnb_nf4:num_iter=5": "unknown key 'num_iter'",
+    "--format mxfp8 --keep re:(": "pattern 're:(' is not a regular expression",
+    "--format mxfp8 --rule a=fp9": "unknown format 'fp9'",
+    "--format mxfp8 --rule a": "write PATTERN=FORMAT or PATTERN=FORMAT:option=value,...",
+    "--format mxfp8 --fallback int9": "unknown format 'int9'",
+    "--format mxfp8 --seed x": "invalid int value: 'x'",
+    "--format mxfp8 --fullmatch": "--fullmatch is about the keys of --layer-config FILE, which is missing",
+    "--format mxfp8 --layer-config DIR/none.json": "layer-config not found",
+    "--format mxfp8 --layer-config DIR/bad.json": "unknown format 'int8', did you mean 'int8_tensorwise'?",
+    "--format mxfp8 --layer-config DIR/syntax.json": "syntax.json line 1 column 7",
+    "--recipe DIR/none.toml": "recipe not found",
+    "--recipe DIR/bad.toml": "recipe bad.toml: top level: unknown key 'presets', did you mean 'preset'?",
+    "--recipe DIR/syntax.toml": "recipe syntax.toml: ",
+    "--recipe DIR/good.toml --format mxfp8": "--recipe already says format, scaling and method",
+    "--recipe DIR/good.toml --layer-config DIR/bad.json": "the recipe has a [layer_config] of its own",
+    "--method svd": "say --format",
+}
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.items(), ids=REFUSED)
+def test_a_wish_that_makes_no_sense_is_one_line_and_status_2(command, arguments, message, tmp_path, capsys):
+    files = {
+        "bad.json": json.dumps({"a": {"format": "int8"}}), "syntax.json": '{"a": }', "bad.toml": "presets = 'flux'",
+        "syntax.toml": "preset flux", "good.toml": "[primary]\nformat='mxfp8'\n[layer_config]\na={skip=true}",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    words = arguments.replace("DIR", str(tmp_path)).split()
+    target = ["-o", str(tmp_path / "q.safetensors")] if command == "quantize" else []
+    try:
+        status = main([command, str(tmp_path / "missing.safetensors"), *target, *words])
+    except SystemExit as left:  # argparse refuses a value itself, after its usage
+        status = left.code
+    shown = capsys.readouterr()
+    assert status == 2 and message in shown.err.splitlines()[-1] and not shown.out
+    assert "missing.safetensors" not in shown.err
+    assert {path.name for path in tmp_path.iterdir()} == set(files)
