@@ -1,0 +1,78 @@
+"""What the documentation shows is real: recipes parse, layer-configs are valid, commands mean what stands beside them."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fewbits.quant_ops.compat.api import _parse
+from fewbits.quant_ops.compat.flags import FLAGS
+from fewbits.quant_ops.compat.job import make_job
+from fewbits.quant_ops.methods import METHODS
+from fewbits.quant_ops.planning.layer_config import parse_layer_config
+from fewbits.quant_ops.planning.recipe import draft_from_text
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "web" / "docs").rglob("*.md"))]
+CLASSIC = (ROOT / "docs" / "convert_to_quant.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    """(page, text) of every fenced block of a language."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        found += [(page, match) for match in re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)]
+    return [pytest.param(page, text, id=f"{page.relative_to(ROOT)}-{i}") for i, (page, text) in enumerate(found)]
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("toml"))
+def test_every_recipe_shown_can_be_pasted(page, text):
+    assert draft_from_text(text, page.name).finish().primary.format == "int8_tensorwise"
+
+
+def test_the_layer_config_shown_is_valid_and_ranked_as_the_page_says():
+    text = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```json\n(.*?)^```$", text, re.M | re.S)
+    config = parse_layer_config(json.loads(shown))
+    assert not config.warnings and len(config.entries) == 4
+    ranked = [entry.entry.pattern for entry in config.ranked(["final_layer.linear", "img_in"])]
+    assert set(ranked[:2]) == {"final_layer.linear", "img_in"} and ranked[2:] == ["double_blocks.0.*", "*norm*"]
+
+
+COMMANDS = [line for line in CLASSIC.splitlines() if line.strip().startswith("convert_to_quant -i")]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_classic_command_shown_is_accepted(line, tmp_path):
+    words = shlex.split(line)[1:]
+    if "--layer-config" in words:
+        (tmp_path / "c.json").write_text('{"a": {"format": "bnb_nf4"}}')
+        words[words.index("--layer-config") + 1] = str(tmp_path / "c.json")
+    assert make_job(_parse(words)).arguments
+
+
+@pytest.mark.parametrize(
+    ("flags", "format"),
+    [
+        ("", "float8_e4m3fn"), ("--scaling_mode tensor", "float8_e4m3fn"), ("--scaling_mode row", "float8_e4m3fn_rowwise"),
+        ("--scaling_mode block", "float8_e4m3fn_block3d"), ("--scaling_mode block2d", "float8_e4m3fn_blockwise"),
+        ("--int8", "int8_tensorwise"), ("--int8 --scaling_mode row", "int8_tensorwise"),
+        ("--int8 --scaling_mode block2d", "int8_blockwise"), ("--int8 --block_size 128", "int8_blockwise"),
+        ("--int8 --kernel_backend lodewise", "int8_lodewise"), ("--nf4", "bnb_nf4"), ("--fp4", "bnb_fp4"),
+        ("--nvfp4", "nvfp4"), ("--mxfp8", "mxfp8"), ("--convrot", "int8_tensorwise"),
+    ],
+)  # fmt: skip
+def test_the_table_of_formats_is_what_the_flags_do(flags, format):
+    assert make_job(_parse(["-i", "m", *flags.split()])).recipe.primary.format == format
+
+
+def test_flags_and_methods_named_on_the_pages_exist():
+    spellings = {spelling for flag in FLAGS for spelling in flag.spellings}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", CLASSIC))
+    assert named <= spellings
+    rules = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+    table = rules.split("| method | does |")[1].split("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) <= set(METHODS)
