@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 
 from comfy_api.latest import io
 
@@ -152,6 +153,18 @@ def convrot_input() -> io.Boolean.Input:
     )
 
 
+def kernels_input() -> io.Boolean.Input:
+    return io.Boolean.Input(
+        "quantized_kernels",
+        default=False,
+        optional=True,
+        advanced=True,
+        tooltip="Multiply the quantized layers of the text encoder by their own kernels, where format and GPU have "
+        "one, as in a diffusion model. Off: each layer is decoded at every prompt, as ComfyUI does; closest to the "
+        "original. The report says what runs.",
+    )
+
+
 def device_input() -> io.Combo.Input:
     return io.Combo.Input(
         "device",
@@ -225,16 +238,20 @@ def recipe_from(
     return dataclasses.replace(own.over(base), primary=base.primary or Wish(format, options, method)).finish()
 
 
-def report_result(*values: object, report: Report) -> io.NodeOutput:
-    """A node's outputs, the report last as text and, for the page, as JSON."""
-    data = report.to_json()
+def report_result(*values: object, report: Report, **facts: object) -> io.NodeOutput:
+    """A node's outputs, the report last as text and, for the page, as JSON; with further facts of this node."""
+    data = {**report.to_json(), **facts}
     return io.NodeOutput(*values, json.dumps(data, indent=2), ui={"fewbits_report": [data]})
 
 
-def inspection_text(inspection: Inspection) -> str:
-    """What is in a file, and what of FewBits is switched off in this ComfyUI."""
+def inspection_text(*inspections: Inspection, kernels: Iterable[str] = ()) -> str:
+    """What is in the files, which kernels run, and what of FewBits is switched off in this ComfyUI."""
+    texts = [inspection.to_text() for inspection in inspections]
+    lines = list(kernels)
+    if lines:
+        texts.append("\n".join(["how quantized layers are multiplied:", *lines]))
     off = [f"FewBits: '{seam}' is off: {reason}" for seam, reason in bridge.status().items() if reason]
-    return "\n".join([inspection.to_text(), *off])
+    return "\n".join([*texts, *off])
 
 
 def _values(formats: list[str], option: str, *, only_if_stored: bool = False) -> list:

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import bridge, inspect_file, layer_rules, load, quantize_file, quantize_model, save
+from . import (
+    bridge,
+    convert_fp8_scaled,
+    inspect_file,
+    layer_rules,
+    load,
+    quantize_file,
+    quantize_model,
+    quantize_text_encoder,
+    save,
+)
 
 NODES = [
     load.FewBitsLoadModel,
+    load.FewBitsLoadTextEncoder,
+    load.FewBitsLoadCheckpoint,
     *quantize_model.NODES,
+    quantize_text_encoder.FewBitsQuantizeTextEncoder,
     quantize_file.FewBitsQuantizeFile,
     layer_rules.FewBitsLayerRules,
     layer_rules.FewBitsSaveRecipe,
     save.FewBitsSaveComfyQuant,
+    convert_fp8_scaled.FewBitsConvertFP8Scaled,
     inspect_file.FewBitsInspectFile,
 ]
 

@@ -71,7 +71,7 @@ class FewBitsQuantizeFile(io.ComfyNode):
         run = host.Run(cls.hidden.unique_id)
         folder, name = host.split_choice(file)
         recipe = recipe_from(**wish)
-        target = host.output_path(filename or automatic_name(folder, name, recipe.primary.format))
+        target = host.output_path(filename or automatic_name(folder, name, recipe.primary.format), overwrite=overwrite)
         report = quantize_file(
             host.model_path(folder, name),
             target,

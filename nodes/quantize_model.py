@@ -1,4 +1,4 @@
-"""Quantize FP8, Quantize INT8: MODEL -> quantized MODEL. One node per row of the table."""
+"""Quantize FP8, INT8, NF4, FP4: MODEL -> quantized MODEL. One node per row of the table."""
 
 from __future__ import annotations
 
@@ -37,6 +37,21 @@ ROWS = (
         tuple(name for name in FORMATS if name.startswith("int8_")),
         "8-bit integers: half the size of 16 bit, multiplied as they are by NVIDIA GPUs since Turing.",
         "int8_tensorwise opens in stock ComfyUI 0.27 or newer; the block formats need FewBits.",
+    ),
+    Row(
+        "FewBitsQuantizeNF4",
+        "Quantize NF4",
+        ("bnb_nf4",),
+        "4-bit codes of bitsandbytes' NF4 table: just over a quarter of the size of 16 bit, on every GPU.",
+        "bnb_nf4 needs FewBits to open.",
+    ),
+    Row(
+        "FewBitsQuantizeFP4",
+        "Quantize FP4",
+        ("nvfp4", "bnb_fp4"),
+        "4-bit floating point, in one of two formats of that name: just over a quarter of the size of 16 bit.",
+        "nvfp4: NVIDIA's, a scale for 16 weights; opens in stock ComfyUI and is multiplied as it is by Blackwell GPUs. "
+        "bnb_fp4: bitsandbytes' table, a scale for 64 weights; needs FewBits; bnb_nf4 of Quantize NF4 is more exact.",
     ),
 )
 

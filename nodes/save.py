@@ -38,7 +38,7 @@ class FewBitsSaveComfyQuant(io.ComfyNode):
     @classmethod
     def execute(cls, model: io.Model.Type, filename: str, overwrite: bool = False) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id, text=True)
-        target = host.output_path(filename)
+        target = host.output_path(filename, overwrite=overwrite)
         sink = FileSink(target, overwrite=overwrite)
         report = model_io.save_model(model, sink, on_plan=run.on_plan, on_progress=run.on_progress)
         run.say(f"saved {target.name}, {megabytes(report.plan.bytes_after)}")

@@ -8,6 +8,7 @@ import time
 from pathlib import Path, PurePosixPath
 
 import comfy.model_management
+import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
@@ -17,6 +18,7 @@ from ...quant_ops.spec import ModelPlan
 
 MODEL_FOLDERS = ("diffusion_models", "text_encoders", "checkpoints")
 SUFFIXES = (".safetensors", ".sft")
+TYPED_LOADERS = ("CLIPLoader", "DualCLIPLoader")
 MESSAGE_SECONDS = 0.1  # at most ten progress messages a second
 # Names that Windows gives to devices in every folder, whatever the extension.
 DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
@@ -45,6 +47,19 @@ def model_path(folder: str, name: str) -> Path:
     return Path(path)
 
 
+def text_encoder_types() -> list[str]:
+    """Every type of text encoder that this ComfyUI knows: what its own loaders offer, else its list of types."""
+    nodes = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})  # ComfyUI's module; not there as a library
+    offered = [nodes[name].INPUT_TYPES()["required"]["type"] for name in TYPED_LOADERS if name in nodes]
+    found = dict.fromkeys(value for widget in offered for value in _options(widget))
+    return list(found) or [member.name.lower() for member in comfy.sd.CLIPType]
+
+
+def _options(widget: tuple) -> list[str]:
+    """The choices of an input, as old and new nodes state them."""
+    return widget[0] if isinstance(widget[0], (list, tuple)) else widget[1]["options"]
+
+
 def split_choice(choice: str) -> tuple[str, str]:
     """`folder/name` as offered by `all_model_files` -> (folder, name)."""
     folder, _, name = choice.partition("/")
@@ -57,11 +72,12 @@ def file_state(choice: str) -> tuple[int, int]:
     return state.st_mtime_ns, state.st_size
 
 
-def output_path(name: str, suffix: str = ".safetensors") -> Path:
+def output_path(name: str, suffix: str = ".safetensors", *, overwrite: bool = False) -> Path:
     """Where a file named by the user goes: below ComfyUI's output folder, the suffix added, subfolders made.
 
     Raises:
-        RecipeError: empty, absolute, with `..`, a drive or a device name, or leading elsewhere through a link.
+        RecipeError: empty, absolute, with `..`, a drive or a device name, or leading elsewhere through a link; or an
+            existing file and no wish to overwrite it.
     """
     parts = PurePosixPath(name.strip().replace("\\", "/")).parts
     root = Path(folder_paths.get_output_directory())
@@ -73,6 +89,9 @@ def output_path(name: str, suffix: str = ".safetensors") -> Path:
             f"file name {name!r} is not allowed: write a name inside ComfyUI's output folder, such as "
             "diffusion_models/my_model; absolute paths, '..' and device names are refused"
         )
+    if target.exists() and not overwrite:
+        shown = target.relative_to(root).as_posix()
+        raise RecipeError(f"{shown} exists already in the output folder; choose another filename or turn overwrite on")
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
@@ -83,9 +102,7 @@ def save_text(name: str, suffix: str, text: str, *, overwrite: bool) -> Path:
     Raises:
         RecipeError: a name that is not allowed, or an existing file and no wish to overwrite it.
     """
-    target = output_path(name, suffix)
-    if target.exists() and not overwrite:
-        raise RecipeError(f"{target} exists already; choose another name or allow overwriting")
+    target = output_path(name, suffix, overwrite=overwrite)
     target.write_text(text, encoding="utf-8", newline="\n")
     return target
 
@@ -173,16 +190,20 @@ class Run:
 
     def say(self, text: str) -> None:
         """A line of text under the node."""
-        server = _server()
+        server = _listening_server()
         if server is not None:
-            server.send_progress_text(text, self.node_id)
+            server.send_progress_text(text, self.node_id, server.client_id)
 
     def _send(self, event: str, data: dict) -> None:
-        server = _server()
+        server = _listening_server()
         if server is not None:
-            server.send_sync(event, {"node_id": self.node_id, **data})
+            server.send_sync(event, {"node_id": self.node_id, **data}, server.client_id)
 
 
-def _server() -> object | None:
-    """ComfyUI's server when there is one: not in tests, nor where ComfyUI is used as a library."""
-    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+def _listening_server() -> object | None:
+    """ComfyUI's server while it runs a prompt that somebody watches, and only that client is told.
+
+    There is none in tests, nor where ComfyUI is used as a library.
+    """
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    return server if getattr(server, "client_id", None) is not None else None

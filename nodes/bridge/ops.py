@@ -17,7 +17,7 @@ from ...quant_ops.formats import FORMATS, get_format
 from ...quant_ops.layouts import register_layout
 from ...quant_ops.sources import TORCH_DTYPES, spec_of
 from ...quant_ops.spec import FormatOptions, LayerInput
-from . import detect, foreign, text_encoders
+from . import controlnet, detect, foreign, merging, text_encoders
 from .compat import embedding_reads, weight_only_path
 
 MARK = "_fewbits_wrapped"
@@ -78,6 +78,8 @@ SEAMS: dict[str, Callable[[], None]] = {
     "text_encoders": text_encoders.install,
     "foreign dialects": functools.partial(foreign.install, OWNED),
     "detection": functools.partial(detect.install, OWNED),
+    "merging": merging.install,
+    "controlnet": controlnet.install,
 }
 
 

@@ -149,7 +149,7 @@ def _refuse_foreign_tensors(state: dict[str, torch.Tensor]) -> None:
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise UnsupportedLayerError(
                 f"layer '{key.rpartition('.')[0]}': its weight is a {type(tensor).__name__}, which only the node that "
-                "loaded the MODEL can read; load a safetensors file instead"
+                "loaded it can read; load a safetensors file instead"
             )
 
 
@@ -163,7 +163,7 @@ def _moved_patches(old: ModelPatcher, model: torch.nn.Module, prefix: str) -> di
             patch = types.MethodType(patch.__func__, model.get_submodule(names[id(owner)]))
         elif key.startswith(prefix.rstrip(".")) and isinstance(patch, torch.nn.Module):
             raise UnsupportedLayerError(
-                f"the MODEL's part '{key}' was replaced by a {type(patch).__name__} with weights of its own "
+                f"its part '{key}' was replaced by a {type(patch).__name__} with weights of its own "
                 "(torch.compile does that): quantize first, then apply that node"
             )
         moved[key] = patch

@@ -99,6 +99,29 @@ def test_a_file_outside_the_model_folders_does_not_exist(host, tmp_path, choice)
         host.model_path(*host.split_choice(choice))
 
 
+def test_an_existing_file_is_named_without_its_folder_and_kept(host, tmp_path):
+    from fewbits.quant_ops.errors import RecipeError
+
+    (tmp_path / "output" / "sub").mkdir()
+    (tmp_path / "output" / "sub" / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(RecipeError) as raised:
+        host.output_path("sub/model")
+    assert str(raised.value).startswith("sub/model.safetensors exists already in the output folder; ")
+    assert "turn overwrite on" in str(raised.value) and str(tmp_path) not in str(raised.value)
+    assert host.output_path("sub/model", overwrite=True).read_bytes() == b"mine"
+
+
+def test_text_encoder_types_are_comfyuis_own(host, comfy, monkeypatch):
+    known = [kind.name.lower() for kind in comfy.sd.CLIPType]
+    monkeypatch.delitem(sys.modules, "nodes", raising=False)
+    assert host.text_encoder_types() == known
+    old = types.SimpleNamespace(INPUT_TYPES=lambda: {"required": {"type": (["one", "both"],)}})
+    new = types.SimpleNamespace(INPUT_TYPES=lambda: {"required": {"type": ("COMBO", {"options": ["both", "two"]})}})
+    mappings = {"CLIPLoader": old, "DualCLIPLoader": new}
+    monkeypatch.setitem(sys.modules, "nodes", types.SimpleNamespace(NODE_CLASS_MAPPINGS=mappings))
+    assert host.text_encoder_types() == ["one", "both", "two"]
+
+
 def test_files_are_put_where_the_loaders_of_their_kind_look(host, tmp_path):
     from fewbits.nodes.quantize_file import automatic_name
 
@@ -119,12 +142,13 @@ def server(monkeypatch):
     """Stands in for ComfyUI's server and keeps what is sent."""
     sent, texts = [], []
     instance = types.SimpleNamespace(
-        send_sync=lambda event, data: sent.append((event, data)),
-        send_progress_text=lambda text, node_id: texts.append((text, node_id)),
+        client_id="the prompt's",
+        send_sync=lambda event, data, sid: sent.append((event, data)) if sid == "the prompt's" else None,
+        send_progress_text=lambda text, node_id, sid: texts.append((text, node_id)) if sid == "the prompt's" else None,
     )
     module = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=instance))
     monkeypatch.setitem(sys.modules, "server", module)
-    return types.SimpleNamespace(sent=sent, texts=texts)
+    return types.SimpleNamespace(sent=sent, texts=texts, instance=instance)
 
 
 def test_progress_is_sent_at_most_ten_times_a_second_and_always_at_the_end(host, server, monkeypatch):
@@ -150,6 +174,14 @@ def test_the_plan_is_sent_before_any_work(host, server):
     run = host.Run("7")
     run.on_plan(types.SimpleNamespace(to_json=lambda: {"layers": []}))
     assert server.sent == [("fewbits.plan", {"node_id": "7", "plan": {"layers": []}})]
+
+
+def test_a_prompt_that_nobody_watches_tells_nobody(host, server):
+    server.instance.client_id = None
+    run = host.Run("7", text=True)
+    run.on_plan(types.SimpleNamespace(to_json=dict))
+    run.on_progress(1, 1, "layer")
+    assert server.sent == server.texts == []
 
 
 def test_without_a_server_nothing_is_sent(host, monkeypatch):

@@ -145,7 +145,9 @@ def test_a_report_is_saved_as_the_recipe_that_was_run(rules, recipe_from, quanti
     assert path == str(output / "recipes" / "mine.toml")
     assert recipe_from_toml(path) == recipe and (output / "recipes" / "mine.toml").read_text("utf-8") == text
     assert rules(text=text).finish() == recipe
-    with pytest.raises(RecipeError, match="mine.toml exists already; choose another name or allow overwriting"):
+    with pytest.raises(
+        RecipeError, match="mine.toml exists already in the output folder; choose another filename or turn overwrite on"
+    ):
         save_recipe(json.dumps(report.to_json()), filename="recipes/mine.toml")
     save_recipe(json.dumps(report.to_json()), filename="recipes/mine", overwrite=True)
     assert save_recipe(json.dumps(report.to_json()))[0] == ""

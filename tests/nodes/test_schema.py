@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 IDS = [
-    "FewBitsLoadModel", "FewBitsQuantizeFP8", "FewBitsQuantizeINT8", "FewBitsQuantizeFile", "FewBitsLayerRules",
-    "FewBitsSaveRecipe", "FewBitsSaveComfyQuant", "FewBitsInspectFile",
+    "FewBitsLoadModel", "FewBitsLoadTextEncoder", "FewBitsLoadCheckpoint", "FewBitsQuantizeFP8", "FewBitsQuantizeINT8",
+    "FewBitsQuantizeNF4", "FewBitsQuantizeFP4", "FewBitsQuantizeTextEncoder", "FewBitsQuantizeFile",
+    "FewBitsLayerRules", "FewBitsSaveRecipe", "FewBitsSaveComfyQuant", "FewBitsConvertFP8Scaled", "FewBitsInspectFile",
 ]  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def test_every_input_and_output_says_what_it_does(schema):
 
 def test_what_has_a_default_may_be_left_out_of_an_api_prompt(schema, nodes):
     required = {item.id for item in schema.inputs if not item.optional}
-    assert required <= {"model", "file", "format", "filename", "report"}
+    assert required <= {"model", "clip", "file", "type", "format", "filename", "report"}
     assert all(item.optional for item in schema.inputs if getattr(item, "advanced", None))
 
 

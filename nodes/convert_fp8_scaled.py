@@ -1,0 +1,93 @@
+"""Convert FP8 Scaled: a file in ComfyUI's old scaled_fp8 dialect -> the same codes as every ComfyUI since 0.8 reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import PurePosixPath
+
+from comfy_api.latest import io
+
+from ..quant_ops.checkpoint.importers import ImportOptions
+from ..quant_ops.conversion import convert_file
+from ..quant_ops.report.report import megabytes
+from .bridge import host
+from .common import full_precision_input, overwrite_input, path_output, schema
+
+
+class FewBitsConvertFP8Scaled(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FewBitsConvertFP8Scaled",
+            display_name="Convert FP8 Scaled",
+            category="FewBits/tools",
+            description="Rewrites an old scaled FP8 file with the names and metadata that ComfyUI uses today. No "
+            "weight is rounded again, and e5m2 stays e5m2.",
+            search_aliases=["scaled_fp8", "fp8 scaled", "comfy_quant", "convert", "fewbits"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=host.all_model_files(),
+                    tooltip="The scaled FP8 file: one with a scaled_fp8 tensor or with scale_weight beside its layers. "
+                    "It is only read.",
+                ),
+                io.String.Input(
+                    "filename",
+                    optional=True,
+                    default="",
+                    placeholder="automatic: <folder>/<file>_comfy_quant",
+                    tooltip="Name of the new file inside ComfyUI's output folder; subfolders are made. Empty: the old "
+                    "name and _comfy_quant, in the folder where the loaders find it.",
+                ),
+                overwrite_input(),
+                io.String.Input(
+                    "high_precision",
+                    optional=True,
+                    advanced=True,
+                    default="",
+                    placeholder="regular expression",
+                    tooltip="A check: every layer whose name this regular expression finds must be high precision in "
+                    "the file, otherwise nothing is written and the error lists the others. Empty: no check.",
+                ),
+                full_precision_input(),
+            ],
+            outputs=[
+                path_output(),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Layers by dialect, formats, sizes and notes, as JSON."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **others: object) -> tuple:
+        return (*host.file_state(file), *sorted(others.items()))
+
+    @classmethod
+    def execute(
+        cls,
+        file: str,
+        filename: str = "",
+        overwrite: bool = False,
+        high_precision: str = "",
+        full_precision_matmul: bool = False,
+    ) -> io.NodeOutput:
+        run = host.Run(cls.hidden.unique_id, text=True)
+        folder, name = host.split_choice(file)
+        stem = PurePosixPath(name.replace("\\", "/")).stem
+        automatic = f"{host.output_folder(folder)}/{stem}_comfy_quant"
+        target = host.output_path(filename or automatic, overwrite=overwrite)
+        result = convert_file(
+            host.model_path(folder, name),
+            target,
+            options=ImportOptions(full_precision_mm=full_precision_matmul),
+            only="fp8_scaled",
+            hp_filter=high_precision or None,
+            overwrite=overwrite,
+            on_progress=run.on_progress,
+        )
+        run.say(f"saved {target.name}, {megabytes(result.report.plan.bytes_after)}")
+        data = result.to_json()
+        return io.NodeOutput(str(target), json.dumps(data, indent=2), ui={"fewbits_report": [data]})

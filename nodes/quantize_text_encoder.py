@@ -1,0 +1,71 @@
+"""Quantize Text Encoder: CLIP -> quantized CLIP, smaller in memory, in any format."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..quant_ops.formats import FORMATS
+from .bridge import clip_io, host, kernels
+from .common import (
+    AUTO,
+    device_input,
+    kernels_input,
+    recipe_from,
+    recipe_inputs,
+    report_output,
+    report_result,
+    schema,
+)
+
+DEFAULT = "int8_tensorwise"  # text encoders compute at full precision, and its error is the smallest at this size
+CHOICE = (
+    "int8_tensorwise and float8_e4m3fn halve a 16-bit encoder and open in stock ComfyUI, INT8 with the smaller error; "
+    "bnb_nf4 leaves just over a quarter of it and needs FewBits."
+)
+
+
+class FewBitsQuantizeTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        shown, advanced = recipe_inputs(list(FORMATS), CHOICE, DEFAULT)
+        return schema(
+            node_id="FewBitsQuantizeTextEncoder",
+            display_name="Quantize Text Encoder",
+            category="FewBits/quantize",
+            description="Makes text encoders smaller in the graph, all that the CLIP holds. The CLIP that comes in "
+            "stays as it is.",
+            search_aliases=["quantize clip", "t5", "convert", "compress", "fewbits"],
+            inputs=[
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The text encoders to convert. LoRAs and other weight patches on them are baked in first. "
+                    "They are not changed.",
+                ),
+                *shown,
+                *advanced,
+                kernels_input(),
+                device_input(),
+            ],
+            outputs=[
+                io.Clip.Output(
+                    "clip", display_name="clip", tooltip="The quantized text encoders, ready to encode or save."
+                ),
+                report_output(),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, clip: io.Clip.Type, quantized_kernels: bool = False, device: str = AUTO, **wish: object
+    ) -> io.NodeOutput:
+        run = host.Run(cls.hidden.unique_id)
+        quantized, report = clip_io.quantize_clip(
+            clip,
+            recipe_from(**wish),
+            kernels=quantized_kernels,
+            device=host.pick_device(device),
+            on_plan=run.on_plan,
+            on_progress=run.on_progress,
+        )
+        return report_result(quantized, report=report, kernels=kernels.kernel_lines(quantized.cond_stage_model))

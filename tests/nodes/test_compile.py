@@ -1,0 +1,41 @@
+"""torch.compile of a whole quantized block: one graph, the same numbers."""
+
+import pytest
+import torch
+
+from helpers import EMOJI
+
+
+@pytest.fixture
+def counters():
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("wish", ["bnb_nf4", "bnb_fp4", "int8_blockwise", "int8_lodewise", "float8_e4m3fn_rowwise",
+                                  "float8_e4m3fn_blockwise", "float8_e4m3fn_block3d"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_quantized_block_compiles_to_one_graph(comfy, quantize, counters, monkeypatch, wish, dtype):
+    import comfy.ldm.flux.math
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    # ComfyUI's attention for the CPU reads /proc/meminfo; this is the one that GPUs use.
+    monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", attention_pytorch)
+    model, _ = quantize(comfy.sd.load_diffusion_model(str(EMOJI)), wish)
+    block = model.model.diffusion_model.single_blocks[0]
+    assert block.linear1.quant_format == wish
+    generator = torch.Generator().manual_seed(1)
+    x, vec = (torch.randn(shape, generator=generator).to(dtype) for shape in ((1, 24, 256), (1, 256)))
+    ids = torch.zeros(1, 24, 3)
+    pe = model.model.diffusion_model.pe_embedder(ids)
+    with torch.inference_mode(False), torch.no_grad():
+        arguments = tuple(tensor.clone() for tensor in (x, vec, pe))
+        wanted = block(*(tensor.clone() for tensor in arguments))
+        got = torch.compile(block, backend="aot_eager")(*(tensor.clone() for tensor in arguments))
+    assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
+    assert counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(got, wanted, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
