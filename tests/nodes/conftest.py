@@ -103,3 +103,70 @@ def save(comfy):
     from fewbits.quant_ops.checkpoint.writer import FileSink
 
     return lambda model, path: save_model(model, FileSink(path), on_plan=lambda plan: None)
+
+
+@pytest.fixture
+def host(comfy, tmp_path, monkeypatch):
+    """The bridge's module, with ComfyUI's folders below tmp_path."""
+    import folder_paths
+
+    from fewbits.nodes.bridge import host
+
+    models, output = tmp_path / "models", tmp_path / "output"
+    places = {"diffusion_models": ["diffusion_models", "unet"], "text_encoders": ["text_encoders", "clip"]}
+    for folder in host.MODEL_FOLDERS:
+        paths = [models / name for name in places.get(folder, [folder])]
+        paths.append(output / places.get(folder, [folder])[-1 if folder == "text_encoders" else 0])
+        for path in paths:
+            path.mkdir(parents=True)
+        known = (list(map(str, paths)), {".safetensors", ".pt"})
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, folder, known)
+    monkeypatch.setattr(folder_paths, "output_directory", str(output))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return host
+
+
+SMALL_CLIP = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2,
+              "projection_dim": 128}  # fmt: skip
+
+
+@pytest.fixture
+def small_clip(comfy, monkeypatch):
+    """Every CLIP-L that ComfyUI builds has 2 layers of width 128 here, so that a file takes milliseconds."""
+    import comfy.sd1_clip
+
+    original = comfy.sd1_clip.SDClipModel.__init__
+
+    def __init__(self, *args, model_options=None, **kwargs):
+        layers = 3 if kwargs.get("layer") == "hidden" else 2  # SD3 takes the last layer but one
+        config = {**SMALL_CLIP, "num_hidden_layers": layers}
+        original(self, *args, model_options={**(model_options or {}), "clip_l_model_config": config}, **kwargs)
+
+    monkeypatch.setattr(comfy.sd1_clip.SDClipModel, "__init__", __init__)
+
+
+@pytest.fixture
+def quantize_clip(comfy):
+    """The CLIP node's core call: `quantize_clip(clip, "bnb_nf4")` -> (CLIP, report)."""
+    from fewbits.nodes.bridge import clip_io
+    from fewbits.quant_ops.pipeline import ignore_progress
+    from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
+
+    def run(clip, wish="float8_e4m3fn", kernels=False, **recipe):
+        recipe = Recipe(primary=parse_wish(wish), **recipe)
+        return clip_io.quantize_clip(
+            clip, recipe, kernels=kernels, device="cpu", on_plan=lambda plan: None, on_progress=ignore_progress
+        )
+
+    return run
+
+
+@pytest.fixture
+def encode():
+    """Conditioning and pooled output of a text, as one vector."""
+
+    def run(clip, text="a red panda on a bicycle"):
+        cond, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+        return torch.cat([part.flatten() for part in (cond, pooled) if part is not None])
+
+    return run

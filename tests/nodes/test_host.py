@@ -7,27 +7,6 @@ import pytest
 import torch
 
 
-@pytest.fixture
-def host(comfy, tmp_path, monkeypatch):
-    """The module, with ComfyUI's folders below tmp_path."""
-    import folder_paths
-
-    from fewbits.nodes.bridge import host
-
-    models, output = tmp_path / "models", tmp_path / "output"
-    places = {"diffusion_models": ["diffusion_models", "unet"], "text_encoders": ["text_encoders", "clip"]}
-    for folder in host.MODEL_FOLDERS:
-        paths = [models / name for name in places.get(folder, [folder])]
-        paths.append(output / places.get(folder, [folder])[-1 if folder == "text_encoders" else 0])
-        for path in paths:
-            path.mkdir(parents=True)
-        known = (list(map(str, paths)), {".safetensors", ".pt"})
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, folder, known)
-    monkeypatch.setattr(folder_paths, "output_directory", str(output))
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    return host
-
-
 @pytest.mark.parametrize(
     "name",
     [

@@ -7,9 +7,6 @@ from safetensors.torch import load_file, save_file
 from fewbits.quant_ops.formats import FORMATS
 from helpers import clip_shapes, random_tensors
 
-SMALL = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2,
-         "projection_dim": 128}  # fmt: skip
-TEXT = "a red panda on a bicycle"
 HERE = [name for name in FORMATS if name != "asym_w4a8_int8"]  # this comfy-kitchen has no layout for it
 FOUR_BIT = {"bnb_nf4", "bnb_fp4", "nvfp4", "convrot_w4a4"}
 # Measured (torch 2.11, CPU): INT8 0.016 to 0.026, FP8 0.062 to 0.075, float8_e5m2 0.14, 4 bit 0.23 to 0.32.
@@ -24,36 +21,14 @@ def clip_file(tmp_path):
 
 
 @pytest.fixture
-def load(comfy):
+def load(comfy, small_clip):
     """What CLIPLoader calls, for the small encoder."""
-    return lambda *paths: comfy.sd.load_clip(list(map(str, paths)), model_options={"model_config": dict(SMALL)})
+    return lambda *paths, **kwargs: comfy.sd.load_clip(list(map(str, paths)), **kwargs)
 
 
 @pytest.fixture
 def clip(load, clip_file):
     return load(clip_file)
-
-
-@pytest.fixture
-def quantize(comfy):
-    """The node's core call: `quantize(clip, "bnb_nf4")` -> (CLIP, report)."""
-    from fewbits.nodes.bridge.clip_io import quantize_clip
-    from fewbits.quant_ops.pipeline import ignore_progress
-    from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
-
-    def run(clip, wish="float8_e4m3fn", kernels=False, **recipe):
-        recipe = Recipe(primary=parse_wish(wish), **recipe)
-        return quantize_clip(
-            clip, recipe, kernels=kernels, device="cpu", on_plan=lambda plan: None, on_progress=ignore_progress
-        )
-
-    return run
-
-
-def encode(clip, text=TEXT):
-    """Conditioning and pooled output of a text, as one vector."""
-    cond, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
-    return torch.cat([cond.flatten(), pooled.flatten()])
 
 
 def relative_error(got, wanted):
@@ -84,9 +59,9 @@ def lora(strength=0.02):
 
 
 @pytest.mark.parametrize("wish", HERE)
-def test_the_new_encoder_is_smaller_and_says_nearly_the_same(clip, quantize, wish):
+def test_the_new_encoder_is_smaller_and_says_nearly_the_same(clip, quantize_clip, wish, encode):
     before, wanted, size = weights(clip), encode(clip), clip.patcher.model_size()
-    new, report = quantize(clip, wish)
+    new, report = quantize_clip(clip, wish)
     assert report.plan.family == "clip"
     assert {module.quant_format for module in layers(new).values()} == {wish}
     assert len(layers(new)) == 12
@@ -99,13 +74,13 @@ def test_the_new_encoder_is_smaller_and_says_nearly_the_same(clip, quantize, wis
 
 
 @pytest.mark.parametrize("wish", HERE)
-def test_its_layers_are_those_that_the_file_door_writes(clip, clip_file, quantize, tmp_path, wish):
+def test_its_layers_are_those_that_the_file_door_writes(clip, clip_file, quantize_clip, tmp_path, wish):
     from fewbits.quant_ops.pipeline import quantize_file
     from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
     quantize_file(clip_file, tmp_path / "file.safetensors", Recipe(parse_wish(wish)))
     stored = load_file(tmp_path / "file.safetensors")
-    got = {name.removeprefix("clip_l.transformer."): t for name, t in weights(quantize(clip, wish)[0]).items()}
+    got = {name.removeprefix("clip_l.transformer."): t for name, t in weights(quantize_clip(clip, wish)[0]).items()}
     for name, tensor in stored.items():
         if name.endswith("comfy_quant"):
             continue  # ComfyUI writes its own formats' markers with fewer keys
@@ -114,16 +89,18 @@ def test_its_layers_are_those_that_the_file_door_writes(clip, clip_file, quantiz
         assert torch.equal(bits(got[name]), bits(tensor)), name
 
 
-def test_the_quantized_file_opens_in_the_stock_loader_and_encodes_the_same(clip, clip_file, load, quantize, tmp_path):
+def test_the_quantized_file_opens_in_the_stock_loader_and_encodes_the_same(
+    clip, clip_file, load, quantize_clip, tmp_path, encode
+):
     from fewbits.quant_ops.pipeline import quantize_file
     from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
     path = tmp_path / "clip_nf4.safetensors"
     quantize_file(clip_file, path, Recipe(parse_wish("bnb_nf4")))
-    assert torch.equal(encode(load(path)), encode(quantize(clip, "bnb_nf4")[0]))
+    assert torch.equal(encode(load(path)), encode(quantize_clip(clip, "bnb_nf4")[0]))
 
 
-def test_what_is_not_a_weight_is_carried_over(clip, quantize):
+def test_what_is_not_a_weight_is_carried_over(clip, quantize_clip, encode):
     clip = clip.clone()
     clip.clip_layer(-2)
     clip.set_tokenizer_option("min_length", 5)
@@ -133,7 +110,7 @@ def test_what_is_not_a_weight_is_carried_over(clip, quantize):
     key, patches = lora()
     clip.add_patches(patches)
     wanted = encode(clip)
-    new, _ = quantize(clip, "int8_tensorwise")
+    new, _ = quantize_clip(clip, "int8_tensorwise")
     assert new.layer_idx == -2 and new.tokenizer is clip.tokenizer and new.use_clip_schedule
     assert new.tokenizer_options == {"min_length": 5} and new.tokenizer_options is not clip.tokenizer_options
     assert new.patcher.model_options["transformer_options"] == {"mark": 1}
@@ -143,14 +120,14 @@ def test_what_is_not_a_weight_is_carried_over(clip, quantize):
     assert relative_error(encode(new), wanted) < 0.03
 
 
-def test_a_lora_is_baked_in_before_rounding(clip, clip_file, quantize):
+def test_a_lora_is_baked_in_before_rounding(clip, clip_file, quantize_clip, encode):
     from fewbits.quant_ops.formats import get_format
     from fewbits.quant_ops.spec import LayerInput
 
     key, patches = lora()
     patched = clip.clone()
     patched.add_patches(patches)
-    new, _ = quantize(patched, "bnb_nf4")
+    new, _ = quantize_clip(patched, "bnb_nf4")
     name = key.removeprefix("clip_l.transformer.")
     merged = load_file(clip_file)[name].float() + patches[key][1][0]
     format = get_format("bnb_nf4")
@@ -159,7 +136,7 @@ def test_a_lora_is_baked_in_before_rounding(clip, clip_file, quantize):
     wanted = grid.decode(grid.encode(merged, scale), scale)
     got = layers(new)[key.removesuffix(".weight")].weight.dequantize()
     assert torch.equal(got, wanted.to(got.dtype))
-    assert not torch.equal(encode(quantize(clip, "bnb_nf4")[0]), encode(new))
+    assert not torch.equal(encode(quantize_clip(clip, "bnb_nf4")[0]), encode(new))
 
 
 def reloaded(clip):
@@ -168,8 +145,8 @@ def reloaded(clip):
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-def test_copies_come_from_the_codes(clip, quantize, kernels):
-    new, _ = quantize(clip, "bnb_nf4", kernels)
+def test_copies_come_from_the_codes(clip, quantize_clip, kernels, encode):
+    new, _ = quantize_clip(clip, "bnb_nf4", kernels)
     wanted = encode(new)
     copy = new.clone()
     copy.patcher = reloaded(new)
@@ -178,10 +155,10 @@ def test_copies_come_from_the_codes(clip, quantize, kernels):
     assert torch.equal(encode(new.clone()), wanted)
 
 
-def test_unloading_and_loading_again_changes_nothing(comfy, clip, quantize):
+def test_unloading_and_loading_again_changes_nothing(comfy, clip, quantize_clip, encode):
     import comfy.model_management
 
-    new, _ = quantize(clip, "int8_blockwise")
+    new, _ = quantize_clip(clip, "int8_blockwise")
     wanted = encode(new)
     comfy.model_management.unload_all_models()
     assert torch.equal(encode(new), wanted)
@@ -193,11 +170,11 @@ def test_unloading_and_loading_again_changes_nothing(comfy, clip, quantize):
 
 
 @pytest.mark.parametrize("wish", ["bnb_nf4", "int8_blockwise", "int8_tensorwise"])
-def test_quantized_kernels_run_when_asked_and_say_nearly_the_same(clip, quantize, wish):
+def test_quantized_kernels_run_when_asked_and_say_nearly_the_same(clip, quantize_clip, wish, encode):
     from fewbits.nodes.bridge.compat import weight_only_path
     from fewbits.nodes.bridge.kernels import DECODED, kernel_lines
 
-    plain, fast = quantize(clip, wish)[0], quantize(clip, wish, True)[0]
+    plain, fast = quantize_clip(clip, wish)[0], quantize_clip(clip, wish, True)[0]
     assert all(module._full_precision_mm for module in layers(plain).values())
     assert kernel_lines(plain.cond_stage_model) == [f"   12 layers  {wish}: {DECODED}"]
     own = "_fewbits_marker" in vars(next(iter(layers(fast).values())))
@@ -207,43 +184,43 @@ def test_quantized_kernels_run_when_asked_and_say_nearly_the_same(clip, quantize
     assert relative_error(encode(fast), encode(plain)) < 0.03
 
 
-def test_kernels_stay_off_where_the_file_or_the_device_says_so(clip, quantize):
-    precise, _ = quantize(clip, "int8_tensorwise:full_precision_matrix_mult=true", True)
+def test_kernels_stay_off_where_the_file_or_the_device_says_so(clip, quantize_clip):
+    precise, _ = quantize_clip(clip, "int8_tensorwise:full_precision_matrix_mult=true", True)
     assert all(module._full_precision_mm for module in layers(precise).values())
-    fp8, _ = quantize(clip, "float8_e4m3fn", True)  # no CPU multiplies FP8
+    fp8, _ = quantize_clip(clip, "float8_e4m3fn", True)  # no CPU multiplies FP8
     assert all(module._full_precision_mm for module in layers(fp8).values())
 
 
-def test_a_quantized_clip_is_refused_with_its_formats(clip, quantize):
+def test_a_quantized_clip_is_refused_with_its_formats(clip, quantize_clip):
     from fewbits.quant_ops.errors import QuantError
 
     with pytest.raises(QuantError, match=r"the CLIP is quantized already \(bnb_nf4, 12 layers\).*connect the original"):
-        quantize(quantize(clip, "bnb_nf4")[0], "float8_e4m3fn")
+        quantize_clip(quantize_clip(clip, "bnb_nf4")[0], "float8_e4m3fn")
 
 
-def test_a_clip_that_another_pack_built_is_refused(clip, quantize):
+def test_a_clip_that_another_pack_built_is_refused(clip, quantize_clip):
     from fewbits.quant_ops.errors import QuantError
 
     del clip.cond_stage_model._fewbits_made
     with pytest.raises(QuantError, match="own way.*Quantize File"):
-        quantize(clip)
+        quantize_clip(clip)
 
 
-def test_a_file_that_is_gone_or_changed_leaves_the_weights_in_memory(clip, clip_file, quantize):
+def test_a_file_that_is_gone_or_changed_leaves_the_weights_in_memory(clip, clip_file, quantize_clip, encode):
     clip_file.unlink()
-    new, report = quantize(clip, "bnb_nf4")
+    new, report = quantize_clip(clip, "bnb_nf4")
     assert "cannot be read again" in " ".join(report.plan.warnings)
     assert relative_error(encode(new), encode(clip)) < limit("bnb_nf4")
 
 
-def test_a_layer_that_comfyui_would_read_as_numbers_is_refused(clip, quantize):
+def test_a_layer_that_comfyui_would_read_as_numbers_is_refused(clip, quantize_clip):
     from fewbits.quant_ops.errors import QuantError
 
     with pytest.raises(QuantError, match="position_embedding.*not supported for Embedding layers"):
-        quantize(clip, "float8_e4m3fn_rowwise", preset="none")
+        quantize_clip(clip, "float8_e4m3fn_rowwise", preset="none")
 
 
-def test_two_files_of_one_kind_are_told_apart_by_their_values(comfy, tmp_path):
+def test_two_files_of_one_kind_are_told_apart_by_their_values(comfy, load, tmp_path):
     """SD3 takes CLIP-L twice; the second file's weights are those that are used."""
     from fewbits.nodes.bridge.clip_io import ClipSource
 
@@ -251,11 +228,8 @@ def test_two_files_of_one_kind_are_told_apart_by_their_values(comfy, tmp_path):
     second = {name: tensor * 1.5 for name, tensor in first.items()}
     save_file(first, tmp_path / "clip_small.safetensors")
     save_file(second, tmp_path / "second.safetensors")
-    clip = comfy.sd.load_clip(
-        [str(tmp_path / name) for name in ("clip_small.safetensors", "second.safetensors")],
-        clip_type=comfy.sd.CLIPType.SD3,
-        model_options={"model_config": {**SMALL, "num_hidden_layers": 3}},
-    )
+    files = [tmp_path / name for name in ("clip_small.safetensors", "second.safetensors")]
+    clip = load(*files, clip_type=comfy.sd.CLIPType.SD3)
     name = "text_model.encoder.layers.1.self_attn.q_proj.weight"
     with ClipSource(clip) as source:
         assert source.name == "clip_small.safetensors + second.safetensors"
@@ -263,11 +237,11 @@ def test_two_files_of_one_kind_are_told_apart_by_their_values(comfy, tmp_path):
 
 
 @pytest.mark.parametrize("embedding", ["float8_e4m3fn", "int8_tensorwise"])
-def test_a_quantized_embedding_looks_up_the_decoded_rows(clip, quantize, embedding):
+def test_a_quantized_embedding_looks_up_the_decoded_rows(clip, quantize_clip, embedding, encode):
     from fewbits.quant_ops.planning.recipe import Rule, parse_wish
 
     rules = (Rule("*token_embedding", parse_wish(embedding)),)
-    new, _ = quantize(clip, "int8_tensorwise", rules=rules)
+    new, _ = quantize_clip(clip, "int8_tensorwise", rules=rules)
     table = new.cond_stage_model.clip_l.transformer.text_model.embeddings.token_embedding
     assert table.quant_format == embedding
     ids = torch.tensor([[0, 5, 49407, 5]])
