@@ -6,7 +6,7 @@ from layers import correlated_rows, emoji_activations, emoji_weights, heavy_weig
 from methods.cases import FORMATS, run, same
 
 from fewbits.quant_ops.methods.learning_rate import LearningRate
-from fewbits.quant_ops.methods.svd import WORTH_A_SCALE, SvdOptions, leading_directions
+from fewbits.quant_ops.methods.svd import WORST_CHANNEL, WORTH_A_SCALE, SvdOptions, leading_directions, worst_channel
 from fewbits.quant_ops.planning.wish import parse_wish
 
 PROMISED = ("float8_e4m3fn", "int8_tensorwise", "bnb_nf4")
@@ -15,19 +15,19 @@ MEASURED = {
     "float8_e4m3fn": 0.34,
     "float8_e5m2": 0.34,
     "float8_e4m3fn_rowwise": 0.31,
-    "float8_e4m3fn_blockwise": 0.33,
+    "float8_e4m3fn_blockwise": 0.31,
     "float8_e4m3fn_block3d": 0.32,
     "int8_tensorwise": 0.36,
-    "int8_tensorwise:scaling=tensor": 0.44,
+    "int8_tensorwise:scaling=tensor": 0.30,
     "int8_tensorwise:convrot=true,convrot_groupsize=64": 0.30,
     "int8_blockwise:block_size=64": 0.29,
-    "int8_lodewise:block_size=64": 0.38,
+    "int8_lodewise:block_size=64": 0.33,
     "mxfp8": 0.32,
     "nvfp4": 0.39,
     "bnb_nf4": 0.41,
     "bnb_fp4": 0.46,
     "convrot_w4a4:convrot_groupsize=64": 0.37,
-    "asym_w4a8_int8:convrot_groupsize=64": 0.44,
+    "asym_w4a8_int8:convrot_groupsize=64": 0.40,
 }
 
 
@@ -72,10 +72,10 @@ def activations():
     return emoji_activations()
 
 
-@pytest.mark.parametrize("text", PROMISED)
+@pytest.mark.parametrize("text", [*PROMISED, "int8_tensorwise:scaling=tensor"])
 def test_the_promise_holds_on_every_layer_of_a_trained_model(text, activations):
     """Measured over 22 layers, CPU, torch 2.11, largest objective, weight and output error:
-    fp8 .541, 1.0098, 1.017; int8 row .490, 1.0100, 1.011; nf4 .548, .9401, .971.
+    fp8 .541, 1.0098, 1.017; int8 row .490, 1.0100, 1.011; nf4 .548, .9401, .971; int8 one scale .391, 1.0100, 1.013.
     """
     broken, layers = [], emoji_weights(parse_wish(text))
     for name, weight in layers.items():
@@ -86,15 +86,41 @@ def test_the_promise_holds_on_every_layer_of_a_trained_model(text, activations):
     assert len(layers) == 22 and not broken
 
 
-@pytest.mark.parametrize(
-    ("text", "searched"), [("float8_e4m3fn", False), ("int8_tensorwise", False), ("bnb_nf4", True)], ids=str
-)
-def test_a_searched_scale_is_taken_only_where_it_gains_enough(text, searched):
+def with_outliers():
+    """(256, 320): one input whose weights are twelve times as large as the others."""
     weight = heavy_weight()
+    weight[:, 17] *= 12
+    return weight
+
+
+@pytest.mark.parametrize(
+    ("text", "weight", "searched"),
+    [
+        ("float8_e4m3fn", heavy_weight(), False),
+        ("int8_tensorwise", heavy_weight(), False),
+        ("bnb_nf4", heavy_weight(), True),
+        ("float8_e4m3fn_rowwise", heavy_weight(), True),
+        ("int8_tensorwise:scaling=tensor", with_outliers(), False),
+    ],
+    ids=["fp8", "int8 rows", "nf4", "fp8 rows", "int8 that would clip one input"],
+)
+def test_a_searched_scale_is_taken_only_where_it_gains_enough_and_no_channel_pays(text, weight, searched):
     found, clipped, plain = (run(weight, text, method) for method in ("svd", "mse_clip", "nearest"))
     gain = (clipped.choice.error / plain.choice.error) ** 0.5
-    assert (gain <= WORTH_A_SCALE) == searched
+    channel = worst_channel(clipped.error, plain.error)
+    assert (gain <= WORTH_A_SCALE and channel <= WORST_CHANNEL) == searched
     assert torch.equal(found.choice.scale, (clipped if searched else plain).choice.scale)
+
+
+def test_outliers_are_not_clipped_where_their_inputs_may_be_strong():
+    """Measured, CPU, torch 2.11: mse_clip has .84 x nearest's weight error and 3.9 x its output error; svd 1.010, 1.024."""
+    weight, text = with_outliers(), "int8_tensorwise:scaling=tensor"
+    x = torch.randn(512, 320, generator=torch.Generator().manual_seed(3))
+    x[:, 17] *= 10
+    clipped, found = (run(weight, text, method) for method in ("mse_clip", "svd"))
+    outputs = [float((x @ r.error.T).norm() / (x @ r.error_nearest.T).norm()) for r in (clipped, found)]
+    assert clipped.weight_ratio < 1 and outputs[0] > 1.5
+    assert found.weight_ratio <= 1.02 and outputs[1] <= 1.05  # one input carries a quarter of it: chance is larger
 
 
 @pytest.mark.parametrize("schedule", ["adaptive", "exponential", "plateau"])
