@@ -31,7 +31,8 @@ from fewbits.quant_ops.spec import LayerInput
 
 RESULTS = HERE / "results" / "methods.csv"
 FORMATS = (
-    "float8_e4m3fn,float8_e4m3fn_block3d,int8_tensorwise,int8_blockwise,mxfp8,nvfp4,bnb_nf4,bnb_fp4,asym_w4a8_int8"
+    "float8_e4m3fn,float8_e4m3fn_block3d,int8_tensorwise,int8_tensorwise:scaling=tensor,int8_blockwise,mxfp8,nvfp4,"
+    "bnb_nf4,bnb_fp4,asym_w4a8_int8"
 )
 
 
@@ -107,7 +108,7 @@ def main() -> None:
     for name in args.formats.split(","):
         for method in args.methods.split(","):
             options = f",{args.options}" if args.options else ""
-            wish = parse_wish(f"{name}:method={method}{options}")
+            wish = parse_wish(f"{name}{',' if ':' in name else ':'}method={method}{options}")
             for size in filter(None, args.sizes.split(",")):
                 n, k = map(int, size.split("x"))
                 case = [measure(size, heavy_weight(n, k), correlated_rows(k, 4096), wish, device)]
