@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ..checkpoint.importers import ImportOptions
-from ..checkpoint.reader import FileSource
+from ..checkpoint.importers.source import open_checkpoint
 from ..cli.__main__ import build_parser
 from ..cli.quantize import pick_device
 from ..conversion import Conversion, convert_file
@@ -108,7 +108,7 @@ def _perform(job: Job) -> Report | ModelPlan | Conversion | Path:
     if job.kind == "create-template":
         return write_template(job.input, overwrite=overwrite)
     if job.kind == "analyze":
-        with FileSource(job.input) as source:
+        with open_checkpoint(job.input) as source:
             return plan_source(source, job.recipe)
     if job.kind == "convert":
         options = ImportOptions(full_precision_mm=job.options["precise"])

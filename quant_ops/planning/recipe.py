@@ -266,4 +266,5 @@ def _toml(value: object) -> str:
     """JSON's spelling is TOML's for strings, numbers, booleans and lists of them; tables are inline."""
     if isinstance(value, dict):
         return "{ " + ", ".join(_pairs(value)) + " }"
-    return json.dumps(value)
+    # JSON writes what is outside the basic plane as two surrogates, which TOML forbids, as it does a plain DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

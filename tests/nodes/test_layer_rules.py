@@ -99,6 +99,20 @@ def test_the_quantize_nodes_own_layers_to_keep_come_before_the_rules(rules, reci
     assert recipe == Recipe(FP8, (Rule("b", None), Rule("a", INT8)))
 
 
+def test_every_node_that_quantizes_takes_a_recipe(comfy):
+    from fewbits.nodes.extension import NODES
+
+    schemas = [node.define_schema() for node in NODES]
+    taking = [schema for schema in schemas if any(item.id == "recipe" for item in schema.inputs)]
+    wanted = [schema.node_id for schema in schemas if schema.node_id.startswith("FewBitsQuantize")]
+    assert len(wanted) >= 6
+    assert {schema.node_id for schema in taking} == {*wanted, "FewBitsLayerRules", "FewBitsInspectFile"}
+    sockets = {item.io_type for schema in taking for item in schema.inputs if item.id == "recipe"}
+    assert sockets == {"FEWBITS_RECIPE"} and all(
+        item.optional for schema in taking for item in schema.inputs if item.id == "recipe"
+    )
+
+
 def test_preset_and_fallback_of_the_quantize_node_count_unless_left_alone(rules, recipe_from):
     base = rules(text='preset = "flux"\n[fallback]\nformat = "mxfp8"')
     assert recipe_from(format="float8_e4m3fn", recipe=base) == Recipe(FP8, (), parse_wish("mxfp8"), "flux")

@@ -1,8 +1,11 @@
 """Recipes: TOML and command-line text in, one checked object out."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fewbits.quant_ops.errors import RecipeError
+from fewbits.quant_ops.planning.layer_config import parse_layer_config
 from fewbits.quant_ops.planning.match import check_pattern, matches
 from fewbits.quant_ops.planning.recipe import (
     Draft,
@@ -14,6 +17,7 @@ from fewbits.quant_ops.planning.recipe import (
     parse_wish,
     recipe_from_table,
     recipe_from_toml,
+    recipe_to_toml,
 )
 
 TOML = """
@@ -141,3 +145,34 @@ def test_entries_of_a_layer_config_leave_to_the_primary_what_they_do_not_say_who
     wishes = [entry.wish for entry in later.layer_config.entries]
     assert [wish.method for wish in wishes] == ["mse_clip", "nearest"]
     assert all(wish.options.full_precision_matrix_mult for wish in wishes)
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)  # no halves of surrogate pairs
+WISHES = st.sampled_from([
+    INT8, FP8, parse_wish("bnb_nf4:block_size=128,method=svd,early_stop_lr=1e-08,lr_schedule=plateau"),
+    parse_wish("int8_tensorwise:convrot=true,convrot_groupsize=64,full_precision_matrix_mult=true"),
+])  # fmt: skip
+SETTINGS = st.sampled_from(
+    [{"skip": True}, {"format": "bnb_fp4", "block_size": 32}, {"format": "mxfp8", "method": "svd"}]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    primary=WISHES,
+    rules=st.lists(st.tuples(NAMES, st.none() | WISHES, st.booleans()), max_size=3),
+    fallback=st.none() | WISHES,
+    seed=st.integers(0, 2**31),
+    config=st.none() | st.dictionaries(NAMES.filter(lambda name: not name.startswith("_")), SETTINGS, max_size=3),
+)
+def test_any_recipe_survives_its_text(primary, rules, fallback, seed, config):
+    """Whatever stands in a pattern or a key; the same recipe, so the same bytes from a graph and a command."""
+    recipe = Recipe(
+        primary,
+        tuple(Rule(match, wish, heuristics) for match, wish, heuristics in rules),
+        fallback,
+        seed=seed,
+        layer_config=None if config is None else parse_layer_config(config, unstated=primary),
+    )
+    again = draft_from_text(recipe_to_toml(recipe), "text").finish()
+    assert again == recipe and again.to_text() == recipe.to_text()
