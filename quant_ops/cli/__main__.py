@@ -8,15 +8,23 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..errors import QuantError
+from ..errors import QuantError, RecipeError
 from ..version import VERSION
 from . import convert, info, plan, quantize, repair, verify
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose refusals are one line, like all others; subparsers are of this class too."""
+
+    def error(self, message: str) -> None:
+        raise RecipeError(f"{message}; see {self.prog} --help")
+
 
 COMMANDS = (quantize, convert, plan, info, verify, repair)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fewbits", description="Make models small and fast for ComfyUI.")
+    parser = Parser(prog="fewbits", description="Make models small and fast for ComfyUI.")
     parser.add_argument("--version", action="version", version=f"fewbits {VERSION}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
@@ -26,8 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    args = build_parser().parse_args(argv)
     try:
+        args = build_parser().parse_args(argv)
         return args.run(args) or 0
     except QuantError as error:
         print(f"fewbits: {error}", file=sys.stderr)

@@ -46,11 +46,32 @@ def test_a_wish_that_makes_no_sense_is_one_line_and_status_2(command, arguments,
         (tmp_path / name).write_text(text, encoding="utf-8")
     words = arguments.replace("DIR", str(tmp_path)).split()
     target = ["-o", str(tmp_path / "q.safetensors")] if command == "quantize" else []
-    try:
-        status = main([command, str(tmp_path / "missing.safetensors"), *target, *words])
-    except SystemExit as left:  # argparse refuses a value itself, after its usage
-        status = left.code
+    status = main([command, str(tmp_path / "missing.safetensors"), *target, *words])
     shown = capsys.readouterr()
-    assert status == 2 and message in shown.err.splitlines()[-1] and not shown.out
+    assert status == 2 and message in shown.err and shown.err.count("\n") == 1 and not shown.out
     assert "missing.safetensors" not in shown.err
     assert {path.name for path in tmp_path.iterdir()} == set(files)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND; see fewbits --help"),
+        (["quantise"], "invalid choice: 'quantise'"),
+        (["quantize"], "the following arguments are required: input; see fewbits quantize --help"),
+        (["plan", "m", "--fromat", "x"], "unrecognized arguments: --fromat x"),
+        (["plan", "m", "--seed", "x"], "argument --seed: invalid int value: 'x'; see fewbits plan --help"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_arguments_that_do_not_parse_are_one_line_and_status_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("fewbits: ") and message in shown.err and shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["--version"]], ids=" ".join)
+def test_help_and_version_go_to_stdout_with_status_0(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 0 and capsys.readouterr().out
