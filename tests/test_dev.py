@@ -139,7 +139,7 @@ def test_the_slim_environment_leaves_out_what_only_the_page_needs(dev, monkeypat
     (tmp_path / "site").mkdir()
     layers = []
     monkeypatch.setattr(dev, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(dev, "fetch_tree", lambda cache: tree)
+    monkeypatch.setattr(dev, "fetch_tree", lambda cache, package, digest: tree)
     monkeypatch.setattr(dev, "site_packages", lambda python: tmp_path / "site")
     monkeypatch.setattr(dev, "make_layer", lambda *arguments: layers.append(arguments[4]) or BASE)
     monkeypatch.delenv("COMFYUI_DIR", raising=False)
@@ -184,7 +184,8 @@ def test_an_interpreter_that_cannot_run_comfyui_is_refused_in_one_line(tmp_path,
 )
 def test_pytest_gets_its_arguments_and_page_tests_only_when_asked(dev, monkeypatch, arguments, wanted):
     seen = []
-    fake = type("Fake", (), {"__init__": lambda self, page: None, "python": lambda self, *a: seen.append(list(a)) or 5})
+    fake = type("Fake", (), {"__init__": lambda self, page: None, "fetch_older_trees": lambda self: None,
+                           "python": lambda self, *a: seen.append(list(a)) or 5})  # fmt: skip
     monkeypatch.setattr(dev, "Environment", fake)
     assert dev.main(arguments) == 5
     assert seen == [wanted]

@@ -34,10 +34,11 @@ def core_version() -> str:
 
 
 def weight_only_path() -> bool:
-    """Whether ComfyUI can leave activations alone for a format (`quantize_input`, 0.27 on)."""
+    """Whether ComfyUI can leave activations alone for a format (`quantize_input`, 0.27 on); our own entries do not count."""
     from comfy.quant_ops import QUANT_ALGOS
 
-    return any("quantize_input" in entry for entry in QUANT_ALGOS.values())
+    core = [entry for entry in QUANT_ALGOS.values() if not str(entry["comfy_tensor_layout"]).startswith("FewBits")]
+    return any("quantize_input" in entry for entry in core)
 
 
 _EMBEDDING: dict[str, bool] = {}

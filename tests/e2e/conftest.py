@@ -2,7 +2,8 @@
 
 import pytest
 
-from harness import EMOJI_NODES, PACK, PROMPTS, ComfyServer, emoji_models, emoji_workflow
+from harness import EMOJI_NODES, PACK, ComfyServer, emoji_models
+from harness.quality import sample
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +23,18 @@ def stock(comfyui, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def reference(stock):
-    """The bf16 original's picture of each prompt, from a ComfyUI that has never seen FewBits."""
-    return {prompt: stock.run(emoji_workflow(prompt=prompt)).images()[0] for prompt in PROMPTS}
+def originals(stock):
+    """The bf16 original's sample of each prompt, from a ComfyUI that has never seen FewBits."""
+    return sample(stock, "emoji_flux.safetensors")
+
+
+@pytest.fixture(scope="session")
+def reference(originals):
+    """The original's picture of each prompt."""
+    return {prompt: found.image for prompt, found in originals.items()}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Label -> row of a table, filled by one test and read by the next."""
+    return {}
