@@ -34,7 +34,7 @@ def core_version() -> str:
 
 
 def weight_only_path() -> bool:
-    """Whether ComfyUI can leave activations alone for a format (`quantize_input`, 0.27 on); our own entries do not count."""
+    """Whether ComfyUI itself can leave activations alone for a format (`quantize_input`, 0.27 on)."""
     from comfy.quant_ops import QUANT_ALGOS
 
     core = [entry for entry in QUANT_ALGOS.values() if not str(entry["comfy_tensor_layout"]).startswith("FewBits")]
