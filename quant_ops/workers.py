@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 import torch
 
-# Layers at a time on a CPU; more would only hold more of them in memory. Seconds for 1.8 GB on two cores that other work
-# kept half busy, one layer on two threads -> two layers on one thread each: int8 row 4.6, 11.9, 16.5 -> 3.2, 3.0, 3.4;
-# fp8 4.0, 14.3, 18.2 -> 3.8, 5.6, 9.3. Where the threads of a layer wait for each other, one that lost its core stops both.
+# Layers at a time on a CPU; more would only hold more of them in memory. Seconds for 1.8 GB on two cores that other
+# work kept half busy, one layer on two threads -> two layers on one thread each: int8 row 4.6, 11.9, 16.5 -> 3.2, 3.0,
+# 3.4; fp8 4.0, 14.3, 18.2 -> 3.8, 5.6, 9.3. Threads inside a layer wait for each other: one that loses its core stops
+# both.
 LAYERS = 2
 POLL_SECONDS = 0.1  # how often a waiting caller is asked whether to go on
 
@@ -73,7 +74,7 @@ class Threads:
 
 @contextlib.contextmanager
 def workers(parallel: bool) -> Iterator[Workers]:
-    """Workers for one conversion; leaving ends what still runs at its next step, and torch's thread count is as before."""
+    """Workers for one conversion; leaving ends what still runs at its next step and restores torch's threads."""
     before = torch.get_num_threads()
     if not parallel or before < LAYERS:
         yield Here()

@@ -17,7 +17,9 @@ LAYERS = 8
 @pytest.fixture
 def model(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    tensors = {f"blocks.{i}.{j}.weight": torch.randn(96 + i, 640, generator=generator) for i in range(LAYERS) for j in "ab"}
+    tensors = {
+        f"blocks.{i}.{j}.weight": torch.randn(96 + i, 640, generator=generator) for i in range(LAYERS) for j in "ab"
+    }
     path = tmp_path / "model.safetensors"
     save_file(tensors, path)
     return path
@@ -41,7 +43,9 @@ def quantize(model, name, **options):
 def test_layers_side_by_side_give_the_bytes_of_one_after_the_other(model, monkeypatch):
     names = set()
     convert = pipeline._convert
-    monkeypatch.setattr(pipeline, "_convert", lambda *args: (names.add(threading.current_thread().name), convert(*args))[1])
+    monkeypatch.setattr(
+        pipeline, "_convert", lambda *args: (names.add(threading.current_thread().name), convert(*args))[1]
+    )
     many, report = quantize(model, "many.safetensors")
     assert len(names) == workers.LAYERS and all(name.startswith("fewbits-layer") for name in names)
     names.clear()
@@ -94,7 +98,9 @@ def test_cancelling_ends_a_long_layer_between_its_steps(model, monkeypatch):
 def test_workers_share_the_callers_inference_mode(model, monkeypatch):
     seen = set()
     convert = pipeline._convert
-    monkeypatch.setattr(pipeline, "_convert", lambda *args: (seen.add(torch.is_inference_mode_enabled()), convert(*args))[1])
+    monkeypatch.setattr(
+        pipeline, "_convert", lambda *args: (seen.add(torch.is_inference_mode_enabled()), convert(*args))[1]
+    )
     quantize(model, "plain.safetensors")
     with torch.inference_mode():
         quantize(model, "inference.safetensors")
