@@ -5,6 +5,7 @@ NF4 and FP4 group g consecutive elements of the flattened weight: absmax[b] = ma
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -153,7 +154,12 @@ def _signed(magnitudes: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _levels(
-    name: str, values: tuple[float, ...], normalise_: Callable, round_: RoundFn, clear_zero_blocks: bool = False
+    name: str,
+    values: tuple[float, ...],
+    normalise_: Callable,
+    round_: RoundFn,
+    clear_zero_blocks: bool = False,
+    kernel: tuple[float, ...] | None = None,
 ) -> Levels:
     return Levels(
         name=name,
@@ -164,11 +170,16 @@ def _levels(
         widen=lambda codes: look_up(codes, values),
         dither_=lambda x, offset: dither_between_(x, offset, values),
         clear_zero_blocks=clear_zero_blocks,
+        kernel=kernel,
     )
 
 
-NF4 = _levels("nf4", NF4_VALUES, by_reciprocal_, round_nf4)
-FP4 = _levels("fp4", _signed(FP4_MAGNITUDES), by_reciprocal_, round_fp4, clear_zero_blocks=True)
+def _floats(bits: tuple[int, ...]) -> tuple[float, ...]:
+    return struct.unpack(f"{len(bits)}f", struct.pack(f"{len(bits)}I", *bits))
+
+
+NF4 = _levels("nf4", NF4_VALUES, by_reciprocal_, round_nf4, kernel=NF4_THRESHOLDS)
+FP4 = _levels("fp4", _signed(FP4_MAGNITUDES), by_reciprocal_, round_fp4, True, _floats(FP4_THRESHOLD_BITS))
 E2M1 = _levels("e2m1", _signed(E2M1_MAGNITUDES), by_division_, round_e2m1)
 
 

@@ -11,7 +11,9 @@ from typing import ClassVar, Protocol, TypeAlias
 
 import torch
 
+from .dispatch import op
 from .scales import CHUNK_ELEMENTS, TINY, Geometry, scale_from_absmax
+from .triton import why_not_float8, why_not_triton
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Levels:
     `widen(codes)` is the exact float32 value of each code. `dither_(x, u)` moves x by u steps, u uniform in
     [-0.5, 0.5), and may round it, so that rounding gives x on average.
     `clear_zero_blocks`: the cast keeps the sign of -0, which a zero block must not show.
+    `kernel`: the thresholds of a code table, () where rounding needs none; None where no GPU kernel rounds so.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Levels:
     widen: Callable[[torch.Tensor], torch.Tensor]
     dither_: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     clear_zero_blocks: bool = False
+    kernel: tuple[float, ...] | None = None
 
 
 def by_reciprocal_(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -86,11 +90,11 @@ def _float_dither(mantissa_bits: int, min_exponent: int) -> Callable[[torch.Tens
 
 # The cast to FP8 rounds to nearest even; the clamp comes first, because overflow differs between torch versions.
 E4M3 = Levels("e4m3fn", torch.float8_e4m3fn, E4M3_MAX, by_reciprocal_, _clamp_to(E4M3_MAX), _widen_e4m3,
-              _float_dither(3, -6), True)  # fmt: skip
+              _float_dither(3, -6), True, ())  # fmt: skip
 E5M2 = Levels("e5m2", torch.float8_e5m2, 57344.0, by_reciprocal_, _clamp_to(57344.0), _widen_e5m2,
               _float_dither(2, -14), True)  # fmt: skip
 INT8 = Levels("int8", torch.int8, 127.0, by_division_, lambda x: x.round_().clamp_(-127.0, 127.0), torch.Tensor.float,
-              torch.Tensor.add_)  # fmt: skip
+              torch.Tensor.add_, False, ())  # fmt: skip
 INT4 = Levels("int4", torch.int8, 7.0, by_division_, lambda x: x.round_().clamp_(-7.0, 7.0), torch.Tensor.float,
               torch.Tensor.add_)  # fmt: skip
 
@@ -122,6 +126,17 @@ def encode(
     Returns:
         (N, K) codes of `levels.dtype`; zero blocks are all-zero bytes.
     """
+    codes = nearest_codes(weight, scale, levels, geometry, seed)
+    if levels.clear_zero_blocks:
+        _clear_zero_blocks_(codes, weight, scale, geometry)
+    return codes
+
+
+@op
+def nearest_codes(
+    weight: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry, seed: int
+) -> torch.Tensor:
+    """`encode`, except that zero blocks keep the signs of their zeros."""
     n, k = weight.shape
     codes = torch.empty((n, k), dtype=levels.dtype, device=weight.device)
     rows = _row_chunks(geometry, (n, k))
@@ -134,9 +149,26 @@ def encode(
         if seed:
             levels.dither_(x, torch.rand(x.shape, generator=generator, device=x.device).sub_(0.5))
         codes[start:stop].copy_(levels.round_(x))
-    if levels.clear_zero_blocks:
-        _clear_zero_blocks_(codes, weight, scale, geometry)
     return codes
+
+
+def _why_not_codes(
+    weight: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry, seed: int
+) -> str | None:
+    if seed:
+        return "stochastic rounding draws torch's random numbers"
+    if levels.kernel is None:
+        return f"no kernel rounds to {levels.name}"
+    if weight.dtype == torch.float64:
+        return "float64 weight"
+    return (why_not_float8(weight) if levels.dtype == torch.float8_e4m3fn else None) or why_not_triton(weight)
+
+
+@nearest_codes.backend("triton", _why_not_codes)
+def _nearest_codes(weight, scale, levels, geometry, seed):
+    from .triton import encode
+
+    return encode.encode(weight, scale, levels.name, levels.dtype, levels.kernel)
 
 
 def _clear_zero_blocks_(codes: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, geometry: Geometry) -> None:

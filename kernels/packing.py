@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from .dispatch import op
 from .scales import CHUNK_ELEMENTS, chunk_rows
+from .triton import why_not_triton
 
 
 def round_up(size: int, step: int) -> int:
@@ -27,6 +29,12 @@ def pack_nibbles(codes: torch.Tensor, high_first: bool) -> torch.Tensor:
     Returns:
         (N, K/2) uint8.
     """
+    return packed_nibbles(codes, high_first)
+
+
+@op
+def packed_nibbles(codes: torch.Tensor, high_first: bool) -> torch.Tensor:
+    """What `pack_nibbles` returns."""
     n, k = codes.shape
     packed = torch.empty((n, k // 2), dtype=torch.uint8, device=codes.device)
     rows = chunk_rows(CHUNK_ELEMENTS, k, codes.device)
@@ -36,6 +44,13 @@ def pack_nibbles(codes: torch.Tensor, high_first: bool) -> torch.Tensor:
         pairs = codes[start : start + rows].view(torch.int16) & 0x0F0F
         packed[start : start + rows] = ((pairs << 4) | (pairs >> 8) if high_first else pairs | (pairs >> 4)) & 0xFF
     return packed
+
+
+@packed_nibbles.backend("triton", lambda codes, *order: why_not_triton(codes))
+def _packed_nibbles(codes, high_first):
+    from .triton import encode
+
+    return encode.pack(codes, high_first)
 
 
 def unpack_nibbles(packed: torch.Tensor, high_first: bool) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """What a runtime tensor does with its stored codes: dequantize to a dtype, and multiply without dequantizing first.
 
 Spec of all bodies: the float32 product code * scale, rounded once to the output dtype; matmuls accumulate in float32.
+8-bit codes of one kind multiply activations quantized to the same kind. Where a measured table prefers it, x stays as
+it is (closer to the unquantized product, never further).
 """
 
 from __future__ import annotations
@@ -8,13 +10,18 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch.nn.functional import linear
 
+from . import choice, scaled_mm
+from .activations import quantize_activations
 from .codebook4 import FlatGrid
+from .cuda import why_not_cuda
 from .dispatch import op
 from .grids import Levels, decode
 from .packing import unpack_nibbles
-from .scales import Geometry
-from .triton import why_not_triton
+from .scaled_mm import why_not_scaled_mm
+from .scales import CHUNK_ELEMENTS, Geometry
+from .triton import why_not_float8, why_not_triton
 
 
 @cache
@@ -40,6 +47,99 @@ def dequantize_flat4(
     return FlatGrid(levels, group_size).decode(codes, absmax).to(dtype)
 
 
+@dequantize_tiles.backend("triton", lambda codes, *rest: why_not_triton(codes))
+def _dequantize_tiles(codes, scale, levels, geometry, dtype):
+    from .triton import tiles
+
+    return tiles.dequantize(codes, scale, geometry, dtype)
+
+
+@dequantize_flat4.backend("triton", lambda packed, *rest: why_not_triton(packed))
+def _dequantize_flat4(packed, absmax, levels, group_size, dtype):
+    from .triton import flat4
+
+    return flat4.dequantize(packed, absmax, code_values(levels), group_size, dtype)
+
+
+@op
+def linear_tiles(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    levels: Levels,
+    geometry: Geometry,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """x @ W.T + bias for INT8 and e4m3fn codes, x quantized to the weight's levels per row, or per row and K-group.
+
+    Args:
+        x: (M, K) float32, float16 or bfloat16.
+        codes, scale: as `dequantize_tiles`.
+        geometry: scales of the whole tensor, of rows, of tiles or of groups along K.
+        bias: (N,) of x's dtype, or None.
+    """
+    rounded = decode(*quantize_activations(x, levels, geometry.cols), levels, Geometry(1, geometry.cols))
+    weight = decode(codes, scale, levels, geometry)
+    return linear(rounded, weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+def _why_not_skinny(x, codes, scale, levels, geometry, bias):
+    from .cuda import skinny
+
+    reason = why_not_cuda(x) or skinny.why_not_shape(*x.shape, geometry.cols, x.dtype)
+    if reason:
+        return reason
+    limit = choice.limits(choice.family(levels.dtype, geometry), x.device)
+    return choice.why_not_rows(len(x), limit.skinny, "an 8-bit product")
+
+
+@linear_tiles.backend("cuda", _why_not_skinny)
+def _linear_tiles_skinny(x, codes, scale, levels, geometry, bias):
+    from .cuda import skinny
+
+    return skinny.multiply(x, codes, scale, bias, geometry.cols, geometry.rows or len(codes))
+
+
+def _why_not_torch(x, codes, scale, levels, geometry, bias):
+    reason = why_not_scaled_mm(x, codes, geometry)
+    if reason:
+        return reason
+    return choice.why_not_library(len(x), len(codes), choice.limits(choice.family(levels.dtype, geometry), x.device))
+
+
+@linear_tiles.backend("torch", _why_not_torch)
+def _linear_tiles_torch(x, codes, scale, levels, geometry, bias):
+    return scaled_mm.linear(x, codes, scale, bias, geometry)
+
+
+def _why_not_coded(x, codes, scale, levels, geometry, bias):
+    reason = why_not_triton(x)
+    if levels.dtype == torch.float8_e4m3fn:
+        reason = reason or why_not_float8(x)
+        if x.dtype == torch.float32:
+            reason = reason or "float32 input: FP8 tensor cores keep 14 bits of each sum"
+    if reason:
+        return reason
+    limit = choice.limits(choice.family(levels.dtype, geometry), x.device)
+    return choice.why_not_rows(len(x), limit.coded, "dequantize and matmul")
+
+
+@linear_tiles.backend("triton", _why_not_coded)
+def _linear_tiles_coded(x, codes, scale, levels, geometry, bias):
+    from .triton import w8a8
+
+    return w8a8.linear(x, codes, scale, bias, geometry)
+
+
+def _why_not_library(x, *rest):
+    return "tensor is on cpu" if x.device.type == "cpu" else None
+
+
+@linear_tiles.backend("dequantize", _why_not_library)
+def _linear_tiles_library(x, codes, scale, levels, geometry, bias):
+    return linear(x, dequantize_tiles(codes, scale, levels, geometry, x.dtype), bias)
+
+
 @op
 def linear_flat4(
     x: torch.Tensor,
@@ -58,40 +158,28 @@ def linear_flat4(
         packed, absmax: as `dequantize_flat4`.
         bias: (N,) of x's dtype, or None.
     """
-    return torch.nn.functional.linear(x, dequantize_flat4(packed, absmax, levels, group_size, x.dtype), bias)
-
-
-@dequantize_tiles.backend("triton", lambda codes, *rest: why_not_triton(codes))
-def _dequantize_tiles(codes, scale, levels, geometry, dtype):
-    from .triton import tiles
-
-    return tiles.dequantize(codes, scale, geometry, dtype)
-
-
-@dequantize_flat4.backend("triton", lambda packed, *rest: why_not_triton(packed))
-def _dequantize_flat4(packed, absmax, levels, group_size, dtype):
-    from .triton import flat4
-
-    return flat4.dequantize(packed, absmax, code_values(levels), group_size, dtype)
+    n, k = packed.shape[0], 2 * packed.shape[1]
+    rows = CHUNK_ELEMENTS // max(k, 1)
+    if x.device.type != "cpu" or rows >= n or not rows or k % group_size:
+        return linear(x, dequantize_flat4(packed, absmax, levels, group_size, x.dtype), bias)
+    out = torch.empty((x.shape[0], n), dtype=x.dtype)
+    for start in range(0, n, rows):  # decoded rows are multiplied while they are in the cache
+        part = slice(start, min(start + rows, n))
+        scale = absmax[part.start * k // group_size : part.stop * k // group_size]
+        weight = dequantize_flat4(packed[part], scale, levels, group_size, x.dtype)
+        out[:, part] = linear(x, weight, None if bias is None else bias[part])
+    return out
 
 
 def _why_not_fused(x, packed, absmax, levels, group_size, bias):
-    m, k = x.shape
-    if x.dtype == torch.float32:
-        return "float32 input: the tensor cores would round it"
-    if k % group_size:
-        return f"blocks of {group_size} straddle rows: K={k}"
-    if m > FUSED_ROWS:
-        return f"M={m} > {FUSED_ROWS}: dequantize and matmul is faster"
-    return why_not_triton(x)
+    from .cuda import skinny
+
+    reason = why_not_cuda(x) or skinny.why_not_shape(*x.shape, group_size, x.dtype)
+    return reason or choice.why_not_rows(x.shape[0], choice.limits("4-bit", x.device).skinny, "dequantize and matmul")
 
 
-# Above this many rows of x, dequantize + library matmul wins: kernels/triton/flat4.py, TILE.
-FUSED_ROWS = 16
-
-
-@linear_flat4.backend("triton", _why_not_fused)
+@linear_flat4.backend("cuda", _why_not_fused)
 def _linear_flat4(x, packed, absmax, levels, group_size, bias):
-    from .triton import flat4
+    from .cuda import skinny
 
-    return flat4.linear(x, packed, absmax, code_values(levels), group_size, bias)
+    return skinny.multiply(x, packed, absmax, bias, group_size, 1, code_values(levels))

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .dispatch import op
+from .triton import why_not_triton
+
 TINY = 2.0**-80  # a region whose absmax is below this is a zero block (FORMATS section 0)
 CHUNK_ELEMENTS = 1 << 20
 # Elements per chunk of the encoders: scratch of 4 MB float32. Measured on two CPU cores (torch 2.11, AVX-512),
@@ -48,15 +51,35 @@ class Geometry:
         grid = self.grid_shape(tuple(weight.shape))
         if weight.numel() == 0:
             return torch.zeros(grid, dtype=torch.float32, device=weight.device)
-        if self.rows is None and self.cols is None:
-            low, high = torch.aminmax(weight)
-        elif self.rows == 1 and weight.device.type == "cpu":
-            return _run_absmax(self.tiles(weight).view(grid[0] * grid[1], -1)).view(grid)
-        else:
-            tiles = self.tiles(weight)
-            # Two reductions: aminmax(dim=...) ran at 1.4 GB/s where amax + amin ran at 8.8 (two CPU cores, bf16).
-            high, low = tiles.amax((1, 3)), tiles.amin((1, 3))
-        return torch.maximum(high.float(), -low.float()).reshape(grid)
+        return tile_absmax(weight, self)
+
+
+@op
+def tile_absmax(weight: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """`Geometry.absmax` of a weight that is not empty and not float64."""
+    grid = geometry.grid_shape(tuple(weight.shape))
+    if geometry.rows is None and geometry.cols is None:
+        low, high = torch.aminmax(weight)
+    elif geometry.rows == 1 and weight.device.type == "cpu":
+        return _run_absmax(geometry.tiles(weight).view(grid[0] * grid[1], -1)).view(grid)
+    else:
+        tiles = geometry.tiles(weight)
+        # Two reductions: aminmax(dim=...) ran at 1.4 GB/s where amax + amin ran at 8.8 (two CPU cores, bf16).
+        high, low = tiles.amax((1, 3)), tiles.amin((1, 3))
+    return torch.maximum(high.float(), -low.float()).reshape(grid)
+
+
+def _why_not_absmax(weight: torch.Tensor, geometry: Geometry) -> str | None:
+    if geometry.rows not in (None, 1) and (geometry.rows & (geometry.rows - 1) or geometry.rows != geometry.cols):
+        return f"tiles of {geometry.rows} x {geometry.cols}"
+    return why_not_triton(weight)
+
+
+@tile_absmax.backend("triton", _why_not_absmax)
+def _tile_absmax(weight, geometry):
+    from .triton import encode
+
+    return encode.absmax(weight, geometry.rows, geometry.cols)
 
 
 def _run_absmax(runs: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,13 @@ def _why_not_device(index: int) -> str | None:
     return None
 
 
+def why_not_float8(tensor: torch.Tensor) -> str | None:
+    """Why this GPU cannot round to FP8 as torch does; None when it can."""
+    if tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) < (8, 9):
+        return "the GPU is older than sm_89 and has no FP8"
+    return None
+
+
 def why_not_triton(tensor: torch.Tensor) -> str | None:
     """Why our Triton kernels do not take this tensor; None when they do."""
     if tensor.device.type != "cuda":

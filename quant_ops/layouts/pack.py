@@ -198,10 +198,12 @@ def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def layout_name(format: Format, options: FormatOptions) -> str:
-    """`int8_blockwise`, block_size 128 -> `FewBitsInt8Blockwise128`."""
+    """`int8_blockwise`, block_size 128 -> `FewBitsInt8Blockwise128`; `...Precise` where activations are left alone."""
     parts = [part[:1].upper() + part[1:] for part in format.name.split("_")]
     options = format.resolve(options)
     extras = [str(value).capitalize() for name, value in options.stated().items() if name in format.layout_options]
+    if options.full_precision_matrix_mult and not format.defaults.full_precision_matrix_mult:
+        extras.append("Precise")
     return "FewBits" + "".join(parts) + "".join(extras)
 
 
@@ -233,22 +235,35 @@ def _is_own(value: object) -> bool:
 def _linear(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
     x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
     bias = _plain(bias, x.dtype)
-    if isinstance(x, QuantizedTensor) or not _is_own(weight) or weight._params.transposed or x.dtype not in FLOATS:
+    if not _multiplies(x, weight) or weight._params.transposed:
         return torch.nn.functional.linear(_plain(x, x.dtype), _plain(weight, x.dtype), bias)
-    cls, (n, k) = weight.layout_cls, weight.shape
-    return torch.ops.fewbits.linear(
-        x, list(cls.stored(weight._qdata, weight._params).values()), cls.__name__, n, k, bias
-    )
+    return _product(x, weight, tuple(weight.shape), bias)
+
+
+def _multiplies(x: torch.Tensor, weight: object) -> bool:
+    return not isinstance(x, QuantizedTensor) and _is_own(weight) and x.dtype in FLOATS
+
+
+def _product(x: torch.Tensor, weight: QuantizedTensor, shape: tuple[int, int], bias: torch.Tensor | None):
+    cls = weight.layout_cls
+    pieces = list(cls.stored(weight._qdata, weight._params).values())
+    return torch.ops.fewbits.linear(x, pieces, cls.__name__, *shape, bias)
 
 
 @register_layout_op(torch.ops.aten.mm.default, PackLayout)
 def _mm(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
-    return torch.mm(_plain(args[0], args[0].dtype), _plain(args[1], args[0].dtype))
+    x, weight = args
+    if _multiplies(x, weight) and weight._params.transposed:  # what a linear becomes where gradients are recorded
+        return _product(x, weight, tuple(weight.shape[::-1]), None)
+    return torch.mm(_plain(x, x.dtype), _plain(weight, x.dtype))
 
 
 @register_layout_op(torch.ops.aten.addmm.default, PackLayout)
 def _addmm(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
-    dtype = args[1].dtype
+    bias, x, weight = args[:3]
+    dtype = x.dtype
+    if _multiplies(x, weight) and weight._params.transposed and bias.dim() == 1 and not kwargs:
+        return _product(x, weight, tuple(weight.shape[::-1]), _plain(bias, dtype))
     return torch.addmm(*(_plain(value, dtype) for value in args[:3]), **kwargs)
 
 

@@ -1,0 +1,75 @@
+"""Which kernel multiplies, by shape: one measured table per class of GPU. It never answers a failure, only speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from .scales import Geometry
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Rows of x up to which a path is the fastest; None without a limit.
+
+    `skinny`: codes decoded in registers, x as it is (kernels/cuda/skinny.py). `coded`: x quantized too, 8-bit products.
+    Above both, the weight is decoded to memory and multiplied by the library. `library`: rows from which torch's
+    8-bit product beats ours, for weights of at least 8192 rows and for others; None never.
+    """
+
+    skinny: int | None
+    coded: int | None
+    library: tuple[int | None, int | None] = (None, None)
+
+
+# Measured on an H200 in captured graphs, quantizing x included: tests/benchmarks/results/linear.csv. Times in ms for
+# 12288x3072 / 3072x12288:
+#   INT8 row  M=1 skinny .0139 / .0165, coded .016 / .019;  M=16 skinny .0185 / .0196, coded .0160 / .0186
+#   FP8 row   M=16 skinny .0198 / .0213, coded .0177 / .0205;  M=256 coded .0285 / .0323, torch .0241 / .038
+#   FP8 128   M=64 coded .020 / .0225, torch .0178 / .040;  M=1024 coded .093 / .089, torch .070 / .084
+#   INT8 64   M=1024 coded .134 / .137, dequantize and matmul .128 / .125;  M=256 coded .041 / .048, dequantize .055
+#   4-bit     M=32 skinny .025 / .032, dequantize .049 / .050;  M=64 skinny .050 / .061, dequantize .049 / .052
+HOPPER = {
+    "int8 row": Limits(8, None),
+    "int8 128": Limits(8, None),
+    "int8 64": Limits(8, 512),
+    "fp8 row": Limits(8, None, (128, 512)),
+    "fp8 128": Limits(8, None, (32, 512)),
+    "fp8 64": Limits(8, 1024),
+    "4-bit": Limits(32, 0),
+}
+# Not measured. Block scales need a fast float32 path beside the tensor cores: only few rows are trusted to them.
+OTHER = {**HOPPER, "int8 128": Limits(8, 256), "int8 64": Limits(8, 256), "fp8 128": Limits(8, 256),
+         "fp8 64": Limits(8, 256)}  # fmt: skip
+WIDE = 8192  # rows of W from which `Limits.library[0]` counts
+
+
+def family(codes: torch.dtype, geometry: Geometry) -> str:
+    """The name under which a kind of codes and scales was measured."""
+    scales = "row" if geometry.cols is None else "64" if geometry.cols < 128 else "128"
+    return f"{'int8' if codes == torch.int8 else 'fp8'} {scales}"
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def limits(family: str, device: torch.device) -> Limits:
+    """What was measured for this class of GPU."""
+    return (HOPPER if _capability(device.index or 0)[0] == 9 else OTHER)[family]
+
+
+def why_not_rows(m: int, most: int | None, instead: str) -> str | None:
+    """Why a path is not taken for M rows, in words; None when it is."""
+    return None if most is None or m <= most else f"M={m} > {most}: {instead} is faster"
+
+
+def why_not_library(m: int, n: int, limit: Limits) -> str | None:
+    """Why torch's 8-bit product is not taken; None when it is."""
+    least = limit.library[0 if n >= WIDE else 1]
+    if least is None:
+        return "our 8-bit product is faster"
+    return None if m >= least else f"M={m} < {least}: our 8-bit product is faster"

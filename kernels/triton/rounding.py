@@ -1,0 +1,33 @@
+"""Arithmetic that gives the bits torch gives: IEEE division, magnitudes that keep NaN, rounding with ties to even."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def divide(a, b):
+    """a / b, correctly rounded; the plain operator is one ulp off."""
+    return tl.math.div_rn(a, b)
+
+
+@triton.jit
+def magnitude(x):
+    """|x| of a float32 as int32 bits: ordered like the numbers, NaN above infinity."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def round_int8(x):
+    """Nearest even integer in [-127, 127]; NaN becomes some code."""
+    x = tl.minimum(tl.maximum(x, -127.0), 127.0)
+    return ((x + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 * 2^23: float32 has no fraction bits there
+
+
+@triton.jit
+def divide_many(a, b, inverse):
+    """a / b, correctly rounded, in three operations; `inverse` is 1 / b correctly rounded (Markstein 1990)."""
+    guess = a * inverse
+    close = tl.math.fma(tl.math.fma(-guess, b, a), inverse, guess)
+    return tl.where(tl.abs(guess) < 1e30, close, guess)  # past all codes; the remainder would overflow

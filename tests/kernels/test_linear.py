@@ -1,0 +1,242 @@
+"""Linears over stored codes: eager is the spec; on a GPU every kernel errs at most twice as much against float64."""
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from fewbits.kernels import choice, runtime
+from fewbits.kernels.activations import quantize_activations
+from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid
+from fewbits.kernels.dispatch import list_backends, use_backend
+from fewbits.kernels.grids import E4M3, INT8, TiledGrid, decode
+from fewbits.kernels.packing import pack_nibbles
+from fewbits.kernels.scaled_mm import why_not_scaled_mm
+from fewbits.kernels.scales import Geometry
+
+GEOMETRIES = {
+    "tensor": Geometry(None, None), "row": Geometry(1, None), "tile 128": Geometry(128, 128),
+    "tile 64": Geometry(64, 64), "group 128": Geometry(1, 128), "group 64": Geometry(1, 64),
+}  # fmt: skip
+LEVELS = [INT8, E4M3]
+by_name = pytest.mark.parametrize("levels", LEVELS, ids=lambda levels: levels.name)
+by_geometry = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+
+
+def tiled(n, k, levels, geometry, device="cpu", spread=1.0):
+    weight = torch.randn(n, k, device=device) / k**0.5 * torch.logspace(-spread, spread, k, device=device)
+    weight[: geometry.rows or 1, : geometry.cols or 1] = 0
+    grid = TiledGrid(levels, geometry)
+    scale = grid.scale(weight)
+    return grid.encode(weight, scale), scale
+
+
+def four_bit(n, k, levels, group, device="cuda"):
+    weight = torch.randn(n, k, device=device) / k**0.5
+    grid = FlatGrid(levels, group)
+    absmax = grid.scale(weight)
+    return pack_nibbles(grid.encode(weight, absmax), high_first=True), absmax
+
+
+def exact(x, codes, scale, levels, geometry, bias, rounded):
+    """The product in float64; `rounded` says whether x is quantized first."""
+    with use_backend("eager"):
+        weight = decode(codes, scale, levels, geometry).double()
+        if rounded:
+            x = decode(*quantize_activations(x, levels, geometry.cols), levels, Geometry(1, geometry.cols))
+    return x.double() @ weight.t() + (0 if bias is None else bias.double())
+
+
+@by_name
+@by_geometry
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_eager_multiplies_quantized_activations(levels, geometry, dtype):
+    codes, scale = tiled(128, 256, levels, geometry)
+    x, bias = torch.randn(5, 256).to(dtype), torch.randn(128).to(dtype)
+    out = runtime.linear_tiles(x, codes, scale, levels, geometry, bias)
+    truth = exact(x, codes, scale, levels, geometry, bias, rounded=True)
+    assert out.dtype == dtype
+    step = max(torch.finfo(dtype).eps, 1e-6)
+    assert (out.double() - truth).abs().max() <= step * truth.abs().max()
+    plain = exact(x, codes, scale, levels, geometry, bias, rounded=False)
+    error = (truth - plain).norm() / plain.norm()
+    assert 1e-3 < error < 0.04  # 8 bits of activations: about 0.008 (INT8) and 0.027 (FP8), and never nothing
+
+
+@by_name
+def test_zero_tokens_give_the_bias_and_nan_stays_in_its_token(levels):
+    geometry = Geometry(1, 64)
+    codes, scale = tiled(32, 128, levels, geometry)
+    x = torch.randn(3, 128)
+    x[0], x[1, 7] = 0, float("nan")
+    out = runtime.linear_tiles(x, codes, scale, levels, geometry, torch.ones(32))
+    assert torch.equal(out[0], torch.ones(32)) and out[1].isnan().all() and out[2].isfinite().all()
+
+
+def test_a_four_bit_linear_on_the_cpu_is_the_decoded_product_in_pieces():
+    packed, absmax = four_bit(1500, 2048, NF4, 64, "cpu")
+    x, bias = torch.randn(3, 2048), torch.randn(1500)
+    weight = runtime.dequantize_flat4(packed, absmax, NF4, 64, torch.float32)
+    out = runtime.linear_flat4(x, packed, absmax, NF4, 64, bias)
+    assert torch.allclose(out, linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_every_op_says_why_a_kernel_does_not_run():
+    codes, scale = tiled(64, 64, INT8, Geometry(1, None))
+    arguments = (torch.randn(2, 64), codes, scale, INT8, Geometry(1, None), None)
+    assert list_backends()["linear_tiles"] == ["cuda", "torch", "triton", "dequantize", "eager"]
+    assert set(runtime.linear_tiles.reasons(*arguments).values()) == {"tensor is on cpu"}
+    assert choice.why_not_rows(65, 64, "another path") == "M=65 > 64: another path is faster"
+    assert choice.why_not_rows(64, 64, "another path") is None is choice.why_not_rows(9999, None, "another path")
+
+
+def test_amd_gpus_get_no_kernel_of_ours(monkeypatch):
+    """RDNA1 and RDNA2 hang in Triton matmuls; none is measured, so none is used."""
+    from fewbits.kernels import cuda, triton
+
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    for probe in (cuda._why_not_device, triton._why_not_device):
+        assert probe.__wrapped__(0).startswith("AMD GPU")
+
+
+# GPU ----------------------------------------------------------------------------------------------------------------
+
+SIZES = [
+    (512, 512, 1024),
+    (1, 1, 64),
+    (2, 17, 192),
+    (16, 257, 1088),
+    (17, 130, 320),
+    (64, 64, 128),
+    (129, 384, 1024),
+    (300, 256, 3200),
+]
+
+
+def close(got, truth, eager, dtype):
+    allowed = 2 * (eager.double() - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
+    return got.dtype == dtype and (got.double() - truth).abs().max() <= allowed
+
+
+def poisoned(make, n):
+    """The op's result after memory of its size was filled with NaN: an element left unwritten shows."""
+    junk = [torch.full((n,), float("nan"), device="cuda") for _ in range(4)]
+    torch.cuda.synchronize()
+    del junk
+    return make()
+
+
+@pytest.mark.gpu
+@by_name
+@by_geometry
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("backend", ["cuda", "torch", "triton", "dequantize"])
+def test_8_bit_linears_err_at_most_twice_as_much_as_eager(backend, size, geometry, levels, monkeypatch):
+    m, n, k = size
+    n, k = -(-n // (geometry.rows or 1)) * (geometry.rows or 1), -(-k // (geometry.cols or 1)) * (geometry.cols or 1)
+    monkeypatch.setattr(choice, "limits", lambda family, device: choice.Limits(None, None, (0, 0)))
+    codes, scale = tiled(n, k, levels, geometry, "cuda")
+    if backend == "torch" and why_not_scaled_mm(torch.ones(m, k, device="cuda", dtype=torch.bfloat16), codes, geometry):
+        return  # INT8, other blocks or odd sizes: torch has no product for them
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if dtype == torch.float32 and (backend == "cuda" or (backend == "triton" and levels is E4M3)):
+            continue
+        if backend == "torch" and dtype != torch.bfloat16:
+            continue
+        wide = torch.randn(m, k + 16, device="cuda").to(dtype)
+        x, bias = wide[:, :k], torch.randn(n, device="cuda").to(dtype)
+        truth = exact(x, codes, scale, levels, geometry, bias, rounded=backend in ("triton", "torch"))
+        with use_backend("eager"):
+            if backend in ("triton", "torch"):
+                eager = runtime.linear_tiles(x, codes, scale, levels, geometry, bias)
+            else:
+                eager = linear(x, decode(codes, scale, levels, geometry).to(dtype), bias)
+        with use_backend(backend):
+            for b, expected in ((bias, truth), (None, truth - bias.double())):
+                run = lambda b=b: runtime.linear_tiles(x, codes, scale, levels, geometry, b)  # noqa: B023, E731
+                got = poisoned(run, m * n)
+                assert close(got, expected, eager, dtype), (got.double() - expected).abs().max()
+                assert torch.equal(got, run())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [1, 2, 7, 16, 17, 40, 64, 100])
+@pytest.mark.parametrize(
+    ("n", "k", "group"), [(64, 64, 64), (1, 64, 64), (257, 192, 64), (3072, 1152, 128), (768, 12288, 64), (65, 96, 32)]
+)
+@pytest.mark.parametrize("levels", [NF4, FP4], ids=lambda levels: levels.name)
+def test_4_bit_linears_err_at_most_twice_as_much_as_eager(levels, n, k, group, m, dtype, monkeypatch):
+    monkeypatch.setattr(choice, "limits", lambda family, device: choice.Limits(None, None))
+    packed, absmax = four_bit(n, k, levels, group)
+    x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
+    with use_backend("eager"):
+        weight = runtime.dequantize_flat4(packed, absmax, levels, group, torch.float32).double()
+        eager = runtime.linear_flat4(x, packed, absmax, levels, group, bias)
+    truth = x.double() @ weight.t() + bias.double()
+    with use_backend("cuda"):
+        for b, expected in ((bias, truth), (None, truth - bias.double())):
+            got = poisoned(lambda b=b: runtime.linear_flat4(x, packed, absmax, levels, group, b), m * n)
+            assert close(got, expected, eager, dtype)
+            assert torch.equal(got, runtime.linear_flat4(x, packed, absmax, levels, group, b))  # no atomics
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton", "dequantize"])
+@by_name
+@by_geometry
+def test_extreme_scales_and_nan_come_through(backend, levels, geometry, monkeypatch):
+    monkeypatch.setattr(choice, "limits", lambda family, device: choice.Limits(None, None))
+    codes, scale = tiled(128, 256, levels, geometry, "cuda", spread=6.0)
+    x = torch.randn(5, 256, device="cuda", dtype=torch.bfloat16)
+    x[0], x[1, 3], x[2], x[3] = 0, float("nan"), x[2] * 1e30, x[3] * 1e-30
+    truth = exact(x, codes, scale, levels, geometry, None, rounded=backend == "triton")
+    with use_backend(backend):
+        out = runtime.linear_tiles(x, codes, scale, levels, geometry, None)
+    assert not out[0].any() and out[1].isnan().all()
+    for row in (2, 3, 4):
+        assert (out[row].double() - truth[row]).abs().max() <= 0.02 * truth[row].abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_all_256_codes_decode_exactly_in_the_skinny_kernel(dtype):
+    """x picks single weights; FP8's NaN codes give NaN."""
+    from fewbits.kernels.cuda import skinny
+
+    every = torch.arange(256, dtype=torch.uint8, device="cuda").view(4, 64)
+    picks = torch.eye(64, device="cuda", dtype=dtype)
+    one = torch.ones(1, 1, device="cuda")
+    for levels in (INT8, E4M3):
+        codes = every.view(levels.dtype)
+        rows = codes.repeat(1, 1)
+        if levels is E4M3:  # a NaN weight makes its whole row NaN: zero times NaN
+            assert skinny.multiply(picks, rows, one, None, None, 4).isnan().any(0).tolist() == [
+                False,
+                True,
+                False,
+                True,
+            ]
+            rows = torch.where(every & 127 == 127, 0, every).view(levels.dtype)
+        got = skinny.multiply(picks, rows, one, None, None, 4)
+        assert torch.equal(got.t().float(), rows.float())
+
+
+@pytest.mark.gpu
+def test_linears_are_captured_by_a_cuda_graph():
+    codes, scale = tiled(256, 512, INT8, Geometry(128, 128), "cuda")
+    packed, absmax = four_bit(256, 512, NF4, 64)
+    for m in (1, 16, 300):
+        x = torch.randn(m, 512, device="cuda", dtype=torch.bfloat16)
+
+        def run(x=x):
+            return (
+                runtime.linear_tiles(x, codes, scale, INT8, Geometry(128, 128), None),
+                runtime.linear_flat4(x, packed, absmax, NF4, 64, None),
+            )
+
+        expected = run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = run()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(got, expected))
