@@ -179,6 +179,8 @@ class OwnFormats:
 class OwnLinear(OwnFormats):
     """Mixed in before Linear."""
 
+    _fewbits_rounds = False  # activations are rounded though `_full_precision_mm` is set: we set it, not ComfyUI
+
     def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
         marker = _own_marker(state_dict, prefix)
         if marker is None:
@@ -186,9 +188,15 @@ class OwnLinear(OwnFormats):
             return
         shape = (self.out_features, self.in_features)
         self._fewbits_load(marker, state_dict, prefix, shape, **self.factory_kwargs)
+        self._fewbits_rounds = not self._full_precision_mm and not weight_only_path()
         if self._full_precision_mm_config or not weight_only_path():
             self._full_precision_mm = True  # older ComfyUI would quantize activations with our weight layout
         self._fewbits_load_rest(state_dict, prefix, *others)
+
+    def _forward(self, input, weight, bias):
+        if self._full_precision_mm and not self._fewbits_rounds and self._is_own():
+            weight = self._fewbits_convert(weight.to(input.dtype))  # our product would round the input too
+        return super()._forward(input, weight, bias)
 
     def convert_weight(self, weight, inplace=False, **kwargs):
         return self._fewbits_convert(weight)
