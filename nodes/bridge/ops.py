@@ -138,8 +138,7 @@ class OwnFormats:
         self._full_precision_mm_config = bool(marker.get("full_precision_matrix_mult", False))
         stored = {suffix: tensor.to(device=device) for suffix, tensor in stored.items()}
         params = get_layout_class(self.layout_type).params_of(stored, dtype, shape)
-        weight = QuantizedTensor(stored["weight"], self.layout_type, params)
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.weight = _parameter(QuantizedTensor(stored["weight"], self.layout_type, params))
         self._fewbits_marker = torch.frombuffer(bytearray(json.dumps(marker).encode()), dtype=torch.uint8)
 
     def _fewbits_load_rest(self, state_dict, prefix, local_metadata, strict, missing_keys, *others) -> None:
@@ -172,7 +171,7 @@ class OwnFormats:
         new = QuantizedTensor.from_float(weight, self.layout_type, stochastic_rounding=seed).to(self.weight.dtype)
         if return_weight:
             return new
-        self.weight = torch.nn.Parameter(new, requires_grad=False)
+        self.weight = _parameter(new)
         return None
 
 
@@ -257,6 +256,16 @@ class RefuseOwnFormats:
 
 
 MIXINS = {"Linear": OwnLinear, "Embedding": OwnEmbedding, "MoEExperts": RefuseOwnFormats}
+
+
+def _parameter(weight: QuantizedTensor) -> torch.nn.Parameter:
+    """What `torch.nn.Parameter` makes of it, less a `detach`: comfy-kitchen copies every scale there.
+
+    The scales of an NF4 layer are a ninth of it, and ComfyUI maps them from the file: they would be in memory twice.
+    """
+    weight.requires_grad_(False)
+    weight._is_param = True  # what isinstance(weight, Parameter) asks
+    return weight
 
 
 def _absent(name: str) -> None:
