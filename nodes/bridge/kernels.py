@@ -20,6 +20,7 @@ NEEDS = {
     "mxfp8": "supports_mxfp8_compute",
 }
 DECODED = "decoded, then multiplied at full precision"
+OURS = "FewBits' kernel"
 LOOKED_UP = "rows looked up, then decoded"
 
 
@@ -42,10 +43,10 @@ def kernel_lines(module: torch.nn.Module) -> list[str]:
 def _how(layer: torch.nn.Module) -> str:
     if isinstance(layer, torch.nn.Embedding):
         return LOOKED_UP
-    if layer._full_precision_mm:
+    if layer._full_precision_mm and not getattr(layer, "_fewbits_rounds", False):
         return DECODED
     if _is_own(layer):
-        return "FewBits' kernel, activations at full precision"
+        return OURS
     backends = [name for name, facts in comfy_kitchen.list_backends().items() if _usable(facts)]
     return f"comfy-kitchen's kernel ({', '.join(backends)}), activations rounded too"
 
