@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -14,42 +14,54 @@ from .scales import Geometry
 class Limits:
     """Rows of x up to which a path is the fastest; None without a limit.
 
-    `skinny`: codes decoded in registers, x as it is (kernels/cuda/skinny.py). `coded`: x quantized too, 8-bit products.
-    Above both, the weight is decoded to memory and multiplied by the library. `library`: rows from which torch's
-    8-bit product beats ours, for weights of at least 8192 rows and for others; None never.
+    `skinny`: codes decoded in registers, x as it is (kernels/cuda/skinny.py). `coded`: x quantized too, 8-bit products;
+    `small` is that for weights of less than 4 million elements, which decode in no time. Above both, the weight is
+    decoded to memory and multiplied by the library. `library`: rows from which torch's 8-bit product beats ours, for
+    weights of at least 8192 rows and for others; None never.
     """
 
     skinny: int | None
     coded: int | None
+    small: int | None = None
     library: tuple[int | None, int | None] = (None, None)
 
 
 # Measured on an H200 in captured graphs, quantizing x included: tests/benchmarks/results/linear.csv. Times in ms for
 # 12288x3072 / 3072x12288:
-#   INT8 row  M=1 skinny .0139 / .0165, coded .016 / .019;  M=16 skinny .0185 / .0196, coded .0160 / .0186
-#   FP8 row   M=16 skinny .0198 / .0213, coded .0177 / .0205;  M=256 coded .0285 / .0323, torch .0241 / .038
-#   FP8 128   M=64 coded .020 / .0225, torch .0178 / .040;  M=1024 coded .093 / .089, torch .070 / .084
-#   INT8 64   M=1024 coded .134 / .137, dequantize and matmul .128 / .125;  M=256 coded .041 / .048, dequantize .055
-#   4-bit     M=32 skinny .025 / .032, dequantize .049 / .050;  M=64 skinny .050 / .061, dequantize .049 / .052
+#   INT8 row  M=1 skinny .0138 / .0175;  M=16 skinny .0172 / .0200, coded .0160 / .0186: less, but more launches,
+#             and ComfyUI captures no graphs: plain calls take .045 against .113;  M=32 skinny .023 / .029
+#   FP8 row   M=16 skinny .0185 / .0216, coded .0163 / .0205;  M=256 coded .0285 / .0323, torch .0255 / .038
+#   FP8 128   M=64 coded .020 / .0225, torch .0177 / .040;  M=1024 coded .093 / .089, torch .069 / .084
+#   INT8 64   M=16 skinny .019 / .023, coded .0266 / .030;  M=1024 coded .134 / .137, decoded .156 / .155
+#   4-bit     M=32 skinny .025 / .029, decoded .049 / .050;  M=64 skinny .049 / .085, decoded .049 / .052
 HOPPER = {
-    "int8 row": Limits(8, None),
-    "int8 128": Limits(8, None),
-    "int8 64": Limits(8, 512),
-    "fp8 row": Limits(8, None, (128, 512)),
-    "fp8 128": Limits(8, None, (32, 512)),
-    "fp8 64": Limits(8, 1024),
-    "4-bit": Limits(32, 0),
+    "int8 row": Limits(16, None, 512),
+    "int8 128": Limits(16, None, 512),
+    "int8 64": Limits(32, 1024, 32),
+    "int8 group 128": Limits(16, None, 512),
+    "int8 group 64": Limits(32, 512, 32),
+    "fp8 row": Limits(16, None, 512, (128, 512)),
+    "fp8 128": Limits(16, None, 512, (32, 512)),
+    "fp8 64": Limits(32, 1024, 32),
+    "fp8 group 128": Limits(16, None, 512),
+    "fp8 group 64": Limits(32, 512, 32),
+    "4-bit": Limits(32, 0, 0),
 }
 # Not measured. Block scales need a fast float32 path beside the tensor cores: only few rows are trusted to them.
-OTHER = {**HOPPER, "int8 128": Limits(8, 256), "int8 64": Limits(8, 256), "fp8 128": Limits(8, 256),
-         "fp8 64": Limits(8, 256)}  # fmt: skip
+OTHER = {
+    name: limit if name.endswith(("row", "bit")) else replace(limit, coded=256, small=32, library=(None, None))
+    for name, limit in HOPPER.items()
+}
 WIDE = 8192  # rows of W from which `Limits.library[0]` counts
+SMALL = 4_000_000  # elements of W below which `Limits.small` counts
 
 
 def family(codes: torch.dtype, geometry: Geometry) -> str:
     """The name under which a kind of codes and scales was measured."""
-    scales = "row" if geometry.cols is None else "64" if geometry.cols < 128 else "128"
-    return f"{'int8' if codes == torch.int8 else 'fp8'} {scales}"
+    kind = "int8" if codes == torch.int8 else "fp8"
+    if geometry.cols is None:
+        return f"{kind} row"
+    return f"{kind} {'group ' if geometry.rows == 1 else ''}{'64' if geometry.cols < 128 else '128'}"
 
 
 @cache
@@ -65,6 +77,11 @@ def limits(family: str, device: torch.device) -> Limits:
 def why_not_rows(m: int, most: int | None, instead: str) -> str | None:
     """Why a path is not taken for M rows, in words; None when it is."""
     return None if most is None or m <= most else f"M={m} > {most}: {instead} is faster"
+
+
+def why_not_coded(m: int, n: int, k: int, limit: Limits) -> str | None:
+    """Why no 8-bit product is taken; None when one is."""
+    return why_not_rows(m, limit.small if n * k < SMALL else limit.coded, "dequantize and matmul")
 
 
 def why_not_library(m: int, n: int, limit: Limits) -> str | None:

@@ -72,15 +72,16 @@ def linear_tiles(
 ) -> torch.Tensor:
     """x @ W.T + bias for INT8 and e4m3fn codes, x quantized to the weight's levels per row, or per row and K-group.
 
+    Eager rounds both decoded factors to x's dtype; kernels multiply the codes and scale float32 sums.
+
     Args:
         x: (M, K) float32, float16 or bfloat16.
         codes, scale: as `dequantize_tiles`.
         geometry: scales of the whole tensor, of rows, of tiles or of groups along K.
         bias: (N,) of x's dtype, or None.
     """
-    rounded = decode(*quantize_activations(x, levels, geometry.cols), levels, Geometry(1, geometry.cols))
-    weight = decode(codes, scale, levels, geometry)
-    return linear(rounded, weight, None if bias is None else bias.float()).to(x.dtype)
+    rounded = decode(*quantize_activations(x, levels, geometry.cols), levels, Geometry(1, geometry.cols)).to(x.dtype)
+    return linear(rounded, dequantize_tiles(codes, scale, levels, geometry, x.dtype), bias)
 
 
 def _why_not_skinny(x, codes, scale, levels, geometry, bias):
@@ -104,7 +105,8 @@ def _why_not_torch(x, codes, scale, levels, geometry, bias):
     reason = why_not_scaled_mm(x, codes, geometry)
     if reason:
         return reason
-    return choice.why_not_library(len(x), len(codes), choice.limits(choice.family(levels.dtype, geometry), x.device))
+    limit = choice.limits(choice.family(levels.dtype, geometry), x.device)
+    return choice.why_not_coded(len(x), *codes.shape, limit) or choice.why_not_library(len(x), len(codes), limit)
 
 
 @linear_tiles.backend("torch", _why_not_torch)
@@ -121,7 +123,7 @@ def _why_not_coded(x, codes, scale, levels, geometry, bias):
     if reason:
         return reason
     limit = choice.limits(choice.family(levels.dtype, geometry), x.device)
-    return choice.why_not_rows(len(x), limit.coded, "dequantize and matmul")
+    return choice.why_not_coded(len(x), *codes.shape, limit)
 
 
 @linear_tiles.backend("triton", _why_not_coded)

@@ -101,5 +101,5 @@ def _run_absmax(runs: torch.Tensor) -> torch.Tensor:
 def scale_from_absmax(absmax: torch.Tensor, qmax: float) -> torch.Tensor:
     """absmax / qmax in float32, correctly rounded; 1.0 for zero blocks, so that they decode to exact zeros."""
     # A 0-d divisor on the same device: CUDA multiplies by the reciprocal of a Python scalar, one ulp off.
-    divisor = torch.tensor(qmax, dtype=torch.float32, device=absmax.device)
+    divisor = torch.full((), qmax, dtype=torch.float32, device=absmax.device)
     return torch.where(absmax < TINY, torch.ones_like(absmax), absmax / divisor)

@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from .compiler import kernel
+from .compiler import Kernel, kernel
 
 SOURCE = r"""
 typedef unsigned int u32;
@@ -244,8 +244,9 @@ def options(
 def shape_of_work(m: int, n: int, four_bit: bool) -> tuple[int, int, int, int]:
     """(tiles of 8 tokens, warps, spans in flight, blocks per multiprocessor); tests/benchmarks/linear_sweep.py."""
     tiles = 1 if m <= 8 else 2 if m <= 16 else 4 if m <= 32 else 8
-    warps = min(8 if n >= 8192 else 16, 32 // tiles)  # 48 KB of shared memory hold no more
-    return tiles, warps, 1 if tiles == 1 else 2, 2 if four_bit else MANY
+    wide = n >= 8192
+    warps = min(8 if wide else 16, 32 // tiles)  # 48 KB of shared memory hold no more
+    return tiles, warps, 2 if four_bit and wide and tiles == 1 else 1, 3 if four_bit else MANY
 
 
 def why_not_shape(m: int, k: int, group: int | None, dtype: torch.dtype) -> str | None:
@@ -258,6 +259,16 @@ def why_not_shape(m: int, k: int, group: int | None, dtype: torch.dtype) -> str 
     if k % (group or span):
         return f"K={k} is not a multiple of {group or span}"
     return None
+
+
+@cache
+def _entry(device: int, *variant: object) -> Kernel:
+    return kernel(SOURCE, "multiply", options(*variant), device)
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -289,10 +300,9 @@ def multiply(
     x, codes = _aligned(x), _aligned(codes)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     tiles, warps, ahead, resident = work or shape_of_work(m, n, values is not None)
-    variant = options(codes.dtype, x.dtype, group, tiles, warps, ahead, values)
-    entry = kernel(SOURCE, "multiply", variant, x.device.index or 0)
+    entry = _entry(x.device.index or 0, codes.dtype, x.dtype, group, tiles, warps, ahead, values)
     has_bias = bias is not None
-    blocks, sms = -(-n // 16), torch.cuda.get_device_properties(x.device).multi_processor_count
+    blocks, sms = -(-n // 16), _multiprocessors(x.device.index or 0)
     rounds = -(-blocks // (sms * resident))
     entry.launch(
         (-(-blocks // rounds), -(-m // (8 * tiles)), 1),

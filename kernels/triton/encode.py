@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .rounding import divide, divide_many, magnitude, round_int8
+from .tiles import block_columns
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def _tile_absmax(x, out, k, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.con
 
 def _runs(x: torch.Tensor, count: int, size: int) -> torch.Tensor:
     out = torch.empty(count, dtype=torch.float32, device=x.device)
-    block = min(triton.next_power_of_2(size), 4096)
+    block = min(triton.next_power_of_2(size), 1024)
     runs = 4096 // block
     with torch.cuda.device(x.device):
         _run_absmax[(triton.cdiv(count, runs),)](x, out, count, size, runs, block, num_warps=4)
@@ -91,8 +92,9 @@ def _encode(
     inside = (rows[:, None] < n) & (cols[None, :] < k)
     at = rows[:, None] * k + cols[None, :]
     value = tl.load(x + at, inside, other=0.0).to(tl.float32)
-    tile = (rows // tile_rows)[:, None] * grid_cols + (cols // tile_cols)[None, :]
-    s = tl.load(scale + tile, inside, other=1.0)
+    # A program's columns lie in one tile, so each of its rows has one scale.
+    s = tl.load(scale + rows // tile_rows * grid_cols + tl.program_id(1) * BK // tile_cols, rows < n, other=1.0)
+    s = s[:, None]
     inverse = divide(1.0, s)
     if KIND == 0:
         q = round_int8(divide_many(value, s, inverse))
@@ -119,7 +121,7 @@ def encode(
     x = x.contiguous()
     grid_rows, grid_cols = scale.shape
     codes = torch.empty((n, k), dtype=dtype, device=x.device)
-    block_k = min(triton.next_power_of_2(k), 256)
+    block_k = block_columns(k, k // grid_cols)
     block_n = 2048 // block_k
     with torch.cuda.device(x.device):
         _encode[(triton.cdiv(n, block_n), triton.cdiv(k, block_k))](

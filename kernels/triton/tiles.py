@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ..scales import Geometry
+from . import why_not_float8
 
 _KIND = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
 
@@ -22,6 +23,8 @@ def _dequantize(
     raw = tl.load(codes + at, inside, other=0)
     if KIND == 0:
         value = raw.to(tl.float32)
+    elif KIND == 3:
+        value = raw.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     elif KIND == 1:
         # e4m3fn to float16 bits: the sign-extended shift leaves the sign in bits 15 and 14; then times 2^8.
         half = ((raw.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True)
@@ -29,9 +32,14 @@ def _dequantize(
         value = tl.where((raw & 127) == 127, float("nan"), value)
     else:
         value = (raw.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
-    tile = (rows // tile_rows)[:, None] * grid_cols + (cols // tile_cols)[None, :]
-    s = tl.load(scale + tile, inside, other=0.0)
-    tl.store(out + at, (value * s).to(out.dtype.element_ty), inside)
+    # A program's columns lie in one tile, so each of its rows has one scale.
+    s = tl.load(scale + rows // tile_rows * grid_cols + tl.program_id(1) * BK // tile_cols, rows < n, other=0.0)
+    tl.store(out + at, (value * s[:, None]).to(out.dtype.element_ty), inside)
+
+
+def block_columns(k: int, tile_cols: int) -> int:
+    """Columns of a program: at most 256, and of one tile of scales."""
+    return min(triton.next_power_of_2(k), 256) if tile_cols == k else min(tile_cols & -tile_cols, 256)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, geometry: Geometry, dtype: torch.dtype) -> torch.Tensor:
@@ -40,11 +48,14 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, geometry: Geometry, dty
     codes = codes.contiguous()
     grid_rows, grid_cols = geometry.grid_shape((n, k))
     out = torch.empty((n, k), dtype=dtype, device=codes.device)
-    block_n, block_k = 8, 256
+    tile_cols = k // grid_cols
+    block_k = block_columns(k, tile_cols)
+    block_n = 2048 // block_k
+    kind = 3 if codes.dtype == torch.float8_e4m3fn and why_not_float8(codes) is None else _KIND[codes.dtype]
     grid = (triton.cdiv(n, block_n), triton.cdiv(k, block_k))
     with torch.cuda.device(codes.device):
         _dequantize[grid](
-            codes.view(torch.int8), scale.contiguous(), out, n, k, grid_cols, n // grid_rows, k // grid_cols,
-            KIND=_KIND[codes.dtype], BN=block_n, BK=block_k, num_warps=4,
+            codes.view(torch.int8), scale.contiguous(), out, n, k, grid_cols, n // grid_rows, tile_cols,
+            KIND=kind, BN=block_n, BK=block_k, num_warps=4,
         )  # fmt: skip
     return out

@@ -5,6 +5,7 @@ INT8 products accumulate in int32, FP8 products in float32; each group's sum is 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -152,7 +153,7 @@ TILES = {
         (None, Tile(128, 64, 64, 4, 3)),
     ),
 }
-MIN_RUN = 2048  # elements of K that a program should have at least when K is split
+MIN_RUN = {"row": 2048, "128": 1536, "64": 768}  # elements of K that a program keeps at least when K is split
 PROGRAMS_PER_SM = 3
 
 
@@ -161,9 +162,14 @@ def tile_for(m: int, n: int, k: int, group: int | None, sms: int) -> Tile:
     kind = "row" if group is None else "64" if group < 128 else "128"
     tile = next(tile for most, tile in TILES[kind] if most is None or m <= most)
     programs, split = -(-m // tile.m) * -(-n // tile.n), 1
-    while programs * split * 2 <= PROGRAMS_PER_SM * sms and k >= MIN_RUN * split * 2:
+    while programs * split * 2 <= PROGRAMS_PER_SM * sms and k >= MIN_RUN[kind] * split * 2:
         split *= 2
     return tile._replace(split=split)
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def linear(
@@ -172,7 +178,8 @@ def linear(
     """(M, K) floats @ (N, K).T + bias in x's dtype, x quantized to the codes' kind with the weight's groups along K."""
     qmax = 127.0 if codes.dtype == torch.int8 else 448.0
     x_codes, x_scale = activations.quantize(x, codes.dtype, qmax, geometry.cols)
-    sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-    n = len(codes)
+    sms, n = _multiprocessors(x.device.index or 0), len(codes)
+    if geometry.rows == 1 and geometry.cols and len(x) > 64:
+        scale = scale.t().contiguous().t()  # every step reads one column of it
     tile = tile_for(len(x), n, x.shape[1], geometry.cols, sms)
     return multiply(x_codes, x_scale, codes, scale, bias, x.dtype, geometry.cols, geometry.rows or n, tile)

@@ -10,7 +10,7 @@ import sys
 
 from ..errors import QuantError, RecipeError
 from ..version import VERSION
-from . import convert, info, plan, quantize, repair, verify
+from . import bench, convert, info, plan, quantize, repair, verify
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
         raise RecipeError(f"{message}; see {self.prog} --help")
 
 
-COMMANDS = (quantize, convert, plan, info, verify, repair)
+COMMANDS = (quantize, convert, plan, info, verify, repair, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from ...kernels.dispatch import Op
 from ...kernels.grids import Grid, Scale
 from ..errors import CheckpointError, RecipeError
 from ..spec import FormatOptions, LayerInput, TensorSpec
@@ -121,6 +122,17 @@ class Format(ABC):
         """`dequantize`, rounded once to `dtype`; formats with a kernel for it override this with equal results."""
         return self.dequantize(tensors, layer, options).to(dtype)
 
+    def product(
+        self,
+        x: torch.Tensor,
+        tensors: dict[str, torch.Tensor],
+        layer: LayerInput,
+        options: FormatOptions,
+        bias: torch.Tensor | None,
+    ) -> tuple[Op, tuple] | None:
+        """The op that multiplies x by the stored codes, with its arguments; None where the weight is decoded first."""
+        return None
+
     def linear(
         self,
         x: torch.Tensor,
@@ -129,7 +141,10 @@ class Format(ABC):
         options: FormatOptions,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """x (M, K) @ W.T + bias in x's dtype; formats with a kernel for it override this."""
+        """x (M, K) @ W.T + bias in x's dtype."""
+        if product := self.product(x, tensors, layer, options, bias):
+            op, arguments = product
+            return op(*arguments)
         return torch.nn.functional.linear(x, self.dequantize_to(tensors, layer, options, x.dtype), bias)
 
     def refuse_misfit(self, layer: LayerInput, options: FormatOptions, specs: dict[str, TensorSpec]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...kernels.codebook4 import FP4, NF4, FlatGrid
+from ...kernels.dispatch import Op
 from ...kernels.grids import Levels
 from ...kernels.packing import pack_nibbles, unpack_nibbles
 from ...kernels.runtime import dequantize_flat4, linear_flat4
@@ -87,15 +88,16 @@ class Bnb4Bit(Format):
     ) -> torch.Tensor:
         return dequantize_flat4(tensors["weight"], tensors["absmax"], self.levels, options.block_size, dtype)
 
-    def linear(
+    def product(
         self,
         x: torch.Tensor,
         tensors: dict[str, torch.Tensor],
         layer: LayerInput,
         options: FormatOptions,
         bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return linear_flat4(x, tensors["weight"], tensors["absmax"], self.levels, options.block_size, bias)
+    ) -> tuple[Op, tuple] | None:
+        arguments = (x, tensors["weight"], tensors["absmax"], self.levels, options.block_size, bias)
+        return None if options.full_precision_matrix_mult else (linear_flat4, arguments)
 
 
 class BnbNF4(Bnb4Bit):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...kernels.dispatch import Op
 from ...kernels.grids import E4M3, INT8, Levels, TiledGrid, decode
 from ...kernels.runtime import dequantize_tiles, linear_tiles
 from ...kernels.scales import Geometry
@@ -61,7 +62,7 @@ class TiledFormat(Format):
         return dequantize_tiles(codes, scale, self.levels, geometry, dtype)
 
     def multiplies_codes(self, options: FormatOptions) -> bool:
-        """Whether `linear` quantizes activations too; else it decodes the weight and leaves them as they are.
+        """Whether `product` quantizes activations too; else it decodes the weight and leaves them as they are.
 
         Not where the marker asks for full precision, the codes are of a rotated weight, products of the codes do not
         exist (e5m2) or groups along K are shorter than a step of the tensor cores.
@@ -70,19 +71,19 @@ class TiledFormat(Format):
         asked_not_to = options.full_precision_matrix_mult or options.convrot
         return self.levels in (INT8, E4M3) and not asked_not_to and (cols is None or cols >= MIN_GROUP)
 
-    def linear(
+    def product(
         self,
         x: torch.Tensor,
         tensors: dict[str, torch.Tensor],
         layer: LayerInput,
         options: FormatOptions,
         bias: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> tuple[Op, tuple] | None:
         codes, geometry = tensors["weight"], self.geometry(options)
         if not self.multiplies_codes(options) or tuple(codes.shape) != layer.shape:
-            return super().linear(x, tensors, layer, options, bias)
+            return None
         scale = tensors["weight_scale"].reshape(geometry.grid_shape(layer.shape))
-        return linear_tiles(x, codes, scale, self.levels, geometry, bias)
+        return linear_tiles, (x, codes, scale, self.levels, geometry, bias)
 
     def options_from(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
         options = self.stored_options(marker, specs)

@@ -10,7 +10,11 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import gpu
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "import_shim"), str(Path(__file__).resolve().parents[1])]
+
+import bench_layers as gpu
 import torch
 import triton
 
@@ -44,7 +48,7 @@ def sweep_skinny() -> None:
         layer = gpu.layer(name, n, k)
         for m, _ in SKINNY_ROWS:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            bf16 = gpu.graph_time(layer.plain_linears(x), 5, 2)
+            bf16 = gpu.graph_time(layer.plain_linears(x), 5)
             found = []
             for job in jobs:
                 if job[:2] != (name, m):
@@ -54,7 +58,7 @@ def sweep_skinny() -> None:
                     lambda c=c, s=s: skinny.multiply(x, c, s, None, group, rows, values, work)
                     for c, s in zip(layer.codes, layer.scales)
                 ]
-                found.append((gpu.graph_time(calls, 3, 2), work))
+                found.append((gpu.graph_time(calls, 3), work))
             report(f"{name} {n}x{k} M={m}", bf16, found)
 
 
@@ -101,7 +105,7 @@ def sweep_coded(part: int | None = None) -> None:
                 if part is not None:
                     calls[0]()
                     continue
-                found.append((gpu.graph_time(calls, 3, 1), tuple(tile)))
+                found.append((gpu.graph_time(calls, 3), tuple(tile)))
             except (triton.runtime.errors.OutOfResources, triton.compiler.CompilationError, RuntimeError) as error:
                 print("  ", tile, type(error).__name__, str(error)[:80], flush=True)
         if part is None:
@@ -132,7 +136,7 @@ def sweep_library() -> None:
         found = []
         for name, timed in calls.items():
             try:
-                found.append((gpu.graph_time(timed, 3, 1), (name,)))
+                found.append((gpu.graph_time(timed, 3), (name,)))
             except RuntimeError as error:
                 print("  ", name, str(error)[:150], flush=True)
         report(f"library {n}x{k} M={m}", gpu.graph_time(row.plain_linears(x)), found)
@@ -148,7 +152,7 @@ def sweep_quantizer() -> None:
             found = []
             for shape in itertools.product((1024, 2048, 4096, 8192, 16384), (4, 8, 16)):
                 calls = [lambda c=c: activations.quantize(c, dtype, most, None, shape) for c in copies]
-                found.append((gpu.graph_time(calls, 3, 1), shape))
+                found.append((gpu.graph_time(calls, 3), shape))
             grouped = gpu.graph_time([lambda c=c: activations.quantize(c, dtype, most, 128) for c in copies])
             report(f"quantizer {dtype} {m}x{k}, copying as many bytes {copy:.4f}, groups {grouped:.4f}", copy, found)
 

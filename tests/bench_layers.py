@@ -1,14 +1,9 @@
-"""Timing on a GPU: captured graphs over rotated inputs, and plain calls; the shapes and layers that the tables use."""
+"""For benchmarks on a GPU: captured graphs over rotated inputs, and plain calls; the shapes and layers that the tables use."""
 
 from __future__ import annotations
 
-import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "import_shim")]
 
 import torch
 
@@ -17,6 +12,7 @@ from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid
 from fewbits.kernels.grids import E4M3, INT8, TiledGrid
 from fewbits.kernels.packing import pack_nibbles
 from fewbits.kernels.scales import Geometry
+from fewbits.quant_ops.bench import median_ms, replayed
 
 SHAPES = ((12288, 3072), (3072, 12288), (3072, 15360), (3072, 3072), (1280, 1280), (5120, 13824))
 ROWS = (1, 16, 64, 256, 1024, 4608)
@@ -34,18 +30,9 @@ TILED = {
 FLAT = {"nf4 64": (NF4, 64), "fp4 64": (FP4, 64)}
 
 
-def graph_time(calls: list[Callable], repeats: int = 7, loops: int = 3) -> float:
+def graph_time(calls: list[Callable], repeats: int = 7) -> float:
     """Median milliseconds of one call in a captured graph; the list holds the same call on different inputs."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(loops):
-            for call in calls:
-                call()
-    graph.replay()
-    return _median(graph.replay, repeats) / (loops * len(calls))
+    return median_ms(calls, torch.device("cuda"), repeats)
 
 
 def eager_time(calls: list[Callable], repeats: int = 7) -> float:
@@ -56,19 +43,8 @@ def eager_time(calls: list[Callable], repeats: int = 7) -> float:
             call()
 
     run()
-    return _median(run, repeats) / len(calls)
-
-
-def _median(run: Callable, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+    torch.cuda.synchronize()
+    return replayed(run, repeats) / len(calls)
 
 
 @dataclass
