@@ -15,14 +15,15 @@ class Limits:
     """Rows of x up to which a path is the fastest; None without a limit.
 
     `skinny`: codes decoded in registers, x as it is (kernels/cuda/skinny.py). `coded`: x quantized too, 8-bit products;
-    `small` is that for weights of less than 4 million elements, which decode in no time. Above both, the weight is
-    decoded to memory and multiplied by the library. `library`: rows from which torch's 8-bit product beats ours, for
-    weights of at least 8192 rows and for others; None never.
+    `small` is that for weights of less than `below` million elements, which decode in no time. Above both, the weight
+    is decoded to memory and multiplied by the library. `library`: rows from which torch's 8-bit product beats ours, for
+    weights of at least `WIDE` rows and for others; None never.
     """
 
     skinny: int | None
     coded: int | None
     small: int | None = None
+    below: int = 2
     library: tuple[int | None, int | None] = (None, None)
 
 
@@ -32,19 +33,19 @@ class Limits:
 #             and ComfyUI captures no graphs: plain calls take .045 against .113;  M=32 skinny .023 / .029
 #   FP8 row   M=16 skinny .0185 / .0216, coded .0163 / .0205;  M=256 coded .0285 / .0323, torch .0255 / .038
 #   FP8 128   M=64 coded .020 / .0225, torch .0177 / .040;  M=1024 coded .093 / .089, torch .069 / .084
-#   INT8 64   M=16 skinny .019 / .023, coded .0266 / .030;  M=1024 coded .134 / .137, decoded .156 / .155
+#   INT8 64   M=16 skinny .019 / .023, coded .0266 / .030;  M=1024 coded .134 / .137, decoded .128 / .128
 #   4-bit     M=32 skinny .025 / .029, decoded .049 / .050;  M=64 skinny .049 / .085, decoded .049 / .052
 HOPPER = {
-    "int8 row": Limits(16, None, 512),
-    "int8 128": Limits(16, None, 512),
-    "int8 64": Limits(32, 1024, 32),
-    "int8 group 128": Limits(16, None, 512),
-    "int8 group 64": Limits(32, 512, 32),
-    "fp8 row": Limits(16, None, 512, (128, 512)),
-    "fp8 128": Limits(16, None, 512, (32, 512)),
-    "fp8 64": Limits(32, 1024, 32),
-    "fp8 group 128": Limits(16, None, 512),
-    "fp8 group 64": Limits(32, 512, 32),
+    "int8 row": Limits(16, None, 64),
+    "int8 128": Limits(16, None, 16),
+    "int8 64": Limits(32, 512, 32, 10),
+    "int8 group 128": Limits(16, 512, 32, 10),
+    "int8 group 64": Limits(32, 512, 32, 10),
+    "fp8 row": Limits(16, None, 64, library=(128, 512)),
+    "fp8 128": Limits(16, None, 16, library=(32, 512)),
+    "fp8 64": Limits(32, 512, 32, 10),
+    "fp8 group 128": Limits(16, 512, 32, 10),
+    "fp8 group 64": Limits(32, 512, 32, 10),
     "4-bit": Limits(32, 0, 0),
 }
 # Not measured. Block scales need a fast float32 path beside the tensor cores: only few rows are trusted to them.
@@ -53,7 +54,6 @@ OTHER = {
     for name, limit in HOPPER.items()
 }
 WIDE = 8192  # rows of W from which `Limits.library[0]` counts
-SMALL = 4_000_000  # elements of W below which `Limits.small` counts
 
 
 def family(codes: torch.dtype, geometry: Geometry) -> str:
@@ -81,7 +81,7 @@ def why_not_rows(m: int, most: int | None, instead: str) -> str | None:
 
 def why_not_coded(m: int, n: int, k: int, limit: Limits) -> str | None:
     """Why no 8-bit product is taken; None when one is."""
-    return why_not_rows(m, limit.small if n * k < SMALL else limit.coded, "dequantize and matmul")
+    return why_not_rows(m, limit.small if n * k < limit.below * 1e6 else limit.coded, "dequantize and matmul")
 
 
 def why_not_library(m: int, n: int, limit: Limits) -> str | None:

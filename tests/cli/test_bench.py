@@ -1,6 +1,9 @@
 """`fewbits bench`, and the report of kernels that nodes show."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,3 +52,8 @@ def test_the_command_prints_reasons_or_json():
 def test_the_command_refuses_in_one_line(argument, value):
     run = fewbits("bench", "--device", "cpu", argument, value)
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and value in run.stderr
+
+
+def test_the_tables_in_the_readme_are_those_of_the_measurements():
+    script = Path(__file__).parents[1] / "benchmarks" / "tables.py"
+    assert subprocess.run([sys.executable, script, "--check"]).returncode == 0, "run tests/benchmarks/tables.py"

@@ -133,7 +133,7 @@ def poisoned(make, n):
 def test_8_bit_linears_err_at_most_twice_as_much_as_eager(backend, size, geometry, levels, monkeypatch):
     m, n, k = size
     n, k = -(-n // (geometry.rows or 1)) * (geometry.rows or 1), -(-k // (geometry.cols or 1)) * (geometry.cols or 1)
-    monkeypatch.setattr(choice, "limits", lambda family, device: choice.Limits(None, None, None, (0, 0)))
+    monkeypatch.setattr(choice, "limits", lambda family, device: choice.Limits(None, None, library=(0, 0)))
     codes, scale = tiled(n, k, levels, geometry, "cuda")
     if backend == "torch" and why_not_scaled_mm(torch.ones(m, k, device="cuda", dtype=torch.bfloat16), codes, geometry):
         return  # INT8, other blocks or odd sizes: torch has no product for them
