@@ -13,12 +13,14 @@ from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.spec import version_key
 from harness import EMOJI, PACK, emoji_workflow
 from harness.metrics import ssim
+from harness.workflow import prompt_of
 from helpers import flux_shapes, random_tensors
 
 ORIGINAL = EMOJI / "emoji_flux.safetensors"
 IDS = [*json.loads((PACK / "node_list.json").read_text(encoding="utf-8"))]
 FORMATS = {"FewBitsQuantizeFP8": "float8_e4m3fn", "FewBitsQuantizeINT8": "int8_tensorwise",
            "FewBitsQuantizeNF4": "bnb_nf4", "FewBitsQuantizeFP4": "nvfp4"}  # fmt: skip
+EXAMPLES = ["quantize_int8_emoji", "quantize_text_encoder"]
 EMOJI_FILE = "diffusion_models/emoji_flux.safetensors"
 SAME_PICTURE = 0.985  # SSIM of one prompt against the original's; two prompts of unlike emoji: below 0.8
 LIKE_PICTURE = {"bnb_nf4": 0.90, "nvfp4": 0.90}
@@ -301,29 +303,10 @@ def test_the_page_gets_help_translations_and_the_example_workflow(server):
     translations = server.get("/i18n")
     for language in ("en", "zh"):
         assert set(IDS) <= set(translations[language]["nodeDefs"])
-    assert server.get("/workflow_templates")["ComfyUI-FewBits"] == ["quantize_int8_emoji"]
-    thumbnail = server.request("/api/workflow_templates/ComfyUI-FewBits/quantize_int8_emoji.jpg")
-    assert thumbnail.startswith(b"\xff\xd8\xff")
-
-
-def prompt_of(server, graph):
-    """The API prompt that the page makes of a workflow: links by slot, widget values in the order of the inputs."""
-    origins = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
-    prompt = {}
-    for item in graph["nodes"]:
-        if item["type"] == "MarkdownNote":
-            continue
-        info = server.object_info(item["type"])["input"]
-        values = iter(item["widgets_values"])
-        inputs = {slot["name"]: origins[slot["link"]] for slot in item["inputs"]}
-        for name in [*info.get("required", {}), *info.get("optional", {})]:
-            if name not in inputs:
-                inputs[name] = next(values)
-                if name == "seed":
-                    next(values)  # "control after generate" belongs to the page alone
-        assert not list(values), item["type"]
-        prompt[str(item["id"])] = {"class_type": item["type"], "inputs": inputs}
-    return prompt
+    assert sorted(server.get("/workflow_templates")["ComfyUI-FewBits"]) == EXAMPLES
+    for name in EXAMPLES:
+        thumbnail = server.request(f"/api/workflow_templates/ComfyUI-FewBits/{name}.jpg")
+        assert thumbnail.startswith(b"\xff\xd8\xff")
 
 
 def test_the_example_workflow_runs_as_it_is(server, original):

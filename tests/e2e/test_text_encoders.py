@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from harness import PACK, ComfyServer
+from harness.workflow import prompt_of
 from helpers import clip_shapes, random_tensors, t5_shapes
 
 ENCODERS = {"clip_l": (clip_shapes, "stable_diffusion"), "t5_base": (t5_shapes, "stable_audio")}
@@ -203,3 +204,15 @@ def test_clip_save_and_the_stock_loader_round_trip(server, embed, files, encoder
     got = embed(node("CLIPLoader", clip_name=path.name, type=kind))  # the output folder is in the loader's list
     assert error(got, embed(stock(server, files(encoder, "bnb_nf4"), kind))) < 1e-5
     assert path.stat().st_size < 0.75 * files(encoder).stat().st_size  # the embedding table stays
+
+
+def test_the_example_workflow_runs_as_it_is(server, embed, files, tmp_path):
+    path = tmp_path / "clip_l.safetensors"
+    path.write_bytes(files("clip_l").read_bytes())
+    server.add_model("text_encoders", path)
+    graph = json.loads((PACK / "example_workflows" / "quantize_text_encoder.json").read_text(encoding="utf-8"))
+    done = server.run(prompt_of(server, graph))
+    assert done.status == "success", done.error
+    (saved,) = (server.output / "clip").glob("clip_l_int8*.safetensors")
+    got = embed(node("CLIPLoader", clip_name=saved.name, type="stable_diffusion"))
+    assert error(got, embed(stock(server, files("clip_l", "int8_tensorwise"), "stable_diffusion"))) < 1e-5

@@ -1,0 +1,25 @@
+"""A workflow as the page saves it -> the prompt that the page sends."""
+
+from __future__ import annotations
+
+WIDGETS = {"COMBO", "STRING", "INT", "FLOAT", "BOOLEAN"}  # types that the page gives a widget; the others are sockets
+
+
+def prompt_of(server: object, graph: dict) -> dict:
+    """Links by slot, widget values in the order of the inputs; a socket that is not connected is left out."""
+    origins = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
+    prompt = {}
+    for item in graph["nodes"]:
+        if item["type"] == "MarkdownNote":
+            continue
+        info = server.object_info(item["type"])["input"]
+        values = iter(item["widgets_values"])
+        inputs = {slot["name"]: origins[slot["link"]] for slot in item["inputs"]}
+        for name, (kind, *_) in {**info.get("required", {}), **info.get("optional", {})}.items():
+            if name not in inputs and (isinstance(kind, list) or kind in WIDGETS):
+                inputs[name] = next(values)
+                if name == "seed":
+                    next(values)  # "control after generate" belongs to the page alone
+        assert not list(values), item["type"]
+        prompt[str(item["id"])] = {"class_type": item["type"], "inputs": inputs}
+    return prompt
