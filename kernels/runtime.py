@@ -185,3 +185,8 @@ def _linear_flat4(x, packed, absmax, levels, group_size, bias):
     from .cuda import skinny
 
     return skinny.multiply(x, packed, absmax, bias, group_size, 1, code_values(levels))
+
+
+@linear_flat4.backend("dequantize", lambda x, packed, *rest: why_not_triton(packed))
+def _linear_flat4_library(x, packed, absmax, levels, group_size, bias):
+    return linear(x, dequantize_flat4(packed, absmax, levels, group_size, x.dtype), bias)
