@@ -61,6 +61,8 @@ class ClipSource(PatchedWeights):
         new = old.clone()
         new.cond_stage_model = fresh.cond_stage_model
         new.patcher = carry_over(old.patcher, fresh.patcher, (load_from_memory, arguments))
+        if kernels:
+            use_kernels(new.patcher)
         return new
 
     def _entry(self, key: str, stored: dict[str, list[tuple[TensorSource, str]]]) -> Entry:
@@ -86,7 +88,7 @@ def load_from_memory(
 def load_with_kernels(factory: object, arguments: tuple, disable_dynamic: bool = False) -> ModelPatcher:
     """What ComfyUI's own factory makes, with the quantized kernels on."""
     patcher = factory(*arguments, disable_dynamic=disable_dynamic)
-    use_kernels(patcher.model, patcher.load_device)
+    use_kernels(patcher)
     return patcher
 
 
@@ -118,7 +120,7 @@ def load_checkpoint(path: str, *, kernels: bool) -> tuple[ModelPatcher, comfy.sd
 
 def with_kernels(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
     """The CLIP itself with the quantized kernels on, in its further copies too."""
-    use_kernels(clip.cond_stage_model, clip.patcher.load_device)
+    use_kernels(clip.patcher)
     init = clip.patcher.cached_patcher_init
     clip.patcher.cached_patcher_init = init and (load_with_kernels, init)
     return clip
@@ -161,7 +163,7 @@ def _build(
     )
     _refuse_unread(state, clip.cond_stage_model)
     if kernels:
-        use_kernels(clip.cond_stage_model, clip.patcher.load_device)
+        use_kernels(clip.patcher)
     return clip
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import comfy.model_management
 import comfy_kitchen
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_kitchen.tensor import QuantizedTensor
 
 from .compat import weight_only_path
@@ -24,14 +25,15 @@ OURS = "FewBits' kernel"
 LOOKED_UP = "rows looked up, then decoded"
 
 
-def use_kernels(module: torch.nn.Module, device: torch.device) -> None:
+def use_kernels(patcher: ModelPatcher) -> None:
     """Let the quantized layers of a text encoder multiply as those of a MODEL do; ComfyUI decodes them all.
 
     A layer stays as it is where its file asks for full precision, or where this device or ComfyUI has no kernel.
     """
-    for layer in _linears(module):
-        if not layer._full_precision_mm_config and _has_kernel(layer, device):
-            layer._full_precision_mm = False
+    patcher.force_cast_weights = False  # True for every CLIP; each layer that is loaded would be decoded by it
+    for layer in _linears(patcher.model):
+        if not layer._full_precision_mm_config and _has_kernel(layer, patcher.load_device):
+            layer._full_precision_mm = layer.comfy_force_cast_weights = False
 
 
 def kernel_lines(module: torch.nn.Module) -> list[str]:
@@ -59,7 +61,11 @@ def _has_kernel(layer: torch.nn.Module, device: torch.device) -> bool:
     if _is_own(layer):
         return weight_only_path()
     probe = NEEDS.get(layer.quant_format)
-    return probe is None or bool(getattr(comfy.model_management, probe, lambda device: False)(device))
+    return (
+        probe is None
+        or device.type != "cpu"
+        and bool(getattr(comfy.model_management, probe, lambda device: False)(device))
+    )
 
 
 def _is_own(layer: torch.nn.Module) -> bool:

@@ -170,18 +170,26 @@ def test_unloading_and_loading_again_changes_nothing(comfy, clip, quantize_clip,
 
 
 @pytest.mark.parametrize("wish", ["bnb_nf4", "int8_blockwise", "int8_tensorwise"])
-def test_quantized_kernels_run_when_asked_and_say_nearly_the_same(clip, quantize_clip, wish, encode):
+def test_quantized_kernels_run_when_asked_and_say_nearly_the_same(clip, quantize_clip, wish, encode, monkeypatch):
     from fewbits.nodes.bridge.compat import weight_only_path
     from fewbits.nodes.bridge.kernels import DECODED, kernel_lines
+    from fewbits.quant_ops.layouts.pack import PackLayout
 
     plain, fast = quantize_clip(clip, wish)[0], quantize_clip(clip, wish, True)[0]
     assert all(module._full_precision_mm for module in layers(plain).values())
     assert kernel_lines(plain.cond_stage_model) == [f"   12 layers  {wish}: {DECODED}"]
     own = "_fewbits_marker" in vars(next(iter(layers(fast).values())))
+    decoded = encode(plain)
+    products = []
+    linear = PackLayout.linear.__func__
+    monkeypatch.setattr(PackLayout, "linear", classmethod(lambda *args: products.append(1) or linear(*args)))
+    got = encode(fast)
     if weight_only_path() or not own:
         assert not any(module._full_precision_mm for module in layers(fast).values())
         assert DECODED not in kernel_lines(fast.cond_stage_model)[0]
-    assert relative_error(encode(fast), encode(plain)) < 0.03
+        assert len(products) == (12 if own else 0)
+    assert torch.equal(got, decoded) == (wish == "bnb_nf4" or (own and not weight_only_path()))  # the others round x
+    assert relative_error(got, decoded) < 0.03
 
 
 def test_kernels_stay_off_where_the_file_or_the_device_says_so(clip, quantize_clip):
