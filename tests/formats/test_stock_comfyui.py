@@ -78,7 +78,9 @@ def opened(comfyui, original, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("label", WISHES)
-def test_comfyui_decodes_what_the_reference_decodes_or_is_too_old_and_says_so(comfyui, original, opened, tmp_path, label):
+def test_comfyui_decodes_what_the_reference_decodes_or_is_too_old_and_says_so(
+    comfyui, original, opened, tmp_path, label
+):
     if too_old(comfyui, WISHES[label]):
         quantize_file(original, tmp_path / "newer.safetensors", Recipe(parse_wish(WISHES[label])))
         run = load(comfyui, tmp_path)
