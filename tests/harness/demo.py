@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import EMOJI, EMOJI_NODES, PACK, PROMPTS, ComfyServer, emoji_models, emoji_workflow
-from harness.metrics import psnr, ssim
+from harness import EMOJI, EMOJI_NODES, PACK, PROMPTS, ComfyServer, emoji_models
+from harness.quality import compare, sample
 
 ORIGINAL = "emoji_flux.safetensors"
 STARTED = time.monotonic()
@@ -33,15 +33,13 @@ def main() -> None:
             say(f"ComfyUI {server.stats['system']['comfyui_version']}: {len(PROMPTS)} prompts x {len(rows)} models")
             for row in rows:
                 started = time.perf_counter()
-                row["images"] = sample(server, row["file"].name)
+                row["samples"] = sample(server, row["file"].name)
                 row["seconds"] = round(time.perf_counter() - started, 2)
-    reference = rows[0]["images"]
     for row in rows:
-        scores = [(ssim(a, b), psnr(a, b)) for a, b in zip(row["images"], reference, strict=True)]
-        decibels = [value for _, value in scores if value is not None]
+        quality = compare(row["samples"], rows[0]["samples"])
         row["bytes"] = row["file"].stat().st_size
-        row["ssim"] = round(sum(value for value, _ in scores) / len(scores), 5)
-        row["psnr"] = round(sum(decibels) / len(decibels), 2) if decibels else None
+        row["ssim"] = round(quality.ssim, 5)
+        row["psnr"] = None if quality.psnr is None else round(quality.psnr, 2)
     keys = ("format", "bytes", "min_comfyui", "ssim", "psnr", "seconds")
     (output / "summary.json").write_text(json.dumps([{key: row[key] for key in keys} for row in rows], indent=2) + "\n")
     draw(output / "compare.png", rows)
@@ -64,17 +62,6 @@ def quantize(name: str, path: Path) -> dict:
     return {"file": path, "min_comfyui": json.loads(result.stdout)["min_comfyui"]}
 
 
-def sample(server: ComfyServer, model: str) -> list:
-    """One picture per prompt, through the stock UNETLoader and KSampler."""
-    images = []
-    for prompt in PROMPTS:
-        run = server.run(emoji_workflow(model, prompt))
-        if run.status != "success":
-            raise SystemExit(f"{model}: {prompt}: {run.error or run.status}")
-        images += run.images()
-    return images
-
-
 def print_table(rows: list[dict]) -> None:
     print(f"\n{'format':<20} {'file size':>12} {'min ComfyUI':>12} {'SSIM':>8} {'PSNR':>8} {'seconds':>8}")
     for row in rows:
@@ -93,8 +80,8 @@ def draw(path: Path, rows: list[dict]) -> None:
 
     figure, grid = pyplot.subplots(len(rows), len(PROMPTS), figsize=(1.5 * len(PROMPTS) + 1.6, 1.72 * len(rows) + 0.35))
     for row, axes in zip(rows, grid, strict=True):
-        for axis, image, prompt in zip(axes, row["images"], PROMPTS, strict=True):
-            axis.imshow(image)
+        for axis, (prompt, found) in zip(axes, row["samples"].items(), strict=True):
+            axis.imshow(found.image)
             axis.set_xticks([])
             axis.set_yticks([])
             if row is rows[0]:
@@ -110,5 +97,7 @@ def draw(path: Path, rows: list[dict]) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except RuntimeError as error:  # a prompt that ComfyUI could not run, by its message
+        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
