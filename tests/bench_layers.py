@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -28,6 +30,13 @@ TILED = {
     "fp8 block 64": (E4M3, Geometry(64, 64)),
 }
 FLAT = {"nf4 64": (NF4, 64), "fp4 64": (FP4, 64)}
+
+
+def end_without_gpu() -> None:
+    """End the script, in good order, where there is nothing to measure on."""
+    if not torch.cuda.is_available():
+        print(f"{Path(sys.argv[0]).stem}: needs an NVIDIA GPU; nothing was measured")
+        sys.exit(0)
 
 
 def graph_time(calls: list[Callable], repeats: int = 7) -> float:

@@ -42,6 +42,7 @@ def quantize(name: str, weight: torch.Tensor) -> None:
 
 
 def main() -> None:
+    gpu.end_without_gpu()
     rows = []
     for n, k in SHAPES:
         weights = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(4)]

@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="a kind of codes; repeatable")
     parser.add_argument("--rows", type=int, nargs="+", default=list(gpu.ROWS))
     args = parser.parse_args()
+    gpu.end_without_gpu()
     for name in args.only or [*gpu.TILED, *gpu.FLAT]:
         append(RESULTS, [row for n, k in gpu.SHAPES for row in measure(name, n, k, args.rows)])
 

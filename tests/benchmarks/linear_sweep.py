@@ -164,6 +164,7 @@ def report(title: str, bf16: float, found: list) -> None:
 
 
 def main() -> None:
+    gpu.end_without_gpu()
     wanted = sys.argv[1:] or ["skinny", "quantizer", "library", "coded"]
     if wanted[0] == "compile":
         sweep_coded(int(wanted[1]))
