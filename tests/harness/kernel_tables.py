@@ -1,20 +1,18 @@
-"""Write the kernel tables of README.md from the committed CSVs, between the two marks there.
+"""The kernel tables of README.md, from the CSVs that the benchmarks of a GPU wrote.
 
-python tests/benchmarks/tables.py [--check]
+`FEWBITS_WRITE_TABLES=1 python3 dev.py test tests/cli/test_bench.py` writes them into the README.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-import sys
 import textwrap
 from collections import defaultdict
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).resolve().parent / "results"
-BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
+from .emoji import ROOT
+
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
 FLUX = {(12288, 3072), (3072, 12288), (3072, 15360)}
 FORMATS = {
     "fp8 row": "`float8_e4m3fn_rowwise`", "fp8 block 128": "`float8_e4m3fn_blockwise`, 128",
@@ -71,24 +69,8 @@ def encode_table() -> str:
     )
 
 
-def block() -> str:
+def text() -> str:
     return (
-        f"{BEGIN}\n{linear_table()}\n\n{encode_table()}\n\nReproduce: `python3 dev.py bench linear` and `python3 dev.py "
-        f"bench encode`. On your machine: `fewbits bench`.\n{END}"
+        f"{linear_table()}\n\n{encode_table()}\n\nReproduce: `python3 dev.py bench linear` and `python3 dev.py "
+        "bench encode`. On your machine: `fewbits bench`.\n"
     )
-
-
-def main() -> int:
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    if BEGIN not in text:
-        sys.exit(f"README.md has no line {BEGIN}")
-    wanted = text[: text.index(BEGIN)] + block() + text[text.index(END) + len(END) :]
-    if "--check" in sys.argv:
-        return int(text != wanted)
-    path.write_text(wanted, encoding="utf-8", newline="\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
