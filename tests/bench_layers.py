@@ -99,9 +99,9 @@ class Layer:
         return [lambda w=w: torch.nn.functional.linear(x, w) for w in self.plain]
 
 
-def layer(name: str, n: int, k: int) -> Layer:
+def layer(name: str, n: int, k: int, device: str = "cuda") -> Layer:
     """A random weight in the named kind of codes."""
-    weight = torch.randn(n, k, device="cuda") / k**0.5
+    weight = torch.randn(n, k, device=device) / k**0.5
     if name in FLAT:
         levels, group = FLAT[name]
         grid = FlatGrid(levels, group)

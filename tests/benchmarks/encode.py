@@ -1,19 +1,21 @@
-"""Quantizing and decoding on a GPU against a copy; appends to results/encode.csv.
+"""Quantizing and decoding on a GPU against a copy and against peers; appends to results/encode.csv.
 
     python tests/benchmarks/encode.py
 
 `of_copy`: for weights bf16 bytes read per second over the copy's bytes (read and written), for decoding and for
-activations all bytes moved per second over the copy's.
+activations all bytes moved per second over the copy's. Rows of peers (tests/bench_peers.py) end in `by LIBRARY`.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "import_shim"), str(Path(__file__).resolve().parents[1])]
 
 import bench_layers as gpu
+import bench_peers as peers
 import torch
 from linear import append
 
@@ -41,32 +43,48 @@ def quantize(name: str, weight: torch.Tensor) -> None:
     nearest_codes(weight, TiledGrid(levels, geometry).scale(weight), levels, geometry, 0)
 
 
+def by_peers(kind: str, weights: list[torch.Tensor], layer: gpu.Layer) -> Iterator[tuple[str, float]]:
+    """(what, milliseconds) of every installed peer that a graph can capture."""
+    decoding = (layer, weights[0].dtype)
+    for what, found, inputs in (("quantize", peers.QUANTIZE, (weights,)), ("decode", peers.DECODE, decoding)):
+        for peer in peers.installed(found, kind):
+            ms, words = peers.captured_ms(peer.build(*inputs))
+            if ms is None:
+                print(f"{what} {kind} by {peer.label}: {words}")
+            else:
+                yield f"{what} {kind} by {peer.label}", ms
+
+
+def measure(n: int, k: int) -> Iterator[tuple[str, int, float, int]]:
+    """(what, rows, milliseconds, bytes that count)."""
+    weights = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(4)]
+    target = torch.empty_like(weights[0])
+    yield "copy", n, gpu.graph_time([lambda w=w: target.copy_(w) for w in weights]), 4 * n * k
+    for name in (*gpu.TILED, *gpu.FLAT):
+        layer = gpu.layer(name, n, k)
+        moved = {"quantize": 2 * n * k, "decode": layer.codes[0].nbytes + layer.scales[0].nbytes + 2 * n * k}
+        yield f"quantize {name}", n, gpu.graph_time([lambda w=w: quantize(name, w) for w in weights]), moved["quantize"]
+        yield f"decode {name}", n, gpu.graph_time(layer.dequantizes(name, torch.bfloat16)), moved["decode"]
+        for what, ms in by_peers(name, weights, layer):
+            yield what, n, ms, moved[what.split()[0]]
+    m = min(n, 4608)
+    for levels in (INT8, E4M3):
+        for group in (None, 128):
+            ms = gpu.graph_time([lambda w=w: quantize_activations(w[:m], levels, group) for w in weights])
+            yield f"activations {levels.name} {'row' if group is None else group}", m, ms, 3 * m * k
+
+
 def main() -> None:
     gpu.end_without_gpu()
-    rows = []
+    for reason in peers.missing():
+        print(reason)
     for n, k in SHAPES:
-        weights = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(4)]
-        target = torch.empty_like(weights[0])
-        copied = gpu.graph_time([lambda w=w: target.copy_(w) for w in weights])
-        speed = 4 * n * k / copied
-        rows.append({"what": "copy", "N": n, "K": k, "ms": copied, "of_copy": 1.0})
-        for name in (*gpu.TILED, *gpu.FLAT):
-            ms = gpu.graph_time([lambda w=w: quantize(name, w) for w in weights])
-            rows.append({"what": f"quantize {name}", "N": n, "K": k, "ms": ms, "of_copy": 2 * n * k / ms / speed})
-            layer = gpu.layer(name, n, k)
-            moved = layer.codes[0].nbytes + layer.scales[0].nbytes + 2 * n * k
-            ms = gpu.graph_time(layer.dequantizes(name, torch.bfloat16))
-            rows.append({"what": f"decode {name}", "N": n, "K": k, "ms": ms, "of_copy": moved / ms / speed})
-        for levels in (INT8, E4M3):
-            for group in (None, 128):
-                ms = gpu.graph_time([lambda w=w: quantize_activations(w[:4608], levels, group) for w in weights])
-                what = f"activations {levels.name} {'row' if group is None else group}"
-                moved = 3 * min(n, 4608) * k
-                rows.append({"what": what, "N": min(n, 4608), "K": k, "ms": ms, "of_copy": moved / ms / speed})
-    for row in rows:
-        row["ms"], row["of_copy"] = round(row["ms"], 5), round(row["of_copy"], 3)
-        print(f"{row['what']:<28}{row['N']}x{row['K']:<8}{row['ms']:>9.4f} ms  {row['of_copy']:.2f} of a copy")
-    append(RESULTS, rows)
+        rows, speed = [], None
+        for what, m, ms, moved in measure(n, k):
+            speed = speed or moved / ms  # of the copy, which comes first
+            rows.append({"what": what, "N": m, "K": k, "ms": ms, "of_copy": round(moved / ms / speed, 3)})
+            print(f"{what:<64}{m}x{k:<8}{ms:>9.4f} ms  {rows[-1]['of_copy']:.2f} of a copy", flush=True)
+        append(RESULTS, rows)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,21 @@ FORMATS = {
     "int8 group 128": "`int8_lodewise`, 128", "nf4 64": "`bnb_nf4`, 64", "fp4 64": "`bnb_fp4`, 64",
 }  # fmt: skip
 WEIGHT = "12288x3072"
+CASE = ("kind", "what", "peer", "N", "K", "M")
 
 
 def rows_of(name: str) -> list[dict]:
     """The rows of a CSV; of several runs of a case the last."""
     with open(RESULTS / name, newline="", encoding="utf-8") as file:
-        rows = {tuple(row.get(key) for key in ("kind", "what", "N", "K", "M")): row for row in csv.DictReader(file)}
+        rows = {tuple(row.get(key) for key in CASE): row for row in csv.DictReader(file)}
     return list(rows.values())
+
+
+def label(peer: str) -> str:
+    """`matmul_4bit, bitsandbytes 0.50.2` -> "bitsandbytes 0.50.2 `matmul_4bit`"; `F alone, ...` keeps its `alone`."""
+    call, _, library = peer.rpartition(", ")
+    name, *rest = call.split(" ", 1)
+    return " ".join([library, f"`{name}`", *rest])
 
 
 def mean(values: list[float]) -> float:
@@ -43,9 +51,9 @@ def linear_table() -> str:
         speeds = (float(row["bf16_ms"]) / float(row["ms"]), float(row["bf16_plain_ms"]) / float(row["plain_ms"]))
         found[row["kind"], int(row["M"])].append(speeds)
     lines = ["| format | " + " | ".join(f"M = {m}" for m in counts) + " |", "|---|" + "---|" * len(counts)]
-    for kind, label in FORMATS.items():
+    for kind, name in FORMATS.items():
         cells = [" / ".join(f"{mean(list(part)):.2f}" for part in zip(*found[kind, m])) for m in counts]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     where = rows[0]
     head = (
         f"Speed of one linear layer against bf16 on {where['device']} (torch {where['torch']}, triton "
@@ -57,12 +65,40 @@ def linear_table() -> str:
     return f"{head}\n\n" + "\n".join(lines)
 
 
+def peers_table() -> str:
+    """Ours against what users run otherwise, in the order of `FORMATS`."""
+    found: dict[tuple, dict[int, list[tuple]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows_of("peers.csv"):
+        if (int(row["N"]), int(row["K"])) in FLUX:
+            captured = float(row["ms"]) / float(row["ours_ms"]) if row["ms"] else None
+            plain = float(row["plain_ms"]) / float(row["ours_plain_ms"])
+            found[row["kind"], row["peer"]][int(row["M"])].append((captured, plain))
+    counts = sorted({m for ratios in found.values() for m in ratios})
+    lines = ["| ours | against | " + " | ".join(f"M = {m}" for m in counts) + " |", "|---|---|" + "---|" * len(counts)]
+    for kind, peer in sorted(found, key=lambda key: list(FORMATS).index(key[0])):
+        cells = []
+        for m in counts:
+            parts = zip(*found[kind, peer][m])
+            cells.append(" / ".join("-" if None in part else f"{mean(list(part)):.2f}" for part in parts) or "-")
+        lines.append(f"| {FORMATS[kind]} | {label(peer)} | " + " | ".join(cells) + " |")
+    head = (
+        "The same layers run by other libraries, measured in the same process right after ours: their time over ours, "
+        "in a captured graph / in plain calls, geometric mean over the same shapes. Above 1 ours is faster. `alone`: the "
+        "product without quantizing the activations, which ours includes. `-`: the library refuses the shape or the graph."
+    )
+    return f"{textwrap.fill(head, 118)}\n\n" + "\n".join(lines)
+
+
 def encode_table() -> str:
     found = {row["what"]: row for row in rows_of("encode.csv") if f"{row['N']}x{row['K']}" == WEIGHT}
+    others = {tuple(what.split(" by ")): row for what, row in found.items() if " by " in what}
     lines = ["| codes | quantize, ms | decode, ms |", "|---|---|---|"]
-    for kind, label in FORMATS.items():
+    for kind, name in FORMATS.items():
         cells = [f"{float(found[f'{what} {kind}']['ms']):.3f}" for what in ("quantize", "decode")]
-        lines.append(f"| {label} | {cells[0]} | {cells[1]} |")
+        for i, what in enumerate(("quantize", "decode")):
+            peers = {peer.rpartition(", ")[2]: row for (done, peer), row in others.items() if done == f"{what} {kind}"}
+            cells[i] += "".join(f" ({library}: {float(row['ms']):.3f})" for library, row in peers.items())
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
     return (
         f"Quantizing and decoding a {WEIGHT} bf16 weight; copying it takes {float(found['copy']['ms']):.3f} ms.\n\n"
         + "\n".join(lines)
@@ -70,7 +106,8 @@ def encode_table() -> str:
 
 
 def text() -> str:
+    peers = f"\n\n{peers_table()}" if (RESULTS / "peers.csv").exists() else ""
     return (
-        f"{linear_table()}\n\n{encode_table()}\n\nReproduce: `python3 dev.py bench linear` and `python3 dev.py "
+        f"{linear_table()}{peers}\n\n{encode_table()}\n\nReproduce: `python3 dev.py bench linear` and `python3 dev.py "
         "bench encode`. On your machine: `fewbits bench`.\n"
     )
