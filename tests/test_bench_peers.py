@@ -1,10 +1,9 @@
 """Benchmarks compare like with like: the libraries that are here compute our product and our weights."""
 
-import pytest
-import torch
-
 import bench_layers as gpu
 import bench_peers as peers
+import pytest
+import torch
 
 KINDS = ("int8 row", "nf4 64", "fp4 64")  # comfy-kitchen's FP8 has one scale, which our codes do not
 

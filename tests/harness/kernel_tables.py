@@ -21,7 +21,7 @@ FORMATS = {
     "int8 group 128": "`int8_lodewise`, 128", "nf4 64": "`bnb_nf4`, 64", "fp4 64": "`bnb_fp4`, 64",
 }  # fmt: skip
 WEIGHT = "12288x3072"
-CASE = ("kind", "what", "peer", "N", "K", "M")
+CASE = ("kind", "what", "peer", "N", "K", "M", "format", "pixels")
 
 
 def rows_of(name: str) -> list[dict]:
@@ -105,9 +105,39 @@ def encode_table() -> str:
     )
 
 
-def text() -> str:
-    peers = f"\n\n{peers_table()}" if (RESULTS / "peers.csv").exists() else ""
-    return (
-        f"{linear_table()}{peers}\n\n{encode_table()}\n\nReproduce: `python3 dev.py bench linear` and `python3 dev.py "
-        "bench encode`. On your machine: `fewbits bench`.\n"
+def blocks_table() -> str:
+    rows = rows_of("blocks.csv")
+    sizes = sorted({int(row["pixels"]) for row in rows})
+    found = {(row["format"], int(row["pixels"])): row for row in rows}
+    header = ["format", "memory / file", *(f"{size}x{size}" for size in sizes), "latents", "decoded"]
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---|" * (len(header) - 1)]
+    for wish in dict.fromkeys(row["format"] for row in rows):
+        last, cells = found[wish, sizes[-1]], []
+        for size in sizes:
+            row = found[wish, size]
+            cells.append(" / ".join(f"{float(row[peer]) / float(row['ms']):.2f}" for peer in ("bf16_ms", "decoded_ms")))
+        name, _, options = wish.partition(":")
+        name = f"`{name}`" + (f", {options.replace('=', ' ').replace('_', ' ')}" if options else "")
+        memory = f"{int(last['loaded_bytes']) / int(last['bytes']):.3f}"
+        errors = [f"{float(last[key]):.4f}" for key in ("rel_l2", "decoded_rel_l2")]
+        lines.append(f"| {' | '.join([name, memory, *cells, *errors])} |")
+    head = (
+        "One denoiser evaluation of a random Flux of real width (one double and two single blocks, 512 words) through "
+        "ComfyUI's own loader, as a sampler calls it: speed against bf16 / against decoding every weight first. "
+        "`memory / file`: what loading leaves on the GPU. `latents`: rel_l2 of the result against bf16, and that of "
+        f"decoded weights, at {sizes[-1]}x{sizes[-1]}. `float8_e4m3fn` and `int8_tensorwise` are run by "
+        "comfy-kitchen."
     )
+    return f"{textwrap.fill(head, 118)}\n\n" + "\n".join(lines)
+
+
+def text() -> str:
+    """All tables; of peers and of whole blocks only where they were measured."""
+    tables = [linear_table()]
+    if (RESULTS / "peers.csv").exists():
+        tables.append(peers_table())
+    if (RESULTS / "blocks.csv").exists():
+        tables.append(blocks_table())
+    tables.append(encode_table())
+    scripts = ", ".join(f"`python3 dev.py bench {name}`" for name in ("linear", "encode", "blocks"))
+    return "\n\n".join(tables) + f"\n\nReproduce: {scripts}. On your machine: `fewbits bench`.\n"

@@ -1,0 +1,200 @@
+"""A random Flux of real width through ComfyUI's own loader and denoiser, in every format; appends to results/blocks.csv.
+
+    python3 dev.py bench blocks [--formats bnb_nf4,int8_blockwise:block_size=64] [--turns 7]
+
+One denoiser evaluation per picture size, as a user's sampler calls it (no CUDA graph, no compile): the format's kernels,
+the same layers decoded before each product, and bf16. Memory is what loading leaves on the GPU. A narrow model is run on
+the CPU too, where eager PyTorch is the reference. `--device cpu --hidden 256` tries the script without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "import_shim"), str(Path(__file__).resolve().parents[1])]
+
+import bench_layers as gpu
+import torch
+from linear import append
+from safetensors.torch import save_file
+
+from fewbits.quant_ops.pipeline import quantize_file
+from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
+from helpers import flux_shapes
+
+RESULTS = Path(__file__).parent / "results" / "blocks.csv"
+FORMATS = (
+    "float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "int8_tensorwise", "int8_blockwise",
+    "int8_blockwise:block_size=64", "int8_lodewise", "bnb_nf4", "bnb_fp4",
+)  # fmt: skip
+HIDDEN, NARROW = 3072, 512
+PIXELS, NARROW_PIXELS = (256, 1024), 256
+TOKENS, TEXT = 512, 4096  # of the prompt, and their width
+
+
+@dataclass(frozen=True)
+class Model:
+    """ComfyUI's patcher of one file, on the device."""
+
+    patcher: object
+    bytes: int  # that loading it left on the device
+
+    def __call__(self, pixels: int, device: torch.device) -> torch.Tensor:
+        """One evaluation of the denoiser on fixed noise, prompt and noise level."""
+        generator = torch.Generator().manual_seed(pixels)
+        noise, prompt, pooled = (
+            torch.randn(shape, generator=generator).to(device)
+            for shape in ((1, 16, pixels // 8, pixels // 8), (1, TOKENS, TEXT), (1, 768))
+        )
+        sigma, guidance = torch.full((1,), 0.7, device=device), torch.full((1,), 3.5, device=device)
+        return self.patcher.model.apply_model(noise, sigma, c_crossattn=prompt, y=pooled, guidance=guidance)
+
+    def decode_first(self) -> None:
+        """Make every quantized layer decode its weight and multiply with the library."""
+        from comfy_kitchen.tensor import QuantizedTensor
+
+        def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            weight = weight.to(x.dtype)
+            plain = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+            return torch.nn.functional.linear(x, plain, bias)
+
+        for layer in self.patcher.model.modules():
+            if getattr(layer, "layout_type", None) is not None:
+                layer._full_precision_mm, layer._forward = True, forward
+
+
+def write_flux(path: Path, hidden: int, device: torch.device) -> None:
+    """One double and two single blocks of random weights, about as large as trained ones."""
+    shapes = {**flux_shapes(hidden, 1, 2), "txt_in.weight": (hidden, TEXT)}
+    generator = torch.Generator(device).manual_seed(hidden)
+    tensors = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2:
+            value = torch.randn(shape, device=device, generator=generator) / shape[1] ** 0.5
+        else:
+            value = torch.full(shape, float("norm" in name), device=device)
+        tensors[name] = value.bfloat16().cpu()
+    save_file(tensors, path)
+
+
+def allocated() -> int:
+    gc.collect()
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def load(path: Path) -> Model:
+    import comfy.model_management
+    import comfy.sd
+
+    before = allocated()
+    patcher = comfy.sd.load_diffusion_model(str(path))
+    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+    return Model(patcher, allocated() - before)
+
+
+def median_ms(call: Callable[[], object], turns: int) -> float:
+    """Of plain calls, each waited for; the first two compile kernels."""
+    times = []
+    for _ in range(turns + 2):
+        begin = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(times[2:])
+
+
+def rel_l2(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double().cpu() - b.double().cpu()).norm() / b.double().cpu().norm()).item()
+
+
+def measure(wish: str, source: Path, plain: Model, device: torch.device, args: argparse.Namespace) -> list[dict]:
+    """One row per picture size."""
+    path = source.with_name("quantized.safetensors")
+    begin = time.perf_counter()
+    quantize_file(source, path, Recipe(primary=parse_wish(wish)), device=device, overwrite=True)
+    common = {"format": wish, "hidden": args.hidden, "bytes": path.stat().st_size}
+    common["quantize_s"] = round(time.perf_counter() - begin, 2)
+    model = load(path)
+    common["loaded_bytes"] = model.bytes
+    rows = []
+    for size in args.pixels:
+        found, reference = model(size, device), plain(size, device)
+        rows.append({
+            **common, "pixels": size, "ms": median_ms(lambda: model(size, device), args.turns),
+            "bf16_ms": median_ms(lambda: plain(size, device), args.turns), "rel_l2": rel_l2(found, reference),
+        })  # fmt: skip
+    model.decode_first()
+    for row in rows:
+        found = model(row["pixels"], device)
+        row["decoded_ms"] = median_ms(lambda: model(row["pixels"], device), args.turns)
+        row["decoded_rel_l2"] = rel_l2(found, plain(row["pixels"], device))
+    return rows
+
+
+def here_and_on_cpu(path: Path, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same evaluation on the device and, eagerly, on the CPU."""
+    import comfy.model_management
+
+    model, cpu = load(path), torch.device("cpu")
+    here = model(NARROW_PIXELS, device).cpu()
+    comfy.model_management.unload_model_and_clones(model.patcher)
+    model.patcher.model.to(cpu)
+    return here, model(NARROW_PIXELS, cpu)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", default=",".join(FORMATS), help="with options: NAME:option=value")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--pixels", type=int, nargs="+", default=list(PIXELS))
+    parser.add_argument("--hidden", type=int, default=HIDDEN)
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        gpu.end_without_gpu()
+    sys.path.insert(0, os.environ["FEWBITS_COMFYUI"])  # dev.py sets it
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = device.type == "cpu"
+    from fewbits.nodes import bridge
+
+    bridge.register()
+    print({seam: reason for seam, reason in bridge.status().items() if reason} or "all seams installed", flush=True)
+    with tempfile.TemporaryDirectory(prefix="fewbits-bench-") as folder, torch.inference_mode():
+        source, narrow = Path(folder) / "flux.safetensors", Path(folder) / "narrow.safetensors"
+        write_flux(source, args.hidden, device)
+        write_flux(narrow, NARROW, torch.device("cpu"))
+        plain, narrow_plain = load(source), here_and_on_cpu(narrow, device)
+        print(f"narrow bf16 model, device to CPU: rel_l2 {rel_l2(*narrow_plain):.4f}", flush=True)
+        for wish in args.formats.split(","):
+            path = Path(folder) / "narrow_quantized.safetensors"
+            quantize_file(narrow, path, Recipe(primary=parse_wish(wish)), device="cpu", overwrite=True)
+            here, on_cpu = here_and_on_cpu(path, device)
+            checked = {
+                "narrow_to_cpu": rel_l2(here, on_cpu),
+                "narrow_bf16_to_cpu": rel_l2(*narrow_plain),
+                "narrow_rel_l2": rel_l2(on_cpu, narrow_plain[1]),
+            }
+            rows = [row | checked for row in measure(wish, source, plain, device, args)]
+            for row in rows:
+                print(f"{wish:<32}{row['pixels']:>5}: {row['ms']:8.2f} ms, bf16 {row['bf16_ms'] / row['ms']:.2f}x, decoded "
+                      f"{row['decoded_ms'] / row['ms']:.2f}x; rel_l2 {row['rel_l2']:.4f} (decoded "
+                      f"{row['decoded_rel_l2']:.4f}); loaded {row['loaded_bytes'] / row['bytes']:.4f} of the file; narrow "
+                      f"to CPU {row['narrow_to_cpu']:.4f}, quantized {row['narrow_rel_l2']:.4f}", flush=True)  # fmt: skip
+            if device.type == "cuda":
+                append(RESULTS, rows)
+
+
+if __name__ == "__main__":
+    main()
