@@ -1,0 +1,117 @@
+"""Every kernel on one odd shape of each kind, for NVIDIA's checkers; prints one line per backend that ran or why it did not.
+
+    compute-sanitizer --tool memcheck --error-exitcode 9 python3 tests/kernels/sanitize.py [linear_flat4 int8 ...]
+
+Words choose the cases whose name holds one of them. Also for `--tool racecheck` and `synccheck`. Every tensor is an allocation of its own, so that an access next
+to it is seen. Tables of measured speed are set aside: what can run, runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read when torch makes its allocator
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "import_shim"), str(Path(__file__).resolve().parents[1])]
+
+import torch
+
+from fewbits.kernels import choice, runtime
+from fewbits.kernels.activations import quantize_activations
+from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid
+from fewbits.kernels.dispatch import Op, use_backend
+from fewbits.kernels.grids import E4M3, INT8, Levels, TiledGrid, nearest_codes
+from fewbits.kernels.packing import pack_nibbles, packed_nibbles
+from fewbits.kernels.scales import Geometry, tile_absmax
+
+GEOMETRIES = {
+    "tensor": Geometry(None, None), "row": Geometry(1, None), "tile 128": Geometry(128, 128),
+    "tile 64": Geometry(64, 64), "group 128": Geometry(1, 128), "group 64": Geometry(1, 64),
+}  # fmt: skip
+ROWS = {torch.bfloat16: (1, 17, 132), torch.float16: (17,), torch.float32: (17,)}  # each compiles kernels of its own
+FEW = {torch.bfloat16: (17,)}
+APART = 0.08  # rel_l2 of two bodies of one op; rounding activations to FP8 alone is 0.03
+
+
+def cases() -> Iterator[tuple[str, Op, tuple]]:
+    """(name, op, arguments)."""
+    torch.manual_seed(0)
+    for levels in (INT8, E4M3):
+        for name, geometry in GEOMETRIES.items():
+            yield from tiled(f"{levels.name} {name}", levels, geometry)
+        for group in (None, 64, 128):
+            for k in (1152, 13056):  # each way of walking a row
+                x = torch.randn(17, k, device="cuda").bfloat16()
+                yield f"{levels.name} {group or 'row'} K={k}", quantize_activations, (x, levels, group)
+    for levels in (NF4, FP4):
+        yield from flat(levels)
+
+
+def tiled(name: str, levels: Levels, geometry: Geometry) -> Iterator[tuple[str, Op, tuple]]:
+    n, k = (256 if geometry.rows and geometry.rows > 1 else 272), 1536
+    weight = torch.randn(n, k, device="cuda") / k**0.5
+    scale = TiledGrid(levels, geometry).scale(weight)
+    yield name, tile_absmax, (weight.bfloat16(), geometry)
+    yield name, nearest_codes, (weight, scale, levels, geometry, 0)
+    codes = TiledGrid(levels, geometry).encode(weight, scale)
+    for dtype, rows in (FEW if name.endswith(("tensor", "group 64")) else ROWS).items():
+        yield f"{name} {dtype}", runtime.dequantize_tiles, (codes, scale, levels, geometry, dtype)
+        for m in rows:
+            x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
+            yield f"{name} M={m} {dtype}", runtime.linear_tiles, (x, codes, scale, levels, geometry, bias)
+
+
+def flat(levels: Levels) -> Iterator[tuple[str, Op, tuple]]:
+    for n, k, group in ((257, 1088, 64), (130, 1536, 128), (65, 96, 32)):
+        weight = torch.randn(n, k, device="cuda") / k**0.5
+        grid, name = FlatGrid(levels, group), f"{levels.name} {group}"
+        absmax = grid.scale(weight)
+        runs = weight.view(-1, group)
+        yield name, nearest_codes, (runs, absmax.view(-1, 1), levels, Geometry(1, None), 0)
+        codes = grid.encode(weight, absmax)
+        yield name, packed_nibbles, (codes, True)
+        packed = pack_nibbles(codes, high_first=True)
+        for dtype, rows in ROWS.items():
+            yield f"{name} {dtype}", runtime.dequantize_flat4, (packed, absmax, levels, group, dtype)
+            for m in rows:
+                x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
+                yield f"{name} M={m} {dtype}", runtime.linear_flat4, (x, packed, absmax, levels, group, bias)
+
+
+def difference(got: object, expected: object) -> float:
+    """rel_l2 of two results; of several tensors the largest."""
+    if isinstance(got, tuple):
+        return max(difference(a, b) for a, b in zip(got, expected, strict=True))
+    a, b = got.double().cpu(), expected.double().cpu()
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        print("sanitize: needs an NVIDIA GPU; nothing was checked")
+        return
+    choice.limits = lambda family, device: choice.Limits(None, None, library=(0, 0))
+    ran, wrong, words = 0, [], sys.argv[1:]
+    for name, op, arguments in cases():
+        if words and not any(word in f"{op.name} {name}" for word in words):
+            continue
+        with use_backend("eager"):
+            expected = op(*arguments)
+        for backend, (body, why_not) in op.backends.items():
+            if reason := why_not(*arguments):
+                print(f"-  {op.name} {backend} {name}: {reason}")
+                continue
+            apart = difference(body(*arguments), expected)
+            torch.cuda.synchronize()
+            ran += 1
+            print(f"ok {op.name} {backend} {name}: {apart:.1e} from eager", flush=True)
+            if not apart < APART:
+                wrong.append(f"{op.name} {backend} {name}: {apart}")
+    print(f"{ran} runs; wrong: {wrong or 'none'}")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
