@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from comfy_api.latest import io
 
 from ..quant_ops.errors import RecipeError
-from ..quant_ops.formats import FORMATS
+from ..quant_ops.formats import FORMATS, own_methods
 from ..quant_ops.inspection import Inspection
 from ..quant_ops.methods import METHODS
 from ..quant_ops.planning.model_family import preset_names
@@ -56,7 +56,7 @@ def recipe_inputs(formats: list[str], choice: str, default: str) -> tuple[list[i
     advanced = [
         *([block_size_input(sizes)] if sizes else []),
         fallback_input(),
-        method_input(),
+        method_input(formats),
         full_precision_input(),
         *([convrot_input()] if _values(formats, "convrot") else []),
     ]
@@ -120,14 +120,14 @@ def fallback_input() -> io.Combo.Input:
     )
 
 
-def method_input() -> io.Combo.Input:
+def method_input(formats: list[str]) -> io.Combo.Input:
     return io.Combo.Input(
         "method",
-        options=list(METHODS),
-        default="nearest",
+        options=[AUTO, *METHODS],
         optional=True,
         advanced=True,
-        tooltip="How each weight's code is chosen. nearest: the closest code; fast, needs no data.",
+        tooltip="How each weight's code is chosen. nearest: the closest code, fast; mse_clip: the scales with the "
+        f"smallest weight error, slower; svd: learned rounding, much slower. auto: {own_methods(formats)}.",
     )
 
 
@@ -202,7 +202,7 @@ def recipe_from(
     keep: str = "",
     block_size: str = AUTO,
     fallback: str = NONE,
-    method: str = "nearest",
+    method: str = AUTO,
     full_precision_matmul: bool = False,
     convrot: bool = False,
     recipe: Draft | None = None,
@@ -217,7 +217,8 @@ def recipe_from(
     """
     base = recipe or Draft()
     if base.primary:
-        stated = {"scaling": scaling != AUTO, "block_size": block_size != AUTO, "method": method != "nearest",
+        stated = {"scaling": scaling != AUTO, "block_size": block_size != AUTO,
+                  "method": method not in (AUTO, base.primary.method),
                   "full_precision_matmul": full_precision_matmul, "convrot": convrot}  # fmt: skip
         for name in filter(stated.get, stated):
             raise RecipeError(
@@ -235,7 +236,8 @@ def recipe_from(
         fallback=None if fallback == NONE else Wish(fallback),
         preset=None if preset == AUTO else preset,
     )
-    return dataclasses.replace(own.over(base), primary=base.primary or Wish(format, options, method)).finish()
+    primary = base.primary or Wish(format, options, None if method == AUTO else method)
+    return dataclasses.replace(own.over(base), primary=primary).finish()
 
 
 def report_result(*values: object, report: Report, **facts: object) -> io.NodeOutput:

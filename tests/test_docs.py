@@ -10,6 +10,7 @@ import pytest
 from fewbits.quant_ops.compat.api import _parse
 from fewbits.quant_ops.compat.flags import FLAGS
 from fewbits.quant_ops.compat.job import make_job
+from fewbits.quant_ops.formats import FORMATS, own_methods
 from fewbits.quant_ops.methods import METHODS
 from fewbits.quant_ops.planning.layer_config import parse_layer_config
 from fewbits.quant_ops.planning.recipe import draft_from_text
@@ -76,3 +77,9 @@ def test_flags_and_methods_named_on_the_pages_exist():
     rules = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
     table = rules.split("| method | does |")[1].split("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) <= set(METHODS)
+
+
+def test_the_formats_own_methods_exist_and_are_those_the_page_names():
+    assert {format.method for format in FORMATS.values()} <= set(METHODS)
+    rules = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+    assert f"means the format's own: {own_methods()}." in rules.replace("`", "")

@@ -11,6 +11,10 @@ KEEP = ["*_mod.lin", r"re:joint_blocks\.0\..*"]
 CASES = [
     pytest.param("emoji_flux", "FewBitsQuantizeFP8", "float8_e4m3fn", {}, [], id="fp8"),
     pytest.param("emoji_flux", "FewBitsQuantizeINT8", "int8_tensorwise", {}, [], id="int8_row"),
+    pytest.param("emoji_flux", "FewBitsQuantizeFP4", "bnb_fp4", {}, [], id="fp4_own_method"),
+    pytest.param(
+        "emoji_flux", "FewBitsQuantizeFP4", "bnb_fp4", {"method": "nearest"}, ["--method", "nearest"], id="fp4"
+    ),
     pytest.param("sd3", "FewBitsQuantizeINT8", "int8_blockwise", {"block_size": "64"}, [], id="int8_block"),
     pytest.param(
         "sd3",

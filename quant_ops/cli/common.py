@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import RecipeError
-from ..formats import FORMATS
+from ..formats import FORMATS, own_methods
 from ..methods import METHODS
 from ..planning.layer_config import load_layer_config
 from ..planning.recipe import Draft, Recipe, Rule, Wish, draft_from_toml, parse_rule, parse_wish
@@ -38,7 +38,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layer-config", type=Path, metavar="C.json", help="settings per layer, before every rule")
     parser.add_argument("--fullmatch", action="store_true", help="layer-config keys are whole regular expressions")
-    parser.add_argument("--method", help=f"how codes are chosen: {', '.join(METHODS)} (default nearest)")
+    parser.add_argument("--method", help=f"how codes are chosen: {', '.join(METHODS)} (default: {own_methods()})")
     parser.add_argument("--preset", help="auto (default), none, or presets joined by +")
     parser.add_argument("--seed", type=int, help="seed of methods that draw random numbers (default 0)")
 

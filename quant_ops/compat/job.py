@@ -250,7 +250,10 @@ def _search(flag: str, pattern: str) -> str:
 
 def _recipe_arguments(stated: Stated, recipe: Recipe) -> list[str]:
     """The arguments of `fewbits` from which its parser builds this recipe again."""
-    arguments = ["--format", recipe.primary.to_text()]
+    primary = recipe.primary
+    arguments = ["--format", primary.to_text()]
+    if recipe.layer_config and primary.method == get_format(primary.format).method:
+        arguments += ["--method", primary.method]  # left out of the wish's text, and meant for the layer-config too
     for rule in recipe.rules:
         arguments += ["--rule", rule.to_text()] if rule.wish else ["--keep", rule.match]
     if recipe.fallback:

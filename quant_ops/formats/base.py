@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -29,6 +30,7 @@ class Format(ABC):
     name: str
     min_comfyui: str
     native: bool
+    method: str = "nearest"  # how codes are chosen where a wish names no method
     embedding_min_comfyui: str | None = None  # since when ComfyUI reads it as an Embedding; None = never
     defaults = FormatOptions()
     choices: dict[str, tuple] = {}  # option name -> allowed values; an option not named here does not apply
@@ -213,3 +215,9 @@ def get_format(name: str) -> Format:
         hint = f", did you mean {guess!r}?" if guess else "."
         raise RecipeError(f"unknown format {name!r}{hint} Allowed: {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def own_methods(names: Iterable[str] = FORMATS) -> str:
+    """What the formats' own methods are, in words: `nearest`, or `mse_clip for bnb_fp4, else nearest`."""
+    others = [f"{FORMATS[name].method} for {name}" for name in names if FORMATS[name].method != Format.method]
+    return ", ".join([*others, f"else {Format.method}"] if others else [Format.method])

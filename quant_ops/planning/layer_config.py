@@ -199,7 +199,8 @@ def parse_layer_config(
     """Check a parsed layer-config (FORMATS 7.5).
 
     Args:
-        unstated: where an entry names no method or `full_precision_matrix_mult`, this wish's own are used.
+        unstated: where an entry names no `full_precision_matrix_mult`, this wish's is used; where it names no method,
+            the method that this wish names, else the format's own.
 
     Raises:
         LayerConfigError: with every problem found.
@@ -346,10 +347,12 @@ class _Reader:
         if method is not None and method not in METHODS:
             self.problems.append(f"{where}: 'method' must be one of {', '.join(sorted(METHODS))}, got {method!r}")
             return None
-        like = self.unstated if self.unstated and not simple and method in (None, self.unstated.method) else None
-        chosen = (
-            {"method": like.method, "method_options": like.method_options} if like else {"method": method or "nearest"}
-        )
+        method = "nearest" if simple else method
+        primary = self.unstated
+        if primary and (method == primary.method if method else primary.names_method):
+            chosen = {"method": primary.method, "method_options": primary.method_options}
+        else:
+            chosen = {"method": method or wish.method}
         try:
             return replace(wish, options=options, **chosen)
         except RecipeError as error:

@@ -159,18 +159,18 @@ class _Planner:
 
     def _quantize(self, base: str, spec: TensorSpec, layer: LayerInput, rule: CompiledRule, reason: str) -> LayerPlan:
         steps = [reason]
-        wish = rule.wish
-        name, options = wish.format, wish.options
-        while (obstacle := get_format(name).check(layer, options)) is not None:
-            fallback = get_format(name).fallback(layer, options)
+        wish, requested = rule.wish, rule.wish.format
+        while (obstacle := get_format(wish.format).check(layer, wish.options)) is not None:
+            fallback = get_format(wish.format).fallback(layer, wish.options)
             if fallback is None:
-                return _keep(base, spec, "; ".join([*steps, obstacle]), requested=wish.format)
-            steps.append(obstacle if fallback[0] == name else f"{obstacle} -> {fallback[0]}")
-            name, options = fallback
+                return _keep(base, spec, "; ".join([*steps, obstacle]), requested=requested)
+            steps.append(obstacle if fallback[0] == wish.format else f"{obstacle} -> {fallback[0]}")
+            wish = wish.become(*fallback)
+        name, options = wish.format, wish.options
         format = get_format(name)
         steps += format.notes(layer, options)
         if EMBEDDING.fullmatch(base) and format.embedding_min_comfyui is None:
-            return _keep(base, spec, "embedding table", requested=wish.format)
+            return _keep(base, spec, "embedding table", requested=requested)
         packed = format.tensor_specs(layer, options)["weight"][1] != layer.shape
         if packed and self._width_is_read(base):
             if not rule.users and self.recipe.preset != "none":
@@ -187,7 +187,7 @@ class _Planner:
             method=wish.method,
             method_options=wish.method_options,
             marker=format.marker(layer, options),
-            requested=wish.format,
+            requested=requested,
         )
 
     def _width_is_read(self, base: str) -> bool:

@@ -6,7 +6,7 @@ heuristics = false                   # true: layers that gain nothing by their s
 [primary]
 format = "int8_tensorwise"
 scaling = "row"
-method = "nearest"                   # the method's own options follow it
+method = "nearest"                   # default: the format's own; the method's options follow it
 [fallback]                           # for what preset and heuristics exclude; absent = keep
 format = "float8_e4m3fn"
 [[rule]]                             # first match decides

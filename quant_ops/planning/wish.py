@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from ..errors import RecipeError
-from ..formats import get_format
+from ..formats import Format, get_format
 from ..methods import get_method
 from ..spec import FormatOptions
 
@@ -16,14 +16,22 @@ OPTION_TYPES = {"scaling": str, "block_size": int, "convrot": bool, "convrot_gro
 
 @dataclass(frozen=True)
 class Wish:
-    """What a layer shall become. `method_options` holds (name, value) pairs that differ from the method's defaults."""
+    """What a layer shall become. `method_options` holds (name, value) pairs that differ from the method's defaults.
+
+    `method` is None only on the way in: the format's own is meant, and stands there afterwards. `names_method` keeps
+    whether it was named, for layer-config entries that leave it to the primary; such wishes are equal otherwise.
+    """
 
     format: str
     options: FormatOptions = FormatOptions()
-    method: str = "nearest"
+    method: str | None = None
     method_options: tuple[tuple[str, object], ...] = ()
+    names_method: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "names_method", bool(self.method or self.method_options))
+        if self.method is None:
+            object.__setattr__(self, "method", get_format(self.format).method)
         object.__setattr__(self, "method_options", _method_options(self.method, dict(self.method_options)))
         object.__setattr__(self, "options", get_format(self.format).resolve(self.options))
 
@@ -34,9 +42,16 @@ class Wish:
         """As `parse_wish` reads it: `FORMAT[:option=value,...]`, with nothing that is a default."""
         unstated = get_format(self.format).resolve(FormatOptions()).stated()
         options = {name: value for name, value in self.options.stated().items() if unstated.get(name) != value}
-        method = {"method": self.method} if self.method != "nearest" else {}
+        method = {"method": self.method} if self.method != get_format(self.format).method else {}
         items = [f"{name}={_text(value)}" for name, value in (options | method | dict(self.method_options)).items()]
         return ":".join(filter(None, [self.format, ",".join(items)]))
+
+    def become(self, format: str, options: FormatOptions) -> Wish:
+        """The wish where another format takes over: precision goes along, a method unless it is the format's own."""
+        options = replace(options, full_precision_matrix_mult=self.options.full_precision_matrix_mult)
+        if format != self.format and self.method == get_format(self.format).method:
+            return Wish(format, options)
+        return replace(self, format=format, options=options)
 
 
 def parse_wish(text: str) -> Wish:
@@ -54,16 +69,17 @@ def parse_wish(text: str) -> Wish:
 def wish_from_table(where: str, table: dict) -> Wish:
     """Build a Wish from a parsed table; format options, `method` and the method's options are keys beside `format`."""
     typed(where, table, dict)
-    method = typed(f"{where}: method", table.get("method", "nearest"), str)
-    method_names = tuple(get_method(method).options)
+    names = {key: typed(f"{where}: {key}", table[key], str) for key in ("format", "method") if key in table}
+    format = get_format(names["format"]) if "format" in names else Format
+    method_names = tuple(get_method(names.get("method", format.method)).options)
     known_keys(where, table, {"format", "method", *OPTION_TYPES, *method_names})
     if "format" not in table:
         raise RecipeError(f"{where}: 'format' is required")
     options = {key: typed(f"{where}: {key}", table[key], kind) for key, kind in OPTION_TYPES.items() if key in table}
     return Wish(
-        typed(f"{where}: format", table["format"], str),
+        names["format"],
         FormatOptions(**options),
-        method,
+        names.get("method"),
         tuple((key, table[key]) for key in method_names if key in table),
     )
 

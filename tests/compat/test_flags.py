@@ -44,6 +44,11 @@ def learned(text):
     return parse_wish(text + ("," if ":" in text else ":") + "method=svd")
 
 
+def simple(text):
+    """The wish as the command makes it with --simple: nearest, whatever the format's own method is."""
+    return parse_wish(text + ("," if ":" in text else ":") + "method=nearest")
+
+
 @pytest.mark.parametrize("flag", DOCUMENTED)
 def test_every_documented_flag_exists_in_both_spellings(flag):
     spelled = {spelling for entry in FLAGS for spelling in entry.spellings}
@@ -84,7 +89,7 @@ FORMAT_CASES = {
 @pytest.mark.parametrize(("arguments", "wish"), FORMAT_CASES.items(), ids=lambda value: value or "nothing")
 def test_format_flags_choose_the_primary(arguments, wish):
     assert primary(*arguments.split()) == learned(wish)
-    assert primary("--simple", *arguments.split()) == parse_wish(wish)
+    assert primary("--simple", *arguments.split()) == simple(wish)
 
 
 def test_the_format_table_reaches_every_classic_format_and_only_real_ones():
@@ -139,7 +144,7 @@ def test_simple_is_nearest_for_every_tier_and_learned_rounding_is_the_default():
     ],
 )
 def test_fallback_flags_describe_the_fallback_tier(arguments, wish):
-    assert recipe("--simple", *arguments.split()).fallback == parse_wish(wish)
+    assert recipe("--simple", *arguments.split()).fallback == simple(wish)
     assert recipe("--simple").fallback is None
 
 
@@ -160,7 +165,7 @@ def test_fallback_flags_describe_the_fallback_tier(arguments, wish):
 )
 def test_custom_flags_describe_the_custom_tier(arguments, wish):
     (rule,) = recipe("--simple", "--custom-layers", r"a\.(b|c)$", *arguments.split()).rules
-    assert (rule.match, rule.wish, rule.heuristics) == (r"search:a\.(b|c)$", parse_wish(wish), False)
+    assert (rule.match, rule.wish, rule.heuristics) == (r"search:a\.(b|c)$", simple(wish), False)
 
 
 def test_custom_heur_judges_the_custom_tier_alone():
@@ -203,6 +208,14 @@ def test_layer_config_is_read_with_the_primarys_method(tmp_path):
     assert [entry.wish.method for entry in config.entries] == ["svd", "nearest"]
     assert dict(config.entries[0].wish.method_options) == {"num_iter": 3} and not config.fullmatch
     assert recipe("--layer_config", path, "--fullmatch").layer_config.fullmatch
+
+
+def test_simple_reaches_the_entries_of_a_layer_config_and_the_equal_command_says_so(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"a": {"format": "bnb_fp4"}, "b": {"format": "bnb_fp4", "method": "mse_clip"}}))
+    made = job("--simple", "--layer-config", path, "-o", "x.safetensors")
+    assert [entry.wish.method for entry in made.recipe.layer_config.entries] == ["nearest", "mse_clip"]
+    assert recipe_from(build_parser().parse_args(made.arguments)) == made.recipe
 
 
 def test_dry_run_analyzes_unless_told_to_make_a_template():

@@ -78,6 +78,27 @@ def test_a_layer_walks_the_chain_to_the_nearest_format_that_fits(wish, shape, ch
     assert layer.reason == "; ".join(filter(None, ["primary", expected]))
 
 
+METHODS = [
+    ("bnb_fp4", "mse_clip", "nearest"),  # a format's own method stays with it
+    ("bnb_fp4:method=mse_clip", "mse_clip", "nearest"),  # the same wish
+    ("bnb_fp4:method=nearest", "nearest", "nearest"),
+    ("bnb_fp4:method=svd", "svd", "svd"),
+    ("bnb_nf4", "nearest", "nearest"),
+    ("bnb_nf4:method=mse_clip", "mse_clip", "mse_clip"),
+]
+
+
+@pytest.mark.parametrize(("wish", "fitting", "changed"), METHODS, ids=[case[0] for case in METHODS])
+def test_a_method_goes_along_the_chain_unless_it_is_the_formats_own(wish, fitting, changed):
+    assert plan(wish, (64, 128)).method == fitting
+    assert (plan(wish, (64, 33)).format, plan(wish, (64, 33)).method) == ("int8_tensorwise", changed)
+
+
+def test_options_of_the_method_and_precision_go_along_the_chain():
+    layer = plan("bnb_nf4:method=svd,num_iter=7,full_precision_matrix_mult=true", (64, 33))
+    assert layer.method_options == (("num_iter", 7),) and layer.marker["full_precision_matrix_mult"] is True
+
+
 def test_padding_may_add_up_to_a_quarter():
     assert plan("mxfp8", (128, 77)).reason == "primary; padded 128x77 -> 128x96"  # 1.247 times the elements
     assert plan("mxfp8", (128, 76)).format == "float8_e4m3fn"  # 1.263

@@ -139,6 +139,20 @@ def test_entries_of_a_layer_config_take_the_method_of_the_node_they_end_in(rules
     assert entry.wish == parse_wish("bnb_nf4:method=mse_clip")
 
 
+@pytest.mark.parametrize(
+    ("inputs", "method"),
+    [({}, "mse_clip"), ({"method": "auto"}, "mse_clip"), ({"method": "nearest"}, "nearest")],
+    ids=["left out", "auto", "nearest"],
+)
+def test_auto_is_the_formats_own_method_and_nearest_stays_nearest(recipe_from, inputs, method):
+    assert recipe_from(format="bnb_fp4", **inputs).primary == parse_wish(f"bnb_fp4:method={method}")
+
+
+def test_a_method_equal_to_that_of_the_connected_primary_is_no_contradiction(rules, recipe_from):
+    base = rules(text='[primary]\nformat = "bnb_nf4"')
+    assert recipe_from(format="bnb_fp4", method="nearest", recipe=base).primary == parse_wish("bnb_nf4")
+
+
 def test_a_node_refuses_a_recipe_for_a_format_it_does_not_make(rules, model):
     from fewbits.nodes import quantize_model
 

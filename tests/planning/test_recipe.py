@@ -5,12 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.quant_ops.errors import RecipeError
+from fewbits.quant_ops.formats import FORMATS
 from fewbits.quant_ops.planning.layer_config import parse_layer_config
 from fewbits.quant_ops.planning.match import check_pattern, matches
 from fewbits.quant_ops.planning.recipe import (
     Draft,
     Recipe,
     Rule,
+    Wish,
     draft_from_table,
     draft_from_text,
     parse_rule,
@@ -147,13 +149,56 @@ def test_entries_of_a_layer_config_leave_to_the_primary_what_they_do_not_say_who
     assert all(wish.options.full_precision_matrix_mult for wish in wishes)
 
 
+OWN = {"bnb_fp4": "mse_clip"}  # format -> its own method; nearest where it is not listed
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_wish_without_a_method_means_the_formats_own_and_its_text_leaves_that_out(name):
+    own = OWN.get(name, "nearest")
+    assert parse_wish(name).method == Wish(name).method == own
+    assert parse_wish(f"{name}:method={own}") == parse_wish(name) and parse_wish(name).to_text() == name
+    (other,) = {"nearest", "mse_clip"} - {own}
+    assert parse_wish(parse_wish(f"{name}:method={other}").to_text()).method == other
+    assert recipe_from_table({"primary": {"format": name}}).to_json()["primary"]["method"] == own
+
+
+def test_options_of_a_formats_own_method_need_no_method():
+    assert parse_wish("bnb_fp4:highest=1.5") == parse_wish("bnb_fp4:method=mse_clip,highest=1.5")
+    with pytest.raises(RecipeError, match="unknown key 'highest'"):
+        parse_wish("bnb_nf4:highest=1.5")
+
+
+@pytest.mark.parametrize(
+    ("primary", "methods"),
+    [
+        ({"format": "int8_tensorwise"}, ["mse_clip", "nearest"]),
+        ({"format": "bnb_fp4"}, ["mse_clip", "nearest"]),
+        ({"format": "int8_tensorwise", "method": "nearest"}, ["nearest", "nearest"]),
+        ({"format": "bnb_fp4", "method": "mse_clip"}, ["mse_clip", "mse_clip"]),
+        ({"format": "bnb_fp4", "highest": 1.5}, ["mse_clip", "mse_clip"]),
+    ],
+    ids=str,
+)
+def test_an_entry_of_a_layer_config_takes_the_method_that_the_primary_names_else_its_formats_own(primary, methods):
+    config = {"x": {"format": "bnb_fp4"}, "y": {"format": "int8_tensorwise"}}
+    recipe = recipe_from_table({"primary": primary, "layer_config": config})
+    assert [entry.wish.method for entry in recipe.layer_config.entries] == methods
+    again = draft_from_text(recipe_to_toml(recipe), "text").finish()
+    assert again == recipe and again.to_text() == recipe.to_text()
+
+
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)  # no halves of surrogate pairs
 WISHES = st.sampled_from([
-    INT8, FP8, parse_wish("bnb_nf4:block_size=128,method=svd,early_stop_lr=1e-08,lr_schedule=plateau"),
+    INT8, FP8, parse_wish("bnb_fp4"), parse_wish("bnb_fp4:highest=1.5"), parse_wish("bnb_nf4:block_size=128,method=svd,early_stop_lr=1e-08,lr_schedule=plateau"),
     parse_wish("int8_tensorwise:convrot=true,convrot_groupsize=64,full_precision_matrix_mult=true"),
 ])  # fmt: skip
 SETTINGS = st.sampled_from(
-    [{"skip": True}, {"format": "bnb_fp4", "block_size": 32}, {"format": "mxfp8", "method": "svd"}]
+    [
+        {"skip": True},
+        {"format": "bnb_fp4", "block_size": 32},
+        {"format": "bnb_fp4", "method": "nearest"},
+        {"format": "mxfp8", "method": "svd"},
+    ]
 )
 
 
