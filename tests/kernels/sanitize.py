@@ -1,9 +1,11 @@
 """Every kernel on one odd shape of each kind, for NVIDIA's checkers; prints one line per backend that ran or why it did not.
 
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=tests/import_shim:tests
     compute-sanitizer --tool memcheck --error-exitcode 9 python3 tests/kernels/sanitize.py [linear_flat4 int8 ...]
 
-Words choose the cases whose name holds one of them. Also for `--tool racecheck` and `synccheck`. Every tensor is an allocation of its own, so that an access next
-to it is seen. Tables of measured speed are set aside: what can run, runs.
+Words choose the cases whose name holds one of them. Also for `--tool racecheck` and `synccheck`. The variable makes
+every tensor an allocation of its own, so that an access next to it is seen. Tables of measured speed are set aside: what
+can run, runs.
 """
 
 from __future__ import annotations
@@ -11,10 +13,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-
-os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read when torch makes its allocator
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "import_shim"), str(Path(__file__).resolve().parents[1])]
 
 import torch
 
@@ -92,6 +90,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("sanitize: needs an NVIDIA GPU; nothing was checked")
         return
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
+        sys.exit("sanitize: set PYTORCH_NO_CUDA_MEMORY_CACHING=1; torch's own pool hides accesses next to a tensor")
     choice.limits = lambda family, device: choice.Limits(None, None, library=(0, 0))
     ran, wrong, words = 0, [], sys.argv[1:]
     for name, op, arguments in cases():
