@@ -16,18 +16,35 @@ from harness import PACK, ComfyServer
 from harness.workflow import prompt_of
 from helpers import clip_shapes, random_tensors, t5_shapes
 
-ENCODERS = {"clip_l": (clip_shapes, "stable_diffusion"), "t5_base": (t5_shapes, "stable_audio")}
+ENCODERS = {"clip_l": "stable_diffusion", "t5_base": "stable_audio"}  # file -> type of CLIPLoader
+# T5 v1.1 small, which stands in for T5-XXL in this file's ComfyUI: its own takes 9 GB.
+T5_SMALL = {"d_model": 512, "d_ff": 1024, "num_heads": 6, "num_layers": 8}
 FORMATS = ["int8_tensorwise", "float8_e4m3fn", "int8_blockwise", "bnb_nf4"]
 EACH = pytest.mark.parametrize("encoder", ENCODERS)
 # Error of the quantized encoder over that of the noisy one: measured 0.91 to 1.11 over these (torch 2.11, CPU), with
 # embedding errors of 0.024 (INT8 rows), 0.028 (INT8 blocks), 0.078 (FP8) and 0.29 (NF4).
 MARGIN = 1.3
-PROBE = '''"""Writes a conditioning to a file of the output folder."""
-
+WIDTH = 768
+POOLED, CONDITIONING = slice(-WIDTH, None), slice(-WIDTH)  # of what `embed` returns for CLIP-L with another encoder
+# Writes a conditioning to a file of the output folder; T5-XXL is as small as T5_SMALL.
+PROBE = (
+    f"""T5_SMALL = {T5_SMALL}
+"""
+    + """
 import os
 
 import folder_paths
+from comfy.sd1_clip import SDClipModel
 from safetensors.torch import save_file
+
+original = SDClipModel.__init__
+
+
+def smaller(self, *args, model_options={}, **kwargs):
+    original(self, *args, model_options={**model_options, "t5xxl_model_config": T5_SMALL}, **kwargs)
+
+
+SDClipModel.__init__ = smaller
 
 
 class EmbeddingsOut:
@@ -46,7 +63,27 @@ class EmbeddingsOut:
 
 
 NODE_CLASS_MAPPINGS = {"EmbeddingsOut": EmbeddingsOut}
-'''
+"""
+)
+
+
+def t5_small_shapes():
+    """T5 v1.1: gated, and with fewer heads than its width holds."""
+    shapes = t5_shapes(T5_SMALL["num_layers"], T5_SMALL["d_model"], T5_SMALL["d_ff"])
+    inner = 64 * T5_SMALL["num_heads"]
+    for name, shape in list(shapes.items()):
+        if name.endswith(("SelfAttention.q.weight", "SelfAttention.k.weight", "SelfAttention.v.weight")):
+            shapes[name] = (inner, shape[1])
+        elif name.endswith("SelfAttention.o.weight"):
+            shapes[name] = (shape[0], inner)
+        elif name.endswith("DenseReluDense.wi.weight"):
+            del shapes[name]
+            shapes |= {name.replace(".wi.", f".wi_{i}."): shape for i in (0, 1)}
+    shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, T5_SMALL["num_heads"])
+    return shapes
+
+
+SHAPES = {"clip_l": clip_shapes, "t5_base": t5_shapes, "t5_small": t5_small_shapes}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +109,7 @@ def files(tmp_path_factory):
 
 
 def original(encoder):
-    tensors = random_tensors(ENCODERS[encoder][0]())
+    tensors = random_tensors(SHAPES[encoder]())
     for name in tensors:
         if name.endswith("SelfAttention.q.weight"):
             tensors[name] = tensors[name] / 8  # T5 does not divide by sqrt(64) in attention; its weights do
@@ -146,7 +183,7 @@ def error(got, wanted):
 @EACH
 @pytest.mark.parametrize("format", FORMATS)
 def test_both_loaders_open_the_file_and_the_error_is_what_the_format_predicts(server, embed, files, encoder, format):
-    kind = ENCODERS[encoder][1]
+    kind = ENCODERS[encoder]
     wanted = embed(stock(server, files(encoder), kind))
     got = embed(stock(server, files(encoder, format), kind))
     predicted = error(embed(stock(server, files(encoder, f"noise-{format}"), kind)), wanted)
@@ -159,8 +196,8 @@ def test_both_loaders_open_the_file_and_the_error_is_what_the_format_predicts(se
 
 
 @pytest.mark.parametrize("format", ["int8_tensorwise", "bnb_nf4"])
-def test_two_files_together(server, embed, files, format):
-    """SD3 takes CLIP-L twice; no two-file type of ComfyUI takes a T5-base."""
+def test_one_encoder_twice(server, embed, files, format):
+    """SD3 takes CLIP-L for both of its CLIPs."""
     plain, small = placed(server, files("clip_l")), placed(server, files("clip_l", format))
     wanted = embed(node("DualCLIPLoader", clip_name1=plain, clip_name2=plain, type="sd3"))
     got = embed(node("DualCLIPLoader", clip_name1=small, clip_name2=small, type="sd3"))
@@ -169,10 +206,53 @@ def test_two_files_together(server, embed, files, format):
     assert torch.equal(embed(both), got)
 
 
+PAIRS = [
+    ("bf16", "bf16"), ("int8_tensorwise", "bf16"), ("bf16", "int8_tensorwise"), ("bnb_nf4", "bf16"),
+    ("bf16", "bnb_nf4"), ("bnb_nf4", "int8_tensorwise"), ("float8_e4m3fn", "int8_blockwise"), ("bnb_nf4", "bnb_nf4"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def flux(server, files):
+    """`flux(clip, t5)` -> DualCLIPLoader with CLIP-L and T5 in these formats."""
+
+    def dual(clip="bf16", t5="bf16", *, swap=False):
+        names = [placed(server, files("clip_l", clip)), placed(server, files("t5_small", t5))]
+        first, second = reversed(names) if swap else names
+        return node("DualCLIPLoader", clip_name1=first, clip_name2=second, type="flux")
+
+    return dual
+
+
+@pytest.mark.parametrize(("clip", "t5"), PAIRS, ids=[f"clip-{clip} t5-{t5}" for clip, t5 in PAIRS])
+def test_two_different_encoders_together(embed, flux, clip, t5):
+    """Flux: its conditioning is T5's output and its pooled output CLIP-L's, so each shows its own file's error only."""
+    wanted, got = embed(flux()), embed(flux(clip, t5))
+    assert wanted.numel() == 256 * T5_SMALL["d_model"] + WIDTH
+    for encoder, format, part in (("clip", clip, POOLED), ("t5", t5, CONDITIONING)):
+        if format == "bf16":
+            assert torch.equal(got[part], wanted[part])
+        else:
+            predicted = error(embed(flux(**{encoder: f"noise-{format}"}))[part], wanted[part])
+            print(f"{encoder} {format}: predicted {predicted:.4f}, got {error(got[part], wanted[part]):.4f}")
+            assert 0 < error(got[part], wanted[part]) < MARGIN * predicted
+    assert torch.equal(embed(flux(clip, t5, swap=True)), got)
+    names = flux(clip, t5)["inputs"]
+    ours = node("FewBitsLoadTextEncoder", file=names["clip_name1"], file2=names["clip_name2"], type="flux")
+    assert torch.equal(embed(ours), got)
+
+
+def test_quantizing_both_in_the_graph_gives_the_embeddings_of_their_files(embed, flux):
+    quantize = node("FewBitsQuantizeTextEncoder", clip=["loader", 0], format="bnb_nf4")
+    got, wanted = embed(flux(), then={"quantize": quantize}), embed(flux("bnb_nf4", "bnb_nf4"))
+    for part in (POOLED, CONDITIONING):
+        assert error(got[part], wanted[part]) < 1e-5
+
+
 @EACH
 @pytest.mark.parametrize("format", ["int8_tensorwise", "bnb_nf4"])
 def test_quantizing_in_the_graph_gives_the_embeddings_of_the_file(server, embed, files, encoder, format):
-    kind = ENCODERS[encoder][1]
+    kind = ENCODERS[encoder]
     quantize = node("FewBitsQuantizeTextEncoder", clip=["loader", 0], format=format)
     got = embed(stock(server, files(encoder), kind), then={"quantize": quantize})
     # Weights mapped from a file are aligned differently, and torch then adds in another order.
@@ -190,7 +270,7 @@ def test_quantized_kernels_give_nearly_the_same(server, embed, files, format):
 
 @EACH
 def test_clip_save_and_the_stock_loader_round_trip(server, embed, files, encoder):
-    kind = ENCODERS[encoder][1]
+    kind = ENCODERS[encoder]
     workflow = {
         "loader": stock(server, files(encoder), kind),
         "quantize": node("FewBitsQuantizeTextEncoder", clip=["loader", 0], format="bnb_nf4"),
