@@ -27,10 +27,7 @@ MARGIN = 1.3
 WIDTH = 768
 POOLED, CONDITIONING = slice(-WIDTH, None), slice(-WIDTH)  # of what `embed` returns for CLIP-L with another encoder
 # Writes a conditioning to a file of the output folder; T5-XXL is as small as T5_SMALL.
-PROBE = (
-    f"""T5_SMALL = {T5_SMALL}
-"""
-    + """
+PROBE = """
 import os
 
 import folder_paths
@@ -64,7 +61,6 @@ class EmbeddingsOut:
 
 NODE_CLASS_MAPPINGS = {"EmbeddingsOut": EmbeddingsOut}
 """
-)
 
 
 def t5_small_shapes():
@@ -133,7 +129,7 @@ def server(comfyui, tmp_path_factory):
     base = tmp_path_factory.mktemp("text_encoders")
     probe = tmp_path_factory.mktemp("nodes") / "embeddings_out"
     probe.mkdir()
-    (probe / "__init__.py").write_text(PROBE, encoding="utf-8")
+    (probe / "__init__.py").write_text(f"T5_SMALL = {T5_SMALL}\n{PROBE}", encoding="utf-8")
     with ComfyServer(base, custom_nodes=[PACK, probe], tree=comfyui, arguments=["--cache-none"]) as running:
         yield running
 
