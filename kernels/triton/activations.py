@@ -1,4 +1,7 @@
-"""Quantize activations to INT8 or FP8: scale = absmax / qmax, q = round(x / scale); x read once, codes written once."""
+"""Quantize activations to INT8 or FP8: scale = absmax / qmax, q = round(f(x) / scale); x read once, codes written once.
+
+f is nothing, or GELU in float32, which then needs no pass over memory of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,19 @@ import triton
 import triton.language as tl
 
 from ..scales import TINY
+from .launch import launch
 from .rounding import divide, divide_many, magnitude, round_int8
+
+ACTIVATIONS = {None: 0, "tanh": 1, "none": 2}  # by the names of torch.nn.functional.gelu
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == 1:  # 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u))
+        x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == 2:
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x
 
 
 @triton.jit
@@ -30,19 +45,22 @@ def _encode(x, scale, zero, QMAX: tl.constexpr, FLOAT8: tl.constexpr):
 
 @triton.jit
 def _rows(
-    x, codes, scale, k, stride, QMAX: tl.constexpr, FLOAT8: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, codes, scale, k, stride,
+    QMAX: tl.constexpr, FLOAT8: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), dtype=tl.int32)
     for start in range(0, k, BLOCK):
         value = tl.load(x + row * stride + start + at, start + at < k, other=0.0).to(tl.float32)
+        value = _activate(value, ACTIVATION)
         largest = tl.maximum(largest, magnitude(value))
     absmax = tl.max(largest, 0).to(tl.float32, bitcast=True)
     s = _scale(absmax, QMAX, FLOOR)
     tl.store(scale + row, s)
     for start in range(0, k, BLOCK):  # the row again, from the cache
         value = tl.load(x + row * stride + start + at, start + at < k, other=0.0).to(tl.float32)
+        value = _activate(value, ACTIVATION)
         tl.store(codes + row * k + start + at, _encode(value, s, absmax < FLOOR, QMAX, FLOAT8), start + at < k)
 
 
@@ -50,11 +68,12 @@ def _rows(
 def _groups(
     x, codes, scale, m, count, groups,
     QMAX: tl.constexpr, FLOAT8: tl.constexpr, FLOOR: tl.constexpr, GROUP: tl.constexpr, RUNS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS)
     at = run[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = (run < count)[:, None]
-    value = tl.load(x + at, inside, other=0.0).to(tl.float32)
+    value = _activate(tl.load(x + at, inside, other=0.0).to(tl.float32), ACTIVATION)
     absmax = tl.max(magnitude(value), 1).to(tl.float32, bitcast=True)
     s = _scale(absmax, QMAX, FLOOR)
     tl.store(codes + at, _encode(value, s[:, None], (absmax < FLOOR)[:, None], QMAX, FLOAT8), inside)
@@ -67,23 +86,32 @@ ROW_BLOCKS = ((4096, (1024, 4)), (12288, (4096, 8)), (None, (8192, 16)))
 
 
 def quantize(
-    x: torch.Tensor, dtype: torch.dtype, qmax: float, group: int | None, shape: tuple[int, int] | None = None
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    qmax: float,
+    group: int | None,
+    shape: tuple[int, int] | None = None,
+    gelu: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(M, K) -> (M, K) codes and (M, groups) float32 scales, M fastest."""
+    """(M, K) -> (M, K) codes and (M, groups) float32 scales, M fastest.
+
+    Args:
+        gelu: "tanh" or "none", torch's names of its two forms; None quantizes x as it is.
+    """
     m, k = x.shape
     if x.stride(1) != 1 or (group and x.stride(0) != k):
         x = x.contiguous()
     codes = torch.empty((m, k), dtype=dtype, device=x.device)
     groups = k // group if group else 1
     scale = torch.empty((groups, m), dtype=torch.float32, device=x.device)
-    float8 = dtype == torch.float8_e4m3fn
-    with torch.cuda.device(x.device):
-        if group:
-            runs = max(4096 // group, 1)
-            grid = (triton.cdiv(m * groups, runs),)
-            _groups[grid](x, codes, scale, m, m * groups, groups, qmax, float8, TINY, group, runs, num_warps=4)
-        else:
-            most, warps = shape or next(shape for limit, shape in ROW_BLOCKS if limit is None or k <= limit)
-            block = min(triton.next_power_of_2(k), most)
-            _rows[(m,)](x, codes, scale, k, x.stride(0), qmax, float8, TINY, block, num_warps=warps)
+    float8, activation = dtype == torch.float8_e4m3fn, ACTIVATIONS[gelu]
+    if group:
+        runs = max(4096 // group, 1)
+        grid, counts = (-(-m * groups // runs), 1, 1), (m, m * groups, groups)
+        launch(_groups, grid, (x, codes, scale), *counts, qmax, float8, TINY, group, runs, activation, num_warps=4)
+    else:
+        most, warps = shape or next(shape for limit, shape in ROW_BLOCKS if limit is None or k <= limit)
+        block = min(1 << (k - 1).bit_length(), most)
+        numbers = (k, x.stride(0), qmax, float8, TINY, block, activation)
+        launch(_rows, (m, 1, 1), (x, codes, scale), *numbers, num_warps=warps)
     return codes, scale.t()

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .lut import table_asm
 
 
@@ -35,18 +36,7 @@ def dequantize(
     n, half = packed.shape
     packed = packed.contiguous()
     out = torch.empty((n, 2 * half), dtype=dtype, device=packed.device)
-    block = 2048
-    asm, spec = table_asm(values, torch.float32)
-    with torch.cuda.device(packed.device):
-        _dequantize[(triton.cdiv(packed.numel(), block),)](
-            packed,
-            absmax,
-            out,
-            packed.numel(),
-            HALF_GROUP=group_size // 2,
-            BLOCK=block,
-            ASM=asm,
-            SPEC=spec,
-            num_warps=8,
-        )
+    block, count = 2048, packed.numel()
+    constants = (group_size // 2, block, *table_asm(values, torch.float32))
+    launch(_dequantize, (-(-count // block), 1, 1), (packed, absmax, out), count, *constants, num_warps=8)
     return out

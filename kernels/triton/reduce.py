@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 
 @triton.jit
 def _reduce(parts, bias, out, count, n, SPLIT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
@@ -23,7 +25,6 @@ def reduce_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tens
     """(S, M, N) float32 -> out (M, N), the bias (N,) added."""
     block = 1024 if out.numel() >= 1 << 16 else 256
     has_bias = bias is not None
-    with torch.cuda.device(out.device):
-        _reduce[(triton.cdiv(out.numel(), block),)](
-            parts, bias if has_bias else parts, out, out.numel(), out.shape[1], len(parts), has_bias, block, num_warps=4
-        )
+    numbers = (out.numel(), out.shape[1], len(parts), has_bias, block)
+    grid = (-(-out.numel() // block), 1, 1)
+    launch(_reduce, grid, (parts, bias if has_bias else parts, out), *numbers, num_warps=4)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ..scales import Geometry
 from . import why_not_float8
+from .launch import launch
 
 _KIND = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
 
@@ -39,7 +40,7 @@ def _dequantize(
 
 def block_columns(k: int, tile_cols: int) -> int:
     """Columns of a program: at most 256, and of one tile of scales."""
-    return min(triton.next_power_of_2(k), 256) if tile_cols == k else min(tile_cols & -tile_cols, 256)
+    return min(1 << (k - 1).bit_length(), 256) if tile_cols == k else min(tile_cols & -tile_cols, 256)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, geometry: Geometry, dtype: torch.dtype) -> torch.Tensor:
@@ -52,10 +53,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, geometry: Geometry, dty
     block_k = block_columns(k, tile_cols)
     block_n = 2048 // block_k
     kind = 3 if codes.dtype == torch.float8_e4m3fn and why_not_float8(codes) is None else _KIND[codes.dtype]
-    grid = (triton.cdiv(n, block_n), triton.cdiv(k, block_k))
-    with torch.cuda.device(codes.device):
-        _dequantize[grid](
-            codes.view(torch.int8), scale.contiguous(), out, n, k, grid_cols, n // grid_rows, tile_cols,
-            KIND=kind, BN=block_n, BK=block_k, num_warps=4,
-        )  # fmt: skip
+    tensors = (codes.view(torch.int8), scale.contiguous(), out)
+    numbers = (n, k, grid_cols, n // grid_rows, tile_cols, kind, block_n, block_k)
+    launch(_dequantize, (-(-n // block_n), -(-k // block_k), 1), tensors, *numbers, num_warps=4)
     return out

@@ -1,0 +1,132 @@
+"""GELU and the quantizer in one pass: eager is the spec; on a GPU the kernel errs at most twice as much."""
+
+import pytest
+import torch
+from torch.nn.functional import gelu
+
+from fewbits.kernels.activations import quantize_activations, quantize_gelu
+from fewbits.kernels.dispatch import use_backend
+from fewbits.kernels.grids import E4M3, INT8, decode
+from fewbits.kernels.scales import Geometry
+
+by_form = pytest.mark.parametrize("form", ["tanh", "none"])
+by_levels = pytest.mark.parametrize("levels", [INT8, E4M3], ids=lambda levels: levels.name)
+by_group = pytest.mark.parametrize("group", [None, 64, 128], ids=lambda group: f"group {group or 'row'}")
+
+
+def decoded(codes, scale, levels, group):
+    return decode(codes, scale, levels, Geometry(1, group)).double()
+
+
+@by_form
+@by_levels
+@by_group
+def test_gelu_is_taken_in_float32_and_quantized_once(group, levels, form):
+    x = (3 * torch.randn(5, 256)).bfloat16()
+    x[0], x[1, 7] = 0, float("nan")
+    codes, scale = quantize_gelu(x, levels, group, form)
+    expected, expected_scale = quantize_activations(gelu(x.float(), approximate=form), levels, group)
+    assert torch.equal(scale.nan_to_num(7), expected_scale.nan_to_num(7)) and codes.dtype == levels.dtype
+    assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+    assert (scale[0] == 1).all() and not codes[0].view(torch.uint8).any()
+    assert not scale[1, 0].isfinite() and scale[2:].isfinite().all()
+    truth = gelu(x[2:].double(), approximate=form)
+    error = (decoded(codes[2:], scale[2:], levels, group) - truth).norm() / truth.norm()
+    assert 1e-3 < error < 0.04  # what 8 bits cost
+
+
+class Compiled:
+    """What Triton returns from a launch."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, log):
+        self.log = log
+
+    def launch_metadata(self, *arguments):
+        return None
+
+    def run(self, x, y, z, stream, function, metadata, what, enter, leave, *arguments):
+        self.log.append(("direct", (x, y, z), arguments))
+
+
+class Kernel:
+    def __init__(self):
+        self.log = []
+
+    def __getitem__(self, grid):
+        def start(*arguments, num_warps, num_stages):
+            self.log.append(("Triton", grid, arguments))
+            return Compiled(self.log)
+
+        return start
+
+
+def test_triton_is_asked_again_only_when_it_would_compile_anew(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from fewbits.kernels.triton.launch import launch
+
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    kernel, x = Kernel(), torch.zeros(64)
+
+    def start(*tensors, number=1, num_warps=4):
+        launch(kernel, (2, 1, 1), tensors, number, num_warps=num_warps)
+        how, grid, arguments = kernel.log[-1]
+        assert grid == (2, 1, 1) and arguments == (*tensors, number)
+        return how
+
+    assert start(x) == "Triton" and start(x) == "direct" == start(torch.ones(64))
+    assert start(x[1:]) == "Triton" and start(x[1:]) == "direct" == start(x[5:])  # not a multiple of 16 bytes
+    assert start(x.half()) == "Triton" == start(x, number=16) == start(x, num_warps=8) == start(x, x)
+    assert start(x) == "direct" == start(x, number=16)
+
+
+# GPU ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@by_form
+@by_levels
+@by_group
+@pytest.mark.parametrize("shape", [(1, 128), (3, 1152), (17, 3200), (300, 13056)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_fused_gelu_errs_at_most_twice_as_much_as_eager(dtype, shape, group, levels, form):
+    m, k = shape
+    x = (3 * torch.randn(m, k + 16, device="cuda")).to(dtype)[:, :k]
+    junk = torch.full((m * k,), float("nan"), device="cuda")  # what the outputs are made in
+    torch.cuda.synchronize()
+    del junk
+    codes, scale = quantize_gelu(x, levels, group, form)
+    with use_backend("eager"):
+        eager = quantize_gelu(x, levels, group, form)
+    truth = gelu(x.double(), approximate=form)
+    got, reference = decoded(codes, scale, levels, group), decoded(*eager, levels, group)
+    assert (got - truth).abs().max() <= 2 * (reference - truth).abs().max()
+    assert scale.shape == eager[1].shape and scale.stride() == eager[1].stride()
+    again = quantize_gelu(x, levels, group, form)
+    assert torch.equal(again[0].view(torch.uint8), codes.view(torch.uint8)) and torch.equal(again[1], scale)
+
+
+@pytest.mark.gpu
+@by_form
+@by_levels
+@by_group
+def test_zeros_nan_and_extremes_come_through_the_fused_gelu(group, levels, form):
+    x = torch.randn(6, 384, device="cuda", dtype=torch.bfloat16)
+    x[0], x[1, 3], x[2], x[3], x[4] = 0, float("nan"), -1e30, 1e30, 1e-30
+    codes, scale = quantize_gelu(x, levels, group, form)
+    assert (scale[0] == 1).all() and not codes[0].view(torch.uint8).any()
+    assert not scale[1, 0].isfinite()
+    values = decoded(codes, scale, levels, group)
+    assert not values[2].any() and torch.allclose(values[3], x[3].double(), rtol=1e-2) and values[5].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_an_address_of_another_alignment_is_not_taken_for_the_remembered_one():
+    storage = torch.randn(4 * 1024 + 8, device="cuda").bfloat16()
+    for offset in (0, 1, 8, 3):  # the kernel that reads 16 bytes at a time is compiled first
+        x = storage[offset : offset + 4096].view(4, 1024)
+        with use_backend("eager"):
+            expected = quantize_activations(x, INT8, None)
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(quantize_activations(x, INT8, None), expected, strict=True))
