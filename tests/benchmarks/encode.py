@@ -18,8 +18,9 @@ import bench_layers as gpu
 import bench_peers as peers
 import torch
 from linear import append
+from torch.nn.functional import gelu
 
-from fewbits.kernels.activations import quantize_activations
+from fewbits.kernels.activations import quantize_activations, quantize_gelu
 from fewbits.kernels.codebook4 import FlatGrid
 from fewbits.kernels.grids import E4M3, INT8, TiledGrid, nearest_codes
 from fewbits.kernels.packing import pack_nibbles
@@ -71,7 +72,12 @@ def measure(n: int, k: int) -> Iterator[tuple[str, int, float, int]]:
     for levels in (INT8, E4M3):
         for group in (None, 128):
             ms = gpu.graph_time([lambda w=w: quantize_activations(w[:m], levels, group) for w in weights])
-            yield f"activations {levels.name} {'row' if group is None else group}", m, ms, 3 * m * k
+            name = f"{levels.name} {'row' if group is None else group}"
+            yield f"activations {name}", m, ms, 3 * m * k
+            ms = gpu.graph_time([lambda w=w: quantize_gelu(w[:m], levels, group, "tanh") for w in weights])
+            yield f"gelu and activations {name}", m, ms, 3 * m * k
+            two = [lambda w=w: quantize_activations(gelu(w[:m], approximate="tanh"), levels, group) for w in weights]
+            yield f"gelu, then activations {name}", m, gpu.graph_time(two), 3 * m * k
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 
 from fewbits.kernels import choice, runtime
-from fewbits.kernels.activations import quantize_activations
+from fewbits.kernels.activations import quantize_activations, quantize_gelu
 from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid
 from fewbits.kernels.dispatch import Op, use_backend
 from fewbits.kernels.grids import E4M3, INT8, Levels, TiledGrid, nearest_codes
@@ -43,6 +43,7 @@ def cases() -> Iterator[tuple[str, Op, tuple]]:
             for k in (1152, 13056):  # each way of walking a row
                 x = torch.randn(17, k, device="cuda").bfloat16()
                 yield f"{levels.name} {group or 'row'} K={k}", quantize_activations, (x, levels, group)
+                yield f"{levels.name} {group or 'row'} K={k}", quantize_gelu, (x, levels, group, "tanh")
     for levels in (NF4, FP4):
         yield from flat(levels)
 
