@@ -28,31 +28,35 @@ class Limits:
 
 
 # Measured on an H200 in captured graphs, quantizing x included: tests/benchmarks/results/linear.csv. Times in ms for
-# 12288x3072 / 3072x12288:
-#   INT8 row  M=1 skinny .0138 / .0175;  M=16 skinny .0172 / .0200, coded .0160 / .0186: less, but more launches,
-#             and ComfyUI captures no graphs: plain calls take .045 against .113;  M=32 skinny .023 / .029
-#   FP8 row   M=16 skinny .0185 / .0216, coded .0163 / .0205;  M=256 coded .0285 / .0323, torch .0255 / .038
+# 12288x3072 / 3072x12288; where times are close the path with fewer launches is taken: ComfyUI captures no graphs.
+#   INT8 row  M=16 skinny .0141 / .0149, coded .0160 / .0186;  M=32 skinny .017 / .021;
+#             M=64 skinny .026 / .029, coded .017 / .021
+#   FP8 row   M=16 skinny .0147 / .0166, coded .0163 / .0205;  M=256 coded .0285 / .0323, torch .0255 / .038
 #   FP8 128   M=64 coded .020 / .0225, torch .0177 / .040;  M=1024 coded .093 / .089, torch .069 / .084
-#   INT8 64   M=16 skinny .019 / .023, coded .0266 / .030;  M=1024 coded .134 / .137, decoded .128 / .128
-#   4-bit     M=32 skinny .025 / .029, decoded .049 / .050;  M=64 skinny .049 / .085, decoded .049 / .052
+#   INT8 64   M=16 skinny .015 / .015, coded .0266 / .030;  M=1024 coded .134 / .137, decoded .128 / .128
+#   4-bit     M=32 skinny .022 / .025, decoded .049 / .050;  M=64 skinny .041 / .043, decoded .049 / .053
 HOPPER = {
-    "int8 row": Limits(16, None, 64),
-    "int8 128": Limits(16, None, 16),
+    "int8 row": Limits(32, None, 64),
+    "int8 128": Limits(32, None, 16),
     "int8 64": Limits(32, 512, 32, 10),
-    "int8 group 128": Limits(16, 512, 32, 10),
+    "int8 group 128": Limits(32, 512, 32, 10),
     "int8 group 64": Limits(32, 512, 32, 10),
-    "fp8 row": Limits(16, None, 64, library=(128, 512)),
-    "fp8 128": Limits(16, None, 16, library=(32, 512)),
+    "fp8 row": Limits(32, None, 64, library=(128, 512)),
+    "fp8 128": Limits(32, None, 16, library=(32, 512)),
     "fp8 64": Limits(32, 512, 32, 10),
-    "fp8 group 128": Limits(16, 512, 32, 10),
+    "fp8 group 128": Limits(32, 512, 32, 10),
     "fp8 group 64": Limits(32, 512, 32, 10),
-    "4-bit": Limits(32, 0, 0),
+    "4-bit": Limits(64, 0, 0),
 }
 # Not measured. Block scales need a fast float32 path beside the tensor cores: only few rows are trusted to them.
+# Without clusters of blocks the skinny kernel reads x more often.
 OTHER = {
-    name: limit if name.endswith(("row", "bit")) else replace(limit, coded=256, small=32, library=(None, None))
+    name: replace(
+        limit, skinny=limit.skinny // 2,
+        **({} if name.endswith(("row", "bit")) else {"coded": 256, "small": 32, "library": (None, None)}),
+    )
     for name, limit in HOPPER.items()
-}
+}  # fmt: skip
 WIDE = 8192  # rows of W from which `Limits.library[0]` counts
 
 

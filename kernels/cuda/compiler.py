@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import struct
 import sys
 import time
 from functools import cache
@@ -79,31 +80,41 @@ def _cubin(source: str, architecture: str, options: tuple[str, ...]) -> bytes:
     return cubin
 
 
-class Kernel:
-    """One entry point on one GPU. `launch` takes tensors as pointers and ints as int32."""
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+PACKED, PACKED_SIZE, END = 1, 2, 0  # CU_LAUNCH_PARAM_*: the arguments come as one run of bytes
 
-    def __init__(self, source: str, name: str, options: tuple[str, ...], device: int):
+
+class Kernel:
+    """One entry point on one GPU, whose blocks use `shared` bytes of dynamic shared memory."""
+
+    def __init__(self, source: str, name: str, options: tuple[str, ...], device: int, shared: int):
         major, minor = torch.cuda.get_device_capability(device)
-        self._function, self._module = ctypes.c_void_p(), ctypes.c_void_p()
+        self._function, self._module, self._device, self._shared = ctypes.c_void_p(), ctypes.c_void_p(), device, shared
         cubin = _cubin(source, f"sm_{major}{minor}", options)
         with torch.cuda.device(device):
             torch.cuda.current_stream().query()  # makes torch's context current on this thread
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), cubin))
             _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
+            _check(_driver().cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED, shared))
 
-    def launch(self, grid: tuple[int, int, int], threads: int, arguments: tuple, device: torch.device) -> None:
-        """Start it on the device's current stream."""
-        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        with torch.cuda.device(device):
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            _check(_driver().cuLaunchKernel(self._function, *grid, threads, 1, 1, 0, stream, pointers, None))
+    def launch(self, grid: tuple[int, int, int], threads: int, layout: struct.Struct, *arguments: int) -> None:
+        """Start it on the device's current stream; `layout` packs the arguments, pointers first."""
+        if torch.cuda.current_device() != self._device:
+            with torch.cuda.device(self._device):
+                return self.launch(grid, threads, layout, *arguments)
+        packed = layout.pack(*arguments)
+        size = ctypes.c_size_t(len(packed))
+        extra = (ctypes.c_void_p * 5)(
+            PACKED, ctypes.cast(packed, ctypes.c_void_p), PACKED_SIZE, ctypes.addressof(size), END
+        )
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
+        return _check(_driver().cuLaunchKernel(self._function, *grid, threads, 1, 1, self._shared, stream, None, extra))
 
 
 @cache
-def kernel(source: str, name: str, options: tuple[str, ...], device: int) -> Kernel:
+def kernel(source: str, name: str, options: tuple[str, ...], device: int, shared: int = 0) -> Kernel:
     """The entry point, compiled and loaded on first use."""
-    return Kernel(source, name, options, device)
+    return Kernel(source, name, options, device, shared)
 
 
 def _check(status: int) -> None:

@@ -1,13 +1,16 @@
 """x @ W.T for few rows of x: W's codes go from memory through registers into tensor cores, decoded on the way.
 
-One block takes 16 rows of W; its warps share K and add their float32 sums at the end. x is not rounded. Each of the
-four lanes of a row holds LANE consecutive codes of a span of 4 * LANE along K; which element of a span meets which
-slot of the tensor core is free, as long as x is read in the same order.
+A warp takes 16 rows of W and a run of K, which it streams through a ring of its own in shared memory; warps of a block
+and blocks of a cluster share K and add their float32 sums at the end. x is not rounded. Each of the four lanes of a row
+holds LANE consecutive codes of a span of 4 * LANE along K; which element of a span meets which slot of the tensor core
+is free, as long as x is read in the same order.
 """
 
 from __future__ import annotations
 
+import struct
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -103,86 +106,197 @@ template <int N> DEVICE void load(u32* to, const void* from) {
   }
 }
 
-// Codes: a warp reads 8 rows at once, little of each, so the cache is asked to fetch what its neighbours read next.
-template <int N> DEVICE void stream(u32* to, const void* from) {
-#define HINT "ld.global.nc.L1::no_allocate.L2::128B"  // 3 to 7 % on an H200; 256B is the same
-  if (N == 1) asm(HINT ".b32 %0, [%1];" : "=r"(to[0]) : "l"(from));
-  if (N == 2) asm(HINT ".v2.b32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
-  if (N == 4)
-    asm(HINT ".v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
+#define SPAN (4 * LANE)              // codes along K that a warp multiplies at once
+#define STEPS (LANE / 4)
+#define TILES ((TOKENS + 7) / 8)
+#define WARPS (ROWS * SPLIT)
+#define SPANS (8 / WORDS)            // of a stage: 128 bytes of each of 16 rows
+#define SUMS (WARPS * TILES * 128)
+#define CODES (SPANS * SPAN)         // of a row in a stage
+#define X_CHUNKS (TOKENS * CODES / 8)  // 16 bytes each, of x in a stage
+#if GROUPED
+#define SCALES (CODES > GROUPED ? CODES / GROUPED : 1)  // of a row in a stage
+#else
+#define SCALES 1
+#endif
+
+// 16 bytes to shared memory without passing registers, zeros unless `inside`; L2 is asked for the rest of the line.
+DEVICE void fetch(u32 to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0)
+               : "memory");
 }
 
-#define SPAN (4 * LANE)
-#define STEPS (LANE / 4)
+DEVICE u32 address(const void* shared) { return (u32)__cvta_generic_to_shared(shared); }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, (TILES <= 2 ? 32 : 16) / WARPS) multiply(
+// Where 16 bytes of a row lie among its eight: spread so that lanes reading several rows meet in no bank.
+DEVICE u32 place(u32 row, u32 chunk) { return chunk ^ ((row & 1) << 2 | (row & 2) | (row >> 2 & 1)); }
+DEVICE u32 place_x(u32 token, u32 chunk) { return chunk ^ (LANE == 16 ? token & 1 : (token & 1) << 2); }
+
+// Warps that read the same K wait for each other.
+DEVICE void together(u32 split) {
+#if ROWS == 1
+  __syncwarp();
+#else
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + split), "n"(32 * ROWS) : "memory");
+#endif
+}
+
+DEVICE void scales_of(float* to, const float* from, u32 stage, u32 groups) {
+#if EVEN
+  load<SCALES>((u32*)to, from + stage * SCALES);
+#elif GROUPED
+#pragma unroll
+  for (u32 i = 0; i < SCALES; ++i) to[i] = from[min((stage * CODES + i * GROUPED) / GROUPED, groups - 1)];
+#endif
+}
+
+DEVICE float shared_of(const float* at, u32 block) {  // what lies at the same place in another block of the cluster
+#if CLUSTER > 1
+  u32 there;
+  float value;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(at)), "r"(block));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
+  return value;
+#else
+  return *at;
+#endif
+}
+
+#if CLUSTER > 1
+#define MEET(order)                                                                                             \
+  asm volatile("barrier.cluster.arrive." order ".aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory")
+#else
+#define MEET(order) __syncthreads()
+#endif
+
+#define RESIDENT ((TILES == 1 ? 24 : 16) / WARPS)
+extern "C" __global__ void
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER, 1, 1)
+#endif
+__launch_bounds__(32 * WARPS, RESIDENT ? RESIDENT : 1) multiply(
     const u16* __restrict__ x, const unsigned char* __restrict__ codes, const float* __restrict__ scale,
-    const u16* __restrict__ bias, u16* __restrict__ out, int m, int n, int k, int per_scale, int groups, int has_bias) {
-  __shared__ float sums[WARPS][TILES][32][4];
-  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  u32 lane4 = 4 * lane, *pairs = 0;
+    const u16* __restrict__ bias, u16* __restrict__ out, u32 m, u32 n, u32 k, u32 scale_shift, u32 groups,
+    u32 has_bias) {
+  extern __shared__ __align__(128) u32 shared[];
+  u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  u32 rank = blockIdx.x % CLUSTER, first_row = blockIdx.x / CLUSTER * (16 * ROWS), first = blockIdx.y * TOKENS;
+  u32* ring = shared + warp * (STAGES * 512);
+  u32* x_ring = shared + WARPS * (STAGES * 512) + warp / ROWS * (STAGES * X_CHUNKS * 4);
+  float* sums = (float*)(shared + STAGES * (WARPS * 512 + SPLIT * X_CHUNKS * 4));
+  u32* table = (u32*)sums + SUMS;
+  u32 spans = k / SPAN, stages = (spans + SPANS - 1) / SPANS, slice = rank * SPLIT + warp / ROWS;
+  u32 stage = slice * stages / (CLUSTER * SPLIT), stop = (slice + 1) * stages / (CLUSTER * SPLIT), asked = stage;
+  // Rows past the end read the last row; their sums are never stored.
+  u32 warp_row = first_row + warp % ROWS * 16, row_bytes = spans * (16 * WORDS), past = stage * 128 + (lane & 7) * 16;
+  const unsigned char* from[4];
+  u32 to[4];
+#pragma unroll
+  for (u32 i = 0; i < 4; ++i) {
+    u32 r = 4 * i + (lane >> 3);
+    from[i] = codes + (size_t)min(warp_row + r, n - 1) * row_bytes + past;
+    to[i] = address(ring) + r * 128 + place(r & 7, lane & 7) * 16;
+  }
+  u32 x_to = address(x_ring);
+#define ASK(slot)                                                                                              \
+  {                                                                                                            \
+    if (asked < stop) {                                                                                        \
+      _Pragma("unroll") for (u32 q = 0; q < 4; ++q) {                                                          \
+        fetch(to[q] + (slot) * 2048, from[q], past < row_bytes);                                               \
+        from[q] += 128;                                                                                        \
+      }                                                                                                        \
+      _Pragma("unroll") for (u32 q = 0; q < (X_CHUNKS + 32 * ROWS - 1) / (32 * ROWS); ++q) {                   \
+        u32 c = (q * ROWS + warp % ROWS) * 32 + lane, token = c / (CODES / 8), chunk = c % (CODES / 8);        \
+        u32 at = asked * CODES + chunk * 8;                                                                    \
+        if (c < X_CHUNKS)                                                                                      \
+          fetch(x_to + ((slot) * X_CHUNKS + token * (CODES / 8) + place_x(token, chunk)) * 16,                 \
+                x + min(first + token, m - 1) * k + at, at < k);                                               \
+      }                                                                                                        \
+      past += 128;                                                                                             \
+      ++asked;                                                                                                 \
+    }                                                                                                          \
+    asm volatile("cp.async.commit_group;" ::: "memory");                                                       \
+  }
+#pragma unroll
+  for (u32 i = 0; i < STAGES - 1; ++i) ASK(i)
+#if GROUPED
+  float s[2][SCALES], s_next[2][SCALES];
+  const float* scale1 = scale + (size_t)(min(warp_row + g, n - 1) >> scale_shift) * groups;
+  const float* scale2 = scale + (size_t)(min(warp_row + g + 8, n - 1) >> scale_shift) * groups;
+  if (stage < stop) {
+    scales_of(s_next[0], scale1, stage, groups);
+    scales_of(s_next[1], scale2, stage, groups);
+  }
+#endif
+  u32 lane4 = 4 * lane;
 #if KIND == 4
-  __shared__ u32 table[256 * 32];
-  pairs = table;
-  for (int byte = 4 * warp + (lane >> 3); byte < 256; byte += 4 * WARPS) {
-    u32 pair = pair_of(byte);
-    ((uint4*)table)[8 * byte + (lane & 7)] = make_uint4(pair, pair, pair, pair);
+  for (u32 byte = 32 * warp; byte < 256; byte += 32 * WARPS) {
+    u32 pair = pair_of(byte + lane);
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i) {
+      u32 p = __shfl_sync(~0u, pair, 4 * i + (lane >> 3));
+      ((uint4*)table)[8 * (byte + 4 * i) + lane] = make_uint4(p, p, p, p);
+    }
   }
   __syncthreads();
 #endif
-  int spans = k / SPAN, first = blockIdx.y * 8 * TILES;
-  for (int block = blockIdx.x; block * 16 < n; block += gridDim.x) {
-  int row = block * 16 + g, other = row + 8;
-  // Rows past the end read the last row; their sums are never stored.
-  const unsigned char* at = codes + (size_t)min(row, n - 1) * spans * (16 * WORDS) + 4 * WORDS * t;
-  const unsigned char* at2 = codes + (size_t)min(other, n - 1) * spans * (16 * WORDS) + 4 * WORDS * t;
-  const float* scale1 = scale + (size_t)(min(row, n - 1) / per_scale) * groups;
-  const float* scale2 = scale + (size_t)(min(other, n - 1) / per_scale) * groups;
-  u32 odd[2] = {};
+  // Columns of the product past the last token are never stored: what x they meet is free.
+  u32 token = min(g, TOKENS - 1), chunk = place(g, t * WORDS >> 2), odd[2] = {};
   float total[TILES][4] = {};
-  for (int span = warp * AHEAD; span < spans; span += WARPS * AHEAD) {
-    u32 words[AHEAD][2][WORDS];
-    float s[AHEAD][2];
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      bool inside = span + i < spans;
-      int safe = inside ? span + i : span;
-      stream<WORDS>(words[i][0], at + (size_t)safe * (16 * WORDS));
-      stream<WORDS>(words[i][1], at2 + (size_t)safe * (16 * WORDS));
+  u32 slot = 0, ask_slot = STAGES - 1;
+  for (; stage < stop; ++stage) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+    together(warp / ROWS);
+    ASK(ask_slot)  // the slot that was read in the round before
+    ask_slot = ask_slot + 1 == STAGES ? 0 : ask_slot + 1;
 #if GROUPED
-      s[i][0] = scale1[safe * SPAN / GROUPED];
-      s[i][1] = scale2[safe * SPAN / GROUPED];
-#endif
+#pragma unroll
+    for (u32 i = 0; i < SCALES; ++i) s[0][i] = s_next[0][i], s[1][i] = s_next[1][i];
+    if (stage + 1 < stop) {
+      scales_of(s_next[0], scale1, stage + 1, groups);
+      scales_of(s_next[1], scale2, stage + 1, groups);
     }
+#endif
+    const u32* line = ring + slot * 512 + g * 32 + (t * WORDS & 3);
+    const uint4* x_line = (const uint4*)x_ring + slot * X_CHUNKS + token * (CODES / 8);
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      if (span + i >= spans) break;
-      u32 a[STEPS][2], b[STEPS][2];
-      decode(words[i][0], a, pairs, lane4, odd[0]);
-      decode(words[i][1], b, pairs, lane4, odd[1]);
+    for (u32 j = 0; j < SPANS; ++j) {
+      u32 words[2][WORDS], a[STEPS][2], b[STEPS][2];
 #pragma unroll
-      for (int tile = 0; tile < TILES; ++tile) {
-        int token = first + 8 * tile + g;
-        u32 xs[LANE / 2] = {};
-        if (token < m) load<LANE / 2>(xs, x + (size_t)token * k + (size_t)(span + i) * SPAN + LANE * t);
+      for (u32 r = 0; r < 2; ++r) {
+        const u32* at = line + r * 256 + (chunk ^ (j * WORDS)) * 4;
+        if (WORDS == 4) *(uint4*)words[r] = *(const uint4*)at;
+        else if (WORDS == 2) *(uint2*)words[r] = *(const uint2*)at;
+        else words[r][0] = *at;
+      }
+      decode(words[0], a, table, lane4, odd[0]);
+      decode(words[1], b, table, lane4, odd[1]);
+#pragma unroll
+      for (u32 tile = 0; tile < TILES; ++tile) {
+        u32 xs[LANE / 2];
+#pragma unroll
+        for (u32 i = 0; i < LANE / 8; ++i)
+          ((uint4*)xs)[i] = x_line[tile * CODES + place_x(token, (j * 4 + t) * (LANE / 8) + i)];
 #if GROUPED
         float part[4] = {};
 #else
         float* part = total[tile];
 #endif
 #pragma unroll
-        for (int j = 0; j < STEPS; ++j)
+        for (u32 i = 0; i < STEPS; ++i)
           asm(MMA "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
               : "+f"(part[0]), "+f"(part[1]), "+f"(part[2]), "+f"(part[3])
-              : "r"(a[j][0]), "r"(b[j][0]), "r"(a[j][1]), "r"(b[j][1]), "r"(xs[2 * j]), "r"(xs[2 * j + 1]));
+              : "r"(a[i][0]), "r"(b[i][0]), "r"(a[i][1]), "r"(b[i][1]), "r"(xs[2 * i]), "r"(xs[2 * i + 1]));
 #if GROUPED
-        total[tile][0] += part[0] * s[i][0];
-        total[tile][1] += part[1] * s[i][0];
-        total[tile][2] += part[2] * s[i][1];
-        total[tile][3] += part[3] * s[i][1];
+        float s1 = s[0][j * SCALES / SPANS], s2 = s[1][j * SCALES / SPANS];
+        total[tile][0] += part[0] * s1;
+        total[tile][1] += part[1] * s1;
+        total[tile][2] += part[2] * s2;
+        total[tile][3] += part[3] * s2;
 #endif
       }
     }
+    slot = slot + 1 == STAGES ? 0 : slot + 1;
   }
 #if KIND == 9  // a NaN weight makes its row NaN: tell the other three lanes of the row
 #pragma unroll
@@ -196,30 +310,51 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, (TILES <= 2 ? 32 : 16) 
 #endif
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sums[warp][tile][lane][j] = total[tile][j];
-  __syncthreads();
+    ((float4*)sums)[(warp * TILES + tile) * 32 + lane] =
+        make_float4(total[tile][0], total[tile][1], total[tile][2], total[tile][3]);
+  MEET("release");
   // Entry j of lane (g, t): row g + 8 * (j / 2) of W, token 2 * t + j % 2. Threads go through rows first.
-  for (int e = threadIdx.x; e < TILES * 128; e += 32 * WARPS) {
-    int r = e & 15, c = e >> 4, tile = c >> 3, token = first + c, target = block * 16 + r;
-    int from = (r & 7) * 4 + ((c & 7) >> 1), entry = (r >> 3) * 2 + (c & 1);
-    float sum = 0;
+  for (u32 e = rank * 32 * WARPS + threadIdx.x; e < ROWS * 16 * TOKENS; e += CLUSTER * 32 * WARPS) {
+    u32 r = e % (16 * ROWS), c = e / (16 * ROWS), target = first_row + r;
+    u32 from = (r & 7) * 4 + ((c & 7) >> 1), entry = (r >> 3 & 1) * 2 + (c & 1);
+    const float* at = sums + (((r >> 4) * TILES + (c >> 3)) * 32 + from) * 4 + entry;
+    float part[CLUSTER * SPLIT], sum = 0;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) sum += sums[w][tile][from][entry];
-    if (token >= m || target >= n) continue;
+    for (u32 w = 0; w < CLUSTER * SPLIT; ++w) part[w] = shared_of(at + w % SPLIT * ROWS * TILES * 128, w / SPLIT);
+#pragma unroll
+    for (u32 w = 0; w < CLUSTER * SPLIT; ++w) sum += part[w];
+    if (first + c >= m || target >= n) continue;
 #if !GROUPED
-    sum *= scale[target / per_scale];
+    sum *= scale[target >> scale_shift];
 #endif
     if (has_bias) sum += widen(bias[target]);
-    out[(size_t)token * n + target] = narrow(sum);
+    out[(size_t)(first + c) * n + target] = narrow(sum);
   }
-  __syncthreads();
-  }
+#if CLUSTER > 1
+  MEET("relaxed");  // the others may still read this block's sums
+#endif
 }
 """
 
 KINDS = {torch.uint8: 4, torch.int8: 8, torch.float8_e4m3fn: 9}
-MANY = 1 << 10  # blocks per multiprocessor: every block takes 16 rows; a table is better filled for several
+ARGUMENTS = struct.Struct("5P6I")
+SHARED_BYTES = 99 * 1024  # what a block can have on every GPU since compute capability 8.0
+STAGE_BYTES = 16 * 128  # of a warp: 128 bytes of each of its rows
+TABLE_BYTES = 256 * 32 * 4  # of a 4-bit kernel: 256 pairs, once per bank
+
+
+class Work(NamedTuple):
+    """How a product is shared out.
+
+    tokens: rows of x a warp multiplies; rows: warps of a block side by side, 16 rows of W each; split: warps of a
+    block, and cluster: blocks, that share the K of a row; stages: of a warp's ring, one being multiplied.
+    """
+
+    tokens: int
+    rows: int
+    split: int
+    cluster: int
+    stages: int
 
 
 @cache
@@ -237,32 +372,88 @@ def options(
     codes: torch.dtype,
     dtype: torch.dtype,
     group: int | None,
-    tiles: int,
-    warps: int,
-    ahead: int,
+    even: bool,
+    work: Work,
     values: tuple[float, ...] | None = None,
 ) -> tuple[str, ...]:
-    """Compiler options of one variant; `values` are the 16 of a 4-bit code."""
+    """Compiler options of one variant; `even`: `_even`; `values` are the 16 of a 4-bit code."""
     return (
-        f"-DKIND={KINDS[codes]}", f"-DLANE={8 if group == 32 else 16}", f"-DGROUPED={group or 0}", f"-DTILES={tiles}",
-        f"-DWARPS={warps}", f"-DAHEAD={ahead}", *(("-DBF16",) if dtype == torch.bfloat16 else ()),
-        *(_table(values, dtype) if values else ()),
+        f"-DKIND={KINDS[codes]}", f"-DLANE={_lane(group)}", f"-DGROUPED={group or 0}", f"-DEVEN={int(even)}",
+        *(f"-D{name.upper()}={value}" for name, value in work._asdict().items()),
+        *(("-DBF16",) if dtype == torch.bfloat16 else ()), *(_table(values, dtype) if values else ()),
     )  # fmt: skip
 
 
-def shape_of_work(m: int, n: int, four_bit: bool) -> tuple[int, int, int, int]:
-    """(tiles of 8 tokens, warps, spans in flight, blocks per multiprocessor); tests/benchmarks/linear_sweep.py."""
-    tiles = 1 if m <= 8 else 2 if m <= 16 else 4 if m <= 32 else 8
-    wide = n >= 8192
-    warps = min((8 if tiles == 1 or four_bit else 4) if wide else 16, 32 // tiles)  # 48 KB hold no more sums
-    return tiles, warps, 2 if four_bit and wide and tiles == 1 else 1, 3 if four_bit else MANY
+def _stage_codes(codes: torch.dtype) -> int:
+    """Codes of a row in a stage."""
+    return 256 if codes == torch.uint8 else 128
+
+
+def _even(codes: torch.dtype, group: int | None, k: int) -> bool:
+    """Whether every stage has its own whole groups, so that their scales are read at once."""
+    return group is not None and _stage_codes(codes) >= group and k % _stage_codes(codes) == 0
+
+
+def _lane(group: int | None) -> int:
+    """Consecutive codes of a lane."""
+    return 8 if group == 32 else 16
+
+
+def shared_bytes(codes: torch.dtype, work: Work) -> int:
+    """Shared memory of a block: sums, what is in flight, the table."""
+    table = TABLE_BYTES if codes == torch.uint8 else 0
+    x_bytes = 2 * work.tokens * _stage_codes(codes)
+    warps, tiles = work.rows * work.split, -(-work.tokens // 8)
+    return work.stages * (warps * STAGE_BYTES + work.split * x_bytes) + 512 * warps * tiles + table
+
+
+def tokens_for(m: int) -> int:
+    """Rows of x that one warp takes."""
+    return min(1 << (m - 1).bit_length(), 64)
+
+
+# (most rows of x, work for at least 8192 rows of W, for at least 2048, for fewer), as (rows, split, cluster, stages):
+# the best over 12288x3072, over 3072x12288, 3072x15360, 3072x3072 and 5120x13824, and for 1280x1280 on an H200 in
+# tests/benchmarks/linear_sweep.py. ms for 12288x3072 / 3072x12288, the library's bf16 product in brackets:
+#   nf4 64     M=1 .0096 / .0103 (.022 .023), 16 .0130 / .0164, 32 .022 / .025, 64 .041 / .043 (.023 .026)
+#   int8 row   M=1 .0128 / .0127, 16 .0141 / .0149, 32 .017 / .021, 64 .026 / .029
+WORK = {
+    4: (
+        (4, (2, 2, 1, 2), (1, 4, 2, 2), (1, 8, 1, 2)),
+        (8, (2, 2, 1, 2), (2, 4, 1, 2), (1, 8, 1, 2)),
+        (16, (4, 1, 2, 2), (2, 4, 1, 2), (1, 8, 1, 2)),
+        (32, (8, 1, 2, 2), (4, 2, 2, 2), (2, 2, 2, 3)),
+        (64, (4, 2, 2, 2), (4, 2, 2, 2), (2, 2, 2, 2)),
+    ),
+    8: (
+        (8, (2, 4, 1, 2), (1, 8, 2, 2), (1, 4, 1, 3)),
+        (16, (2, 2, 1, 3), (1, 4, 2, 2), (1, 4, 1, 2)),
+        (32, (2, 2, 1, 2), (4, 4, 2, 2), (2, 2, 2, 2)),
+        (64, (4, 1, 2, 2), (4, 2, 2, 2), (2, 2, 2, 2)),
+    ),
+}
+CLUSTERS = 9  # the first compute capability whose blocks form clusters
+
+
+@cache
+def work_for(tokens: int, n: int, codes: torch.dtype, device: int) -> Work:
+    """How a GPU shares out a product: what was measured, within what it has."""
+    rows = WORK[4 if codes == torch.uint8 else 8]
+    sizes = next(sizes for most, *sizes in rows if tokens <= most)
+    work = Work(tokens, *sizes[0 if n >= 8192 else 1 if n >= 2048 else 2])
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < CLUSTERS:
+        work = work._replace(cluster=1, split=min(work.split * work.cluster, 16 // work.rows))
+    while shared_bytes(codes, work) > getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES):
+        work = work._replace(tokens=work.tokens // 2)
+    return work
 
 
 def why_not_shape(m: int, k: int, group: int | None, dtype: torch.dtype) -> str | None:
     """Why this kernel cannot multiply this shape; None when it can."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"{str(dtype).removeprefix('torch.')} input: the tensor cores would round it"
-    span = 32 if group == 32 else 64
+    span = 4 * _lane(group)
     if group is not None and group % span:
         return f"groups of {group} are narrower than {span}"
     if k % (group or span):
@@ -271,13 +462,11 @@ def why_not_shape(m: int, k: int, group: int | None, dtype: torch.dtype) -> str 
 
 
 @cache
-def _entry(device: int, *variant: object) -> Kernel:
-    return kernel(SOURCE, "multiply", options(*variant), device)
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _entry(
+    device: int, codes: torch.dtype, dtype: torch.dtype, group: int | None, even: bool, work: Work, values: tuple | None
+) -> Kernel:
+    wanted = options(codes, dtype, group, even, work, values)
+    return kernel(SOURCE, "multiply", wanted, device, shared_bytes(codes, work))
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -294,41 +483,26 @@ def multiply(
     group: int | None,
     rows_per_scale: int,
     values: tuple[float, ...] | None = None,
-    work: tuple[int, int, int, int] | None = None,
+    work: Work | None = None,
 ) -> torch.Tensor:
     """(M, K) bf16 or fp16 @ W.T + bias -> (M, N) of x's dtype, summed in float32.
 
     Args:
         codes: (N, K) int8 or float8_e4m3fn, or (N, K/2) uint8 with the high nibble first.
-        scale: float32, row-major (N / rows_per_scale, K / group); N = rows_per_scale for one scale.
+        scale: float32, row-major (N / rows_per_scale, K / group).
+        rows_per_scale: of W: a power of two, or N for one scale.
         group: elements along K sharing a scale: 32 or a multiple of 64; None for all.
         values: of the 16 codes of 4 bits.
     """
     m, k = x.shape
-    n = codes.shape[0]
+    n, device = codes.shape[0], x.device.index or 0
     x, codes = _aligned(x), _aligned(codes)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    tiles, warps, ahead, resident = work or shape_of_work(m, n, values is not None)
-    entry = _entry(x.device.index or 0, codes.dtype, x.dtype, group, tiles, warps, ahead, values)
-    has_bias = bias is not None
-    blocks, sms = -(-n // 16), _multiprocessors(x.device.index or 0)
-    rounds = -(-blocks // (sms * resident))
-    entry.launch(
-        (-(-blocks // rounds), -(-m // (8 * tiles)), 1),
-        32 * warps,
-        (
-            x,
-            codes,
-            scale,
-            bias if has_bias else scale,
-            out,
-            m,
-            n,
-            k,
-            rows_per_scale,
-            k // group if group else 1,
-            has_bias,
-        ),
-        x.device,
-    )
+    work = work or work_for(tokens_for(m), n, codes.dtype, device)
+    entry = _entry(device, codes.dtype, x.dtype, group, _even(codes.dtype, group, k), work, values)
+    has_bias, groups = bias is not None, k // group if group else 1
+    pointers = (t.data_ptr() for t in (x, codes, scale, bias if has_bias else scale, out))
+    grid = (-(-n // (16 * work.rows)) * work.cluster, -(-m // work.tokens), 1)
+    shift = 31 if rows_per_scale >= n else rows_per_scale.bit_length() - 1
+    entry.launch(grid, 32 * work.rows * work.split, ARGUMENTS, *pointers, m, n, k, shift, groups, has_bias)
     return out

@@ -19,43 +19,48 @@ import torch
 import triton
 
 from fewbits.kernels.cuda import skinny
-from fewbits.kernels.cuda.compiler import kernel
 from fewbits.kernels.runtime import code_values
 from fewbits.kernels.triton import activations, w8a8
 from fewbits.kernels.triton.w8a8 import Tile
 
-SHAPES = ((12288, 3072), (3072, 12288), (3072, 3072))
+SHAPES = ((12288, 3072), (3072, 12288), (3072, 15360), (3072, 3072), (1280, 1280))
 SKINNY = ("nf4 64", "int8 row", "int8 block 128", "fp8 row", "fp8 block 64")
-SKINNY_ROWS = ((1, 1), (16, 2), (32, 4), (64, 8))  # rows of x, tiles of 8
-WORK = tuple(itertools.product((4, 8, 16), (1, 2, 4), (2, 3, 4, skinny.MANY)))  # warps, spans in flight, blocks per SM
+WARPS = ((1, 4), (1, 8), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4), (8, 1))  # (side by side, along K)
+CLUSTERS, STAGES = (1, 2, 4), (2, 3)
 
 
-def sweep_skinny() -> None:
-    jobs = []
-    for name in SKINNY:
+def sweep_skinny(kinds: tuple[str, ...] = SKINNY, rows: tuple[int, ...] = (1, 4, 8, 16, 32, 64)) -> None:
+    jobs, shared = [], torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    for name in kinds:
         levels, geometry = gpu.FLAT.get(name) or gpu.TILED[name]
         flat = name in gpu.FLAT
-        values = code_values(levels) if flat else None
-        codes = torch.uint8 if flat else levels.dtype
-        group, rows = (geometry, 1) if flat else (geometry.cols, geometry.rows)
-        for (m, tiles), (warps, ahead, resident) in itertools.product(SKINNY_ROWS, WORK):
-            if warps * tiles <= 32 and (flat or resident == skinny.MANY):
-                jobs.append((name, m, (tiles, warps, ahead, resident), codes, group, rows, values))
-    variants = {skinny.options(j[3], torch.bfloat16, j[4], *j[2][:3], j[6]) for j in jobs}
+        codes, values = torch.uint8 if flat else levels.dtype, code_values(levels) if flat else None
+        group, per_scale = (geometry, 1) if flat else (geometry.cols, geometry.rows)
+        for m, warps, cluster, stages in itertools.product(rows, WARPS, CLUSTERS, STAGES):
+            work = skinny.Work(m, *warps, cluster, stages)
+            if skinny.shared_bytes(codes, work) <= shared:
+                jobs.append(
+                    (
+                        name,
+                        m,
+                        work,
+                        (codes, torch.bfloat16, group, group is not None, work, values),
+                        group,
+                        per_scale,
+                        values,
+                    )
+                )
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda v: kernel(skinny.SOURCE, "multiply", v, 0), variants))
-    for name, (n, k) in itertools.product(SKINNY, SHAPES):
+        list(pool.map(lambda j: skinny._entry(0, *j[3]), jobs))
+    for name, (n, k) in itertools.product(kinds, SHAPES):
         layer = gpu.layer(name, n, k)
-        for m, _ in SKINNY_ROWS:
+        for m in rows:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             bf16 = gpu.graph_time(layer.plain_linears(x), 5)
             found = []
-            for job in jobs:
-                if job[:2] != (name, m):
-                    continue
-                _, _, work, _, group, rows, values = job
+            for _, _, work, _, group, per_scale, values in (job for job in jobs if job[:2] == (name, m)):
                 calls = [
-                    lambda c=c, s=s: skinny.multiply(x, c, s, None, group, rows, values, work)
+                    lambda c=c, s=s: skinny.multiply(x, c, s, None, group, per_scale, values, work)
                     for c, s in zip(layer.codes, layer.scales)
                 ]
                 found.append((gpu.graph_time(calls, 3), work))
