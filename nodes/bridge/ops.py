@@ -219,7 +219,9 @@ class OwnEmbedding(OwnFormats):
             super()._load_from_state_dict(state_dict, prefix, *others)
             return
         if marker["format"] not in LOOKED_UP:
-            raise _unsupported(self, prefix, marker)
+            raise _unsupported(
+                self, prefix, marker, "make the file again with this layer kept, or as int8_tensorwise or float8_e4m3fn"
+            )
         shape = (self.num_embeddings, self.embedding_dim)
         self._fewbits_load(marker, state_dict, prefix, shape, None, self._fewbits_dtype)
         self._fewbits_load_rest(state_dict, prefix, *others)
@@ -251,7 +253,9 @@ class RefuseOwnFormats:
     def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
         marker = _own_marker(state_dict, prefix)
         if marker is not None:
-            raise _unsupported(self, prefix, marker)
+            raise _unsupported(
+                self, prefix, marker, "keep it in bf16: only ComfyUI's own formats have banks of experts"
+            )
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
@@ -272,8 +276,6 @@ def _absent(name: str) -> None:
     raise AttributeError(name)
 
 
-def _unsupported(module: torch.nn.Module, prefix: str, marker: dict) -> UnsupportedLayerError:
-    return UnsupportedLayerError(
-        f"layer '{prefix.rstrip('.')}': {marker['format']} is not supported for {type(module).__name__} layers; "
-        "make the file again with this layer kept, or as int8_tensorwise or float8_e4m3fn"
-    )
+def _unsupported(module: torch.nn.Module, prefix: str, marker: dict, advice: str) -> UnsupportedLayerError:
+    layer, kind = prefix.rstrip("."), type(module).__name__
+    return UnsupportedLayerError(f"layer '{layer}': {marker['format']} is not supported for {kind} layers; {advice}")

@@ -25,6 +25,11 @@ EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|shared|token_embedding|word_embedd
 WHOLE_LAYER = ("float8_e4m3fn_blockwise", "int8_blockwise")  # one block may be the whole layer; only a tag can say so
 
 
+def is_bank(marker: dict, shape: tuple[int, ...]) -> bool:
+    """Whether a quantized layer is a stack of experts as ComfyUI's MoEExperts stores it, and not a convolution."""
+    return len(shape) == 3 and "num_experts" in marker
+
+
 @dataclass(frozen=True)
 class Label:
     """`geometry`: tensor, row, group (1 x size) or tile (size x size)."""

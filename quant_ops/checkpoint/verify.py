@@ -25,7 +25,7 @@ from .importers.flat_4bit import is_zero_defect
 from .importers.four_bit import swap_nibbles
 from .importers.scaled import is_saturated
 from .importers.source import Contents, ImportedSource, as_loadable, read_contents
-from .labels import EMBEDDING, LABELS, Label, label_of
+from .labels import EMBEDDING, LABELS, Label, is_bank, label_of
 
 REPAIR, SHAPES, ORIGINAL = "fewbits repair", "fewbits repair --shapes-from ORIGINAL", None
 # id -> (what is wrong, what fixes it; None: only the original does)
@@ -175,6 +175,8 @@ def _check_layer(
     base: str, layer: StoredLayer, truth: ImportedSource | None
 ) -> tuple[LayerCheck | None, list[Finding]]:
     found = [Finding(id, base, what) for check in STORED for id, what in check(layer)]
+    if _comfyui_bank(layer):
+        return LayerCheck(base, "bank of experts, not decoded", layer.said["format"]), found
     try:
         made = translate(layer, ImportOptions())
         if made is None:
@@ -192,6 +194,12 @@ def _check_layer(
         rel_l2, more = _compare(made, canonical, weight)
         found += [Finding(id, base, what) for id, what in more]
     return LayerCheck(base, made.dialect, made.format, rel_l2, made.nibbles), found
+
+
+def _comfyui_bank(layer: StoredLayer) -> bool:
+    """Experts in a format of ComfyUI's own, which reads them; their side tensors are not those of the formats here."""
+    format = FORMATS.get(layer.said.get("format"))
+    return format is not None and format.native and is_bank(layer.said, layer.weight.shape)
 
 
 def _original(truth: ImportedSource, base: str) -> torch.Tensor | None:
@@ -238,7 +246,7 @@ def _json(layer: StoredLayer) -> Problems:
 def _group_size(layer: StoredLayer) -> Problems:
     marker, name = layer.marker or {}, layer.said.get("format")
     blocks = name in FORMATS and "block_size" in FORMATS[name].choices or name in ("mxfp8", "nvfp4", "asym_w4a8_int8")
-    if not blocks:
+    if not blocks or _comfyui_bank(layer):
         return
     params = marker.get("params")
     places = ("group_size" in marker, isinstance(params, dict) and "group_size" in params)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ..checkpoint.labels import EMBEDDING
+from ..checkpoint.labels import EMBEDDING, is_bank
 from ..checkpoint.metadata import header_markers, output_metadata
 from ..errors import CheckpointError, RecipeError
 from ..formats import FORMATS, get_format
+from ..formats.base import marker_bytes
 from ..spec import FLOAT_DTYPES, FormatOptions, Header, LayerInput, LayerPlan, ModelPlan, TensorSpec, version_key
 from ..version import VERSION
 from .match import matches
@@ -17,6 +18,7 @@ from .recipe import Recipe, recipe_to_toml
 from .rules import CompiledRule, RuleList, compile_rules
 
 SMALLEST_SIDE = 16  # FORMATS section 4: smaller layers gain nothing and some kernels refuse them
+BANKS_SINCE = "0.23.0"  # the first ComfyUI that reads quantized banks of experts
 READS_WIDTH = "ComfyUI reads its width to recognise the model"
 
 
@@ -208,6 +210,8 @@ class _Planner:
         """A layer that is quantized already: same codes, metadata made complete."""
         marker = self.markers[base]
         by_suffix = {spec.name[len(base) + 1 :]: spec for spec in specs}
+        if is_bank(marker, by_suffix["weight"].shape):
+            return self._copy_bank(base, by_suffix)
         try:
             format = get_format(marker.get("format", ""))
             options = format.options_from(marker, by_suffix)
@@ -231,6 +235,27 @@ class _Planner:
             format=format.name,
             options=options,
             marker=format.marker(layer, options),
+        )
+
+    def _copy_bank(self, base: str, by_suffix: dict[str, TensorSpec]) -> LayerPlan:
+        """A 3-D bank of experts, which ComfyUI quantizes by itself: every tensor as it is. Nothing here makes one."""
+        marker = self.markers[base]
+        format = FORMATS.get(marker.get("format", ""))
+        if format is None or not format.native:
+            raise CheckpointError(
+                f"layer '{base}' is a bank of experts in {marker.get('format')!r}, which ComfyUI does not read; "
+                "start from the original model"
+            )
+        self.rules.pass_by(base, self._scope(base))
+        copied = (spec for suffix, spec in by_suffix.items() if suffix != "comfy_quant")
+        return LayerPlan(
+            name=base,
+            action="recode",
+            reason=f"bank of experts, quantized already ({format.name}): copied",
+            inputs=tuple(by_suffix.values()),
+            outputs=(*copied, TensorSpec(f"{base}.comfy_quant", "U8", (len(marker_bytes(marker)),))),
+            format=format.name,
+            marker=marker,
         )
 
 
@@ -267,4 +292,6 @@ def _min_comfyui(layer: LayerPlan) -> str:
     format = get_format(layer.format)
     if EMBEDDING.fullmatch(layer.name) and format.embedding_min_comfyui:
         return format.embedding_min_comfyui
+    if "num_experts" in layer.marker:
+        return max(BANKS_SINCE, format.min_comfyui, key=version_key)
     return format.min_comfyui

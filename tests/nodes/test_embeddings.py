@@ -135,15 +135,3 @@ def test_other_formats_are_refused_by_name(comfy, weight, name):
     state = dialects.under("table", *dialects.native(name, torch.randn(256, 256)))
     with pytest.raises(UnsupportedLayerError, match=f"layer 'table': {name} is not supported for Embedding layers"):
         load(ops.Embedding, state, torch.float32)
-
-
-def test_expert_banks_in_our_formats_are_refused_by_name(comfy):
-    from fewbits.quant_ops.errors import UnsupportedLayerError
-
-    ops = comfy.ops.mixed_precision_ops({}, torch.float32)
-    if not hasattr(ops, "MoEExperts"):
-        pytest.skip("this ComfyUI has no expert banks (0.23 on)")
-    bank = torch.nn.ModuleDict({"experts": ops.MoEExperts(2, 256, 256, device="cpu")})
-    state = dialects.under("experts", *dialects.native("int8_blockwise", torch.randn(256, 256)))
-    with pytest.raises(UnsupportedLayerError, match="layer 'experts': int8_blockwise is not supported for MoEExperts"):
-        bank.load_state_dict(state, strict=False)

@@ -86,6 +86,8 @@ REASONS = {
     "bias.bias": ("not a weight", (64,), "BF16"),
     "conv.weight": ("not 2-D (4-D)", (64, 64, 3, 3), "BF16"),
     "norm.weight": ("not 2-D (1-D)", (64,), "BF16"),
+    "mlp.experts.gate_up_proj.weight": ("not 2-D (3-D)", (4, 64, 64), "BF16"),
+    "mlp.experts.bank": ("not a weight", (4, 64, 64), "BF16"),
     "thin.weight": ("smaller than 16x16 (8x3072)", (8, 3072), "BF16"),
     "ids.weight": ("not a floating-point tensor (i64)", (64, 64), "I64"),
     "cast.weight": ("already 8 bit (F8_E4M3 without a marker)", (64, 64), "F8_E4M3"),
