@@ -184,6 +184,18 @@ def overwrite_input() -> io.Boolean.Input:
     )
 
 
+def filename_input(mark: str) -> io.String.Input:
+    """Where a file made of another file goes; empty: `host.automatic_name` with this mark."""
+    return io.String.Input(
+        "filename",
+        optional=True,
+        default="",
+        placeholder=f"automatic: <folder>/<file>_{mark}",
+        tooltip="Name of the new file inside ComfyUI's output folder; subfolders are made. Empty: the old name with "
+        f"_{mark}, in the folder where the loaders find it.",
+    )
+
+
 def report_output() -> io.String.Output:
     return io.String.Output(
         "report", display_name="report", tooltip="What was done to every layer, with sizes and errors, as JSON."

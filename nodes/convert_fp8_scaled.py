@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import PurePosixPath
 
 from comfy_api.latest import io
 
@@ -11,7 +10,7 @@ from ..quant_ops.checkpoint.importers import ImportOptions
 from ..quant_ops.conversion import convert_file
 from ..quant_ops.report.report import megabytes
 from .bridge import host
-from .common import full_precision_input, overwrite_input, path_output, schema
+from .common import filename_input, full_precision_input, overwrite_input, path_output, schema
 
 
 class FewBitsConvertFP8Scaled(io.ComfyNode):
@@ -32,14 +31,7 @@ class FewBitsConvertFP8Scaled(io.ComfyNode):
                     tooltip="The scaled FP8 file: one with a scaled_fp8 tensor or with scale_weight beside its layers. "
                     "It is only read.",
                 ),
-                io.String.Input(
-                    "filename",
-                    optional=True,
-                    default="",
-                    placeholder="automatic: <folder>/<file>_comfy_quant",
-                    tooltip="Name of the new file inside ComfyUI's output folder; subfolders are made. Empty: the old "
-                    "name and _comfy_quant, in the folder where the loaders find it.",
-                ),
+                filename_input("comfy_quant"),
                 overwrite_input(),
                 io.String.Input(
                     "high_precision",
@@ -75,12 +67,9 @@ class FewBitsConvertFP8Scaled(io.ComfyNode):
         full_precision_matmul: bool = False,
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id, text=True)
-        folder, name = host.split_choice(file)
-        stem = PurePosixPath(name.replace("\\", "/")).stem
-        automatic = f"{host.output_folder(folder)}/{stem}_comfy_quant"
-        target = host.output_path(filename or automatic, overwrite=overwrite)
+        target = host.output_path(filename or host.automatic_name(file, "comfy_quant"), overwrite=overwrite)
         result = convert_file(
-            host.model_path(folder, name),
+            host.model_path(*host.split_choice(file)),
             target,
             options=ImportOptions(full_precision_mm=full_precision_matmul),
             only="fp8_scaled",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
-
 from comfy_api.latest import io
 
 from ..quant_ops.formats import FORMATS
@@ -12,6 +10,7 @@ from .bridge import host
 from .common import (
     AUTO,
     device_input,
+    filename_input,
     overwrite_input,
     path_output,
     recipe_from,
@@ -44,14 +43,7 @@ class FewBitsQuantizeFile(io.ComfyNode):
                     "It is only read.",
                 ),
                 *shown,
-                io.String.Input(
-                    "filename",
-                    optional=True,
-                    default="",
-                    placeholder="automatic: <folder>/<file>_<format>",
-                    tooltip="Name of the new file inside ComfyUI's output folder; subfolders are made. Empty: the old "
-                    "name and the format, in the folder where the loaders find it.",
-                ),
+                filename_input("<format>"),
                 overwrite_input(),
                 *advanced,
                 device_input(),
@@ -69,11 +61,11 @@ class FewBitsQuantizeFile(io.ComfyNode):
         cls, file: str, filename: str = "", overwrite: bool = False, device: str = AUTO, **wish: object
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
-        folder, name = host.split_choice(file)
         recipe = recipe_from(**wish)
-        target = host.output_path(filename or automatic_name(folder, name, recipe.primary.format), overwrite=overwrite)
+        name = filename or host.automatic_name(file, recipe.primary.format)
+        target = host.output_path(name, overwrite=overwrite)
         report = quantize_file(
-            host.model_path(folder, name),
+            host.model_path(*host.split_choice(file)),
             target,
             recipe,
             overwrite=overwrite,
@@ -82,8 +74,3 @@ class FewBitsQuantizeFile(io.ComfyNode):
             on_progress=run.on_progress,
         )
         return report_result(str(target), report=report)
-
-
-def automatic_name(folder: str, name: str, format: str) -> str:
-    """`diffusion_models`, `a/flux.safetensors` -> `diffusion_models/flux_int8_tensorwise`."""
-    return f"{host.output_folder(folder)}/{PurePosixPath(name.replace(chr(92), '/')).stem}_{format}"

@@ -116,6 +116,12 @@ def output_folder(folder: str) -> str:
     return folder
 
 
+def automatic_name(choice: str, mark: str) -> str:
+    """`diffusion_models/a/flux.safetensors`, `int8` -> `diffusion_models/flux_int8`, where the loaders find it."""
+    folder, name = split_choice(choice)
+    return f"{output_folder(folder)}/{PurePosixPath(name.replace(chr(92), '/')).stem}_{mark}"
+
+
 def is_within(directory: str | os.PathLike, target: str | os.PathLike) -> bool:
     """Whether `target` really lies in `directory`, links followed. (ComfyUI has its own only since 0.25.)"""
     try:

@@ -102,10 +102,8 @@ def test_text_encoder_types_are_comfyuis_own(host, comfy, monkeypatch):
 
 
 def test_files_are_put_where_the_loaders_of_their_kind_look(host, tmp_path):
-    from fewbits.nodes.quantize_file import automatic_name
-
-    assert automatic_name("diffusion_models", "sub/flux.safetensors", "nf4") == "diffusion_models/flux_nf4"
-    assert automatic_name("text_encoders", "a\\t5.safetensors", "nf4") == "clip/t5_nf4"
+    assert host.automatic_name("diffusion_models/sub/flux.safetensors", "nf4") == "diffusion_models/flux_nf4"
+    assert host.automatic_name("text_encoders/a\\t5.safetensors", "nf4") == "clip/t5_nf4"
 
 
 def test_auto_is_the_cpu_where_comfyui_has_no_cuda_and_cuda_is_refused_there(host):
