@@ -6,6 +6,7 @@ Exit 0 = complete and verified, 1 = problems found, 2 = refused, 130 = interrupt
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 
 from ..errors import QuantError, RecipeError
@@ -15,6 +16,15 @@ from . import bench, convert, info, plan, quantize, repair, verify
 
 class Parser(argparse.ArgumentParser):
     """argparse whose refusals are one line, like all others; subparsers are of this class too."""
+
+    def parse_known_args(self, *args: object, **kwargs: object) -> tuple[argparse.Namespace, list[str]]:
+        found, rest = super().parse_known_args(*args, **kwargs)
+        if rest:  # here, and not after all parsers are done, the options of the command are known
+            name = next((word.partition("=")[0] for word in rest if word.startswith("-")), "")
+            guess = difflib.get_close_matches(name, self._option_string_actions, 1, 0.6)
+            hint = f", did you mean {guess[0]}?" if guess else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return found, rest
 
     def error(self, message: str) -> None:
         raise RecipeError(f"{message}; see {self.prog} --help")
