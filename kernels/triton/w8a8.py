@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..scales import Geometry
 from . import activations
+from .launch import launch
 from .reduce import reduce_parts
 
 
@@ -110,21 +111,21 @@ def multiply(
     block_k = min(tile.k, group) if group else tile.k
     split = tile.split
     step = max(block_k, group or 0)
-    per_split = triton.cdiv(triton.cdiv(k, split), step) * step
+    per_split = -(-k // (split * step)) * step
     out = torch.empty((m, n), dtype=dtype, device=x.device)
     parts = out if split == 1 else torch.empty((split, m, n), dtype=torch.float32, device=x.device)
     has_bias = bias is not None
     one_scale = w_scale.shape[0] == 1
-    with torch.cuda.device(x.device):
-        _multiply[(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), split)](
-            x, x_scale, w.contiguous(), w_scale, bias if has_bias else x_scale, parts, m, n, k, per_split,
-            x_scale.stride(0), x_scale.stride(1), 0 if one_scale else w_scale.stride(0), w_scale.stride(1),
-            GROUP=group or 0, W_ROWS=1 if one_scale else w_rows, INTEGER=w.dtype == torch.int8, BIAS=has_bias,
-            SPLIT=split, BM=tile.m, BN=tile.n, BK=block_k, BAND=tile.band, EVEN=k % block_k == 0,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        if split > 1:
-            reduce_parts(parts, bias, out)
+    numbers = (
+        m, n, k, per_split, x_scale.stride(0), x_scale.stride(1), 0 if one_scale else w_scale.stride(0),
+        w_scale.stride(1), group or 0, 1 if one_scale else w_rows, w.dtype == torch.int8, has_bias, split,
+        tile.m, tile.n, block_k, tile.band, k % block_k == 0,
+    )  # fmt: skip
+    tensors = (x, x_scale, w.contiguous(), w_scale, bias if has_bias else x_scale, parts)
+    grid = (-(-m // tile.m) * -(-n // tile.n), split, 1)
+    launch(_multiply, grid, tensors, *numbers, num_warps=tile.warps, num_stages=tile.stages)
+    if split > 1:
+        reduce_parts(parts, bias, out)
     return out
 
 

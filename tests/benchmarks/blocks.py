@@ -2,8 +2,8 @@
 
     python3 dev.py bench blocks [--formats bnb_nf4,int8_blockwise:block_size=64] [--turns 7]
 
-One denoiser evaluation per picture size, as a user's sampler calls it (no CUDA graph, no compile): the format's kernels,
-the same layers decoded before each product, and bf16. Memory is what loading leaves on the GPU. A narrow model is run on
+One denoiser evaluation per picture size: the format's kernels, the same layers decoded before each product, and bf16;
+the GPU's time, and that of a plain call, which on a small picture is Python's. Memory is what loading leaves on the GPU. A narrow model is run on
 the CPU too, where eager PyTorch is the reference. `--device cpu --hidden 256` tries the script without a GPU.
 """
 
@@ -27,6 +27,7 @@ import torch
 from linear import append
 from safetensors.torch import save_file
 
+from fewbits.quant_ops.bench import replayed
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from helpers import flux_shapes
@@ -101,16 +102,22 @@ def load(path: Path) -> Model:
     return Model(patcher, allocated() - before)
 
 
-def median_ms(call: Callable[[], object], turns: int) -> float:
-    """Of plain calls, each waited for; the first two compile kernels."""
-    times = []
+AHEAD_CYCLES = 200_000_000  # the GPU waits .1 s, longer than Python takes to launch one evaluation
+
+
+def timed(call: Callable[[], object], turns: int) -> tuple[float, float]:
+    """Median milliseconds of (the GPU's work, launched ahead; a plain call, waited for); the first two compile kernels."""
+    work, plain = [], []
     for _ in range(turns + 2):
         begin = time.perf_counter()
         call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times[2:])
+        plain.append((time.perf_counter() - begin) * 1e3)
+        if torch.cuda.is_available():
+            torch.cuda._sleep(AHEAD_CYCLES)
+            work.append(replayed(call, 1))
+    return statistics.median(work[2:] or plain[2:]), statistics.median(plain[2:])
 
 
 def rel_l2(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -129,14 +136,14 @@ def measure(wish: str, source: Path, plain: Model, device: torch.device, args: a
     rows = []
     for size in args.pixels:
         found, reference = model(size, device), plain(size, device)
-        rows.append({
-            **common, "pixels": size, "ms": median_ms(lambda: model(size, device), args.turns),
-            "bf16_ms": median_ms(lambda: plain(size, device), args.turns), "rel_l2": rel_l2(found, reference),
-        })  # fmt: skip
+        row = {**common, "pixels": size}
+        row["ms"], row["plain_ms"] = timed(lambda: model(size, device), args.turns)
+        row["bf16_ms"], row["bf16_plain_ms"] = timed(lambda: plain(size, device), args.turns)
+        rows.append({**row, "rel_l2": rel_l2(found, reference)})
     model.decode_first()
     for row in rows:
         found = model(row["pixels"], device)
-        row["decoded_ms"] = median_ms(lambda: model(row["pixels"], device), args.turns)
+        row["decoded_ms"], row["decoded_plain_ms"] = timed(lambda: model(row["pixels"], device), args.turns)
         row["decoded_rel_l2"] = rel_l2(found, plain(row["pixels"], device))
     return rows
 
@@ -189,7 +196,8 @@ def main() -> None:
             rows = [row | checked for row in measure(wish, source, plain, device, args)]
             for row in rows:
                 print(f"{wish:<32}{row['pixels']:>5}: {row['ms']:8.2f} ms, bf16 {row['bf16_ms'] / row['ms']:.2f}x, decoded "
-                      f"{row['decoded_ms'] / row['ms']:.2f}x; rel_l2 {row['rel_l2']:.4f} (decoded "
+                      f"{row['decoded_ms'] / row['ms']:.2f}x; plain {row['bf16_plain_ms'] / row['plain_ms']:.2f}x, "
+                      f"{row['decoded_plain_ms'] / row['plain_ms']:.2f}x; rel_l2 {row['rel_l2']:.4f} (decoded "
                       f"{row['decoded_rel_l2']:.4f}); loaded {row['loaded_bytes'] / row['bytes']:.4f} of the file; narrow "
                       f"to CPU {row['narrow_to_cpu']:.4f}, quantized {row['narrow_rel_l2']:.4f}", flush=True)  # fmt: skip
             if device.type == "cuda":

@@ -105,17 +105,25 @@ def encode_table() -> str:
     )
 
 
+PEERS = ("bf16_", "decoded_")
+
+
 def blocks_table() -> str:
     rows = rows_of("blocks.csv")
     sizes = sorted({int(row["pixels"]) for row in rows})
     found = {(row["format"], int(row["pixels"])): row for row in rows}
-    header = ["format", "memory / file", *(f"{size}x{size}" for size in sizes), "latents", "decoded"]
+    header = ["format", "memory / file", *(f"{size}x{size}" for size in sizes)]
+    header += [*(f"{size}x{size}, plain" for size in sizes), "latents", "decoded"]
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---|" * (len(header) - 1)]
     for wish in dict.fromkeys(row["format"] for row in rows):
-        last, cells = found[wish, sizes[-1]], []
-        for size in sizes:
-            row = found[wish, size]
-            cells.append(" / ".join(f"{float(row[peer]) / float(row['ms']):.2f}" for peer in ("bf16_ms", "decoded_ms")))
+        last = found[wish, sizes[-1]]
+        cells = [
+            " / ".join(
+                f"{float(found[wish, size][peer + kind]) / float(found[wish, size][kind]):.2f}" for peer in PEERS
+            )
+            for kind in ("ms", "plain_ms")
+            for size in sizes
+        ]
         name, _, options = wish.partition(":")
         name = f"`{name}`" + (f", {options.replace('=', ' ').replace('_', ' ')}" if options else "")
         memory = f"{int(last['loaded_bytes']) / int(last['bytes']):.3f}"
@@ -123,7 +131,8 @@ def blocks_table() -> str:
         lines.append(f"| {' | '.join([name, memory, *cells, *errors])} |")
     head = (
         "One denoiser evaluation of a random Flux of real width (one double and two single blocks, 512 words) through "
-        "ComfyUI's own loader, as a sampler calls it: speed against bf16 / against decoding every weight first. "
+        "ComfyUI's own loader: speed against bf16 / against decoding every weight first, of the GPU alone and of plain "
+        "calls, where Python sets the pace on small pictures. "
         "`memory / file`: what loading leaves on the GPU. `latents`: rel_l2 of the result against bf16, and that of "
         f"decoded weights, at {sizes[-1]}x{sizes[-1]}. `float8_e4m3fn` and `int8_tensorwise` are run by "
         "comfy-kitchen."
