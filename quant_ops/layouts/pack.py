@@ -6,6 +6,7 @@ The layout's name carries the options (`FewBitsInt8Blockwise128`), because Comfy
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from comfy_kitchen.tensor.base import (
@@ -274,6 +275,12 @@ def _t(qt: QuantizedTensor, args: tuple, kwargs: dict) -> QuantizedTensor:
     return QuantizedTensor(qt._qdata, qt._layout_cls, flipped)
 
 
+@register_layout_op(torch.ops.aten.view.default, PackLayout)
+def _view(qt: QuantizedTensor, args: tuple, kwargs: dict) -> torch.Tensor:
+    """Decoded values; those of a transposed weight lie in columns, which only `reshape` brings into rows."""
+    return args[0].dequantize().reshape(args[1])
+
+
 def _refuse_in_place(qt: object, args: tuple, kwargs: dict) -> None:
     raise UnsupportedLayerError(
         "a quantized weight cannot be changed in place: the change would be lost. Dequantize it, change the copy and "
@@ -281,11 +288,19 @@ def _refuse_in_place(qt: object, args: tuple, kwargs: dict) -> None:
     )
 
 
+def _in_place_ops() -> Iterator[torch._ops.OpOverload]:
+    """Every aten op that writes into its first argument; `copy_` has a handler, `detach_` changes no value."""
+    for name in torch._C._dispatch_get_all_op_names():
+        space, _, name = name.partition("::")
+        packet, _, overload = name.partition(".")
+        if space != "aten" or not packet.endswith("_") or packet in ("copy_", "detach_", "requires_grad_"):
+            continue
+        op = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+        arguments = op._schema.arguments if op else ()  # torch lists some that Python cannot call
+        if arguments and arguments[0].alias_info and arguments[0].alias_info.is_write:
+            yield op
+
+
 # The generic fallback would change a dequantized copy and drop it.
-_IN_PLACE = (
-    "add_.Tensor", "sub_.Tensor", "mul_.Tensor", "div_.Tensor", "add_.Scalar", "sub_.Scalar", "mul_.Scalar",
-    "div_.Scalar", "zero_.default", "fill_.Scalar", "addmm_.default", "clamp_.default", "lerp_.Scalar",
-)  # fmt: skip
-for _op in _IN_PLACE:
-    _packet, _overload = _op.split(".")
-    register_layout_op(getattr(getattr(torch.ops.aten, _packet), _overload), PackLayout)(_refuse_in_place)
+for _op in _in_place_ops():
+    register_layout_op(_op, PackLayout)(_refuse_in_place)

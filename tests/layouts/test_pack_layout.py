@@ -148,19 +148,70 @@ def test_transposing_moves_the_scales_or_dequantizes(layout, weight):
     )
 
 
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, torch.enable_grad], ids=lambda mode: mode.__name__
+)
+def test_what_is_done_to_a_transposed_weight_has_the_right_values(layout, weight, mode):
+    with mode():
+        qt, plain = quantized(weight, layout).t(), quantized(weight, layout).dequantize().t()
+        for copied in (qt.clone(), qt.contiguous(), qt.detach(), qt.to(torch.float32, copy=True), qt.T.T):
+            assert torch.equal(copied.dequantize() if isinstance(copied, QuantizedTensor) else copied, plain)
+        for again in (
+            lambda w: w.flatten(),
+            lambda w: w.reshape(-1),
+            lambda w: w[:1],
+            lambda w: w.unsqueeze(0),
+            torch.abs,
+        ):
+            assert torch.equal(again(qt), again(plain))
+        x = torch.randn(2, 3, plain.shape[0])
+        rounded = rounds_activations(layout) * x.abs().amax(-1, keepdim=True) * plain.abs().sum(0)
+        assert ((x @ qt - x @ plain).abs() <= 1e-4 + rounded).all()
+        bias = torch.randn(plain.shape[1])
+        whole = torch.addmm(bias, x[0], qt, beta=0.5) - torch.addmm(bias, x[0], plain, beta=0.5)
+        assert whole.abs().amax() <= 1e-4 if whole.numel() else True
+
+
 def test_views_and_slices_have_the_right_values(layout, weight):
     qt, plain = quantized(weight, layout), quantized(weight, layout).dequantize()
-    assert torch.equal(qt.reshape(-1), plain.reshape(-1))
+    assert torch.equal(qt.reshape(-1), plain.reshape(-1)) and torch.equal(qt.contiguous().dequantize(), plain)
+    assert all(torch.equal(a, b) for a, b in zip(qt.chunk(2), plain.chunk(2)))
+    if plain.shape[0]:
+        rows = torch.tensor([0, plain.shape[0] - 1])
+        assert torch.equal(torch.nn.functional.embedding(rows, qt), plain[rows])
     assert torch.equal(qt.view(plain.shape[1], plain.shape[0]), plain.view(plain.shape[1], plain.shape[0]))
     assert torch.equal(qt[:1], plain[:1])
     assert torch.equal(torch.nn.functional.gelu(qt), torch.nn.functional.gelu(plain))
 
 
-def test_changing_a_weight_in_place_is_refused_instead_of_lost(layout, weight):
-    qt = quantized(weight, layout)
-    for change in (lambda: qt.add_(1.0), lambda: qt.mul_(2.0), lambda: qt.add_(weight), lambda: qt.zero_()):
+IN_PLACE = {
+    "add_ a number": lambda w: w.add_(1.0), "add_ a tensor": lambda w: w.add_(torch.ones(w.shape)),
+    "mul_": lambda w: w.mul_(2.0), "div_ rounded": lambda w: w.div_(2.0, rounding_mode="floor"),
+    "+=": lambda w: w.__iadd__(1.0), "neg_": lambda w: w.neg_(), "pow_": lambda w: w.pow_(2), "relu_": lambda w: w.relu_(),
+    "clamp_min_": lambda w: w.clamp_min_(0.0), "lerp_": lambda w: w.lerp_(torch.ones(w.shape), torch.ones(w.shape)),
+    "addcmul_": lambda w: w.addcmul_(torch.ones(w.shape), torch.ones(w.shape)),
+    "masked_fill_": lambda w: w.masked_fill_(torch.ones(w.shape) > 0, 1.0), "zero_": lambda w: w.zero_(),
+    "fill_": lambda w: w.fill_(1.0), "normal_": lambda w: w.normal_(), "init": lambda w: torch.nn.init.constant_(w, 1.0),
+    "index_add_": lambda w: w.index_add_(0, torch.tensor([0]), torch.ones(1, w.shape[1])), "t_": lambda w: w.t_(),
+    "foreach": lambda w: torch._foreach_add_([w], 1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=lambda mode: mode.__name__)
+def test_changing_a_weight_in_place_is_refused_instead_of_lost(layout, change, mode):
+    with mode():
+        qt = quantized(torch.ones(16, 32), layout)
+        before = qt.dequantize()
         with pytest.raises(UnsupportedLayerError, match="in place"):
-            change()
+            change(qt)
+        assert torch.equal(qt.dequantize(), before)
+
+
+def test_what_changes_no_value_in_place_is_allowed(layout, weight):
+    qt = quantized(weight, layout)
+    assert qt.detach_() is not None and not qt.requires_grad_(False).requires_grad
+    assert torch.equal(qt.dequantize(), quantized(weight, layout).dequantize())
 
 
 @pytest.mark.parametrize("seed", [0, None, 7], ids=["nearest", "none", "stochastic"])
