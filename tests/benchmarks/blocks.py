@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "import_shim"), str(Path(__file__).resolve().parents[1])]
@@ -42,6 +43,15 @@ PIXELS, NARROW_PIXELS = (256, 1024), 256
 TOKENS, TEXT = 512, 4096  # of the prompt, and their width
 
 
+@cache
+def inputs(pixels: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Noise, prompt, its summary, noise level and guidance; on the device before anything is timed: a copy waits."""
+    generator = torch.Generator().manual_seed(pixels)
+    shapes = (1, 16, pixels // 8, pixels // 8), (1, TOKENS, TEXT), (1, 768)
+    drawn = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    return *drawn, torch.full((1,), 0.7, device=device), torch.full((1,), 3.5, device=device)
+
+
 @dataclass(frozen=True)
 class Model:
     """ComfyUI's patcher of one file, on the device."""
@@ -51,12 +61,7 @@ class Model:
 
     def __call__(self, pixels: int, device: torch.device) -> torch.Tensor:
         """One evaluation of the denoiser on fixed noise, prompt and noise level."""
-        generator = torch.Generator().manual_seed(pixels)
-        noise, prompt, pooled = (
-            torch.randn(shape, generator=generator).to(device)
-            for shape in ((1, 16, pixels // 8, pixels // 8), (1, TOKENS, TEXT), (1, 768))
-        )
-        sigma, guidance = torch.full((1,), 0.7, device=device), torch.full((1,), 3.5, device=device)
+        noise, prompt, pooled, sigma, guidance = inputs(pixels, device)
         return self.patcher.model.apply_model(noise, sigma, c_crossattn=prompt, y=pooled, guidance=guidance)
 
     def decode_first(self) -> None:

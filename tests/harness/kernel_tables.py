@@ -112,8 +112,9 @@ def blocks_table() -> str:
     rows = rows_of("blocks.csv")
     sizes = sorted({int(row["pixels"]) for row in rows})
     found = {(row["format"], int(row["pixels"])): row for row in rows}
-    header = ["format", "memory / file", *(f"{size}x{size}" for size in sizes)]
-    header += [*(f"{size}x{size}, plain" for size in sizes), "latents", "decoded"]
+    kinds = {kind: name for kind, name in (("ms", ", GPU alone"), ("plain_ms", "")) if kind in rows[0]}
+    header = ["format", "memory / file", *(f"{size}x{size}{name}" for name in kinds.values() for size in sizes)]
+    header += ["latents", "decoded"]
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---|" * (len(header) - 1)]
     for wish in dict.fromkeys(row["format"] for row in rows):
         last = found[wish, sizes[-1]]
@@ -121,7 +122,7 @@ def blocks_table() -> str:
             " / ".join(
                 f"{float(found[wish, size][peer + kind]) / float(found[wish, size][kind]):.2f}" for peer in PEERS
             )
-            for kind in ("ms", "plain_ms")
+            for kind in kinds
             for size in sizes
         ]
         name, _, options = wish.partition(":")
@@ -131,8 +132,8 @@ def blocks_table() -> str:
         lines.append(f"| {' | '.join([name, memory, *cells, *errors])} |")
     head = (
         "One denoiser evaluation of a random Flux of real width (one double and two single blocks, 512 words) through "
-        "ComfyUI's own loader: speed against bf16 / against decoding every weight first, of the GPU alone and of plain "
-        "calls, where Python sets the pace on small pictures. "
+        "ComfyUI's own loader, in plain calls, where Python sets the pace on small pictures: speed against bf16 / against "
+        "decoding every weight first. "
         "`memory / file`: what loading leaves on the GPU. `latents`: rel_l2 of the result against bf16, and that of "
         f"decoded weights, at {sizes[-1]}x{sizes[-1]}. `float8_e4m3fn` and `int8_tensorwise` are run by "
         "comfy-kitchen."
