@@ -89,6 +89,8 @@ class PackLayout(QuantizedLayout):
         """Contiguous (N, K) in `orig_dtype`: float32 arithmetic, rounded once, padding cut off; never transposed."""
         n, k = params.orig_shape[::-1] if params.transposed else params.orig_shape
         pieces = list(cls.stored(qdata, params).values())
+        if _nobody_looks(qdata):
+            return cls.decode(pieces, n, k, params.orig_dtype)
         return torch.ops.fewbits.dequantize(pieces, cls.__name__, n, k, params.orig_dtype)
 
     @classmethod
@@ -225,6 +227,15 @@ def _plain(value: object, dtype: torch.dtype) -> object:
     return value.to(dtype) if isinstance(value, torch.Tensor) else value
 
 
+def _nobody_looks(tensor: torch.Tensor) -> bool:
+    """Whether nothing traces or counts ops, so that the op's body can be called without its 7 us of bookkeeping."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.compiler.is_compiling()
+    )
+
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -248,6 +259,8 @@ def _multiplies(x: torch.Tensor, weight: object) -> bool:
 def _product(x: torch.Tensor, weight: QuantizedTensor, shape: tuple[int, int], bias: torch.Tensor | None):
     cls = weight.layout_cls
     pieces = list(cls.stored(weight._qdata, weight._params).values())
+    if _nobody_looks(x) and _nobody_looks(weight._qdata):
+        return cls.linear(x, pieces, *shape, bias)
     return torch.ops.fewbits.linear(x, pieces, cls.__name__, *shape, bias)
 
 
