@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fewbits.quant_ops.formats import FORMATS
 from helpers import EMOJI
 
 
@@ -16,8 +17,11 @@ def counters():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("wish", ["bnb_nf4", "bnb_fp4", "int8_blockwise", "int8_lodewise", "float8_e4m3fn_rowwise",
-                                  "float8_e4m3fn_blockwise", "float8_e4m3fn_block3d"])  # fmt: skip
+# comfy-kitchen 0.2.26 cannot trace its convrot_w4a4: a cached Hadamard matrix is no fake tensor.
+WISHES = [*(name for name in FORMATS if name != "convrot_w4a4"), "int8_tensorwise:convrot=true"]
+
+
+@pytest.mark.parametrize("wish", WISHES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_quantized_block_compiles_to_one_graph(comfy, quantize, counters, monkeypatch, wish, dtype):
     import comfy.ldm.flux.math
@@ -27,7 +31,7 @@ def test_a_quantized_block_compiles_to_one_graph(comfy, quantize, counters, monk
     monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", attention_pytorch)
     model, _ = quantize(comfy.sd.load_diffusion_model(str(EMOJI)), wish)
     block = model.model.diffusion_model.single_blocks[0]
-    assert block.linear1.quant_format == wish
+    assert block.linear1.quant_format == wish.partition(":")[0]
     generator = torch.Generator().manual_seed(1)
     x, vec = (torch.randn(shape, generator=generator).to(dtype) for shape in ((1, 24, 256), (1, 256)))
     ids = torch.zeros(1, 24, 3)
