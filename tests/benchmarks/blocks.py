@@ -3,8 +3,9 @@
     python3 dev.py bench blocks [--formats bnb_nf4,int8_blockwise:block_size=64] [--turns 7]
 
 One denoiser evaluation per picture size: the format's kernels, the same layers decoded before each product, and bf16;
-the GPU's time, and that of a plain call, which on a small picture is Python's. Memory is what loading leaves on the GPU. A narrow model is run on
-the CPU too, where eager PyTorch is the reference. `--device cpu --hidden 256` tries the script without a GPU.
+the GPU's time, and that of a plain call, which on a small picture is Python's. Memory is what loading leaves on the
+GPU. The emoji model is sampled on the device and on the CPU, where eager PyTorch is the reference. `--device cpu
+--hidden 256` tries the script without a GPU.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from safetensors.torch import save_file
 from fewbits.quant_ops.bench import replayed
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
+from assets.emoji.comfy_nodes import encode
 from helpers import flux_shapes
 
 RESULTS = Path(__file__).parent / "results" / "blocks.csv"
@@ -38,8 +40,8 @@ FORMATS = (
     "float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "int8_tensorwise", "int8_blockwise",
     "int8_blockwise:block_size=64", "int8_lodewise", "bnb_nf4", "bnb_fp4",
 )  # fmt: skip
-HIDDEN, NARROW = 3072, 512
-PIXELS, NARROW_PIXELS = (256, 1024), 256
+HIDDEN, PIXELS = 3072, (256, 1024)
+EMOJI, PROMPT, STEPS = Path(__file__).resolve().parents[1] / "assets" / "emoji", "panda", 8
 TOKENS, TEXT = 512, 4096  # of the prompt, and their width
 
 
@@ -153,15 +155,29 @@ def measure(wish: str, source: Path, plain: Model, device: torch.device, args: a
     return rows
 
 
+def sample(model: Model, device: torch.device) -> torch.Tensor:
+    """The emoji model's latents of one prompt: Euler steps along a straight path, as Flux models are trained for."""
+    context, pooled = encode(PROMPT)
+    x = torch.randn((1, 16, 16, 16), generator=torch.Generator().manual_seed(0)).to(device)
+    levels = torch.linspace(1, 0, STEPS + 1, device=device)
+    for level, following in zip(levels, levels[1:]):
+        denoised = model.patcher.model.apply_model(
+            x, level.reshape(1), c_crossattn=context.to(device), y=pooled.to(device),
+            guidance=torch.full((1,), 3.5, device=device),
+        )  # fmt: skip
+        x = denoised + (x - denoised) * (following / level)
+    return x
+
+
 def here_and_on_cpu(path: Path, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same evaluation on the device and, eagerly, on the CPU."""
+    """The same latents from the device and, eagerly, from the CPU."""
     import comfy.model_management
 
     model, cpu = load(path), torch.device("cpu")
-    here = model(NARROW_PIXELS, device).cpu()
+    here = sample(model, device).cpu()
     comfy.model_management.unload_model_and_clones(model.patcher)
     model.patcher.model.to(cpu)
-    return here, model(NARROW_PIXELS, cpu)
+    return here, sample(model, cpu)
 
 
 def main() -> None:
@@ -184,27 +200,26 @@ def main() -> None:
     bridge.register()
     print({seam: reason for seam, reason in bridge.status().items() if reason} or "all seams installed", flush=True)
     with tempfile.TemporaryDirectory(prefix="fewbits-bench-") as folder, torch.inference_mode():
-        source, narrow = Path(folder) / "flux.safetensors", Path(folder) / "narrow.safetensors"
+        source, emoji = Path(folder) / "flux.safetensors", EMOJI / "emoji_flux.safetensors"
         write_flux(source, args.hidden, device)
-        write_flux(narrow, NARROW, torch.device("cpu"))
-        plain, narrow_plain = load(source), here_and_on_cpu(narrow, device)
-        print(f"narrow bf16 model, device to CPU: rel_l2 {rel_l2(*narrow_plain):.4f}", flush=True)
+        plain, emoji_plain = load(source), here_and_on_cpu(emoji, device)
+        print(f"emoji model in bf16, latents of the device to the CPU's: rel_l2 {rel_l2(*emoji_plain):.4f}", flush=True)
         for wish in args.formats.split(","):
-            path = Path(folder) / "narrow_quantized.safetensors"
-            quantize_file(narrow, path, Recipe(primary=parse_wish(wish)), device="cpu", overwrite=True)
+            path = Path(folder) / "emoji_quantized.safetensors"
+            quantize_file(emoji, path, Recipe(primary=parse_wish(wish)), device="cpu", overwrite=True)
             here, on_cpu = here_and_on_cpu(path, device)
             checked = {
-                "narrow_to_cpu": rel_l2(here, on_cpu),
-                "narrow_bf16_to_cpu": rel_l2(*narrow_plain),
-                "narrow_rel_l2": rel_l2(on_cpu, narrow_plain[1]),
+                "emoji_to_cpu": rel_l2(here, on_cpu),
+                "emoji_bf16_to_cpu": rel_l2(*emoji_plain),
+                "emoji_rel_l2": rel_l2(on_cpu, emoji_plain[1]),
             }
             rows = [row | checked for row in measure(wish, source, plain, device, args)]
             for row in rows:
                 print(f"{wish:<32}{row['pixels']:>5}: {row['ms']:8.2f} ms, bf16 {row['bf16_ms'] / row['ms']:.2f}x, decoded "
                       f"{row['decoded_ms'] / row['ms']:.2f}x; plain {row['bf16_plain_ms'] / row['plain_ms']:.2f}x, "
                       f"{row['decoded_plain_ms'] / row['plain_ms']:.2f}x; rel_l2 {row['rel_l2']:.4f} (decoded "
-                      f"{row['decoded_rel_l2']:.4f}); loaded {row['loaded_bytes'] / row['bytes']:.4f} of the file; narrow "
-                      f"to CPU {row['narrow_to_cpu']:.4f}, quantized {row['narrow_rel_l2']:.4f}", flush=True)  # fmt: skip
+                      f"{row['decoded_rel_l2']:.4f}); loaded {row['loaded_bytes'] / row['bytes']:.4f} of the file; emoji "
+                      f"to CPU {row['emoji_to_cpu']:.4f}, quantized {row['emoji_rel_l2']:.4f}", flush=True)  # fmt: skip
             if device.type == "cuda":
                 append(RESULTS, rows)
 
