@@ -97,6 +97,22 @@ def t5_shapes(layers: int = 12, hidden: int = 768, inner: int = 3072) -> dict[st
     return shapes
 
 
+def gated_t5_shapes(*, d_model: int, d_ff: int, num_heads: int, num_layers: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a T5 v1.1 encoder (T5-XXL is one), by the names of ComfyUI's config; heads are 64 wide."""
+    shapes = t5_shapes(num_layers, d_model, d_ff)
+    for name, shape in list(shapes.items()):
+        if name.endswith(("SelfAttention.q.weight", "SelfAttention.k.weight", "SelfAttention.v.weight")):
+            shapes[name] = (64 * num_heads, d_model)
+        elif name.endswith("SelfAttention.o.weight"):
+            shapes[name] = (d_model, 64 * num_heads)
+        elif name.endswith("relative_attention_bias.weight"):
+            shapes[name] = (32, num_heads)
+        elif name.endswith("DenseReluDense.wi.weight"):
+            del shapes[name]
+            shapes |= {name.replace(".wi.", f".wi_{i}."): shape for i in (0, 1)}
+    return shapes
+
+
 def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     """Seeded weights: matrices randn / sqrt(fan in), norms one, biases zero."""
     generator = torch.Generator().manual_seed(0)

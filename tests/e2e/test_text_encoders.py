@@ -14,7 +14,7 @@ from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from harness import PACK, ComfyServer
 from harness.workflow import prompt_of
-from helpers import clip_shapes, random_tensors, t5_shapes
+from helpers import clip_shapes, gated_t5_shapes, random_tensors, t5_shapes
 
 ENCODERS = {"clip_l": "stable_diffusion", "t5_base": "stable_audio"}  # file -> type of CLIPLoader
 # T5 v1.1 small, which stands in for T5-XXL in this file's ComfyUI: its own takes 9 GB.
@@ -63,23 +63,7 @@ NODE_CLASS_MAPPINGS = {"EmbeddingsOut": EmbeddingsOut}
 """
 
 
-def t5_small_shapes():
-    """T5 v1.1: gated, and with fewer heads than its width holds."""
-    shapes = t5_shapes(T5_SMALL["num_layers"], T5_SMALL["d_model"], T5_SMALL["d_ff"])
-    inner = 64 * T5_SMALL["num_heads"]
-    for name, shape in list(shapes.items()):
-        if name.endswith(("SelfAttention.q.weight", "SelfAttention.k.weight", "SelfAttention.v.weight")):
-            shapes[name] = (inner, shape[1])
-        elif name.endswith("SelfAttention.o.weight"):
-            shapes[name] = (shape[0], inner)
-        elif name.endswith("DenseReluDense.wi.weight"):
-            del shapes[name]
-            shapes |= {name.replace(".wi.", f".wi_{i}."): shape for i in (0, 1)}
-    shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, T5_SMALL["num_heads"])
-    return shapes
-
-
-SHAPES = {"clip_l": clip_shapes, "t5_base": t5_shapes, "t5_small": t5_small_shapes}
+SHAPES = {"clip_l": clip_shapes, "t5_base": t5_shapes, "t5_small": lambda: gated_t5_shapes(**T5_SMALL)}
 
 
 @pytest.fixture(scope="module")

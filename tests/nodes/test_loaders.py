@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import clip_shapes, flux_shapes, random_tensors, sd3_shapes
+from fewbits.quant_ops.pipeline import quantize_file
+from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
+from helpers import clip_shapes, flux_shapes, gated_t5_shapes, random_tensors, sd3_shapes
 
 
 @pytest.fixture
@@ -111,6 +113,68 @@ def test_several_files_go_to_comfyui_in_order(run, models, monkeypatch, comfy, c
     assert seen["model_options"] == {"load_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
     assert "custom_operations" not in seen["model_options"]
     assert all(name in report for name in names)
+
+
+# SD3 joins three encoders: the two CLIPs side by side, filled up to T5's width of 4096, and T5 after them.
+CLIP_G = {"num_hidden_layers": 31, "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2,
+          "projection_dim": 128}  # fmt: skip
+T5 = {"d_model": 4096, "d_ff": 256, "num_heads": 2, "num_layers": 1}
+PLACES = {"l": (slice(77), slice(128)), "g": (slice(77), slice(128, 256)), "t5": (slice(77, None), slice(None))}
+
+
+@pytest.fixture
+def small_sd3(comfy, small_clip, monkeypatch):
+    """CLIP-G and T5-XXL of few megabytes; CLIP-L as in `small_clip`."""
+    import comfy.sd1_clip
+
+    clip = comfy.sd1_clip.SDClipModel.__init__
+
+    def __init__(self, *args, model_options=None, **kwargs):
+        configs = {"clip_g_model_config": CLIP_G, "t5xxl_model_config": T5}
+        clip(self, *args, model_options={**(model_options or {}), **configs}, **kwargs)
+
+    monkeypatch.setattr(comfy.sd1_clip.SDClipModel, "__init__", __init__)
+
+
+def test_three_different_encoders_each_in_a_format_of_its_own(run, models, comfy, small_sd3):
+    folder = models / "text_encoders"
+    plain = {
+        "l": clip_tensors(3),
+        "g": random_tensors(clip_shapes(31, 128)),
+        "t5": random_tensors(gated_t5_shapes(**T5)),
+    }
+    formats = {"l": "bnb_nf4", "g": "int8_blockwise", "t5": "int8_tensorwise"}
+    for name, tensors in plain.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+        quantize_file(
+            folder / f"{name}.safetensors", folder / f"{name}_small.safetensors", Recipe(parse_wish(formats[name]))
+        )
+
+    def embed(*names):
+        """By ComfyUI's own function for the stock loaders, and by the node, which must agree."""
+        paths = [str(folder / f"{name}.safetensors") for name in names]
+        texts = []
+        for clip in (
+            comfy.sd.load_clip(paths, clip_type=comfy.sd.CLIPType.SD3),
+            run(
+                "LoadTextEncoder",
+                type="sd3",
+                file=f"{names[0]}.safetensors",
+                file2=f"{names[1]}.safetensors",
+                file3=f"{names[2]}.safetensors",
+            ).args[0],
+        ):
+            texts.append(clip.encode_from_tokens(clip.tokenize("a red panda on a bicycle"))[0])
+        assert torch.equal(*texts)
+        return texts[0]
+
+    wanted = embed("l", "g", "t5")
+    for quantized in plain:
+        got = embed(*(f"{name}_small" if name == quantized else name for name in plain))
+        for name, (tokens, columns) in PLACES.items():
+            found = error(got[tokens, columns], wanted[tokens, columns])
+            assert (0 < found < (0.48 if name == "l" else 0.08)) if name == quantized else found == 0, (name, found)
+    assert torch.equal(embed("t5_small", "l_small", "g_small"), embed("l_small", "g_small", "t5_small"))
 
 
 def test_a_type_that_only_names_a_combination_means_the_usual_kind(run, models, monkeypatch, comfy):
