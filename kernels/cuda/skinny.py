@@ -445,8 +445,16 @@ def work_for(tokens: int, n: int, codes: torch.dtype, device: int) -> Work:
     if properties.major < CLUSTERS:
         work = work._replace(cluster=1, split=min(work.split * work.cluster, 16 // work.rows))
     while shared_bytes(codes, work) > getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES):
-        work = work._replace(tokens=work.tokens // 2)
+        work = _smaller(work)
     return work
+
+
+def _smaller(work: Work) -> Work:
+    """Half as many warps while there are more than 4, then half as many rows of x."""
+    if work.rows * work.split > 4:
+        half = "rows" if work.rows > work.split else "split"
+        return work._replace(**{half: getattr(work, half) // 2})
+    return work._replace(tokens=work.tokens // 2)
 
 
 def why_not_shape(m: int, k: int, group: int | None, dtype: torch.dtype) -> str | None:

@@ -1,5 +1,7 @@
 """Linears over stored codes: eager is the spec; on a GPU every kernel errs at most twice as much against float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import linear
@@ -7,6 +9,7 @@ from torch.nn.functional import linear
 from fewbits.kernels import choice, runtime
 from fewbits.kernels.activations import quantize_activations
 from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid
+from fewbits.kernels.cuda import skinny
 from fewbits.kernels.dispatch import list_backends, use_backend
 from fewbits.kernels.grids import E4M3, INT8, TiledGrid, decode
 from fewbits.kernels.packing import pack_nibbles
@@ -96,6 +99,22 @@ def test_amd_gpus_get_no_kernel_of_ours(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.2")
     for probe in (cuda._why_not_device, triton._why_not_device):
         assert probe.__wrapped__(0).startswith("AMD GPU")
+
+
+@pytest.mark.parametrize("codes", [torch.uint8, torch.int8], ids=["4-bit", "8-bit"])
+@pytest.mark.parametrize("major", [8, 9, 12])
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])
+def test_the_skinny_kernel_fits_every_gpu(kilobytes, major, codes, monkeypatch):
+    properties = SimpleNamespace(major=major, shared_memory_per_block_optin=kilobytes * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    skinny.work_for.cache_clear()
+    for m in (1, 3, 8, 16, 32, 33, 64, 500):
+        for n in (64, 3072, 12288):
+            work = skinny.work_for(skinny.tokens_for(m), n, codes, 0)
+            assert skinny.shared_bytes(codes, work) <= kilobytes * 1024 and min(work) >= 1 and work.stages >= 2
+            assert work.tokens == skinny.tokens_for(m) or kilobytes < 227
+            assert work.rows * work.split <= 16 and (work.cluster == 1 or major >= 9)
+    skinny.work_for.cache_clear()
 
 
 # GPU ----------------------------------------------------------------------------------------------------------------
@@ -201,8 +220,6 @@ def test_extreme_scales_and_nan_come_through(backend, levels, geometry, monkeypa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_all_256_codes_decode_exactly_in_the_skinny_kernel(dtype):
     """x picks single weights; FP8's NaN codes give NaN."""
-    from fewbits.kernels.cuda import skinny
-
     every = torch.arange(256, dtype=torch.uint8, device="cuda").view(4, 64)
     picks = torch.eye(64, device="cuda", dtype=dtype)
     one = torch.ones(1, 1, device="cuda")
