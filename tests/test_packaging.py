@@ -88,7 +88,7 @@ def test_the_wheel_puts_the_package_and_the_classic_name_into_site_packages(whee
     assert {name.split("/")[0] for name in names} == {"fewbits", "convert_to_quant", f"fewbits-{VERSION}.dist-info"}
 
 
-def test_the_wheel_carries_recipes_and_web_files_and_no_tests(wheel):
+def test_the_wheel_carries_every_data_file_and_no_tests(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
         path.relative_to(ROOT).as_posix()
@@ -96,6 +96,7 @@ def test_the_wheel_carries_recipes_and_web_files_and_no_tests(wheel):
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
     }
+    wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels").rglob("*.cu")}
     assert wanted and {f"fewbits/{name}" for name in wanted} <= names
     assert not [name for name in names if "/tests/" in name or "/." in name]
 
