@@ -14,7 +14,8 @@ from .scales import Geometry
 class Limits:
     """Rows of x up to which a path is the fastest; None without a limit.
 
-    `skinny`: codes decoded in registers, x as it is (kernels/cuda/skinny.py). `coded`: x quantized too, 8-bit products;
+    `skinny`: codes decoded in registers, x as it is (kernels/cuda/skinny.py); `few` is that for weights outside
+    `between`, in million elements, where it is stated. `coded`: x quantized too, 8-bit products;
     `small` is that for weights of less than `below` million elements, which decode in no time. Above both, the weight
     is decoded to memory and multiplied by the library. `library`: rows from which torch's 8-bit product beats ours, for
     weights of at least `WIDE` rows and for others; None never.
@@ -25,6 +26,8 @@ class Limits:
     small: int | None = None
     below: int = 2
     library: tuple[int | None, int | None] = (None, None)
+    few: int | None = None
+    between: tuple[float, float] = (2, 60)
 
 
 # Measured on an H200 in captured graphs, quantizing x included: tests/benchmarks/results/linear.csv. Times in ms for
@@ -34,7 +37,8 @@ class Limits:
 #   FP8 row   M=16 skinny .0147 / .0166, coded .0163 / .0205;  M=256 coded .0285 / .0323, torch .0255 / .038
 #   FP8 128   M=64 coded .020 / .0225, torch .0177 / .040;  M=1024 coded .093 / .089, torch .069 / .084
 #   INT8 64   M=16 skinny .015 / .015, coded .0266 / .030;  M=1024 coded .134 / .137, decoded .128 / .128
-#   4-bit     M=32 skinny .022 / .025, decoded .049 / .050;  M=64 skinny .041 / .043, decoded .049 / .053
+#   4-bit     M=32 skinny .022 / .025, decoded .049 / .050;  M=64 skinny .041 / .043, decoded .049 / .053,
+#             1280x1280 .0089, decoded .0069, 5120x13824 .096, decoded .093
 HOPPER = {
     "int8 row": Limits(32, None, 64),
     "int8 128": Limits(32, None, 16),
@@ -46,13 +50,13 @@ HOPPER = {
     "fp8 64": Limits(32, 512, 32, 10),
     "fp8 group 128": Limits(32, 512, 32, 10),
     "fp8 group 64": Limits(32, 512, 32, 10),
-    "4-bit": Limits(64, 0, 0),
+    "4-bit": Limits(64, 0, 0, few=32),
 }
 # Not measured. Block scales need a fast float32 path beside the tensor cores: only few rows are trusted to them.
 # Without clusters of blocks the skinny kernel reads x more often.
 OTHER = {
     name: replace(
-        limit, skinny=limit.skinny // 2,
+        limit, skinny=limit.skinny // 2, few=limit.few and limit.few // 2,
         **({} if name.endswith(("row", "bit")) else {"coded": 256, "small": 32, "library": (None, None)}),
     )
     for name, limit in HOPPER.items()
@@ -81,6 +85,13 @@ def limits(family: str, device: torch.device) -> Limits:
 def why_not_rows(m: int, most: int | None, instead: str) -> str | None:
     """Why a path is not taken for M rows, in words; None when it is."""
     return None if most is None or m <= most else f"M={m} > {most}: {instead} is faster"
+
+
+def why_not_skinny(m: int, n: int, k: int, limit: Limits, instead: str) -> str | None:
+    """Why codes are not decoded in registers; None when they are."""
+    low, high = limit.between
+    inside = limit.few is None or low <= n * k / 1e6 <= high
+    return why_not_rows(m, limit.skinny if inside else limit.few, instead)
 
 
 def why_not_coded(m: int, n: int, k: int, limit: Limits) -> str | None:

@@ -91,7 +91,7 @@ def _why_not_skinny(x, codes, scale, levels, geometry, bias):
     if reason:
         return reason
     limit = choice.limits(choice.family(levels.dtype, geometry), x.device)
-    return choice.why_not_rows(len(x), limit.skinny, "an 8-bit product")
+    return choice.why_not_skinny(len(x), *codes.shape, limit, "an 8-bit product")
 
 
 @linear_tiles.backend("cuda", _why_not_skinny)
@@ -177,7 +177,10 @@ def _why_not_fused(x, packed, absmax, levels, group_size, bias):
     from .cuda import skinny
 
     reason = why_not_cuda(x) or skinny.why_not_shape(*x.shape, group_size, x.dtype)
-    return reason or choice.why_not_rows(x.shape[0], choice.limits("4-bit", x.device).skinny, "dequantize and matmul")
+    if reason:
+        return reason
+    limit = choice.limits("4-bit", x.device)
+    return choice.why_not_skinny(len(x), len(packed), x.shape[1], limit, "dequantize and matmul")
 
 
 @linear_flat4.backend("cuda", _why_not_fused)

@@ -101,6 +101,14 @@ def test_amd_gpus_get_no_kernel_of_ours(monkeypatch):
         assert probe.__wrapped__(0).startswith("AMD GPU")
 
 
+def test_small_and_large_weights_are_decoded_from_fewer_rows_on():
+    limit = choice.HOPPER["4-bit"]
+    why = lambda m, n, k, limit=limit: choice.why_not_skinny(m, n, k, limit, "decoding")  # noqa: E731
+    assert why(64, 12288, 3072) is None and why(65, 12288, 3072) == "M=65 > 64: decoding is faster"
+    assert why(33, 1280, 1280) == why(33, 5120, 13824) == "M=33 > 32: decoding is faster"
+    assert why(32, 1280, 1280) is None and why(33, 1280, 1280, choice.HOPPER["int8 row"]) is not None
+
+
 @pytest.mark.parametrize("codes", [torch.uint8, torch.int8], ids=["4-bit", "8-bit"])
 @pytest.mark.parametrize("major", [8, 9, 12])
 @pytest.mark.parametrize("kilobytes", [99, 163, 227])
