@@ -89,6 +89,8 @@ class ComfyServer:
         for name in ("models", "custom_nodes", "input", "output", "temp", "user"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         self.names = [self._place_nodes(Path(folder)) for folder in custom_nodes]
+        # ComfyUI's log (app/logger.py) fails on a progress bar that nothing was written before.
+        (self.base / "custom_nodes" / "first_word.py").write_text('NODE_CLASS_MAPPINGS = {}\nprint("starting")\n')
         for folder, files in (models or {}).items():
             for file in files:
                 self.add_model(folder, Path(file))
@@ -138,14 +140,13 @@ class ComfyServer:
 
     def command(self) -> list[str]:
         base, main = self.base, self.tree / "main.py"
-        whitelist = ["--whitelist-custom-nodes", *self.names] if self.names else []
         return [
             sys.executable, "-s", str(main), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
             "--base-directory", str(base), "--temp-directory", str(base), "--user-directory", str(base / "user"),
             "--input-directory", str(base / "input"), "--output-directory", str(base / "output"),
             "--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes",
             "--disable-metadata", "--dont-print-server", "--verbose", "WARNING",
-            "--disable-all-custom-nodes", *whitelist, *self.arguments,
+            "--disable-all-custom-nodes", "--whitelist-custom-nodes", "first_word.py", *self.names, *self.arguments,
         ]  # fmt: skip
 
     def start(self) -> None:
