@@ -6,10 +6,9 @@ Exit 0 = complete and verified, 1 = problems found, 2 = refused, 130 = interrupt
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 
-from ..errors import QuantError, RecipeError
+from ..errors import QuantError, RecipeError, closest
 from ..version import VERSION
 from . import bench, convert, info, plan, quantize, repair, verify
 
@@ -21,8 +20,8 @@ class Parser(argparse.ArgumentParser):
         found, rest = super().parse_known_args(*args, **kwargs)
         if rest:  # here, and not after all parsers are done, the options of the command are known
             name = next((word.partition("=")[0] for word in rest if word.startswith("-")), "")
-            guess = difflib.get_close_matches(name, self._option_string_actions, 1, 0.6)
-            hint = f", did you mean {guess[0]}?" if guess else ""
+            guess = closest(name, self._option_string_actions)
+            hint = f", did you mean {guess}?" if guess else ""
             self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         return found, rest
 

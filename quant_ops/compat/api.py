@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import shlex
 import sys
@@ -14,7 +13,7 @@ from ..checkpoint.importers.source import open_checkpoint
 from ..cli.__main__ import build_parser
 from ..cli.quantize import pick_device
 from ..conversion import Conversion, convert_file
-from ..errors import QuantError, RecipeError
+from ..errors import QuantError, RecipeError, closest
 from ..pipeline import plan_source, quantize_file
 from ..planning.template import write_template
 from ..report.report import Report
@@ -144,7 +143,7 @@ def _parse(argv: list[str]) -> dict[str, object]:
     if rest:
         name = rest[0].split("=")[0]
         spelled = [dashed(spelling) for flag in FLAGS for spelling in flag.spellings]
-        guess = difflib.get_close_matches(dashed(name), spelled, 1, 0.6) if name.startswith("--") else []
-        hint = f", did you mean {guess[0]}?" if guess else "; see --help"
+        guess = closest(dashed(name), spelled) if name.startswith("--") else None
+        hint = f", did you mean {guess}?" if guess else "; see --help"
         raise RecipeError(f"unknown argument {rest[0]}{hint}")
     return vars(known)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import RecipeError
+from ..errors import RecipeError, closest
 from ..formats import get_format
 from ..planning.layer_config import load_layer_config
 from ..planning.model_family import load_preset
@@ -44,8 +43,8 @@ def state(flags: dict[str, object]) -> Stated:
     for name, value in flags.items():
         flag = BY_NAME.get(underscored(name))
         if flag is None:
-            guess = difflib.get_close_matches(underscored(name), BY_NAME, 1, 0.6)
-            hint = f", did you mean --{BY_NAME[guess[0]].name}?" if guess else ""
+            guess = closest(underscored(name), BY_NAME)
+            hint = f", did you mean --{BY_NAME[guess].name}?" if guess else ""
             raise RecipeError(f"unknown flag --{name}{hint}")
         if value is None or value is False:
             continue
@@ -66,8 +65,8 @@ def _read(flag: Flag, value: object) -> object:
         return Path(os.fspath(value))
     if isinstance(flag.value, tuple):
         if value not in flag.value:
-            guess = difflib.get_close_matches(str(value), flag.value, 1, 0.6)
-            hint = f", did you mean {guess[0]!r}?" if guess else ""
+            guess = closest(str(value), flag.value)
+            hint = f", did you mean {guess!r}?" if guess else ""
             raise RecipeError(f"--{flag.name} must be one of {', '.join(flag.value)}; got {value!r}{hint}")
         return value
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ import torch
 
 from ...kernels.dispatch import Op
 from ...kernels.grids import Grid, Scale
-from ..errors import CheckpointError, RecipeError
+from ..errors import CheckpointError, RecipeError, closest
 from ..spec import FormatOptions, LayerInput, TensorSpec
 
 # What users write for a format name; suggested in errors, never accepted (FORMATS 7.5).
@@ -211,7 +210,7 @@ def get_format(name: str) -> Format:
         RecipeError: no such format; the message suggests the closest name and lists all.
     """
     if name not in FORMATS:
-        guess = ALIASES.get(name) or next(iter(difflib.get_close_matches(name, FORMATS, 1, 0.6)), None)
+        guess = ALIASES.get(name) or closest(name, FORMATS)
         hint = f", did you mean {guess!r}?" if guess else "."
         raise RecipeError(f"unknown format {name!r}{hint} Allowed: {', '.join(FORMATS)}")
     return FORMATS[name]

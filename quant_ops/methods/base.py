@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...kernels.grids import Grid, Scale
-from ..errors import RecipeError
+from ..errors import RecipeError, closest
 
 # Plain weight error allowed to a method whose objective is only a proxy, x nearest (PERFORMANCE section 4).
 WEIGHT_ERROR_LIMIT = 1.02
@@ -175,5 +174,5 @@ def get_method(name: str) -> Method:
 
 
 def _did_you_mean(name: object, known: Iterable[str]) -> str:
-    guess = difflib.get_close_matches(str(name), list(known), 1, 0.6)
-    return f", did you mean {guess[0]!r}?" if guess else f"; it allows: {', '.join(known) or 'none'}"
+    guess = closest(str(name), known)
+    return f", did you mean {guess!r}?" if guess else f"; it allows: {', '.join(known) or 'none'}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..errors import RecipeError
+from ..errors import RecipeError, closest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -110,7 +109,7 @@ def load_preset(name: str) -> Preset:
     if name == "none":
         return Preset("none")
     if name not in preset_names():
-        guess = next(iter(difflib.get_close_matches(name, preset_names(), 1, 0.6)), None)
+        guess = closest(name, preset_names())
         hint = f", did you mean {guess!r}?" if guess else ";"
         raise RecipeError(f"unknown preset {name!r}{hint} known: auto, none, {', '.join(preset_names())}")
     table = _load(RECIPES / f"{name}.toml")

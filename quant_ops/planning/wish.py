@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict, dataclass, field, fields, replace
 
-from ..errors import RecipeError
+from ..errors import RecipeError, closest
 from ..formats import Format, get_format
 from ..methods import get_method
 from ..spec import FormatOptions
@@ -109,8 +108,8 @@ def known_keys(where: str, table: dict, known: set[str]) -> None:
 
 def did_you_mean(name: str, known: set[str] | dict | tuple) -> str:
     """`, did you mean 'x'?`, or the list of what is known."""
-    guess = difflib.get_close_matches(name, known, 1, 0.6)
-    return f", did you mean {guess[0]!r}?" if guess else f"; known: {', '.join(sorted(known))}"
+    guess = closest(name, known)
+    return f", did you mean {guess!r}?" if guess else f"; known: {', '.join(sorted(known))}"
 
 
 def typed(where: str, value: object, kind: type) -> object:
