@@ -84,6 +84,42 @@ def linear_tiles(
     return linear(rounded, dequantize_tiles(codes, scale, levels, geometry, x.dtype), bias)
 
 
+def _why_not_torch(x, codes, scale, levels, geometry, bias):
+    reason = why_not_scaled_mm(x, codes, geometry)
+    if reason:
+        return reason
+    limit = choice.limits(choice.family(levels.dtype, geometry), x.device)
+    return choice.why_not_coded(len(x), *codes.shape, limit) or choice.why_not_library(len(x), len(codes), limit)
+
+
+@linear_tiles.backend("torch", _why_not_torch)
+def _linear_tiles_torch(x, codes, scale, levels, geometry, bias):
+    return scaled_mm.linear(x, codes, scale, bias, geometry)
+
+
+def _why_not_hopper(x, codes, group, family):
+    from .cuda import wide
+
+    reason = why_not_cuda(x) or wide.why_not_device(x) or wide.why_not_shape(*codes, group, x.dtype)
+    if reason:
+        return reason
+    return choice.why_not_hopper(len(x), *codes[:2], choice.limits(family, x.device), "another product")
+
+
+def _why_not_tiles_hopper(x, codes, scale, levels, geometry, bias):
+    shape = (*codes.shape, codes.dtype)
+    family = choice.family(levels.dtype, geometry)
+    return why_not_triton(x) or _why_not_hopper(x, shape, geometry.cols, family)
+
+
+@linear_tiles.backend("hopper", _why_not_tiles_hopper)
+def _linear_tiles_hopper(x, codes, scale, levels, geometry, bias):
+    from .cuda import wide
+
+    x_codes, x_scale = quantize_activations(x, levels, geometry.cols)
+    return wide.multiply(x_codes, x_scale, codes, scale, bias, x.dtype, geometry.cols, geometry.rows or len(codes))
+
+
 def _why_not_skinny(x, codes, scale, levels, geometry, bias):
     from .cuda import skinny
 
@@ -99,19 +135,6 @@ def _linear_tiles_skinny(x, codes, scale, levels, geometry, bias):
     from .cuda import skinny
 
     return skinny.multiply(x, codes, scale, bias, geometry.cols, geometry.rows or len(codes))
-
-
-def _why_not_torch(x, codes, scale, levels, geometry, bias):
-    reason = why_not_scaled_mm(x, codes, geometry)
-    if reason:
-        return reason
-    limit = choice.limits(choice.family(levels.dtype, geometry), x.device)
-    return choice.why_not_coded(len(x), *codes.shape, limit) or choice.why_not_library(len(x), len(codes), limit)
-
-
-@linear_tiles.backend("torch", _why_not_torch)
-def _linear_tiles_torch(x, codes, scale, levels, geometry, bias):
-    return scaled_mm.linear(x, codes, scale, bias, geometry)
 
 
 def _why_not_coded(x, codes, scale, levels, geometry, bias):
@@ -171,6 +194,17 @@ def linear_flat4(
         weight = dequantize_flat4(packed[part], scale, levels, group_size, x.dtype)
         out[:, part] = linear(x, weight, None if bias is None else bias[part])
     return out
+
+
+def _why_not_flat4_hopper(x, packed, absmax, levels, group_size, bias):
+    return _why_not_hopper(x, (len(packed), x.shape[1], packed.dtype), group_size, "4-bit")
+
+
+@linear_flat4.backend("hopper", _why_not_flat4_hopper)
+def _linear_flat4_hopper(x, packed, absmax, levels, group_size, bias):
+    from .cuda import wide
+
+    return wide.multiply(x, None, packed, absmax, bias, x.dtype, group_size, 1, code_values(levels))
 
 
 def _why_not_fused(x, packed, absmax, levels, group_size, bias):

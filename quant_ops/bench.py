@@ -21,6 +21,7 @@ CACHE_BYTES = 150e6  # copies of a weight are timed in turn until they exceed ev
 
 # What a backend of `linear_tiles` and `linear_flat4` is called in a sentence.
 WORDS = {
+    "hopper": "native CUDA for sm_90",
     "cuda": "native CUDA",
     "triton": "native Triton",
     "torch": "torch's scaled matmul",
@@ -29,7 +30,7 @@ WORDS = {
     "decoded": "decoded, then the library's matmul",
 }
 # Reasons that say nothing to a user: another path was the better one for this format or shape.
-_BETTER = ("is faster", "INT8 codes", "torch has no", "measured on")
+_BETTER = ("is faster", "INT8 codes", "torch has no", "measured on", "has no wgmma")
 
 
 def kernel_report(

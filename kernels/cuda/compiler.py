@@ -80,8 +80,36 @@ def _cubin(source: str, architecture: str, options: tuple[str, ...]) -> bytes:
     return cubin
 
 
+# CUtensorMapDataType
+MAP_TYPES = {
+    torch.uint8: 0, torch.int8: 0, torch.float8_e4m3fn: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9,
+}  # fmt: skip
+SWIZZLE_128B, FETCH_256B = 3, 3
+
+
+def encode_tensor_map(
+    address: int, dtype: torch.dtype, rows: int, columns: int, pitch: int, box: tuple[int, int], swizzle: bool
+) -> bytes:
+    """How the copy engine of a GPU reads boxes of (rows, columns) of a matrix; what lies outside reads as zero.
+
+    Args:
+        address: a multiple of 16 bytes.
+        pitch: bytes from row to row, a multiple of 16.
+        swizzle: spread the 16-byte pieces of each 128 bytes over the banks of shared memory.
+    """
+    storage = ctypes.create_string_buffer(128 + 64)
+    made = (ctypes.addressof(storage) + 63) & ~63
+    _check(
+        _driver().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(made), MAP_TYPES[dtype], 2, ctypes.c_void_p(address), (ctypes.c_uint64 * 2)(columns, rows),
+            (ctypes.c_uint64 * 1)(pitch), (ctypes.c_uint32 * 2)(*box[::-1]), (ctypes.c_uint32 * 2)(1, 1), 0,
+            SWIZZLE_128B if swizzle else 0, FETCH_256B, 0,
+        )
+    )  # fmt: skip
+    return ctypes.string_at(made, 128)
+
+
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-PACKED, PACKED_SIZE, END = 1, 2, 0  # CU_LAUNCH_PARAM_*: the arguments come as one run of bytes
 
 
 class Kernel:
@@ -90,25 +118,25 @@ class Kernel:
     def __init__(self, source: str, name: str, options: tuple[str, ...], device: int, shared: int):
         major, minor = torch.cuda.get_device_capability(device)
         self._function, self._module, self._device, self._shared = ctypes.c_void_p(), ctypes.c_void_p(), device, shared
-        cubin = _cubin(source, f"sm_{major}{minor}", options)
+        # What only Hopper has is behind a name of its own.
+        cubin = _cubin(source, "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}", options)
         with torch.cuda.device(device):
             torch.cuda.current_stream().query()  # makes torch's context current on this thread
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), cubin))
             _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
             _check(_driver().cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED, shared))
 
-    def launch(self, grid: tuple[int, int, int], threads: int, layout: struct.Struct, *arguments: int) -> None:
-        """Start it on the device's current stream; `layout` packs the arguments, pointers first."""
+    def launch(self, grid: tuple[int, int, int], threads: int, layout: struct.Struct, *arguments: int | bytes) -> None:
+        """Start it on the device's current stream; `layout` packs its one argument, a struct."""
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
                 return self.launch(grid, threads, layout, *arguments)
         packed = layout.pack(*arguments)
-        size = ctypes.c_size_t(len(packed))
-        extra = (ctypes.c_void_p * 5)(
-            PACKED, ctypes.cast(packed, ctypes.c_void_p), PACKED_SIZE, ctypes.addressof(size), END
-        )
+        parameters = (ctypes.c_void_p * 1)(ctypes.cast(packed, ctypes.c_void_p))
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
-        return _check(_driver().cuLaunchKernel(self._function, *grid, threads, 1, 1, self._shared, stream, None, extra))
+        return _check(
+            _driver().cuLaunchKernel(self._function, *grid, threads, 1, 1, self._shared, stream, parameters, None)
+        )
 
 
 @cache

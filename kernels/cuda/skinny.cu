@@ -158,14 +158,27 @@ DEVICE float shared_of(const float* at, u32 block) {  // what lies at the same p
 #endif
 
 #define RESIDENT ((TILES == 1 ? 24 : 16) / WARPS)
+struct Arguments {
+  const u16* x;
+  const unsigned char* codes;
+  const float* scale;
+  const u16* bias;
+  u16* out;
+  u32 m, n, k, scale_shift, groups, has_bias;
+};
+
 extern "C" __global__ void
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
-__launch_bounds__(32 * WARPS, RESIDENT ? RESIDENT : 1) multiply(
-    const u16* __restrict__ x, const unsigned char* __restrict__ codes, const float* __restrict__ scale,
-    const u16* __restrict__ bias, u16* __restrict__ out, u32 m, u32 n, u32 k, u32 scale_shift, u32 groups,
-    u32 has_bias) {
+__launch_bounds__(32 * WARPS, RESIDENT ? RESIDENT : 1) multiply(const __grid_constant__ Arguments given) {
+  const u16* __restrict__ x = given.x;
+  const unsigned char* __restrict__ codes = given.codes;
+  const float* __restrict__ scale = given.scale;
+  const u16* __restrict__ bias = given.bias;
+  u16* __restrict__ out = given.out;
+  const u32 m = given.m, n = given.n, k = given.k, scale_shift = given.scale_shift, groups = given.groups;
+  const u32 has_bias = given.has_bias;
   extern __shared__ __align__(128) u32 shared[];
   u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   u32 rank = blockIdx.x % CLUSTER, first_row = blockIdx.x / CLUSTER * (16 * ROWS), first = blockIdx.y * TOKENS;

@@ -157,7 +157,7 @@ def _entry(
     return kernel(SOURCE, "multiply", wanted, device, shared_bytes(codes, work))
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous, at an address that 16-byte loads can take."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
@@ -184,7 +184,7 @@ def multiply(
     """
     m, k = x.shape
     n, device = codes.shape[0], x.device.index or 0
-    x, codes = _aligned(x), _aligned(codes)
+    x, codes = aligned(x), aligned(codes)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     work = work or work_for(tokens_for(m), n, codes.dtype, device)
     entry = _entry(device, codes.dtype, x.dtype, group, _even(codes.dtype, group, k), work, values)

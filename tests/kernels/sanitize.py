@@ -63,7 +63,7 @@ def tiled(name: str, levels: Levels, geometry: Geometry) -> Iterator[tuple[str, 
 
 
 def flat(levels: Levels) -> Iterator[tuple[str, Op, tuple]]:
-    for n, k, group in ((257, 1088, 64), (130, 1536, 128), (65, 96, 32)):
+    for n, k, group in ((257, 1088, 64), (264, 1088, 64), (130, 1536, 128), (65, 96, 32)):
         weight = torch.randn(n, k, device="cuda") / k**0.5
         grid, name = FlatGrid(levels, group), f"{levels.name} {group}"
         absmax = grid.scale(weight)
@@ -93,7 +93,7 @@ def main() -> None:
         return
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
         sys.exit("sanitize: set PYTORCH_NO_CUDA_MEMORY_CACHING=1; torch's own pool hides accesses next to a tensor")
-    choice.limits = lambda family, device: choice.Limits(None, None, library=(0, 0))
+    choice.limits = lambda family, device: choice.Limits(None, None, library=(0, 0), hopper=((0, 1, None),))
     ran, wrong, words = 0, [], sys.argv[1:]
     for name, op, arguments in cases():
         if words and not any(word in f"{op.name} {name}" for word in words):

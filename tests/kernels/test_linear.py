@@ -1,5 +1,8 @@
 """Linears over stored codes: eager is the spec; on a GPU every kernel errs at most twice as much against float64."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +12,7 @@ from torch.nn.functional import linear
 from fewbits.kernels import choice, runtime
 from fewbits.kernels.activations import quantize_activations
 from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid
-from fewbits.kernels.cuda import skinny
+from fewbits.kernels.cuda import skinny, wide
 from fewbits.kernels.dispatch import list_backends, use_backend
 from fewbits.kernels.grids import E4M3, INT8, TiledGrid, decode
 from fewbits.kernels.packing import pack_nibbles
@@ -86,7 +89,7 @@ def test_a_four_bit_linear_on_the_cpu_is_the_decoded_product_in_pieces():
 def test_every_op_says_why_a_kernel_does_not_run():
     codes, scale = tiled(64, 64, INT8, Geometry(1, None))
     arguments = (torch.randn(2, 64), codes, scale, INT8, Geometry(1, None), None)
-    assert list_backends()["linear_tiles"] == ["cuda", "torch", "triton", "dequantize", "eager"]
+    assert list_backends()["linear_tiles"] == ["torch", "hopper", "cuda", "triton", "dequantize", "eager"]
     assert set(runtime.linear_tiles.reasons(*arguments).values()) == {"tensor is on cpu"}
     assert choice.why_not_rows(65, 64, "another path") == "M=65 > 64: another path is faster"
     assert choice.why_not_rows(64, 64, "another path") is None is choice.why_not_rows(9999, None, "another path")
@@ -107,6 +110,40 @@ def test_small_and_large_weights_are_decoded_from_fewer_rows_on():
     assert why(64, 12288, 3072) is None and why(65, 12288, 3072) == "M=65 > 64: decoding is faster"
     assert why(33, 1280, 1280) == why(33, 5120, 13824) == "M=33 > 32: decoding is faster"
     assert why(32, 1280, 1280) is None and why(33, 1280, 1280, choice.HOPPER["int8 row"]) is not None
+
+
+def test_hoppers_own_kernel_is_taken_where_it_was_faster():
+    why = lambda name, m, n, k: choice.why_not_hopper(m, n, k, choice.HOPPER[name], "decoding")  # noqa: E731
+    assert why("4-bit", 33, 12288, 3072) is None is why("4-bit", 512, 12288, 3072)
+    assert why("4-bit", 32, 12288, 3072) == "M=32, 12288x3072: decoding is faster"
+    assert why("4-bit", 256, 5120, 13824) is None and why("4-bit", 257, 5120, 13824)
+    assert why("int8 128", 768, 12288, 3072) is None is why("int8 128", 4608, 12288, 3072)
+    assert why("int8 128", 1024, 12288, 3072) and why("int8 row", 256, 1280, 1280) and why("int8 64", 256, 12288, 3072)
+
+
+@pytest.mark.parametrize(("kind", "group", "rows"), [(4, 64, 1), (8, None, 1), (9, 128, 128), (8, 64, 64), (9, 64, 1)])
+def test_tiles_for_hopper_fit_and_share_out_all_multiprocessors(kind, group, rows):
+    x_left = wide._x_left(kind, group, rows)
+    for m in (33, 256, 300, 4608):
+        for n, k in ((12288, 3072), (3072, 15360), (1280, 1280), (8, 128)):
+            tile = wide.tile_for(kind, group, x_left, m, n, k, 132)
+            assert wide.shared_bytes(kind, group, x_left, tile) <= wide.SHARED_BYTES
+            if (n, k) == (3072, 15360) and m <= 300:
+                blocks = -(-m // (64 * tile.groups if x_left else tile.right)) * tile.split
+                blocks *= -(-n // (tile.right if x_left else 64 * tile.groups))
+                assert blocks >= 90
+    sums = 64 if kind != 8 else 128
+    assert wide._instruction(kind, torch.bfloat16, 2 * sums).count("d[") == sums
+
+
+def test_hoppers_kernel_says_which_shapes_it_takes():
+    why = wide.why_not_shape
+    assert why(264, 192, torch.uint8, 64, torch.bfloat16) is None is why(8, 128, torch.int8, 128, torch.float16)
+    assert why(8, 16, torch.float8_e4m3fn, None, torch.bfloat16) is None
+    assert why(257, 192, torch.uint8, 64, torch.bfloat16) == "257x192 is not made of multiples of 8 and 32"
+    assert why(8, 96, torch.uint8, 32, torch.bfloat16) == "groups of 32 in K=96"
+    assert why(8, 192, torch.int8, 128, torch.bfloat16) == "groups of 128 in K=192"
+    assert why(8, 64, torch.int8, None, torch.float32) == "float32 input: only 16-bit floats"
 
 
 @pytest.mark.parametrize("codes", [torch.uint8, torch.int8], ids=["4-bit", "8-bit"])
@@ -137,6 +174,12 @@ SIZES = [
     (129, 384, 1024),
     (300, 256, 3200),
 ]
+EVERYWHERE = choice.Limits(None, None, library=(0, 0), hopper=((0, 1, None),))  # what can run, runs
+ROUNDED = ("torch", "hopper", "triton")  # backends that quantize x
+
+
+def hopper_cannot(x, codes, group):
+    return wide.why_not_device(x) or wide.why_not_shape(len(codes), x.shape[1], codes.dtype, group, x.dtype)
 
 
 def close(got, truth, eager, dtype):
@@ -156,24 +199,26 @@ def poisoned(make, n):
 @by_name
 @by_geometry
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
-@pytest.mark.parametrize("backend", ["cuda", "torch", "triton", "dequantize"])
+@pytest.mark.parametrize("backend", ["torch", "hopper", "cuda", "triton", "dequantize"])
 def test_8_bit_linears_err_at_most_twice_as_much_as_eager(backend, size, geometry, levels, monkeypatch):
     m, n, k = size
     n, k = -(-n // (geometry.rows or 1)) * (geometry.rows or 1), -(-k // (geometry.cols or 1)) * (geometry.cols or 1)
-    monkeypatch.setattr(choice, "limits", lambda family, device: choice.Limits(None, None, library=(0, 0)))
+    monkeypatch.setattr(choice, "limits", lambda family, device: EVERYWHERE)
     codes, scale = tiled(n, k, levels, geometry, "cuda")
     if backend == "torch" and why_not_scaled_mm(torch.ones(m, k, device="cuda", dtype=torch.bfloat16), codes, geometry):
         return  # INT8, other blocks or odd sizes: torch has no product for them
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        if dtype == torch.float32 and (backend == "cuda" or (backend == "triton" and levels is E4M3)):
+        if dtype == torch.float32 and (backend in ("cuda", "hopper") or (backend == "triton" and levels is E4M3)):
             continue
         if backend == "torch" and dtype != torch.bfloat16:
             continue
-        wide = torch.randn(m, k + 16, device="cuda").to(dtype)
-        x, bias = wide[:, :k], torch.randn(n, device="cuda").to(dtype)
-        truth = exact(x, codes, scale, levels, geometry, bias, rounded=backend in ("triton", "torch"))
+        longer = torch.randn(m, k + 16, device="cuda").to(dtype)
+        x, bias = longer[:, :k], torch.randn(n, device="cuda").to(dtype)
+        if backend == "hopper" and hopper_cannot(x, codes, geometry.cols):
+            return
+        truth = exact(x, codes, scale, levels, geometry, bias, rounded=backend in ROUNDED)
         with use_backend("eager"):
-            if backend in ("triton", "torch"):
+            if backend in ROUNDED:
                 eager = runtime.linear_tiles(x, codes, scale, levels, geometry, bias)
             else:
                 eager = linear(x, decode(codes, scale, levels, geometry).to(dtype), bias)
@@ -189,18 +234,22 @@ def test_8_bit_linears_err_at_most_twice_as_much_as_eager(backend, size, geometr
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("m", [1, 2, 7, 16, 17, 40, 64, 100])
 @pytest.mark.parametrize(
-    ("n", "k", "group"), [(64, 64, 64), (1, 64, 64), (257, 192, 64), (3072, 1152, 128), (768, 12288, 64), (65, 96, 32)]
+    ("n", "k", "group"),
+    [(64, 64, 64), (1, 64, 64), (257, 192, 64), (264, 192, 64), (3072, 1152, 128), (768, 12288, 64), (65, 96, 32)],
 )
 @pytest.mark.parametrize("levels", [NF4, FP4], ids=lambda levels: levels.name)
-def test_4_bit_linears_err_at_most_twice_as_much_as_eager(levels, n, k, group, m, dtype, monkeypatch):
-    monkeypatch.setattr(choice, "limits", lambda family, device: choice.Limits(None, None))
+@pytest.mark.parametrize("backend", ["hopper", "cuda"])
+def test_4_bit_linears_err_at_most_twice_as_much_as_eager(backend, levels, n, k, group, m, dtype, monkeypatch):
+    monkeypatch.setattr(choice, "limits", lambda family, device: EVERYWHERE)
     packed, absmax = four_bit(n, k, levels, group)
     x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
+    if backend == "hopper" and hopper_cannot(x, packed, group):
+        return
     with use_backend("eager"):
         weight = runtime.dequantize_flat4(packed, absmax, levels, group, torch.float32).double()
         eager = runtime.linear_flat4(x, packed, absmax, levels, group, bias)
     truth = x.double() @ weight.t() + bias.double()
-    with use_backend("cuda"):
+    with use_backend(backend):
         for b, expected in ((bias, truth), (None, truth - bias.double())):
             got = poisoned(lambda b=b: runtime.linear_flat4(x, packed, absmax, levels, group, b), m * n)
             assert close(got, expected, eager, dtype)
@@ -208,15 +257,50 @@ def test_4_bit_linears_err_at_most_twice_as_much_as_eager(levels, n, k, group, m
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton", "dequantize"])
+@pytest.mark.parametrize("family", wide.COSTS)
+@pytest.mark.parametrize("split", wide.SPLITS)
+def test_every_tile_of_hoppers_kernel_multiplies(split, family):
+    """Sizes that no tile divides, runs of K shorter than the ring, and blocks without any of it."""
+    formats = {
+        "row": [(INT8, None, 1), (E4M3, None, 264)], "4-bit": [(NF4, 64, 1), (FP4, 128, 1)],
+        "tiles": [(INT8, 128, 128), (E4M3, 64, 64)], "groups": [(INT8, 128, 1), (E4M3, 64, 1)],
+    }  # fmt: skip
+    for levels, group, rows in formats[family]:
+        n = 384 if family == "tiles" else 264
+        for m, k in ((1, 128), (75, 384), (300, 2176), (530, 512)):
+            x, bias = torch.randn(m, k, device="cuda").bfloat16(), torch.randn(n, device="cuda").bfloat16()
+            if hopper_cannot(x, torch.empty(n, 0, dtype=levels.dtype), group):
+                return
+            geometry = Geometry(None if rows == n else rows, group)
+            if family == "4-bit":
+                codes, scale = four_bit(n, k, levels, group)
+                quantized, values = (x, None), runtime.code_values(levels)
+                weight = runtime.dequantize_flat4(codes, scale, levels, group, torch.bfloat16)
+                truth = x.double() @ weight.double().t() + bias.double()
+            else:
+                codes, scale = tiled(n, k, levels, geometry, "cuda")
+                quantized, values = quantize_activations(x, levels, group), None
+                truth = exact(x, codes, scale, levels, geometry, bias, rounded=True)
+            for tile in wide.COSTS[family]:
+                tile = tile._replace(split=split)
+                inputs = *quantized, codes, scale, bias, x.dtype, group, rows, values, tile
+                got = poisoned(partial(wide.multiply, *inputs), m * n)
+                # bfloat16's own rounding, and what FP8 tensor cores drop of each addend
+                assert (got.double() - truth).abs().max() <= 1.5 * torch.finfo(x.dtype).eps * truth.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["hopper", "cuda", "triton", "dequantize"])
 @by_name
 @by_geometry
 def test_extreme_scales_and_nan_come_through(backend, levels, geometry, monkeypatch):
-    monkeypatch.setattr(choice, "limits", lambda family, device: choice.Limits(None, None))
+    monkeypatch.setattr(choice, "limits", lambda family, device: EVERYWHERE)
     codes, scale = tiled(128, 256, levels, geometry, "cuda", spread=6.0)
     x = torch.randn(5, 256, device="cuda", dtype=torch.bfloat16)
     x[0], x[1, 3], x[2], x[3] = 0, float("nan"), x[2] * 1e30, x[3] * 1e-30
-    truth = exact(x, codes, scale, levels, geometry, None, rounded=backend == "triton")
+    if backend == "hopper" and hopper_cannot(x, codes, geometry.cols):
+        return
+    truth = exact(x, codes, scale, levels, geometry, None, rounded=backend in ROUNDED)
     with use_backend(backend):
         out = runtime.linear_tiles(x, codes, scale, levels, geometry, None)
     assert not out[0].any() and out[1].isnan().all()
@@ -247,17 +331,22 @@ def test_all_256_codes_decode_exactly_in_the_skinny_kernel(dtype):
 
 
 @pytest.mark.gpu
-def test_linears_are_captured_by_a_cuda_graph():
+def test_linears_are_captured_by_a_cuda_graph(monkeypatch):
+    limits = choice.limits
+    hoppers = lambda *args: replace(limits(*args), hopper=((0, 48, 48),))  # noqa: E731
+    monkeypatch.setattr(choice, "limits", hoppers)
     codes, scale = tiled(256, 512, INT8, Geometry(128, 128), "cuda")
     packed, absmax = four_bit(256, 512, NF4, 64)
-    for m in (1, 16, 300):
+    hopper = not hopper_cannot(torch.empty(1, 512, dtype=torch.bfloat16, device="cuda"), codes, 128)
+    for m, backend in ((1, None), (16, None), (300, None), (48, "hopper" if hopper else None)):
         x = torch.randn(m, 512, device="cuda", dtype=torch.bfloat16)
 
-        def run(x=x):
-            return (
-                runtime.linear_tiles(x, codes, scale, INT8, Geometry(128, 128), None),
-                runtime.linear_flat4(x, packed, absmax, NF4, 64, None),
-            )
+        def run(x=x, backend=backend):
+            with use_backend(backend) if backend else nullcontext():
+                return (
+                    runtime.linear_tiles(x, codes, scale, INT8, Geometry(128, 128), None),
+                    runtime.linear_flat4(x, packed, absmax, NF4, 64, None),
+                )
 
         expected = run()
         graph = torch.cuda.CUDAGraph()
