@@ -323,7 +323,8 @@ __launch_bounds__(THREADS, 1) multiply_wide(const __grid_constant__ Arguments o)
 #endif
 #define START(sums, step, p)                                                                             \
   {                                                                                                      \
-    SCALES(sums, (step) * PARTS + (p))                                                                   \
+    u32 g = min((step) * PARTS + (p), o.groups - 1); /* past K codes are zero, scales must not be NaN */ \
+    SCALES(sums, g)                                                                                      \
     if ((p) == 0) wait_for(full + 8 * ahead, ahead_parity);                                              \
     u64 a = described(base + LEFT_AT + ahead * LEFT_BYTES + group * 64 * 128);                           \
     u64 b = described(base + ahead * RIGHT_BYTES);                                                       \

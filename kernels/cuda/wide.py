@@ -60,7 +60,7 @@ COSTS = {
     "groups": {Tile(64, 2, 6): Cost(0.454, 1.9), Tile(128, 2, 5): Cost(0.689, 2.9)},
 }  # fmt: skip
 # Share of the multiprocessors that clusters of so many blocks can fill, as measured: each lies in one part of the GPU.
-SPLITS = {1: 1.0, 2: 1.0, 3: 0.82, 4: 0.85, 6: 0.73}
+SPLITS = {1: 1.0, 2: 0.95, 3: 0.82, 4: 0.85, 6: 0.73}
 SPLIT_COST = 2.0, 0.6  # us: to add sums of several blocks, and per block
 
 
@@ -89,19 +89,21 @@ def tile_for(kind: int, group: int | None, x_left: bool, m: int, n: int, k: int,
     left, right = (m, n) if x_left else (n, m)
     steps = -(-k // STEP[kind])
 
+    def blocks(tile: Tile) -> int:
+        return -(-left // (64 * tile.groups)) * -(-right // tile.right) * tile.split
+
     def microseconds(tile: Tile) -> float:
         cost = COSTS[family][tile._replace(split=1)]
-        blocks = -(-left // (64 * tile.groups)) * -(-right // tile.right) * tile.split
-        room = max(int(multiprocessors * SPLITS[tile.split]) // tile.split, 1) * tile.split
-        waves = -(-blocks // room)
-        adding = SPLIT_COST[0] + SPLIT_COST[1] * tile.split if tile.split > 1 else 0.0
-        return waves * (-(-steps // tile.split) * cost.stage + cost.tile) + adding
+        if tile.split == 1:
+            return -(-blocks(tile) // multiprocessors) * (steps * cost.stage + cost.tile)
+        adding = SPLIT_COST[0] + SPLIT_COST[1] * tile.split
+        return -(-steps // tile.split) * cost.stage + cost.tile + adding
 
-    wanted = [
-        tile._replace(split=split) for tile in COSTS[family] for split in SPLITS
-        if split == 1 or steps >= 3 * split
-    ]  # fmt: skip
-    return min(wanted, key=microseconds)
+    wanted = (tile._replace(split=split) for tile in COSTS[family] for split in SPLITS)
+    return min(
+        (tile for tile in wanted if tile.split == 1 or blocks(tile) <= multiprocessors * SPLITS[tile.split]),
+        key=microseconds,
+    )
 
 
 def _instruction(kind: int, dtype: torch.dtype, width: int) -> str:
@@ -197,6 +199,14 @@ def why_not_shape(n: int, k: int, codes: torch.dtype, group: int | None, dtype: 
     return None if fits and not k % (group or 1) else f"groups of {group} in K={k}"
 
 
+def _in_columns(scale: torch.Tensor) -> torch.Tensor:
+    """(M, groups) with M fastest and columns at multiples of 16 bytes, as the fused quantizer makes them."""
+    m, pitch = len(scale), scale.stride(1)
+    if scale.stride(0) == 1 and pitch >= m and pitch % 4 == 0:
+        return scale
+    return torch.nn.functional.pad(scale.t(), (0, -m % 4)).contiguous()[:, :m].t()
+
+
 def multiply(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
@@ -216,7 +226,7 @@ def multiply(
 
     Args:
         x: codes of the kind of `codes`; for 4-bit codes floats of `dtype`.
-        x_scale: (M, K / group) float32, M fastest, each column at a multiple of 16 bytes; None for 4-bit codes.
+        x_scale: (M, K / group) float32, M fastest; None for 4-bit codes.
         codes: (N, K) int8 or float8_e4m3fn, or (N, K/2) uint8 with the high nibble first.
         scale: float32, row-major (N / rows_per_scale, K / group).
         rows_per_scale: of W: a power of two, or N for one scale.
@@ -239,6 +249,7 @@ def multiply(
     factors, scales_map, pitch = ((x_map, w_map) if x_left else (w_map, x_map)), x_map, 0
     groups = k // group if group else 1
     if parts:
+        x_scale = _in_columns(x_scale)
         pitch = x_scale.stride(1)
         if not x_left:
             scales_map = _map(x_scale.data_ptr(), x_scale.dtype, groups, m, 4 * pitch, (parts, tile.right), False)

@@ -128,12 +128,20 @@ def test_tiles_for_hopper_fit_and_share_out_all_multiprocessors(kind, group, row
         for n, k in ((12288, 3072), (3072, 15360), (1280, 1280), (8, 128)):
             tile = wide.tile_for(kind, group, x_left, m, n, k, 132)
             assert wide.shared_bytes(kind, group, x_left, tile) <= wide.SHARED_BYTES
-            if (n, k) == (3072, 15360) and m <= 300:
+            if (n, k) == (3072, 15360) and m <= 256:
                 blocks = -(-m // (64 * tile.groups if x_left else tile.right)) * tile.split
                 blocks *= -(-n // (tile.right if x_left else 64 * tile.groups))
                 assert blocks >= 90
     sums = 64 if kind != 8 else 128
     assert wide._instruction(kind, torch.bfloat16, 2 * sums).count("d[") == sums
+
+
+@pytest.mark.parametrize(("m", "groups"), [(129, 3), (128, 1), (1, 4), (6, 1)])
+def test_scales_of_x_lie_where_the_copy_engine_can_read_them(m, groups):
+    scale = torch.rand(groups, m).t()
+    for given in (scale, scale.contiguous()):
+        got = wide._in_columns(given)
+        assert torch.equal(got, scale) and got.stride(0) == 1 and got.stride(1) % 4 == 0 and got.stride(1) >= m
 
 
 def test_hoppers_kernel_says_which_shapes_it_takes():
