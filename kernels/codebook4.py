@@ -13,7 +13,19 @@ from typing import ClassVar
 
 import torch
 
-from .grids import Levels, by_division_, by_reciprocal_, decode, encode, squared_error, tile_errors
+from .dispatch import op
+from .grids import (
+    Grid,
+    Levels,
+    by_division_,
+    by_reciprocal_,
+    decode,
+    encode,
+    squared_error,
+    tile_errors,
+    why_not_codes,
+)
+from .packing import pack_nibbles
 from .scales import Geometry, scale_from_absmax
 
 RoundFn = Callable[[torch.Tensor], torch.Tensor]
@@ -187,7 +199,7 @@ ROWS = Geometry(1, None)
 
 
 @dataclass(frozen=True)
-class FlatGrid:
+class FlatGrid(Grid):
     """Levels with one scale per `group_size` consecutive elements of the flattened weight; the last may be shorter.
 
     `scale` is (ceil(N * K / group_size),) float32: absmax, 1.0 for zero blocks.
@@ -218,6 +230,9 @@ class FlatGrid:
         parts = [encode(run, part, self.levels, ROWS, seed) for run, part in pairs]
         return _joined(parts).view(weight.shape)
 
+    def nearest(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return nearest_flat4(weight, self.levels, self.group_size, False)
+
     def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
         runs = self._runs(weight)
         sums = [
@@ -247,3 +262,25 @@ class FlatGrid:
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0].view(-1) if len(parts) == 1 else torch.cat([part.view(-1) for part in parts])
+
+
+@op
+def nearest_flat4(
+    weight: torch.Tensor, levels: Levels, group_size: int, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, absmax) of round-to-nearest on a `FlatGrid`: (N, K), or `packed` (N, K/2) with the high nibble first.
+
+    Backends read the weight once and pack in registers.
+    """
+    grid = FlatGrid(levels, group_size)
+    scale = grid.scale(weight)
+    codes = grid.encode(weight, scale)
+    return (pack_nibbles(codes, high_first=True) if packed else codes), scale
+
+
+@nearest_flat4.backend("triton", lambda weight, levels, group_size, packed: why_not_codes(weight, levels))
+def _nearest_flat4(weight, levels, group_size, packed):
+    from .triton import quantize
+
+    how = (levels.name, levels.dtype, levels.qmax, levels.kernel, group_size, packed)
+    return quantize.quantize_groups(weight, *how)

@@ -152,11 +152,8 @@ def nearest_codes(
     return codes
 
 
-def _why_not_codes(
-    weight: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry, seed: int
-) -> str | None:
-    if seed:
-        return "stochastic rounding draws torch's random numbers"
+def why_not_codes(weight: torch.Tensor, levels: Levels) -> str | None:
+    """Why no kernel rounds this weight to these levels; None when one does."""
     if levels.kernel is None:
         return f"no kernel rounds to {levels.name}"
     if weight.dtype == torch.float64:
@@ -164,11 +161,48 @@ def _why_not_codes(
     return (why_not_float8(weight) if levels.dtype == torch.float8_e4m3fn else None) or why_not_triton(weight)
 
 
-@nearest_codes.backend("triton", _why_not_codes)
+def _why_not_nearest_codes(
+    weight: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry, seed: int
+) -> str | None:
+    return "stochastic rounding draws torch's random numbers" if seed else why_not_codes(weight, levels)
+
+
+@nearest_codes.backend("triton", _why_not_nearest_codes)
 def _nearest_codes(weight, scale, levels, geometry, seed):
     from .triton import encode
 
     return encode.encode(weight, scale, levels.name, levels.dtype, levels.kernel)
+
+
+@op
+def nearest_tiles(weight: torch.Tensor, levels: Levels, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scale) of round-to-nearest: scale = absmax / qmax of each tile, 1.0 for zero blocks; then `encode`.
+
+    Backends read the weight once where a tile fits the GPU's registers or caches.
+    """
+    scale = scale_from_absmax(geometry.absmax(weight), levels.qmax)
+    return encode(weight, scale, levels, geometry), scale
+
+
+def _power_of_two(size: int, largest: int) -> bool:
+    return 16 <= size <= largest and size & (size - 1) == 0
+
+
+def _why_not_nearest(weight: torch.Tensor, levels: Levels, geometry: Geometry) -> str | None:
+    rows, cols = geometry.rows, geometry.cols
+    whole = cols is None and rows in (None, 1)
+    group = rows == 1 and cols is not None and _power_of_two(cols, 4096)
+    square = rows is not None and rows == cols and _power_of_two(rows, 256)
+    if not (whole or group or square):
+        return f"tiles of {rows} x {cols}"
+    return why_not_codes(weight, levels)
+
+
+@nearest_tiles.backend("triton", _why_not_nearest)
+def _nearest_tiles(weight, levels, geometry):
+    from .triton import quantize
+
+    return quantize.quantize_tiles(weight, levels.name, levels.dtype, levels.qmax, geometry.rows, geometry.cols)
 
 
 def _clear_zero_blocks_(codes: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, geometry: Geometry) -> None:
@@ -251,6 +285,11 @@ class Grid(Protocol):
     def encode(self, weight: torch.Tensor, scale: Scale, seed: int = 0) -> torch.Tensor:
         """Nearest codes under given scales, ties to even; stochastic rounding for a seed other than 0."""
 
+    def nearest(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scale]:
+        """(codes, scale) of round-to-nearest: `encode` under `scale`."""
+        scale = self.scale(weight)
+        return self.encode(weight, scale), scale
+
     def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale) -> tuple[float, float]:
         """(sum of squared errors, sum of squared weights) of stored codes."""
 
@@ -268,7 +307,7 @@ class Grid(Protocol):
 
 
 @dataclass(frozen=True)
-class TiledGrid:
+class TiledGrid(Grid):
     """Levels times a tile geometry; `scale` is the 2-D grid of `Geometry.grid_shape`."""
 
     levels: Levels
@@ -280,6 +319,9 @@ class TiledGrid:
 
     def encode(self, weight: torch.Tensor, scale: torch.Tensor, seed: int = 0) -> torch.Tensor:
         return encode(weight, scale, self.levels, self.geometry, seed)
+
+    def nearest(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return nearest_tiles(weight, self.levels, self.geometry)
 
     def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
         return squared_error(weight, codes, scale, self.levels, self.geometry)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from .grids import E4M3, decode, encode, squared_error, tile_errors
+from .grids import E4M3, Grid, decode, encode, squared_error, tile_errors
 from .scales import TINY, Geometry
 
 BLOCK = 32
@@ -32,7 +32,7 @@ def e8m0_value(exponent: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Mxfp8Grid:
+class Mxfp8Grid(Grid):
     """`scale` is (N, K/32) uint8, E8M0; 0 marks a zero block, whose codes are 0x00. K is a multiple of 32."""
 
     scale_step: ClassVar[float] = 1.0

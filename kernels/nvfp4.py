@@ -11,6 +11,7 @@ from .codebook4 import E2M1
 from .grids import (
     E4M3,
     E4M3_SCALE_STEP,
+    Grid,
     chosen_e4m3,
     decode,
     encode,
@@ -36,7 +37,7 @@ class Nvfp4Scale(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Nvfp4Grid:
+class Nvfp4Grid(Grid):
     """K is a multiple of 16. A zero tensor has per_tensor 1.0 and otherwise only zero bytes."""
 
     scale_step: ClassVar[float] = E4M3_SCALE_STEP

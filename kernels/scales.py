@@ -57,7 +57,7 @@ class Geometry:
 @op
 def tile_absmax(weight: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """`Geometry.absmax` of a weight that is not empty and not float64."""
-    grid = geometry.grid_shape(tuple(weight.shape))
+    grid, weight = geometry.grid_shape(tuple(weight.shape)), weight.contiguous()
     if geometry.rows is None and geometry.cols is None:
         low, high = torch.aminmax(weight)
     elif geometry.rows == 1 and weight.device.type == "cpu":

@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from .codebook4 import constant, fast_codes, look_up
-from .grids import E4M3_SCALE_STEP, chosen_e4m3, rescaled_e4m3
+from .grids import E4M3_SCALE_STEP, Grid, chosen_e4m3, rescaled_e4m3
 from .scales import CHUNK_ELEMENTS, TINY, Geometry, chunk_rows
 
 GROUP = 16
@@ -58,7 +58,7 @@ class W4A8Scale(NamedTuple):
 
 
 @dataclass(frozen=True)
-class W4A8Grid:
+class W4A8Grid(Grid):
     """Grid of an already rotated weight; K is a multiple of 16."""
 
     scale_step: ClassVar[float] = E4M3_SCALE_STEP

@@ -127,8 +127,7 @@ def quantized_layer(format: Format, weight: torch.Tensor, options: FormatOptions
     """suffix -> stored tensor of a weight, rounded to nearest."""
     prepared = format.prepare(weight, options)
     grid = format.grid(LayerInput(tuple(weight.shape), "BF16"), options)
-    scale = grid.scale(prepared)
-    return format.pack(grid.encode(prepared, scale), scale, options)
+    return format.quantize(prepared, grid, options)
 
 
 def bench_linears(

@@ -1,13 +1,110 @@
-"""Quantize weights: the largest magnitude of each tile, codes under given scales, nibbles packed. Bits as eager's."""
+"""Codes of weights under given scales, largest magnitudes, nibbles packed. Bits as eager's."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .rounding import divide, divide_many, magnitude, round_int8
 from .tiles import block_columns
+
+KINDS = {"int8": 0, "e4m3fn": 1, "nf4": 2, "fp4": 3}
+_INT8, _E4M3, _NF4, _FP4 = (tl.constexpr(kind) for kind in KINDS.values())
+
+# Strips of [-1, 1] (NF4) or [0, 1] (FP4), by the upper bits of a fixed-point number; each holds at most one threshold.
+STRIPS = 32
+
+
+def strip_table(thresholds: tuple[float, ...], signed: bool) -> tuple[int, ...]:
+    """What to add to a 32-bit fixed-point x of each strip, so that its upper 4 bits count the thresholds below x.
+
+    x has 31 fraction bits where it is `signed`, else 32: every float near a threshold is exact.
+    """
+    width = (1 << 32) // STRIPS
+    rounded = torch.tensor(thresholds, dtype=torch.float32).tolist()
+    above = [int(threshold * 2 ** (31 if signed else 32)) + 1 for threshold in rounded]  # the first x past each
+    table = []
+    for strip in range(STRIPS):
+        low = width * (strip - STRIPS if signed and strip >= STRIPS // 2 else strip)
+        rank = sum(first <= low for first in above)
+        inside = [first for first in above if low < first < low + width]
+        if len(inside) > 1:
+            raise ValueError(f"thresholds {inside} are closer than a strip of {width}")
+        entry = ((rank + 1) << 28) - inside[0] if inside else (rank << 28) - low
+        table.append((entry + (1 << 31)) % (1 << 32) - (1 << 31))
+    return tuple(table)
+
+
+@cache
+def table_of(name: str, thresholds: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """`strip_table` of a code table on a device; anything for levels that round by arithmetic."""
+    values = strip_table(thresholds, name == "nf4") if thresholds else (0,) * STRIPS
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+# Every lane loads its own entry of the 32, then four elements at a time fetch the entries of their strips from each
+# other. A gather from memory would move the tile to another layout and back, through shared memory.
+_FETCH = tl.constexpr(
+    "{ .reg .b32 lane, entry; .reg .b64 at; mov.u32 lane, %laneid; mad.wide.u32 at, lane, 4, $8; "
+    "ld.global.nc.b32 entry, [at];"
+    + "".join(f" shfl.sync.idx.b32 ${i}, entry, ${i + 4}, 31, -1;" for i in range(4))
+    + " }"
+)
+_FETCH_REGISTERS = tl.constexpr("=r,=r,=r,=r,r,r,r,r,l,l,l,l")
+
+
+@triton.jit
+def fetch(table, strip):
+    """table[strip] for a table of 32 entries."""
+    address = tl.cast(table, tl.int64, bitcast=True)
+    return tl.inline_asm_elementwise(_FETCH, _FETCH_REGISTERS, [strip, address], dtype=tl.int32, is_pure=False, pack=4)
+
+
+@triton.jit
+def code_word(x, table, KIND: tl.constexpr):
+    """x of a 4-bit format -> int32 whose upper 4 bits are the NF4 code, or the sign and the rank of |x| for FP4."""
+    if KIND == _NF4:
+        fixed = tl.minimum(x * 2147483648.0, 2147483520.0).to(tl.int32)  # below -1 the conversion saturates
+        word = fixed + fetch(table, fixed.to(tl.uint32, bitcast=True) >> 27)
+    else:
+        x = tl.math.fma(x, 4294967296.0, 0.0)  # -0 becomes +0: it is not below 0
+        fixed = tl.minimum(tl.abs(x), 4294967040.0).to(tl.uint32)
+        word = fixed.to(tl.int32, bitcast=True) + fetch(table, fixed >> 27)
+        word |= x.to(tl.int32, bitcast=True) & -2147483648
+    return word
+
+
+@triton.jit
+def upper_nibble(word, KIND: tl.constexpr):
+    """The code in the upper 4 bits of a `code_word`."""
+    code = (word >> 28) & 15
+    if KIND == _FP4:
+        code ^= (code & 2) << 1  # magnitudes in ascending order have the codes 0 1 6 7 4 5 2 3
+    return code.to(tl.uint8)
+
+
+@triton.jit
+def packed_nibbles(even, odd, KIND: tl.constexpr):
+    """Two `code_word`s -> one byte, the even code in the high nibble."""
+    byte = ((even >> 24) & 0xF0) | ((odd >> 28) & 15)
+    if KIND == _FP4:
+        byte ^= (byte & 0x22) << 1
+    return byte.to(tl.uint8)
+
+
+@triton.jit
+def codes_of(value, scale, inverse, table, KIND: tl.constexpr):
+    """Codes of float32 values under any scales, one per byte; `inverse` is 1 / scale correctly rounded."""
+    if KIND == _INT8:
+        return round_int8(divide_many(value, scale, inverse))
+    elif KIND == _E4M3:
+        return tl.minimum(tl.maximum(value * inverse, -448.0), 448.0).to(tl.float8e4nv)
+    else:
+        return upper_nibble(code_word(value * inverse, table, KIND), KIND)
 
 
 @triton.jit
@@ -34,58 +131,54 @@ def _tile_absmax(x, out, k, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.con
     tl.store(out + tl.program_id(0) * (k // COLS) + tl.program_id(1), most)
 
 
-def _runs(x: torch.Tensor, count: int, size: int) -> torch.Tensor:
-    out = torch.empty(count, dtype=torch.float32, device=x.device)
-    block = min(triton.next_power_of_2(size), 1024)
-    runs = 4096 // block
-    with torch.cuda.device(x.device):
-        _run_absmax[(triton.cdiv(count, runs),)](x, out, count, size, runs, block, num_warps=4)
-    return out
+@triton.jit
+def _whole_absmax(x, out, count, rounds, programs, BLOCK: tl.constexpr):
+    """The largest magnitude of everything into `out`, which holds 0; as int32 bits, so that no order matters."""
+    largest = tl.zeros((BLOCK,), dtype=tl.int32)
+    for index in range(rounds):
+        at = (index * programs + tl.program_id(0)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x + at, at < count, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, magnitude(value))
+    tl.atomic_max(out, tl.max(largest, 0), sem="relaxed")
+
+
+WHOLE = (4096, 8, 1024)  # elements at a time, warps, most programs: each ends in an atomic on one address
+
+
+def whole_absmax(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous floats -> (1, 1) float32; NaN if one is."""
+    block, warps, most = WHOLE
+    out = torch.zeros((1, 1), dtype=torch.int32, device=x.device)
+    blocks = -(-x.numel() // block)
+    programs = min(blocks, most)
+    numbers = (x.numel(), -(-blocks // programs), programs, block)
+    launch(_whole_absmax, (programs, 1, 1), (x, out), *numbers, num_warps=warps)
+    return out.view(torch.float32)
 
 
 def absmax(x: torch.Tensor, rows: int | None, cols: int | None) -> torch.Tensor:
     """(N, K) -> float32 absmax of every tile of rows x cols (None: the whole extent); NaN where a tile holds NaN."""
     n, k = x.shape
     x = x.contiguous()
-    if rows == 1:
-        return _runs(x, x.numel() // (cols or k), cols or k).view(n, -1)
     if rows is None:
-        whole = x.numel() // 8192 * 8192
-        parts = [_runs(x, whole // 8192, 8192)] if whole else []
-        if whole < x.numel():
-            parts.append(_runs(x.view(-1)[whole:], 1, x.numel() - whole))
-        return torch.cat(parts).amax().view(1, 1)
-    out = torch.empty((n // rows, k // cols), dtype=torch.float32, device=x.device)
-    with torch.cuda.device(x.device):
-        _tile_absmax[(n // rows, k // cols)](x, out, k, rows, cols, min(rows, max(4096 // cols, 1)), num_warps=4)
+        return whole_absmax(x)
+    out = torch.empty((n // rows, k // (cols or k)), dtype=torch.float32, device=x.device)
+    if rows == 1:
+        size = cols or k
+        block = min(triton.next_power_of_2(size), 1024)
+        runs = 4096 // block
+        grid = (-(-out.numel() // runs), 1, 1)
+        launch(_run_absmax, grid, (x, out), out.numel(), size, runs, block, num_warps=4)
+    else:
+        step = min(rows, max(4096 // cols, 1))
+        launch(_tile_absmax, (*out.shape, 1), (x, out), k, rows, cols, step, num_warps=4)
     return out
 
 
 @triton.jit
-def _rank16(x, T: tl.constexpr):
-    """How many of 15 ascending thresholds lie strictly below x, by bisection."""
-    a = x > T[7]
-    b = x > tl.where(a, T[11], T[3])
-    c = x > tl.where(a, tl.where(b, T[13], T[9]), tl.where(b, T[5], T[1]))
-    low = tl.where(b, tl.where(c, T[6], T[4]), tl.where(c, T[2], T[0]))
-    high = tl.where(b, tl.where(c, T[14], T[12]), tl.where(c, T[10], T[8]))
-    d = x > tl.where(a, high, low)
-    return a.to(tl.int32) * 8 + b.to(tl.int32) * 4 + c.to(tl.int32) * 2 + d.to(tl.int32)
-
-
-@triton.jit
-def _rank8(x, T: tl.constexpr):
-    """The same for 7 thresholds."""
-    a = x > T[3]
-    b = x > tl.where(a, T[5], T[1])
-    c = x > tl.where(a, tl.where(b, T[6], T[4]), tl.where(b, T[2], T[0]))
-    return a.to(tl.int32) * 4 + b.to(tl.int32) * 2 + c.to(tl.int32)
-
-
-@triton.jit
 def _encode(
-    x, scale, codes, n, k, grid_cols, tile_rows, tile_cols,
-    KIND: tl.constexpr, T: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, scale, table, codes, n, k, grid_cols, tile_rows, tile_cols,
+    KIND: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     cols = tl.program_id(1) * BK + tl.arange(0, BK)
@@ -95,22 +188,7 @@ def _encode(
     # A program's columns lie in one tile, so each of its rows has one scale.
     s = tl.load(scale + rows // tile_rows * grid_cols + tl.program_id(1) * BK // tile_cols, rows < n, other=1.0)
     s = s[:, None]
-    inverse = divide(1.0, s)
-    if KIND == 0:
-        q = round_int8(divide_many(value, s, inverse))
-    else:
-        value *= inverse
-        if KIND == 1:
-            q = tl.minimum(tl.maximum(value, -448.0), 448.0).to(tl.float8e4nv)
-        elif KIND == 2:
-            q = _rank16(value, T).to(tl.uint8)
-        else:
-            rank = _rank8(tl.abs(value), T)
-            q = ((rank ^ ((rank & 2) << 1)) + tl.where(value < 0, 8, 0)).to(tl.uint8)
-    tl.store(codes + at, q, inside)
-
-
-KINDS = {"int8": 0, "e4m3fn": 1, "nf4": 2, "fp4": 3}
+    tl.store(codes + at, codes_of(value, s, divide(1.0, s), table, KIND), inside)
 
 
 def encode(
@@ -118,16 +196,13 @@ def encode(
 ) -> torch.Tensor:
     """(N, K) floats, scales as a grid over it -> (N, K) codes of the levels `name`, nearest with ties as theirs."""
     n, k = x.shape
-    x = x.contiguous()
     grid_rows, grid_cols = scale.shape
     codes = torch.empty((n, k), dtype=dtype, device=x.device)
     block_k = block_columns(k, k // grid_cols)
     block_n = 2048 // block_k
-    with torch.cuda.device(x.device):
-        _encode[(triton.cdiv(n, block_n), triton.cdiv(k, block_k))](
-            x, scale.contiguous(), codes, n, k, grid_cols, n // grid_rows, k // grid_cols,
-            KIND=KINDS[name], T=thresholds, BN=block_n, BK=block_k, num_warps=4,
-        )  # fmt: skip
+    tensors = (x.contiguous(), scale.contiguous(), table_of(name, thresholds, x.device), codes)
+    numbers = (n, k, grid_cols, n // grid_rows, k // grid_cols, KINDS[name], block_n, block_k)
+    launch(_encode, (-(-n // block_n), -(-k // block_k), 1), tensors, *numbers, num_warps=4)
     return codes
 
 
@@ -144,8 +219,6 @@ def pack(codes: torch.Tensor, high_first: bool) -> torch.Tensor:
     """(N, K) one code per byte -> (N, K/2) uint8."""
     n, k = codes.shape
     out = torch.empty((n, k // 2), dtype=torch.uint8, device=codes.device)
-    with torch.cuda.device(codes.device):
-        _pack[(triton.cdiv(out.numel(), 4096),)](
-            codes.contiguous().view(torch.int16), out, out.numel(), high_first, 4096, num_warps=4
-        )
+    pairs = codes.contiguous().view(torch.int16)
+    launch(_pack, (-(-out.numel() // 4096), 1, 1), (pairs, out), out.numel(), high_first, 4096, num_warps=4)
     return out

@@ -21,13 +21,28 @@ def magnitude(x):
 @triton.jit
 def round_int8(x):
     """Nearest even integer in [-127, 127]; NaN becomes some code."""
-    x = tl.minimum(tl.maximum(x, -127.0), 127.0)
-    return ((x + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 * 2^23: float32 has no fraction bits there
+    return nearest_integer(tl.minimum(tl.maximum(x, -127.0), 127.0))
+
+
+@triton.jit
+def nearest_integer(x):
+    """Nearest even integer of |x| < 128 as int8."""
+    # 1.5 * 2^23: float32 has no fraction bits there, and the low byte of its bits is the integer.
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def divide_small(a, b, inverse):
+    """a / b, correctly rounded, in three operations; `inverse` is 1 / b correctly rounded (Markstein 1990).
+
+    For quotients far from overflow; tiny ones may be off, where they round to 0 anyway.
+    """
+    guess = a * inverse
+    return tl.math.fma(tl.math.fma(-guess, b, a), inverse, guess)
 
 
 @triton.jit
 def divide_many(a, b, inverse):
-    """a / b, correctly rounded, in three operations; `inverse` is 1 / b correctly rounded (Markstein 1990)."""
+    """`divide_small` for any quotient: past 1e30, which is past all codes, it is inexact."""
     guess = a * inverse
-    close = tl.math.fma(tl.math.fma(-guess, b, a), inverse, guess)
-    return tl.where(tl.abs(guess) < 1e30, close, guess)  # past all codes; the remainder would overflow
+    return tl.where(tl.abs(guess) < 1e30, divide_small(a, b, inverse), guess)  # the remainder would overflow

@@ -113,6 +113,15 @@ class Format(ABC):
     def pack(self, codes: torch.Tensor, scale: Scale, options: FormatOptions) -> dict[str, torch.Tensor]:
         """suffix -> stored tensor."""
 
+    def quantize(
+        self, prepared: torch.Tensor, grid: Grid, options: FormatOptions, seed: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """Prepared weight -> stored tensors with the nearest codes; rounded stochastically for a seed other than 0."""
+        if not seed:
+            return self.pack(*grid.nearest(prepared), options)
+        scale = grid.scale(prepared)
+        return self.pack(grid.encode(prepared, scale, seed), scale, options)
+
     @abstractmethod
     def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
         """Stored tensors -> (N, K) float32, written apart from the encoder (FORMATS 2.6)."""

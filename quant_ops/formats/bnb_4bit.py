@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.codebook4 import FP4, NF4, FlatGrid
+from ...kernels.codebook4 import FP4, NF4, FlatGrid, nearest_flat4
 from ...kernels.dispatch import Op
 from ...kernels.grids import Levels
 from ...kernels.packing import pack_nibbles, unpack_nibbles
@@ -78,6 +78,14 @@ class Bnb4Bit(Format):
 
     def pack(self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions) -> dict[str, torch.Tensor]:
         return {"weight": pack_nibbles(codes, high_first=True), "absmax": scale}
+
+    def quantize(
+        self, prepared: torch.Tensor, grid: FlatGrid, options: FormatOptions, seed: int = 0
+    ) -> dict[str, torch.Tensor]:
+        if seed:
+            return super().quantize(prepared, grid, options, seed)
+        codes, absmax = nearest_flat4(prepared, self.levels, options.block_size, True)
+        return {"weight": codes, "absmax": absmax}
 
     def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
         codes = unpack_nibbles(tensors["weight"], high_first=True)

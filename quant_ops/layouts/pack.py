@@ -60,9 +60,7 @@ class PackLayout(QuantizedLayout):
         padded = _pad(rows, cls._stored_layer(tuple(rows.shape)).shape)
         grid = cls.FORMAT.grid(LayerInput(tuple(padded.shape), DTYPE_NAMES[padded.dtype]), cls.OPTIONS)
         padded = cls.FORMAT.prepare(padded, cls.OPTIONS)
-        found = grid.scale(padded)
-        codes = grid.encode(padded, found, seed=stochastic_rounding or 0)
-        stored = cls.FORMAT.pack(codes, found, cls.OPTIONS)
+        stored = cls.FORMAT.quantize(padded, grid, cls.OPTIONS, stochastic_rounding or 0)
         return stored["weight"], cls.params_of(stored, tensor.dtype, tuple(rows.shape))
 
     @classmethod

@@ -144,8 +144,7 @@ def choose(method: Method, layer: Layer) -> Choice:
 
 def nearest_codes(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Scale]:
     """(codes, scale) of round-to-nearest: scale = absmax / qmax, each weight to the closest code, ties to even."""
-    scale = grid.scale(weight)
-    return grid.encode(weight, scale), scale
+    return grid.nearest(weight)
 
 
 def layer_generator(seed: int, name: str, device: torch.device) -> torch.Generator:

@@ -21,27 +21,23 @@ from linear import append
 from torch.nn.functional import gelu
 
 from fewbits.kernels.activations import quantize_activations, quantize_gelu
-from fewbits.kernels.codebook4 import FlatGrid
-from fewbits.kernels.grids import E4M3, INT8, TiledGrid, nearest_codes
-from fewbits.kernels.packing import pack_nibbles
+from fewbits.kernels.codebook4 import nearest_flat4
+from fewbits.kernels.grids import E4M3, INT8, nearest_tiles
 from fewbits.kernels.scales import Geometry
 
 RESULTS = Path(__file__).parent / "results" / "encode.csv"
 SHAPES = ((12288, 3072), (3072, 15360), (8192, 28672))
 
 
+ONE_SCALE = {"int8 tensor": (INT8, Geometry(None, None)), "fp8 tensor": (E4M3, Geometry(None, None))}
+
+
 def quantize(name: str, weight: torch.Tensor) -> None:
-    """Scale, codes and packing as a conversion does them; zero blocks are cleared by reading a flag, which a graph
-    cannot, so the codes are taken without that step."""
+    """Scale, codes and packing, as a layout quantizes; a conversion takes one code per byte first and packs later."""
     if name in gpu.FLAT:
-        levels, group = gpu.FLAT[name]
-        grid = FlatGrid(levels, group)
-        runs, scale = weight.view(-1, group), grid.scale(weight)
-        codes = nearest_codes(runs, scale.view(-1, 1), levels, Geometry(1, None), 0)
-        pack_nibbles(codes.view(weight.shape), high_first=True)
-        return
-    levels, geometry = gpu.TILED[name]
-    nearest_codes(weight, TiledGrid(levels, geometry).scale(weight), levels, geometry, 0)
+        nearest_flat4(weight, *gpu.FLAT[name], True)
+    else:
+        nearest_tiles(weight, *{**gpu.TILED, **ONE_SCALE}[name])
 
 
 def by_peers(kind: str, weights: list[torch.Tensor], layer: gpu.Layer) -> Iterator[tuple[str, float]]:
@@ -61,6 +57,8 @@ def measure(n: int, k: int) -> Iterator[tuple[str, int, float, int]]:
     weights = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(4)]
     target = torch.empty_like(weights[0])
     yield "copy", n, gpu.graph_time([lambda w=w: target.copy_(w) for w in weights]), 4 * n * k
+    for name in ONE_SCALE:
+        yield f"quantize {name}", n, gpu.graph_time([lambda w=w: quantize(name, w) for w in weights]), 2 * n * k
     for name in (*gpu.TILED, *gpu.FLAT):
         layer = gpu.layer(name, n, k)
         moved = {"quantize": 2 * n * k, "decode": layer.codes[0].nbytes + layer.scales[0].nbytes + 2 * n * k}

@@ -1,0 +1,129 @@
+"""Our Triton kernels that quantize weights, run by Triton's interpreter on the CPU, against eager; one line per case.
+
+    python3 tests/kernels/interpreted.py
+
+Prints `equal NAME` or `DIFFERENT NAME`. The interpreter gets what it lacks: fma that rounds once, exact casts (its
+own lose a carry or a subnormal), sizes from one-element arrays (numpy >= 2.4), and the table look-up that a GPU does
+in assembly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+import numpy
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from fewbits.kernels.codebook4 import FP4, NF4, nearest_flat4
+from fewbits.kernels.dispatch import use_backend
+from fewbits.kernels.grids import E4M3, INT8, nearest_codes, nearest_tiles
+from fewbits.kernels.packing import packed_nibbles
+from fewbits.kernels.scales import Geometry, tile_absmax
+from fewbits.kernels.triton import encode
+
+GEOMETRIES = {
+    "tensor": Geometry(None, None), "row": Geometry(1, None), "group 64": Geometry(1, 64),
+    "tile 16": Geometry(16, 16), "tile 64": Geometry(64, 64), "tile 256": Geometry(256, 256),
+}  # fmt: skip
+
+
+def complete_the_interpreter() -> None:
+    patch, convert = interpreter._patch_lang_tensor, interpreter._convert_float
+
+    def patch_tensor(tensor: type, scope: object) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def convert_float(data: numpy.ndarray, source: object, target: object, rounding: object) -> numpy.ndarray:
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return (data.view(numpy.uint16).astype(numpy.uint32) << 16).view(numpy.float32)
+        if (source, target) != (tl.float32, tl.float8e4nv):
+            return convert(data, source, target, rounding)
+        return torch.from_numpy(data.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    def fma(self: object, x: object, y: object, z: object) -> object:
+        exact = x.data.astype(numpy.float64) * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    @triton.jit
+    def fetch(table, strip):
+        return tl.load(table + strip.to(tl.int32))
+
+    interpreter.InterpreterBuilder.create_fma = fma
+    interpreter._patch_lang_tensor, interpreter._convert_float, encode.fetch = patch_tensor, convert_float, fetch
+
+
+def weights(n: int, k: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Wide range of magnitudes, zero blocks of both signs, numbers below TINY, subnormal ones, the largest of a row last."""
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)) * torch.logspace(-8, 4, k)
+    weight[0] = 0
+    weight[1 % n, : k // 2] = -0.0
+    weight[2 % n] *= 1e-30
+    weight[3 % n, : k // 2] = -1e-40
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        yield str(dtype).removeprefix("torch."), weight.to(dtype)
+    yield "transposed", weight.t().contiguous().t()
+
+
+def cases() -> Iterator[tuple[str, object, tuple]]:
+    """(name, op, arguments)."""
+    for levels in (INT8, E4M3):
+        for name, geometry in GEOMETRIES.items():
+            for n, k in ((256, 512),) if "256" in name else ((64, 192), (64, 64)):
+                for kind, weight in weights(n, k):
+                    yield f"{levels.name} {name} {n}x{k} {kind}", nearest_tiles, (weight, levels, geometry)
+        for n, k in ((1, 1), (3, 130), (2, 20000)):
+            for name in ("tensor", "row"):
+                weight = dict(weights(n, k))["bfloat16"]
+                yield f"{levels.name} {name} {n}x{k}", nearest_tiles, (weight, levels, GEOMETRIES[name])
+        weight = torch.randn(64, 192)
+        for name, geometry in list(GEOMETRIES.items())[:5]:
+            scale = torch.rand(geometry.grid_shape((64, 192))) / 99  # some codes are clamped
+            yield f"codes {levels.name} {name}", nearest_codes, (weight, scale, levels, geometry, 0)
+            yield f"absmax {levels.name} {name}", tile_absmax, (weight, geometry)
+    for levels in (NF4, FP4):
+        for group in (32, 64, 4096):
+            for n, k in ((1, 2), (17, 130), (6, 1024)):
+                for kind, weight in weights(n, k):
+                    name = f"{levels.name} {group} {n}x{k} {kind}"
+                    yield name, nearest_flat4, (weight, levels, group, False)
+                    yield f"{name} packed", nearest_flat4, (weight, levels, group, True)
+        bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        for scale in (1.0, 3e-3, 1e30):
+            every = bits[bits.isfinite()].view(-1, 64)
+            yield f"every bfloat16 {levels.name} {scale}", nearest_codes, (
+                every, torch.full((1, 1), scale), levels, Geometry(None, None), 0,
+            )  # fmt: skip
+        near = torch.tensor(levels.kernel)
+        near = torch.stack([near, near.nextafter(torch.tensor(-2.0)), near.nextafter(torch.tensor(2.0))])
+        near = torch.cat([near, -near]).view(1, -1)
+        yield f"ties {levels.name}", nearest_codes, (near, torch.ones(1, 1), levels, Geometry(1, None), 0)
+    for order in (True, False):
+        codes = torch.randint(0, 16, (5, 34), dtype=torch.uint8)
+        yield f"pack {order}", packed_nibbles, (codes, order)
+
+
+def same(got: object, expected: object) -> bool:
+    if isinstance(got, tuple):
+        return all(map(same, got, expected))
+    return got.shape == expected.shape and torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    complete_the_interpreter()
+    for name, op, arguments in cases():
+        with use_backend("eager"):
+            expected = op(*arguments)
+        got = op.backends["triton"][0](*arguments)
+        print("equal" if same(got, expected) else "DIFFERENT", name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
