@@ -139,9 +139,10 @@ def test_tiles_for_hopper_fit_and_share_out_all_multiprocessors(kind, group, row
 @pytest.mark.parametrize(("m", "groups"), [(129, 3), (128, 1), (1, 4), (6, 1)])
 def test_scales_of_x_lie_where_the_copy_engine_can_read_them(m, groups):
     scale = torch.rand(groups, m).t()
-    for given in (scale, scale.contiguous()):
-        got = wide._in_columns(given)
-        assert torch.equal(got, scale) and got.stride(0) == 1 and got.stride(1) % 4 == 0 and got.stride(1) >= m
+    for given in (scale, scale.contiguous(), torch.rand(groups, m + -m % 4)[:, :m].copy_(scale.t()).t()):
+        got, pitch = wide._in_columns(given)
+        assert torch.equal(got, scale) and pitch % 4 == 0 and pitch >= m
+        assert torch.equal(got.as_strided((groups, m), (pitch, 1)), scale.t())
 
 
 def test_hoppers_kernel_says_which_shapes_it_takes():
