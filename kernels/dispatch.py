@@ -9,6 +9,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
+
+REMEMBERED = 4096  # decisions of an op; then it forgets them all: a model has a few dozen shapes
+
 WhyNot = Callable[..., str | None]
 
 _OPS: dict[str, Op] = {}
@@ -19,18 +23,22 @@ _FORCED: list[str] = []
 class Op:
     """One operation: `eager` defines the result, backends give the same result faster.
 
-    Backends are tried in the order of registration; the first without a reason against these inputs runs.
+    Backends are tried in the order of registration; the first without a reason against these inputs runs, and is
+    remembered. So a `why_not` may look at shape, dtype and device of tensors and at all other inputs, at nothing else:
+    a body copes with every stride and address.
     """
 
     name: str
     eager: Callable
     backends: dict[str, tuple[Callable, WhyNot]] = field(default_factory=dict)
+    chosen: dict[tuple, tuple[str, Callable]] = field(default_factory=dict)  # what `why_not` looks at -> decision
 
     def backend(self, name: str, why_not: WhyNot) -> Callable[[Callable], Callable]:
         """Register a body; `why_not(*inputs)` is None when it can run, else the reason in words."""
 
         def register(body: Callable) -> Callable:
             self.backends[name] = (body, why_not)
+            self.chosen.clear()
             return body
 
         return register
@@ -41,9 +49,17 @@ class Op:
         Raises:
             RuntimeError: `use_backend` forces one that cannot run here; the message is its reason.
         """
-        forced = _FORCED[-1] if _FORCED else None
-        if forced == "eager":
-            return "eager", self.eager
+        if _FORCED:
+            return self._first(args, _FORCED[-1])
+        key = tuple([(a.shape, a.dtype, a.device) if isinstance(a, torch.Tensor) else a for a in args])
+        found = self.chosen.get(key)
+        if found is None:
+            if len(self.chosen) >= REMEMBERED:
+                self.chosen.clear()
+            found = self.chosen[key] = self._first(args)
+        return found
+
+    def _first(self, args: tuple, forced: str | None = None) -> tuple[str, Callable]:
         for name, (body, why_not) in self.backends.items():
             if forced and name != forced:
                 continue

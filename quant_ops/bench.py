@@ -60,12 +60,13 @@ def _report(format: Format, device: torch.device, dtype: torch.dtype, shape: tup
     rows = {}
     for m in ROWS:
         x = torch.empty((), dtype=dtype, device=device).expand(m, shape[1])
-        product = format.product(x, stored, layer, options, None)
+        product = format.product(stored, layer, options)
         if product is None:
             rows[m] = {"backend": "decoded", "why_not": {"kernel": f"no kernel multiplies {format.name} codes"}}
         else:
             op, arguments = product
-            rows[m] = {"backend": op.choose(*arguments)[0], "why_not": op.reasons(*arguments)}
+            inputs = (x, *arguments, None)
+            rows[m] = {"backend": op.choose(*inputs)[0], "why_not": op.reasons(*inputs)}
     since = format.min_comfyui if format.native else None
     text = f"{format.name}: {_sentence(rows)}" + (f"; comfy-kitchen's in ComfyUI {since} or newer" if since else "")
     return {"format": format.name, "rows": rows, "native_since": since, "text": text}
@@ -181,8 +182,8 @@ def _bench_format(format: Format, weight: torch.Tensor, inputs: dict[int, torch.
 
 
 def _backend(format: Format, x: torch.Tensor, stored: dict, layer: LayerInput, options: FormatOptions) -> str:
-    product = format.product(x, stored, layer, options, None)
-    return product[0].choose(*product[1])[0] if product else "decoded"
+    product = format.product(stored, layer, options)
+    return product[0].choose(x, *product[1], None)[0] if product else "decoded"
 
 
 def _x(m: int, k: int, device: torch.device) -> torch.Tensor:

@@ -14,7 +14,7 @@ from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 from ...quant_ops.checkpoint.metadata import parse_marker
 from ...quant_ops.errors import CheckpointError, UnsupportedLayerError
 from ...quant_ops.formats import FORMATS, get_format
-from ...quant_ops.layouts import register_layout
+from ...quant_ops.layouts import linear, register_layout
 from ...quant_ops.sources import TORCH_DTYPES, spec_of
 from ...quant_ops.spec import FormatOptions, LayerInput
 from . import controlnet, detect, foreign, merging, text_encoders
@@ -192,10 +192,23 @@ class OwnLinear(OwnFormats):
             self._full_precision_mm = True  # older ComfyUI would quantize activations with our weight layout
         self._fewbits_load_rest(state_dict, prefix, *others)
 
+    def forward_comfy_cast_weights(self, input, *args, **kwargs):
+        # ComfyUI's casts take 14 us to find that weight and bias are where the input is and nothing changes them.
+        weight, bias = self.weight, self.bias
+        if (
+            kwargs.get("weight_only_quant")
+            and self._is_own()
+            and weight.device == input.device
+            and (bias is None or bias.device == input.device)
+            and not (self.weight_function or self.bias_function or "_v" in vars(self))  # `_v`: DynamicVRAM pages it in
+        ):
+            return linear(input, weight, bias)
+        return super().forward_comfy_cast_weights(input, *args, **kwargs)
+
     def _forward(self, input, weight, bias):
         if self._full_precision_mm and not self._fewbits_rounds and self._is_own():
             weight = self._fewbits_convert(weight.to(input.dtype))  # our product would round the input too
-        return super()._forward(input, weight, bias)
+        return linear(input, weight, bias) if self._is_own() else super()._forward(input, weight, bias)
 
     def convert_weight(self, weight, inplace=False, **kwargs):
         return self._fewbits_convert(weight)

@@ -133,14 +133,12 @@ class Format(ABC):
         return self.dequantize(tensors, layer, options).to(dtype)
 
     def product(
-        self,
-        x: torch.Tensor,
-        tensors: dict[str, torch.Tensor],
-        layer: LayerInput,
-        options: FormatOptions,
-        bias: torch.Tensor | None,
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
     ) -> tuple[Op, tuple] | None:
-        """The op that multiplies x by the stored codes, with its arguments; None where the weight is decoded first."""
+        """The op that multiplies x by the stored codes, and its arguments between x and the bias.
+
+        None where the weight is decoded first.
+        """
         return None
 
     def linear(
@@ -152,9 +150,9 @@ class Format(ABC):
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """x (M, K) @ W.T + bias in x's dtype."""
-        if product := self.product(x, tensors, layer, options, bias):
+        if product := self.product(tensors, layer, options):
             op, arguments = product
-            return op(*arguments)
+            return op(x, *arguments, bias)
         return torch.nn.functional.linear(x, self.dequantize_to(tensors, layer, options, x.dtype), bias)
 
     def refuse_misfit(self, layer: LayerInput, options: FormatOptions, specs: dict[str, TensorSpec]) -> None:

@@ -97,14 +97,9 @@ class Bnb4Bit(Format):
         return dequantize_flat4(tensors["weight"], tensors["absmax"], self.levels, options.block_size, dtype)
 
     def product(
-        self,
-        x: torch.Tensor,
-        tensors: dict[str, torch.Tensor],
-        layer: LayerInput,
-        options: FormatOptions,
-        bias: torch.Tensor | None,
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
     ) -> tuple[Op, tuple] | None:
-        arguments = (x, tensors["weight"], tensors["absmax"], self.levels, options.block_size, bias)
+        arguments = (tensors["weight"], tensors["absmax"], self.levels, options.block_size)
         return None if options.full_precision_matrix_mult else (linear_flat4, arguments)
 
 

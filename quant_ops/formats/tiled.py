@@ -72,18 +72,13 @@ class TiledFormat(Format):
         return self.levels in (INT8, E4M3) and not asked_not_to and (cols is None or cols >= MIN_GROUP)
 
     def product(
-        self,
-        x: torch.Tensor,
-        tensors: dict[str, torch.Tensor],
-        layer: LayerInput,
-        options: FormatOptions,
-        bias: torch.Tensor | None,
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
     ) -> tuple[Op, tuple] | None:
         codes, geometry = tensors["weight"], self.geometry(options)
         if not self.multiplies_codes(options) or tuple(codes.shape) != layer.shape:
             return None
         scale = tensors["weight_scale"].reshape(geometry.grid_shape(layer.shape))
-        return linear_tiles, (x, codes, scale, self.levels, geometry, bias)
+        return linear_tiles, (codes, scale, self.levels, geometry)
 
     def options_from(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
         options = self.stored_options(marker, specs)

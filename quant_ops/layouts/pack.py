@@ -6,7 +6,7 @@ The layout's name carries the options (`FewBitsInt8Blockwise128`), because Comfy
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from comfy_kitchen.tensor.base import (
@@ -26,6 +26,26 @@ from ..spec import FormatOptions, LayerInput
 
 # Any shape that every format can hold: only the names of the side tensors are asked of it.
 _PROBE = LayerInput((256, 256), "BF16")
+
+
+class Product:
+    """x (..., K) @ W.T + bias in x's dtype, ready but for x and the bias: `op(x, *arguments, bias)`.
+
+    It lies with a weight's side tensors, which are never replaced by others, and is made anew for another `qdata` or
+    `shape`; whatever moves or copies a weight makes new side tensors.
+    """
+
+    __slots__ = ("arguments", "op", "qdata", "shape")
+
+    def __init__(self, qdata: torch.Tensor, shape: tuple[int, int], op: Callable, arguments: tuple):
+        self.qdata, self.shape, self.op, self.arguments = qdata, shape, op, arguments
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        n, k = self.shape
+        return self.op(x.reshape(-1, k), *self.arguments, bias).view(*x.shape[:-1], n)
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # a deep copy of a weight makes its own
 
 
 class PackLayout(QuantizedLayout):
@@ -99,19 +119,17 @@ class PackLayout(QuantizedLayout):
         return values[:n, :k].contiguous()
 
     @classmethod
-    def linear(
-        cls, x: torch.Tensor, pieces: list[torch.Tensor], n: int, k: int, bias: torch.Tensor | None
+    def product(cls, pieces: list[torch.Tensor], n: int, k: int) -> Product:
+        """How x is multiplied by a weight; padded ones are decoded and cut."""
+        layer, stored = cls._stored_layer((n, k)), dict(zip(("weight", *cls.SIDE), pieces, strict=True))
+        found = cls.FORMAT.product(stored, layer, cls.OPTIONS) if layer.shape == (n, k) else None
+        return Product(pieces[0], (n, k), *(found or (cls._decoded, (pieces, n, k))))
+
+    @classmethod
+    def _decoded(
+        cls, rows: torch.Tensor, pieces: list[torch.Tensor], n: int, k: int, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """What `fewbits::linear` computes: x (..., K) @ W.T + bias in x's dtype."""
-        layer = cls._stored_layer((n, k))
-        rows = x.reshape(-1, k)
-        if layer.shape != (n, k):  # zero-padded storage: decode and cut
-            out = torch.nn.functional.linear(rows, cls.decode(pieces, n, k, x.dtype), bias)
-        else:
-            out = cls.FORMAT.linear(
-                rows, dict(zip(("weight", *cls.SIDE), pieces, strict=True)), layer, cls.OPTIONS, bias
-            )
-        return out.view(*x.shape[:-1], n)
+        return torch.nn.functional.linear(rows, cls.decode(pieces, n, k, rows.dtype), bias)
 
     @classmethod
     def rows(cls, qdata: torch.Tensor, params: BaseLayoutParams, index: torch.Tensor, dtype: torch.dtype):
@@ -164,7 +182,7 @@ if not hasattr(torch.ops.fewbits, "dequantize"):  # a second copy of the pack in
         x: torch.Tensor, pieces: list[torch.Tensor], layout: str, n: int, k: int, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """x (..., K) @ W.T + bias from the stored pieces of W, in x's dtype."""
-        return LAYOUTS[layout].linear(x, pieces, n, k, bias)
+        return LAYOUTS[layout].product(pieces, n, k)(x, bias)
 
     @_linear_op.register_fake
     def _linear_fake(
@@ -228,9 +246,9 @@ def _plain(value: object, dtype: torch.dtype) -> object:
 def _nobody_looks(tensor: torch.Tensor) -> bool:
     """Whether nothing traces or counts ops, so that the op's body can be called without its 7 us of bookkeeping."""
     return (
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        not torch.compiler.is_compiling()
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -247,19 +265,29 @@ def _linear(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
     bias = _plain(bias, x.dtype)
     if not _multiplies(x, weight) or weight._params.transposed:
         return torch.nn.functional.linear(_plain(x, x.dtype), _plain(weight, x.dtype), bias)
-    return _product(x, weight, tuple(weight.shape), bias)
+    return _product(x, weight, weight._params.orig_shape, bias)
 
 
 def _multiplies(x: torch.Tensor, weight: object) -> bool:
     return not isinstance(x, QuantizedTensor) and _is_own(weight) and x.dtype in FLOATS
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`torch.nn.functional.linear`, less the 8 us in which torch finds `_linear` where nothing records or traces."""
+    if torch.is_grad_enabled() or not _nobody_looks(x) or not _multiplies(x, weight) or weight._params.transposed:
+        return torch.nn.functional.linear(x, weight, bias)
+    return _product(x, weight, weight._params.orig_shape, _plain(bias, x.dtype))
+
+
 def _product(x: torch.Tensor, weight: QuantizedTensor, shape: tuple[int, int], bias: torch.Tensor | None):
-    cls = weight.layout_cls
-    pieces = list(cls.stored(weight._qdata, weight._params).values())
-    if _nobody_looks(x) and _nobody_looks(weight._qdata):
-        return cls.linear(x, pieces, *shape, bias)
-    return torch.ops.fewbits.linear(x, pieces, cls.__name__, *shape, bias)
+    cls, qdata, params = weight.layout_cls, weight._qdata, weight._params
+    if not (_nobody_looks(x) and _nobody_looks(qdata)):
+        pieces = list(cls.stored(qdata, params).values())
+        return torch.ops.fewbits.linear(x, pieces, cls.__name__, *shape, bias)
+    product = vars(params).get("product")
+    if product is None or product.qdata is not qdata or product.shape != shape:
+        product = vars(params)["product"] = cls.product(list(cls.stored(qdata, params).values()), *shape)
+    return product(x, bias)
 
 
 @register_layout_op(torch.ops.aten.mm.default, PackLayout)

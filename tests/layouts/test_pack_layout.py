@@ -1,5 +1,6 @@
 """The contract of our runtime tensors: every operation ComfyUI performs on a weight, for every format and odd shapes."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -8,7 +9,7 @@ from comfy_kitchen.tensor.base import QuantizedTensor, get_layout_class
 
 from fewbits.quant_ops.errors import UnsupportedLayerError
 from fewbits.quant_ops.formats import FORMATS, get_format
-from fewbits.quant_ops.layouts import register_layout
+from fewbits.quant_ops.layouts import linear, register_layout
 from fewbits.quant_ops.spec import FormatOptions
 
 WISHES = [
@@ -119,6 +120,53 @@ def test_linear_takes_any_leading_dimensions_dtype_and_bias(layout, weight, mode
             if rounding := rounds_activations(layout):
                 allowed = allowed + rounding * x.float().abs().amax(-1, keepdim=True) * plain.abs().sum(1)
             assert ((out.float() - expected).abs() <= allowed).all()
+
+
+def test_our_linear_gives_the_bits_of_torchs_and_gradients_where_they_are_recorded(layout, weight):
+    qt = quantized(weight, layout)
+    x, bias = torch.randn(2, 3, weight.shape[1]), torch.randn(weight.shape[0])
+    wanted = torch.nn.functional.linear(x, qt, bias)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            assert torch.equal(linear(x, qt, bias), wanted)
+            assert torch.equal(linear(x.half(), qt, bias), torch.nn.functional.linear(x.half(), qt, bias))
+    with torch.no_grad():
+        assert torch.equal(linear(x, qt.t().t(), bias), wanted)
+        assert torch.equal(linear(weight.t()[None], qt.t(), None), torch.nn.functional.linear(weight.t()[None], qt.t()))
+    assert torch.equal(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    x.requires_grad_()
+    linear(x, qt, bias).sum().backward()
+    assert close(x.grad, qt.dequantize().sum(0).expand_as(x))
+
+
+def product_of(weight):
+    return vars(weight._params).get("product")
+
+
+def test_what_a_product_needs_is_made_once_and_never_outlives_its_weight(layout, weight):
+    with torch.no_grad():
+        qt, x = quantized(weight, layout), torch.randn(3, weight.shape[1])
+        result = lambda w: linear(x, w, None)  # noqa: E731
+        first, made = result(qt), product_of(qt)
+        assert torch.equal(result(qt), first) and product_of(qt) is made is not None
+        for other in (qt.detach(), qt.clone(), qt.to(torch.float16), qt.to(device="meta")):
+            assert product_of(other) is None
+        assert vars(copy.deepcopy(qt._params))["product"] is None
+
+        negated = quantized(-weight, layout)
+        wanted = result(negated)
+        changed = qt.clone()
+        result(changed)
+        changed.copy_(negated)  # same tensors, other bytes
+        assert torch.equal(result(changed), wanted)
+        changed = qt.clone()
+        result(changed)
+        changed._qdata, changed._params = negated._qdata.clone(), negated._params.clone()
+        assert torch.equal(result(changed), wanted)
+        changed = qt.clone()
+        result(changed)
+        changed._qdata = qt._qdata.clone()  # the same side tensors, so the same `product` to look at
+        assert torch.equal(result(changed), first) and product_of(changed).qdata is changed._qdata
 
 
 def test_mm_addmm_and_quantized_inputs_agree_with_plain_values(layout, weight):
