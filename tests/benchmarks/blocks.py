@@ -1,9 +1,10 @@
 """A random Flux of real width through ComfyUI's own loader and denoiser, in every format; appends to results/blocks.csv.
 
-    python3 dev.py bench blocks [--formats bnb_nf4,int8_blockwise:block_size=64] [--turns 7]
+    python3 dev.py bench blocks [--formats bnb_nf4,int8_blockwise:block_size=64] [--turns 15]
 
-One denoiser evaluation per picture size: the format's kernels, the same layers decoded before each product, and bf16;
-the GPU's time, and that of a plain call, which on a small picture is Python's. Memory is what loading leaves on the
+One denoiser evaluation per picture size, in turns: the format's kernels, the same layers as ComfyUI and comfy-kitchen
+run a format without kernels (decode the weight, then multiply with the library), and bf16; the GPU's time, and that of a
+plain call, which on a small picture is Python's. Memory is what loading leaves on the
 GPU. The emoji model is sampled on the device and on the CPU, where eager PyTorch is the reference. `--device cpu
 --hidden 256` tries the script without a GPU.
 """
@@ -11,15 +12,16 @@ GPU. The emoji model is sampled on the device and on the CPU, where eager PyTorc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "import_shim"), str(Path(__file__).resolve().parents[1])]
@@ -66,18 +68,26 @@ class Model:
         noise, prompt, pooled, sigma, guidance = inputs(pixels, device)
         return self.patcher.model.apply_model(noise, sigma, c_crossattn=prompt, y=pooled, guidance=guidance)
 
-    def decode_first(self) -> None:
-        """Make every quantized layer decode its weight and multiply with the library."""
-        from comfy_kitchen.tensor import QuantizedTensor
+    @contextlib.contextmanager
+    def decoding_first(self) -> Iterator[None]:
+        """Inside, layers run by ComfyUI's full-precision path and comfy-kitchen's fallback for ops without a handler."""
+        from comfy_kitchen.tensor.base import _LAYOUT_DISPATCH_TABLE as handlers
 
-        def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            weight = weight.to(x.dtype)
-            plain = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
-            return torch.nn.functional.linear(x, plain, bias)
+        layers = [layer for layer in self.patcher.model.modules() if getattr(layer, "layout_type", None) is not None]
+        full = [layer._full_precision_mm for layer in layers]
+        taken = {op: handlers.pop(op) for op in PRODUCTS}
+        for layer in layers:
+            layer._full_precision_mm, layer._forward = True, torch.nn.functional.linear
+        try:
+            yield
+        finally:
+            handlers.update(taken)
+            for layer, before in zip(layers, full, strict=True):
+                layer._full_precision_mm = before
+                del layer._forward  # the class's again
 
-        for layer in self.patcher.model.modules():
-            if getattr(layer, "layout_type", None) is not None:
-                layer._full_precision_mm, layer._forward = True, forward
+
+PRODUCTS = torch.ops.aten.linear.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default
 
 
 def write_flux(path: Path, hidden: int, device: torch.device) -> None:
@@ -109,22 +119,38 @@ def load(path: Path) -> Model:
     return Model(patcher, allocated() - before)
 
 
-AHEAD_CYCLES = 200_000_000  # the GPU waits .1 s, longer than Python takes to launch one evaluation
+AHEAD_CYCLES = 100_000_000  # the GPU waits .05 s, longer than Python takes to launch one evaluation
 
 
-def timed(call: Callable[[], object], turns: int) -> tuple[float, float]:
-    """Median milliseconds of (the GPU's work, launched ahead; a plain call, waited for); the first two compile kernels."""
-    work, plain = [], []
+def timed(contenders: dict[str, tuple[Callable, Callable[[], object]]], turns: int) -> dict[str, float]:
+    """Median milliseconds of calls that take turns; the first two compile kernels.
+
+    Args:
+        contenders: prefix of the results -> (what to be inside of, the call).
+
+    Returns:
+        `<prefix>ms`: the GPU's work, launched ahead; `<prefix>plain_ms`: a plain call, waited for. A CPU has only these.
+    """
+    work, plain = ({prefix: [] for prefix in contenders} for _ in range(2))
+    gc.collect()
+    gc.disable()
     for _ in range(turns + 2):
-        begin = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        plain.append((time.perf_counter() - begin) * 1e3)
-        if torch.cuda.is_available():
-            torch.cuda._sleep(AHEAD_CYCLES)
-            work.append(replayed(call, 1))
-    return statistics.median(work[2:] or plain[2:]), statistics.median(plain[2:])
+        for prefix, (inside, call) in contenders.items():
+            with inside():
+                begin = time.perf_counter()
+                call()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                plain[prefix].append((time.perf_counter() - begin) * 1e3)
+                if torch.cuda.is_available():
+                    torch.cuda._sleep(AHEAD_CYCLES)
+                    work[prefix].append(replayed(call, 1))
+    gc.enable()
+    medians = {}
+    for prefix in contenders:
+        medians[f"{prefix}ms"] = statistics.median(work[prefix][2:] or plain[prefix][2:])
+        medians[f"{prefix}plain_ms"] = statistics.median(plain[prefix][2:])
+    return medians
 
 
 def rel_l2(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -142,16 +168,13 @@ def measure(wish: str, source: Path, plain: Model, device: torch.device, args: a
     common["loaded_bytes"] = model.bytes
     rows = []
     for size in args.pixels:
-        found, reference = model(size, device), plain(size, device)
-        row = {**common, "pixels": size}
-        row["ms"], row["plain_ms"] = timed(lambda: model(size, device), args.turns)
-        row["bf16_ms"], row["bf16_plain_ms"] = timed(lambda: plain(size, device), args.turns)
-        rows.append({**row, "rel_l2": rel_l2(found, reference)})
-    model.decode_first()
-    for row in rows:
-        found = model(row["pixels"], device)
-        row["decoded_ms"], row["decoded_plain_ms"] = timed(lambda: model(row["pixels"], device), args.turns)
-        row["decoded_rel_l2"] = rel_l2(found, plain(row["pixels"], device))
+        own, reference = partial(model, size, device), partial(plain, size, device)
+        with model.decoding_first():
+            decoded = own()
+        errors = {"rel_l2": rel_l2(own(), reference()), "decoded_rel_l2": rel_l2(decoded, reference())}
+        plainly = contextlib.nullcontext
+        contenders = {"": (plainly, own), "decoded_": (model.decoding_first, own), "bf16_": (plainly, reference)}
+        rows.append({**common, "pixels": size, **timed(contenders, args.turns), **errors})
     return rows
 
 
@@ -183,7 +206,7 @@ def here_and_on_cpu(path: Path, device: torch.device) -> tuple[torch.Tensor, tor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default=",".join(FORMATS), help="with options: NAME:option=value")
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--pixels", type=int, nargs="+", default=list(PIXELS))
     parser.add_argument("--hidden", type=int, default=HIDDEN)
     parser.add_argument("--device", default="cuda")
