@@ -102,7 +102,7 @@ def test_the_fused_gelu_errs_at_most_twice_as_much_as_eager(dtype, shape, group,
     truth = gelu(x.double(), approximate=form)
     got, reference = decoded(codes, scale, levels, group), decoded(*eager, levels, group)
     assert (got - truth).abs().max() <= 2 * (reference - truth).abs().max()
-    assert scale.shape == eager[1].shape and scale.t().is_contiguous()
+    assert scale.shape == eager[1].shape and scale.stride(0) == 1
     again = quantize_gelu(x, levels, group, form)
     assert torch.equal(again[0].view(torch.uint8), codes.view(torch.uint8)) and torch.equal(again[1], scale)
 
