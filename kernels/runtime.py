@@ -115,8 +115,9 @@ def _why_not_tiles_hopper(x, codes, scale, levels, geometry, bias):
 @linear_tiles.backend("hopper", _why_not_tiles_hopper)
 def _linear_tiles_hopper(x, codes, scale, levels, geometry, bias):
     from .cuda import wide
+    from .triton import activations
 
-    x_codes, x_scale = quantize_activations(x, levels, geometry.cols)
+    x_codes, x_scale = activations.quantize(x, levels.dtype, levels.qmax, geometry.cols)
     return wide.multiply(x_codes, x_scale, codes, scale, bias, x.dtype, geometry.cols, geometry.rows or len(codes))
 
 
@@ -226,4 +227,4 @@ def _linear_flat4(x, packed, absmax, levels, group_size, bias):
 
 @linear_flat4.backend("dequantize", lambda x, packed, *rest: why_not_triton(packed))
 def _linear_flat4_library(x, packed, absmax, levels, group_size, bias):
-    return linear(x, dequantize_flat4(packed, absmax, levels, group_size, x.dtype), bias)
+    return linear(x, _dequantize_flat4(packed, absmax, levels, group_size, x.dtype), bias)

@@ -194,21 +194,19 @@ class OwnLinear(OwnFormats):
 
     def forward_comfy_cast_weights(self, input, *args, **kwargs):
         # ComfyUI's casts take 14 us to find that weight and bias are where the input is and nothing changes them.
-        weight, bias = self.weight, self.bias
-        if (
-            kwargs.get("weight_only_quant")
-            and self._is_own()
-            and weight.device == input.device
-            and (bias is None or bias.device == input.device)
-            and not (self.weight_function or self.bias_function or "_v" in vars(self))  # `_v`: DynamicVRAM pages it in
-        ):
-            return linear(input, weight, bias)
+        paged = "_v" in vars(self)  # DynamicVRAM: it may not be there yet
+        if kwargs.get("weight_only_quant") and not (paged or self.weight_function or self.bias_function):
+            weight, bias, device = self.weight, self.bias, input.device
+            if self._is_own() and weight.device == device and (bias is None or bias.device == device):
+                return linear(input, weight, bias)
         return super().forward_comfy_cast_weights(input, *args, **kwargs)
 
     def _forward(self, input, weight, bias):
         if self._full_precision_mm and not self._fewbits_rounds and self._is_own():
             weight = self._fewbits_convert(weight.to(input.dtype))  # our product would round the input too
-        return linear(input, weight, bias) if self._is_own() else super()._forward(input, weight, bias)
+        if self._fewbits_marker is None:
+            return super()._forward(input, weight, bias)
+        return linear(input, weight, bias)
 
     def convert_weight(self, weight, inplace=False, **kwargs):
         return self._fewbits_convert(weight)

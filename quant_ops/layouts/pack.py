@@ -280,13 +280,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def _product(x: torch.Tensor, weight: QuantizedTensor, shape: tuple[int, int], bias: torch.Tensor | None):
-    cls, qdata, params = weight.layout_cls, weight._qdata, weight._params
+    qdata, params = weight._qdata, weight._params
     if not (_nobody_looks(x) and _nobody_looks(qdata)):
-        pieces = list(cls.stored(qdata, params).values())
-        return torch.ops.fewbits.linear(x, pieces, cls.__name__, *shape, bias)
+        cls = weight.layout_cls
+        return torch.ops.fewbits.linear(x, list(cls.stored(qdata, params).values()), cls.__name__, *shape, bias)
     product = vars(params).get("product")
     if product is None or product.qdata is not qdata or product.shape != shape:
-        product = vars(params)["product"] = cls.product(list(cls.stored(qdata, params).values()), *shape)
+        pieces = list(weight.layout_cls.stored(qdata, params).values())
+        product = vars(params)["product"] = weight.layout_cls.product(pieces, *shape)
     return product(x, bias)
 
 
