@@ -1,6 +1,6 @@
 """Try tile sizes of the linear kernels on this GPU and print the fastest per shape; the tables in kernels/ come from it.
 
-python tests/benchmarks/linear_sweep.py [skinny] [quantizer] [library] [coded]
+python tests/benchmarks/linear_sweep.py [skinny] [wide] [quantizer] [library] [coded]
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import itertools
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "import_shim"), str(Path(__file__).resolve().parents[1])]
@@ -18,7 +18,7 @@ import bench_layers as gpu
 import torch
 import triton
 
-from fewbits.kernels.cuda import skinny
+from fewbits.kernels.cuda import skinny, wide
 from fewbits.kernels.runtime import code_values
 from fewbits.kernels.triton import activations, w8a8
 from fewbits.kernels.triton.w8a8 import Tile
@@ -65,6 +65,41 @@ def sweep_skinny(kinds: tuple[str, ...] = SKINNY, rows: tuple[int, ...] = (1, 4,
                 ]
                 found.append((gpu.graph_time(calls, 3), work))
             report(f"{name} {n}x{k} M={m}", bf16, found)
+
+
+WIDE = ("nf4 64", "int8 row", "fp8 row", "int8 block 128", "fp8 block 128", "int8 group 128")
+
+
+def sweep_wide(kinds: tuple[str, ...] = WIDE, rows: tuple[int, ...] = (64, 128, 256, 512, 1024, 4608)) -> None:
+    """Hopper's kernel with every tile of its table, alone and with K split: what `wide.COSTS` was fitted to."""
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    for name, (n, k), m in itertools.product(kinds, (*SHAPES, (5120, 13824)), rows):
+        layer, x, quantizer = gpu.layer(name, n, k), torch.randn(m, k, device="cuda", dtype=torch.bfloat16), 0.0
+        if name in gpu.FLAT:
+            (levels, group), per_scale, kind, inputs = gpu.FLAT[name], 1, 4, (x, None)
+            values = code_values(levels)
+        else:
+            levels, geometry = gpu.TILED[name]
+            group, per_scale, values = geometry.cols, geometry.rows or n, None
+            kind = skinny.KINDS[levels.dtype]
+            quantize = partial(activations.quantize, x, levels.dtype, levels.qmax, group)
+            inputs, quantizer = quantize(), gpu.graph_time([quantize] * 4, 3)
+        x_left, found = wide._x_left(kind, group, per_scale), []
+        family = "4-bit" if kind == 4 else "row" if not group else "tiles" if x_left else "groups"
+        left, right = (m, n) if x_left else (n, m)
+        for tile, split in itertools.product(wide.COSTS[family], wide.SPLITS):
+            tile = tile._replace(split=split)
+            blocks = -(-left // (64 * tile.groups)) * -(-right // tile.right) * split
+            if split > 1 and blocks > multiprocessors:
+                continue
+            calls = [
+                lambda c=c, s=s: wide.multiply(*inputs, c, s, None, x.dtype, group, per_scale, values, tile)
+                for c, s in zip(layer.codes, layer.scales)
+            ]
+            found.append((quantizer + gpu.graph_time(calls, 3), tile))
+        chosen = wide.tile_for(kind, group, x_left, m, n, k, multiprocessors)
+        lost = {tile: ms for ms, tile in found}[chosen] / min(found)[0] - 1
+        report(f"{name} {n}x{k} M={m} (chosen {lost:.0%} slower)", gpu.graph_time(layer.plain_linears(x), 3), found)
 
 
 BIG = [Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 3), Tile(128, 128, 128, 4, 3), Tile(128, 128, 128, 4, 2),
@@ -170,13 +205,15 @@ def report(title: str, bf16: float, found: list) -> None:
 
 def main() -> None:
     gpu.end_without_gpu()
-    wanted = sys.argv[1:] or ["skinny", "quantizer", "library", "coded"]
+    wanted = sys.argv[1:] or ["skinny", "wide", "quantizer", "library", "coded"]
     if wanted[0] == "compile":
         sweep_coded(int(wanted[1]))
         return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     if "skinny" in wanted:
         sweep_skinny()
+    if "wide" in wanted:
+        sweep_wide()
     if "quantizer" in wanted:
         sweep_quantizer()
     if "library" in wanted:
