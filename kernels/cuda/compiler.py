@@ -109,6 +109,7 @@ def encode_tensor_map(
     return ctypes.string_at(made, 128)
 
 
+ONE_POINTER = ctypes.c_char_p * 1  # to bytes, which it keeps alive
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -131,8 +132,7 @@ class Kernel:
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
                 return self.launch(grid, threads, layout, *arguments)
-        packed = layout.pack(*arguments)
-        parameters = (ctypes.c_void_p * 1)(ctypes.cast(packed, ctypes.c_void_p))
+        parameters = ONE_POINTER(layout.pack(*arguments))
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
         return _check(
             _driver().cuLaunchKernel(self._function, *grid, threads, 1, 1, self._shared, stream, parameters, None)
