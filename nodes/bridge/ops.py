@@ -194,8 +194,8 @@ class OwnLinear(OwnFormats):
 
     def forward_comfy_cast_weights(self, input, *args, **kwargs):
         # ComfyUI's casts take 14 us to find that weight and bias are where the input is and nothing changes them.
-        paged = "_v" in vars(self)  # DynamicVRAM: it may not be there yet
-        if kwargs.get("weight_only_quant") and not (paged or self.weight_function or self.bias_function):
+        # `_v` is DynamicVRAM's: the weight may not be there yet.
+        if kwargs.get("weight_only_quant") and not ("_v" in vars(self) or self.weight_function or self.bias_function):
             weight, bias, device = self.weight, self.bias, input.device
             if self._is_own() and weight.device == device and (bias is None or bias.device == device):
                 return linear(input, weight, bias)
