@@ -46,7 +46,8 @@ class Limits:
 #   FP8 128   M=64 coded .020 / .0225, torch .0177 / .040;  M=256 hopper .0285 / .031, torch .0263 / .044;
 #             M=1024 coded .093 / .089, torch .069 / .084, hopper .074 / .092
 #   INT8 64   M=16 skinny .015 / .015, coded .0266 / .030;  M=1024 coded .134 / .137, decoded .128 / .128
-#   FP8 64    M=64 coded .025 / .026, hopper .023 / .024;  M=1024 decoded .134 / .128, hopper .090 / .118
+#   FP8 64    M=64 coded .025 / .026, hopper .023 / .024;  M=1024 decoded .136 / .130, hopper .095 / .129;
+#             M=1024 3072x15360 decoded .163, hopper .170; 5120x13824 .245, .216
 #   INT8 1x128  M=64 coded .022 / .024, hopper .019 / .022;  M=256 coded .046 / .050, hopper .039 / .041;
 #             M=512 coded .080 / .079, hopper .059 / .075;  M=1024 decoded .132 / .127, hopper .110 / .144
 #   4-bit     M=32 skinny .022 / .025, decoded .049 / .050;  M=64 skinny .041 / .043, decoded .049 / .053,
@@ -62,7 +63,7 @@ HOPPER = {
     "int8 group 64": Limits(32, 512, 32, 10),
     "fp8 row": Limits(32, None, 64, library=(2049, 2049), hopper=((4, 33, 2048),)),
     "fp8 128": Limits(32, None, 16, library=(33, 512), hopper=((8, 65, None),)),
-    "fp8 64": Limits(32, 512, 32, 10, hopper=((8, 33, 1024),)),
+    "fp8 64": Limits(32, 512, 32, 10, hopper=((8, 33, 1024), (45, 33, 768), (60, 33, 1024))),
     "fp8 group 128": Limits(32, 512, 32, 10, hopper=((8, 33, 512),)),
     "fp8 group 64": Limits(32, 512, 32, 10),
     "4-bit": Limits(64, 0, 0, few=32, hopper=((60, 33, 256), (20, 33, 512), (8, 33, 128))),
