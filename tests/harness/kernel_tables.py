@@ -112,7 +112,7 @@ def blocks_table() -> str:
     rows = rows_of("blocks.csv")
     sizes = sorted({int(row["pixels"]) for row in rows})
     found = {(row["format"], int(row["pixels"])): row for row in rows}
-    kinds = {kind: name for kind, name in (("ms", ", GPU alone"), ("plain_ms", "")) if kind in rows[0]}
+    kinds = {"ms": ", GPU alone", "plain_ms": ""}
     header = ["format", "memory / file", *(f"{size}x{size}{name}" for name in kinds.values() for size in sizes)]
     header += ["latents", "decoded"]
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---|" * (len(header) - 1)]
@@ -132,8 +132,9 @@ def blocks_table() -> str:
         lines.append(f"| {' | '.join([name, memory, *cells, *errors])} |")
     head = (
         "One denoiser evaluation of a random Flux of real width (one double and two single blocks, 512 words) through "
-        "ComfyUI's own loader, in plain calls, where Python sets the pace on small pictures: speed against bf16 / against "
-        "decoding every weight first. "
+        "ComfyUI's own loader: speed against bf16 / against what ComfyUI and comfy-kitchen do where a format has no "
+        "kernels, decode every weight first. `GPU alone`: the GPU's work, launched ahead; otherwise plain calls, where "
+        "Python sets the pace on small pictures. "
         "`memory / file`: what loading leaves on the GPU. `latents`: rel_l2 of the result against bf16, and that of "
         f"decoded weights, at {sizes[-1]}x{sizes[-1]}. `float8_e4m3fn` and `int8_tensorwise` are run by "
         "comfy-kitchen."
