@@ -60,8 +60,8 @@ COSTS = {
     "groups": {Tile(64, 2, 6): Cost(0.454, 1.9), Tile(128, 2, 5): Cost(0.689, 2.9)},
 }  # fmt: skip
 # Share of the multiprocessors that clusters of so many blocks can fill, as measured: each lies in one part of the GPU.
-# To cut K into as many pieces as there are multiprocessors and hand sums on through memory was tried: that took 9 us where
-# a cluster takes 4.
+# To cut K into as many pieces as there are multiprocessors and hand sums on through memory was tried: that took 9 us
+# where a cluster takes 4.
 SPLITS = {1: 1.0, 2: 0.95, 3: 0.82, 4: 0.85, 6: 0.73}
 SPLIT_COST = 2.0, 0.6  # us: to add sums of several blocks, and per block
 
@@ -202,7 +202,7 @@ def why_not_shape(n: int, k: int, codes: torch.dtype, group: int | None, dtype: 
 
 
 def _in_columns(scale: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(M, groups) with M fastest and columns at multiples of 16 bytes, as the fused quantizer makes them; their pitch."""
+    """(M, groups) with M fastest and columns at multiples of 16 bytes, as the fused quantizer makes them; the pitch."""
     m, groups = scale.shape
     pitch = -(-m // 4) * 4 if groups == 1 else scale.stride(1)
     if (m == 1 or scale.stride(0) == 1) and pitch >= m and pitch % 4 == 0:

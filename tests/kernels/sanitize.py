@@ -18,9 +18,9 @@ import torch
 
 from fewbits.kernels import choice, runtime
 from fewbits.kernels.activations import quantize_activations, quantize_gelu
-from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid
+from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid, nearest_flat4
 from fewbits.kernels.dispatch import Op, use_backend
-from fewbits.kernels.grids import E4M3, INT8, Levels, TiledGrid, nearest_codes
+from fewbits.kernels.grids import E4M3, INT8, Levels, TiledGrid, nearest_codes, nearest_tiles
 from fewbits.kernels.packing import pack_nibbles, packed_nibbles
 from fewbits.kernels.scales import Geometry, tile_absmax
 
@@ -54,6 +54,8 @@ def tiled(name: str, levels: Levels, geometry: Geometry) -> Iterator[tuple[str, 
     scale = TiledGrid(levels, geometry).scale(weight)
     yield name, tile_absmax, (weight.bfloat16(), geometry)
     yield name, nearest_codes, (weight, scale, levels, geometry, 0)
+    for wide in (weight, torch.randn(n, 20480, device="cuda")):  # each way of walking a row
+        yield f"{name} K={wide.shape[1]}", nearest_tiles, (wide, levels, geometry)
     codes = TiledGrid(levels, geometry).encode(weight, scale)
     for dtype, rows in (FEW if name.endswith(("tensor", "group 64")) else ROWS).items():
         yield f"{name} {dtype}", runtime.dequantize_tiles, (codes, scale, levels, geometry, dtype)
@@ -69,6 +71,8 @@ def flat(levels: Levels) -> Iterator[tuple[str, Op, tuple]]:
         absmax = grid.scale(weight)
         runs = weight.view(-1, group)
         yield name, nearest_codes, (runs, absmax.view(-1, 1), levels, Geometry(1, None), 0)
+        for pack in (False, True):
+            yield f"{name} packed={pack}", nearest_flat4, (weight, levels, group, pack)
         codes = grid.encode(weight, absmax)
         yield name, packed_nibbles, (codes, True)
         packed = pack_nibbles(codes, high_first=True)
