@@ -1,0 +1,112 @@
+"""File conversion on a GPU against what bounds it, in turns: writing the output to storage, copying over PCIe.
+
+    python tests/benchmarks/conversion_gpu.py [--scale 1] [--formats float8_e4m3fn,bnb_nf4] [--repeats 5] [--folder DIR]
+
+Appends to results/conversion_gpu.csv. `of_bound`: the slower of the two bounds over our time; the file is in the page
+cache, torch and CUDA are started, kernels compiled. Pageable memory is what a file read without the page cache's pages
+being locked is copied from; the bound is of locked memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "import_shim"), str(Path(__file__).resolve().parents[1])]
+
+import bench_layers as gpu
+import torch
+from conversion import flux_shapes, write_model
+from linear import append
+
+from fewbits.quant_ops.pipeline import quantize_file
+from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
+
+RESULTS = Path(__file__).parent / "results" / "conversion_gpu.csv"
+FORMATS = ("float8_e4m3fn", "int8_tensorwise", "int8_blockwise", "bnb_nf4")
+PIECE = 64 * 2**20  # bytes of one copy
+
+
+def stored(path: Path, data: torch.Tensor, size: int) -> float:
+    """Seconds to write `size` bytes and have them on storage."""
+    view = memoryview(data.numpy())
+    begin = time.perf_counter()
+    with open(path, "wb") as file:
+        for start in range(0, size, PIECE):
+            file.write(view[: min(PIECE, size - start)])
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - begin
+    path.unlink()
+    return seconds
+
+
+def copied(host: torch.Tensor, device: torch.Tensor, there: int, back: int) -> float:
+    """Seconds to copy so many bytes to the GPU and back, at the same time."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    for (target, origin), size, stream in zip(((device[0], host[0]), (host[1], device[1])), (there, back), streams):
+        with torch.cuda.stream(stream):
+            for start in range(0, size, PIECE):
+                count = min(PIECE, size - start)
+                target[:count].copy_(origin[:count], non_blocking=True)
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure(folder: Path, model: Path, wish: str, repeats: int) -> dict:
+    out, size = folder / "out.safetensors", model.stat().st_size
+    pageable, device = (torch.ones(2, PIECE, dtype=torch.uint8, device=where) for where in ("cpu", "cuda"))
+    locked = pageable.pin_memory()
+    found: dict[str, list[float]] = {"seconds": [], "write_s": [], "pcie_s": [], "pageable_s": []}
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(repeats + 1):  # the first compiles kernels
+        begin = time.perf_counter()
+        quantize_file(model, out, Recipe(primary=parse_wish(wish)), device="cuda", overwrite=True)
+        found["seconds"].append(time.perf_counter() - begin)
+        written = out.stat().st_size
+        out.unlink()
+        found["write_s"].append(stored(out, pageable[0], written))
+        found["pcie_s"].append(copied(locked, device, size, written))
+        found["pageable_s"].append(copied(pageable, device, size, written))
+    medians = {name: statistics.median(values[1:]) for name, values in found.items()}
+    bound = max(medians["write_s"], medians["pcie_s"])
+    return {
+        "format": wish,
+        "bytes": size,
+        "written": written,
+        **medians,
+        "of_bound": round(bound / medians["seconds"], 3),
+        "gpu_peak_bytes": torch.cuda.max_memory_allocated(),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "repeats": repeats,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", type=int, default=1, help="file size in units of 2.7 GB")
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to work (needs twice the file size)")
+    args = parser.parse_args()
+    gpu.end_without_gpu()
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="fewbits-bench-") as folder:
+        model = Path(folder) / "model.safetensors"
+        write_model(model, flux_shapes(3 * args.scale))
+        for wish in args.formats.split(","):
+            row = measure(Path(folder), model, wish, args.repeats)
+            print(", ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
+                            for key, value in row.items()), flush=True)  # fmt: skip
+            append(RESULTS, [row])
+
+
+if __name__ == "__main__":
+    main()
