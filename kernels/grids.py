@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol, TypeAlias
 import torch
 
 from .dispatch import op
-from .scales import CHUNK_ELEMENTS, TINY, Geometry, scale_from_absmax
+from .scales import CHUNK_ELEMENTS, TINY, Geometry, chunk_rows, scale_from_absmax
 from .triton import why_not_float8, why_not_triton
 
 
@@ -99,10 +99,10 @@ INT4 = Levels("int4", torch.int8, 7.0, by_division_, lambda x: x.round_().clamp_
               torch.Tensor.add_)  # fmt: skip
 
 
-def _row_chunks(geometry: Geometry, shape: tuple[int, int]) -> int:
-    """Rows per chunk: a whole number of tiles, about CHUNK_ELEMENTS elements."""
+def _row_chunks(geometry: Geometry, weight: torch.Tensor) -> int:
+    """Rows per chunk: a whole number of tiles."""
     step = geometry.rows or 1
-    return max(CHUNK_ELEMENTS // max(shape[1], 1) // step, 1) * step
+    return max(chunk_rows(CHUNK_ELEMENTS, weight.shape[1], weight.device) // step, 1) * step
 
 
 def _spread(scale: torch.Tensor, geometry: Geometry, start: int, stop: int) -> torch.Tensor:
@@ -139,7 +139,7 @@ def nearest_codes(
     """`encode`, except that zero blocks keep the signs of their zeros."""
     n, k = weight.shape
     codes = torch.empty((n, k), dtype=levels.dtype, device=weight.device)
-    rows = _row_chunks(geometry, (n, k))
+    rows = _row_chunks(geometry, weight)
     scratch = torch.empty((min(rows, n), k), dtype=torch.float32, device=weight.device)
     generator = torch.Generator(weight.device).manual_seed(seed) if seed else None
     for start in range(0, n, rows):
@@ -224,18 +224,18 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: G
 def squared_error(
     weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry
 ) -> tuple[float, float]:
-    """(sum of squared errors, sum of squared weights) of stored codes, chunked; float32 sums of about 2^20 squares."""
+    """(sum of squared errors, sum of squared weights) of stored codes, chunked; float32 sums within a chunk."""
     n, k = weight.shape
-    rows = _row_chunks(geometry, (n, k))
-    error = signal = 0.0
+    rows = _row_chunks(geometry, weight)
+    sums = [torch.zeros(2, dtype=torch.float32, device=weight.device)]
     for start in range(0, n, rows):
         stop = min(start + rows, n)
         w = weight[start:stop].float().reshape(-1)
         part = scale if geometry.rows is None else scale[start // geometry.rows : stop // geometry.rows]
         difference = decode(codes[start:stop], part, levels, geometry).view(-1).sub_(w)
-        error += float(torch.dot(difference, difference))
-        signal += float(torch.dot(w, w))
-    return error, signal
+        sums.append(torch.stack((torch.dot(difference, difference), torch.dot(w, w))))
+    errors, signals = zip(*torch.stack(sums).tolist(), strict=True)  # one wait for the device
+    return sum(errors), sum(signals)
 
 
 def tile_errors(
@@ -243,7 +243,7 @@ def tile_errors(
 ) -> torch.Tensor:
     """Squared error of each tile, float32, shape `grid_shape`; chunked like `encode`."""
     n, k = weight.shape
-    rows = _row_chunks(geometry, (n, k))
+    rows = _row_chunks(geometry, weight)
     errors = torch.zeros(geometry.grid_shape((n, k)), dtype=torch.float32, device=weight.device)
     for start in range(0, n, rows):
         stop = min(start + rows, n)

@@ -27,6 +27,9 @@ from .spec import ITEM_SIZES, LayerInput, LayerPlan, ModelPlan, TensorSpec
 from .workers import workers
 
 HUGE = 2.0**120  # |w| above this counts as Inf (FORMATS 2.1)
+# Layers being written or waiting for it. Those of a GPU wait in its memory, and keep the disk busy while a large one is
+# read.
+WAITING, WAITING_ON_GPU = 1, 4
 
 # (done bytes, total bytes, layer name): called from the caller's thread before each layer and between its steps, so
 # that cancelling waits for a part of a layer only; may raise to cancel.
@@ -75,24 +78,26 @@ def quantize(
         on_plan(plan)
     results = []
     done, total = 0, plan.bytes_before
+    on_gpu = torch.device(device).type == "cuda"
     with (
         ThreadPoolExecutor(1, "fewbits-read") as reads,
         ThreadPoolExecutor(1, "fewbits-write") as writes,
         workers(torch.device(device).type == "cpu" and all(_in_passes(layer) for layer in plan.layers)) as compute,
     ):
         running: deque[tuple[LayerPlan, object]] = deque()
-        writing: Future | None = None
+        writing: deque[Future] = deque()
 
         def finish() -> None:
-            """Take the oldest layer and hand it on; at most one layer waits to be written."""
-            nonlocal done, writing
+            """Take the oldest layer and hand it on, once few enough wait to be written."""
+            nonlocal done
             layer, handle = running.popleft()
             outputs, result = compute.result(handle, functools.partial(on_progress, done, total, layer.name))
             if result:
                 results.append(result)
-            if writing:
-                writing.result()
-            writing = writes.submit(_write, sink, outputs)
+            waiting = WAITING_ON_GPU if on_gpu and layer.action == "quantize" else WAITING
+            while len(writing) >= waiting:
+                writing.popleft().result()
+            writing.append(writes.submit(_write, sink, outputs))
             done += layer.bytes_before
 
         try:
@@ -105,12 +110,12 @@ def quantize(
                     finish()
             while running:
                 finish()
-            if writing:
-                writing.result()
+            while writing:
+                writing.popleft().result()
             on_progress(total, total, "")
             sink.commit()
         except BaseException:  # also ComfyUI's interrupt and Ctrl-C: clean up, then let it through
-            writes.shutdown(wait=True)
+            writes.shutdown(wait=True, cancel_futures=True)
             sink.abort()
             raise
     return Report(plan, tuple(results), time.perf_counter() - started, str(device))
@@ -170,6 +175,8 @@ def _convert(
     step()
     packed = format.pack(choice.codes, choice.scale, layer.options)
     outputs = {f"{layer.name}.{suffix}": tensor for suffix, tensor in packed.items()}
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # another thread copies the outputs, on a stream of its own
     result = LayerResult(
         layer.name,
         layer.format,
@@ -219,5 +226,6 @@ def quantize_file(
     Layers in a foreign dialect are quantized already, and treated as such.
     """
     sink = FileSink(target, overwrite=overwrite)
-    with open_checkpoint(source, short_lived=True) as opened:  # the sink writes every tensor away
+    for_gpu = torch.device(device).type == "cuda"
+    with open_checkpoint(source, short_lived=True, for_gpu=for_gpu) as opened:  # the sink writes every tensor away
         return quantize(opened, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress)

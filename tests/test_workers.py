@@ -70,6 +70,25 @@ def test_the_first_damaged_layer_is_named_and_nothing_is_left(model):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fewbits")]
 
 
+@pytest.mark.parametrize("waiting", [1, 4])
+def test_however_many_layers_wait_the_first_that_cannot_be_written_ends_the_conversion(model, monkeypatch, waiting):
+    monkeypatch.setattr(pipeline, "WAITING", waiting)
+    quantize(model, "out.safetensors")
+    written = []
+    write = pipeline._write
+
+    def fail_later(sink, outputs):
+        if len(written) >= 3:
+            raise CheckpointError(f"no room for {next(iter(outputs))}")
+        written.append(next(iter(outputs)))
+        write(sink, outputs)
+
+    monkeypatch.setattr(pipeline, "_write", fail_later)
+    with pytest.raises(CheckpointError, match=r"no room for blocks\.1\.b\."):
+        quantize(model, "more.safetensors")
+    assert sorted(path.name for path in model.parent.iterdir()) == [model.name, "out.safetensors"]
+
+
 def test_cancelling_ends_a_long_layer_between_its_steps(model, monkeypatch):
     class Cancelled(Exception):
         pass

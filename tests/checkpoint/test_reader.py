@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewbits.quant_ops.checkpoint.reader import FileSource
+from fewbits.quant_ops.checkpoint.reader import LOCKED, FileSource
 from fewbits.quant_ops.errors import CheckpointError
 from helpers import random_tensors, tiny_checkpoint
 
@@ -110,3 +110,19 @@ def test_memory_of_short_lived_tensors_is_used_again_only_when_they_are_gone(tmp
         assert float(third.min()) == float(third.max()) == 2.0
         assert float(fourth.min()) == float(fourth.max()) == 3.0
     assert float(part.sum()) == part.numel()  # also after the source is closed
+
+
+def test_what_is_read_for_a_gpu_is_the_same_with_and_without_locked_memory(tmp_path, caplog):
+    tensors = {f"t{i}": torch.full((size << 18,), float(i)) for i, size in enumerate((12, 1, 8, 12))}  # MB
+    save_file(tensors, tmp_path / "model.safetensors")
+    with FileSource(tmp_path / "model.safetensors", short_lived=True, for_gpu=True) as source:
+        places = set()
+        for name, expected in tensors.items():
+            tensor = source.read(name)
+            assert torch.equal(tensor, expected)
+            if tensor.nbytes in LOCKED:
+                places.add(tensor.data_ptr())
+                assert not torch.cuda.is_available() or tensor.is_pinned()
+            del tensor
+        assert len(places) == 1
+    assert len(caplog.records) == (0 if torch.cuda.is_available() else 1)

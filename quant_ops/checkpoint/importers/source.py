@@ -299,16 +299,16 @@ def imported(source: TensorSource, options: ImportOptions | None = None) -> Tens
     return source if made.changes_nothing else made
 
 
-def open_checkpoint(path: str | os.PathLike, *, short_lived: bool = False) -> TensorSource:
+def open_checkpoint(path: str | os.PathLike, *, short_lived: bool = False, for_gpu: bool = False) -> TensorSource:
     """A file, index or folder of shards, foreign layers in canonical form; a context manager that closes the files.
 
-    `short_lived` as FileSource defines it.
+    `short_lived` and `for_gpu` as FileSource defines them.
 
     Raises:
         CheckpointError: see FileSource and ImportedSource.
     """
     with ExitStack() as stack:
-        file = stack.enter_context(FileSource(path, short_lived=short_lived))
+        file = stack.enter_context(FileSource(path, short_lived=short_lived, for_gpu=for_gpu))
         opened = imported(file, ImportOptions(foreign_only=True))
         stack.pop_all()
         return opened
