@@ -1,10 +1,11 @@
 """File conversion on a GPU against what bounds it, in turns: writing the output to storage, copying over PCIe.
 
-    python tests/benchmarks/conversion_gpu.py [--scale 1] [--formats float8_e4m3fn,bnb_nf4] [--repeats 5] [--folder DIR]
+    python tests/benchmarks/conversion_gpu.py [--blocks 3] [--formats float8_e4m3fn,bnb_nf4] [--repeats 5] [--folder DIR]
 
 Appends to results/conversion_gpu.csv. `of_bound`: the slower of the two bounds over our time; the file is in the page
 cache, torch and CUDA are started, kernels compiled. Pageable memory is what a file read without the page cache's pages
-being locked is copied from; the bound is of locked memory.
+being locked is copied from; the bound is of locked memory. `read_s`, no bound: one thread reading the file into memory
+that is used again. With `--device cpu` storage alone is the bound.
 """
 
 from __future__ import annotations
@@ -61,30 +62,53 @@ def copied(host: torch.Tensor, device: torch.Tensor, there: int, back: int) -> f
     return time.perf_counter() - begin
 
 
-def measure(folder: Path, model: Path, wish: str, repeats: int) -> dict:
+def read(path: Path) -> float:
+    """Seconds to read a file into memory that is used again."""
+    view = memoryview(bytearray(PIECE))
+    begin = time.perf_counter()
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(view):
+            pass
+    return time.perf_counter() - begin
+
+
+def resident() -> int:
+    """Bytes of this process in memory now; 0 where the system does not say."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else 0
+
+
+def measure(folder: Path, model: Path, wish: str, repeats: int, on: str) -> dict:
     out, size = folder / "out.safetensors", model.stat().st_size
-    pageable, device = (torch.ones(2, PIECE, dtype=torch.uint8, device=where) for where in ("cpu", "cuda"))
-    locked = pageable.pin_memory()
-    found: dict[str, list[float]] = {"seconds": [], "write_s": [], "pcie_s": [], "pageable_s": []}
-    torch.cuda.reset_peak_memory_stats()
+    on_gpu = on == "cuda"
+    pageable, device = (torch.ones(2, PIECE, dtype=torch.uint8, device=where) for where in ("cpu", on))
+    locked = pageable.pin_memory() if on_gpu else None
+    found: dict[str, list[float]] = {"seconds": [], "read_s": [], "write_s": [], "pcie_s": [], "pageable_s": []}
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    before = resident()
     for _ in range(repeats + 1):  # the first compiles kernels
         begin = time.perf_counter()
-        quantize_file(model, out, Recipe(primary=parse_wish(wish)), device="cuda", overwrite=True)
+        quantize_file(model, out, Recipe(primary=parse_wish(wish)), device=on, overwrite=True)
         found["seconds"].append(time.perf_counter() - begin)
         written = out.stat().st_size
         out.unlink()
+        found["read_s"].append(read(model))
         found["write_s"].append(stored(out, pageable[0], written))
-        found["pcie_s"].append(copied(locked, device, size, written))
-        found["pageable_s"].append(copied(pageable, device, size, written))
-    medians = {name: statistics.median(values[1:]) for name, values in found.items()}
-    bound = max(medians["write_s"], medians["pcie_s"])
+        if on_gpu:
+            found["pcie_s"].append(copied(locked, device, size, written))
+            found["pageable_s"].append(copied(pageable, device, size, written))
+    medians = {name: statistics.median(values[1:]) if values else None for name, values in found.items()}
+    bound = max(medians["write_s"], medians["pcie_s"] or 0.0)
     return {
+        "on": on,
         "format": wish,
         "bytes": size,
         "written": written,
         **medians,
         "of_bound": round(bound / medians["seconds"], 3),
-        "gpu_peak_bytes": torch.cuda.max_memory_allocated(),
+        "gpu_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "rss_before_bytes": before,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "repeats": repeats,
     }
@@ -92,17 +116,19 @@ def measure(folder: Path, model: Path, wish: str, repeats: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=int, default=1, help="file size in units of 2.7 GB")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--blocks", type=int, default=3, help="file size in units of 0.9 GB")
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to work (needs twice the file size)")
     args = parser.parse_args()
-    gpu.end_without_gpu()
+    if args.device == "cuda":
+        gpu.end_without_gpu()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="fewbits-bench-") as folder:
         model = Path(folder) / "model.safetensors"
-        write_model(model, flux_shapes(3 * args.scale))
+        write_model(model, flux_shapes(args.blocks))
         for wish in args.formats.split(","):
-            row = measure(Path(folder), model, wish, args.repeats)
+            row = measure(Path(folder), model, wish, args.repeats, args.device)
             print(", ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
                             for key, value in row.items()), flush=True)  # fmt: skip
             append(RESULTS, [row])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import platform
 import sys
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def append(path: Path, rows: list[dict]) -> None:
     """
     if not rows:
         return
-    where = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    where = {"device": device, "torch": torch.__version__, "triton": triton.__version__}
     path.parent.mkdir(exist_ok=True)
     new = not path.exists()
     columns = [*where, *rows[0]]
