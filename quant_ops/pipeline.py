@@ -163,7 +163,7 @@ def _convert(
         copied = {spec.name: _same_bytes(tensors[spec.name], spec) for spec in layer.outputs if spec.name in tensors}
         return {**copied, f"{layer.name}.comfy_quant": marker}, None
     key = f"{layer.name}.weight"
-    weight = tensors.pop(key).to(device)  # no other reference: a rotated weight replaces the source in memory
+    weight = tensors.pop(key).detach().to(device)  # no other reference: a rotated weight replaces the source in memory
     format = get_format(layer.format)
     grid = format.grid(LayerInput(tuple(weight.shape), DTYPE_NAMES[weight.dtype]), layer.options)
     _refuse_non_finite(file, key, weight)

@@ -64,7 +64,7 @@ class LearnedRoundingConverter:
         if obstacle:
             raise UnsupportedLayerError(f"{format.name} does not take a weight of {list(weight.shape)}: {obstacle}")
         method = get_method(self.wish.method)
-        prepared = format.prepare(weight.to(self.device), options)
+        prepared = format.prepare(weight.detach().to(self.device), options)
         generator = layer_generator(self.seed, NAME, self.device)
         chosen = choose(
             method,

@@ -332,3 +332,13 @@ def test_the_converter_refuses_what_does_not_exist_or_fit():
         QuantError, match=re.escape("int8_blockwise does not take a weight of [100, 128]: N=100 not divisible by 64")
     ):
         LearnedRoundingConverter(target_format="int8", block_size=64).convert(torch.zeros(100, 128))
+
+
+@pytest.mark.parametrize("learned", [True, False], ids=["svd", "nearest"])
+@pytest.mark.parametrize("target", ["fp8", "int8", "nf4"])
+def test_the_converter_takes_parameters_that_still_learn(target, learned):
+    weight = torch.nn.Parameter(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)))
+    options = {"num_iter": 3} if learned else {"no_learned_rounding": True}
+    converter = LearnedRoundingConverter(target_format=target, **options)
+    given, plain = converter.convert(weight), converter.convert(weight.detach())
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(given, plain, strict=True))
