@@ -40,7 +40,8 @@ from helpers import flux_shapes
 RESULTS = Path(__file__).parent / "results" / "blocks.csv"
 FORMATS = (
     "float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "int8_tensorwise", "int8_blockwise",
-    "int8_blockwise:block_size=64", "int8_lodewise", "bnb_nf4", "bnb_fp4",
+    "int8_blockwise:block_size=64", "int8_lodewise", "bnb_nf4", "bnb_fp4", "float8_e5m2", "float8_e4m3fn_block3d",
+    "mxfp8", "nvfp4", "convrot_w4a4", "asym_w4a8_int8",
 )  # fmt: skip
 HIDDEN, PIXELS = 3072, (256, 1024)
 EMOJI, PROMPT, STEPS = Path(__file__).resolve().parents[1] / "assets" / "emoji", "panda", 8
