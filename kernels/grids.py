@@ -288,7 +288,7 @@ class Grid(Protocol):
         """Nearest codes under given scales, ties to even; stochastic rounding for a seed other than 0."""
 
     def nearest(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scale]:
-        """(codes, scale) of round-to-nearest: `encode` under `scale`."""
+        """(codes, scale) of round-to-nearest: `encode` under `scale`, each weight to the closest code, ties to even."""
         scale = self.scale(weight)
         return self.encode(weight, scale), scale
 

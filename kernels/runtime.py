@@ -100,16 +100,13 @@ def _linear_tiles_torch(x, codes, scale, levels, geometry, bias):
 def _why_not_hopper(x, codes, group, family):
     from .cuda import wide
 
-    reason = why_not_cuda(x) or wide.why_not_device(x) or wide.why_not_shape(*codes, group, x.dtype)
-    if reason:
-        return reason
-    return choice.why_not_hopper(len(x), *codes[:2], choice.limits(family, x.device), "another product")
+    n, k = len(codes), x.shape[1]
+    reason = why_not_cuda(x) or wide.why_not_device(x) or wide.why_not_shape(n, k, codes.dtype, group, x.dtype)
+    return reason or choice.why_not_hopper(len(x), n, k, choice.limits(family, x.device), "another product")
 
 
 def _why_not_tiles_hopper(x, codes, scale, levels, geometry, bias):
-    shape = (*codes.shape, codes.dtype)
-    family = choice.family(levels.dtype, geometry)
-    return why_not_triton(x) or _why_not_hopper(x, shape, geometry.cols, family)
+    return why_not_triton(x) or _why_not_hopper(x, codes, geometry.cols, choice.family(levels.dtype, geometry))
 
 
 @linear_tiles.backend("hopper", _why_not_tiles_hopper)
@@ -198,7 +195,7 @@ def linear_flat4(
 
 
 def _why_not_flat4_hopper(x, packed, absmax, levels, group_size, bias):
-    return _why_not_hopper(x, (len(packed), x.shape[1], packed.dtype), group_size, "4-bit")
+    return _why_not_hopper(x, packed, group_size, "4-bit")
 
 
 @linear_flat4.backend("hopper", _why_not_flat4_hopper)

@@ -78,11 +78,11 @@ def quantize(
         on_plan(plan)
     results = []
     done, total = 0, plan.bytes_before
-    on_gpu = torch.device(device).type == "cuda"
+    device = torch.device(device)
     with (
         ThreadPoolExecutor(1, "fewbits-read") as reads,
         ThreadPoolExecutor(1, "fewbits-write") as writes,
-        workers(torch.device(device).type == "cpu" and all(_in_passes(layer) for layer in plan.layers)) as compute,
+        workers(device.type == "cpu" and all(_in_passes(layer) for layer in plan.layers)) as compute,
     ):
         running: deque[tuple[LayerPlan, object]] = deque()
         writing: deque[Future] = deque()
@@ -94,7 +94,7 @@ def quantize(
             outputs, result = compute.result(handle, functools.partial(on_progress, done, total, layer.name))
             if result:
                 results.append(result)
-            waiting = WAITING_ON_GPU if on_gpu and layer.action == "quantize" else WAITING
+            waiting = WAITING_ON_GPU if device.type == "cuda" and layer.action == "quantize" else WAITING
             while len(writing) >= waiting:
                 writing.popleft().result()
             writing.append(writes.submit(_write, sink, outputs))
@@ -103,7 +103,7 @@ def quantize(
         try:
             sink.open(plan)
             for layer, tensors in _read_ahead(source, plan.layers, reads):
-                task = functools.partial(_convert, source.name, layer, tensors, torch.device(device), recipe.seed)
+                task = functools.partial(_convert, source.name, layer, tensors, device, recipe.seed)
                 running.append((layer, compute.submit(task, functools.partial(on_progress, done, total, layer.name))))
                 del tensors, task
                 if len(running) == compute.at_once:

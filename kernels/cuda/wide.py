@@ -36,6 +36,10 @@ class Tile(NamedTuple):
     stages: int
     split: int = 1
 
+    def needed(self, left: int, right: int) -> int:
+        """How many cover a product of so many rows of the left and of the right factor."""
+        return -(-left // (64 * self.groups)) * -(-right // self.right)
+
 
 class Cost(NamedTuple):
     """Microseconds of a block on an H200: per stage, and per tile for filling the ring and writing the output."""
@@ -84,28 +88,30 @@ def shared_bytes(kind: int, group: int | None, x_left: bool, tile: Tile) -> int:
     return 1024 + ring + 16 * tile.stages + table + tile.groups * OUT_BYTES
 
 
+def cost_family(kind: int, group: int | None, x_left: bool) -> str:
+    """The name in `COSTS` of a kind of codes and scales."""
+    return "4-bit" if kind == 4 else "row" if not group else "tiles" if x_left else "groups"
+
+
 @cache
 def tile_for(kind: int, group: int | None, x_left: bool, m: int, n: int, k: int, multiprocessors: int) -> Tile:
     """The tile of least estimated time."""
-    family = "4-bit" if kind == 4 else "row" if not group else "tiles" if x_left else "groups"
-    left, right = (m, n) if x_left else (n, m)
-    steps = -(-k // STEP[kind])
-
-    def blocks(tile: Tile) -> int:
-        return -(-left // (64 * tile.groups)) * -(-right // tile.right) * tile.split
+    family, steps = cost_family(kind, group, x_left), -(-k // STEP[kind])
+    rows = (m, n) if x_left else (n, m)
 
     def microseconds(tile: Tile) -> float:
         cost = COSTS[family][tile._replace(split=1)]
         if tile.split == 1:
-            return -(-blocks(tile) // multiprocessors) * (steps * cost.stage + cost.tile)
+            return -(-tile.needed(*rows) // multiprocessors) * (steps * cost.stage + cost.tile)
         adding = SPLIT_COST[0] + SPLIT_COST[1] * tile.split
         return -(-steps // tile.split) * cost.stage + cost.tile + adding
 
     wanted = (tile._replace(split=split) for tile in COSTS[family] for split in SPLITS)
-    return min(
-        (tile for tile in wanted if tile.split == 1 or blocks(tile) <= multiprocessors * SPLITS[tile.split]),
-        key=microseconds,
-    )
+    fitting = (
+        tile for tile in wanted
+        if tile.split == 1 or tile.needed(*rows) * tile.split <= multiprocessors * SPLITS[tile.split]
+    )  # fmt: skip
+    return min(fitting, key=microseconds)
 
 
 def _instruction(kind: int, dtype: torch.dtype, width: int) -> str:
@@ -256,8 +262,7 @@ def multiply(
         if not x_left:
             scales_map = _map(x_scale.data_ptr(), x_scale.dtype, groups, m, 4 * pitch, (parts, tile.right), False)
 
-    rows_left, rows_right = (m, n) if x_left else (n, m)
-    tiles = -(-rows_left // left) * -(-rows_right // tile.right)
+    tiles = tile.needed(*((m, n) if x_left else (n, m)))
     clusters = tiles if tile.split > 1 else min(tiles, _multiprocessors(device))
     shift = (group if kind == 4 else rows_per_scale).bit_length() - 1 if kind == 4 or rows_per_scale < n else 31
     has_bias = bias is not None

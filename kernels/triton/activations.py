@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..scales import TINY
 from .launch import launch
-from .rounding import divide, divide_many, magnitude, round_int8
+from .rounding import divide, divide_many, magnitude, round_int8, scale_of
 
 ACTIVATIONS = {None: 0, "tanh": 1, "none": 2}  # by the names of torch.nn.functional.gelu
 
@@ -23,12 +23,6 @@ def _activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == 2:
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     return x
-
-
-@triton.jit
-def _scale(absmax, QMAX: tl.constexpr, FLOOR: tl.constexpr):
-    """absmax / qmax, 1 for zeros. NaN won every comparison before: magnitudes are compared as bits."""
-    return tl.where(absmax < FLOOR, 1.0, divide(absmax, QMAX))
 
 
 @triton.jit
@@ -56,7 +50,7 @@ def _rows(
         value = _activate(value, ACTIVATION)
         largest = tl.maximum(largest, magnitude(value))
     absmax = tl.max(largest, 0).to(tl.float32, bitcast=True)
-    s = _scale(absmax, QMAX, FLOOR)
+    s = scale_of(absmax, QMAX, FLOOR)
     tl.store(scale + row, s)
     for start in range(0, k, BLOCK):  # the row again, from the cache
         value = tl.load(x + row * stride + start + at, start + at < k, other=0.0).to(tl.float32)
@@ -75,7 +69,7 @@ def _groups(
     inside = (run < count)[:, None]
     value = _activate(tl.load(x + at, inside, other=0.0).to(tl.float32), ACTIVATION)
     absmax = tl.max(magnitude(value), 1).to(tl.float32, bitcast=True)
-    s = _scale(absmax, QMAX, FLOOR)
+    s = scale_of(absmax, QMAX, FLOOR)
     tl.store(codes + at, _encode(value, s[:, None], (absmax < FLOOR)[:, None], QMAX, FLOAT8), inside)
     tl.store(scale + run % groups * pitch + run // groups, s, run < count)
 

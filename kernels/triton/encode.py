@@ -88,7 +88,7 @@ def upper_nibble(word, KIND: tl.constexpr):
 
 
 @triton.jit
-def packed_nibbles(even, odd, KIND: tl.constexpr):
+def byte_of_codes(even, odd, KIND: tl.constexpr):
     """Two `code_word`s -> one byte, the even code in the high nibble."""
     byte = ((even >> 24) & 0xF0) | ((odd >> 28) & 15)
     if KIND == _FP4:
@@ -142,7 +142,9 @@ def _whole_absmax(x, out, count, rounds, programs, BLOCK: tl.constexpr):
     tl.atomic_max(out, tl.max(largest, 0), sem="relaxed")
 
 
-WHOLE = (4096, 8, 1024)  # elements at a time, warps, most programs: each ends in an atomic on one address
+# Elements at a time, warps, most programs: each ends in an atomic on one address. On an H200 quantizing with one FP8
+# scale took 12 % longer with (4096, 8, 264), 10 % with (4096, 4, 2048).
+WHOLE = (4096, 8, 1024)
 
 
 def whole_absmax(x: torch.Tensor) -> torch.Tensor:

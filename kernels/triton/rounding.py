@@ -19,6 +19,12 @@ def magnitude(x):
 
 
 @triton.jit
+def scale_of(absmax, QMAX: tl.constexpr, FLOOR: tl.constexpr):
+    """absmax / qmax, 1 for zeros. NaN won every comparison before: magnitudes are compared as bits."""
+    return tl.where(absmax < FLOOR, 1.0, divide(absmax, QMAX) if QMAX != 1.0 else absmax)
+
+
+@triton.jit
 def round_int8(x):
     """Nearest even integer in [-127, 127]; NaN becomes some code."""
     return nearest_integer(tl.minimum(tl.maximum(x, -127.0), 127.0))

@@ -120,13 +120,13 @@ def choose(method: Method, layer: Layer) -> Choice:
     """
     weight, grid = layer.weight, layer.grid
     if not weight.numel():
-        return Choice(*nearest_codes(weight, grid), 0.0, 0.0)
+        return Choice(*grid.nearest(weight), 0.0, 0.0)
     codes, scale, objective = method.quantize(layer)
     error, signal = grid.squared_error(weight, codes, scale)
     if objective is None:
         return Choice(codes, scale, error, signal)
     value = objective(codes, scale)
-    plain_codes, plain_scale = nearest_codes(weight, grid)
+    plain_codes, plain_scale = grid.nearest(weight)
     plain_error, _ = grid.squared_error(weight, plain_codes, plain_scale)
     plain_value = objective(plain_codes, plain_scale)
     verdict = ""
@@ -140,11 +140,6 @@ def choose(method: Method, layer: Layer) -> Choice:
     if verdict:
         return Choice(plain_codes, plain_scale, plain_error, signal, plain_error, plain_value, plain_value, verdict)
     return Choice(codes, scale, error, signal, plain_error, value, plain_value)
-
-
-def nearest_codes(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Scale]:
-    """(codes, scale) of round-to-nearest: scale = absmax / qmax, each weight to the closest code, ties to even."""
-    return grid.nearest(weight)
 
 
 def layer_generator(seed: int, name: str, device: torch.device) -> torch.Generator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...kernels.grids import Scale
-from .base import Layer, Method, nearest_codes, register_method
+from .base import Layer, Method, register_method
 
 
 class Nearest(Method):
@@ -13,7 +13,7 @@ class Nearest(Method):
     in_passes = True
 
     def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, None]:
-        return *nearest_codes(layer.weight, layer.grid), None
+        return *layer.grid.nearest(layer.weight), None
 
 
 register_method(Nearest())

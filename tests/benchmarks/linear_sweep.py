@@ -85,12 +85,9 @@ def sweep_wide(kinds: tuple[str, ...] = WIDE, rows: tuple[int, ...] = (64, 128, 
             quantize = partial(activations.quantize, x, levels.dtype, levels.qmax, group)
             inputs, quantizer = quantize(), gpu.graph_time([quantize] * 4, 3)
         x_left, found = wide._x_left(kind, group, per_scale), []
-        family = "4-bit" if kind == 4 else "row" if not group else "tiles" if x_left else "groups"
-        left, right = (m, n) if x_left else (n, m)
-        for tile, split in itertools.product(wide.COSTS[family], wide.SPLITS):
+        for tile, split in itertools.product(wide.COSTS[wide.cost_family(kind, group, x_left)], wide.SPLITS):
             tile = tile._replace(split=split)
-            blocks = -(-left // (64 * tile.groups)) * -(-right // tile.right) * split
-            if split > 1 and blocks > multiprocessors:
+            if split > 1 and tile.needed(*((m, n) if x_left else (n, m))) * split > multiprocessors:
                 continue
             calls = [
                 lambda c=c, s=s: wide.multiply(*inputs, c, s, None, x.dtype, group, per_scale, values, tile)

@@ -24,7 +24,6 @@ from layers import correlated_rows, emoji_activations, emoji_weights, heavy_weig
 
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.methods import Layer, choose, get_method, layer_generator
-from fewbits.quant_ops.methods.base import nearest_codes
 from fewbits.quant_ops.planning.recipe import Wish, parse_wish
 from fewbits.quant_ops.sources import DTYPE_NAMES
 from fewbits.quant_ops.spec import LayerInput
@@ -55,7 +54,7 @@ def measure(name: str, weight: torch.Tensor, inputs: torch.Tensor, wish: Wish, d
         choice, seconds = run()
     layer, x = LayerInput(tuple(weight.shape), None), inputs.to(device)
     ours = format.dequantize(format.pack(choice.codes, choice.scale, options), layer, options)
-    plain = format.dequantize(format.pack(*nearest_codes(prepared, grid), options), layer, options)
+    plain = format.dequantize(format.pack(*grid.nearest(prepared), options), layer, options)
     reference = weight.to(device).float()
     return {
         "objective": choice.objective,

@@ -10,7 +10,6 @@ import torch
 from fewbits.kernels.grids import Grid
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.methods import Choice, Layer, choose, get_method, layer_generator
-from fewbits.quant_ops.methods.base import nearest_codes
 from fewbits.quant_ops.planning.wish import parse_wish
 from fewbits.quant_ops.sources import DTYPE_NAMES
 from fewbits.quant_ops.spec import LayerInput
@@ -50,7 +49,7 @@ class Run:
 
     @property
     def error_nearest(self) -> torch.Tensor:
-        return self.grid.decode(*nearest_codes(self.weight, self.grid)) - self.weight
+        return self.grid.decode(*self.grid.nearest(self.weight)) - self.weight
 
     @property
     def objective_ratio(self) -> float:

@@ -9,7 +9,7 @@ from fewbits.kernels.grids import INT8, TiledGrid
 from fewbits.kernels.scales import Geometry
 from fewbits.quant_ops.errors import RecipeError
 from fewbits.quant_ops.methods import METHODS, Layer, choose, get_method, layer_generator
-from fewbits.quant_ops.methods.base import Method, nearest_codes
+from fewbits.quant_ops.methods.base import Method
 
 GRID = TiledGrid(INT8, Geometry(1, None))
 NAN = float("nan")
@@ -35,7 +35,7 @@ class Claims(Method):
 def test_a_method_is_taken_only_if_it_is_at_least_as_good(own, nearest, taken):
     weight = heavy_weight(8, 64)
     choice = choose(Claims(own, nearest), Layer(weight, GRID, None, layer_generator(0, "layer", weight.device)))
-    codes, scale = nearest_codes(weight, GRID)
+    codes, scale = GRID.nearest(weight)
     assert torch.equal(choice.codes, codes) is not taken
     assert torch.equal(choice.scale, scale) is not taken
     assert bool(choice.verdict) is not taken
@@ -46,7 +46,7 @@ def test_a_proxy_objective_may_not_cost_more_than_two_percent_of_weight_error():
     weight = heavy_weight(8, 64)  # twice the scale doubles the error
     generator = layer_generator(0, "layer", weight.device)
     kept = choose(Claims(1.0, 2.0, proxy=True), Layer(weight, GRID, None, generator))
-    assert torch.equal(kept.codes, nearest_codes(weight, GRID)[0])
+    assert torch.equal(kept.codes, GRID.nearest(weight)[0])
     assert "weight error" in kept.verdict and "1.02" in kept.verdict
 
 
