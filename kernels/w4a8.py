@@ -14,8 +14,12 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from .codebook4 import constant, fast_codes, look_up
+from .dispatch import op
 from .grids import E4M3_SCALE_STEP, Grid, chosen_e4m3, rescaled_e4m3
+from .hadamard import rotate
+from .packing import unpack_nibbles
 from .scales import CHUNK_ELEMENTS, TINY, Geometry, chunk_rows
+from .triton import why_not_triton
 
 GROUP = 16
 GROUPS = Geometry(1, GROUP)
@@ -25,6 +29,8 @@ LEVELS = (
 )  # fmt: skip
 FLOOR = 1e-8  # smallest group and row scale, as in comfy-kitchen
 PASSES = 2  # least-squares refinements of a group's scale; further ones gain less than 0.001 in relative error
+
+SPANS = (16, 64, 256)  # rotation groups that files are written with, and a kernel decodes
 
 
 def round_level(x: torch.Tensor) -> torch.Tensor:
@@ -91,16 +97,9 @@ class W4A8Grid(Grid):
             signal += float(torch.dot(w, w))
         return error, signal
 
-    def decode(self, codes: torch.Tensor, scale: W4A8Scale, levels: torch.Tensor | None = None) -> torch.Tensor:
-        """(N, K) float32 in the rotated basis: q8 * s_channel, q8 = clamp(round(levels[code] * s_rel), +-127).
-
-        Args:
-            levels: (16,) float32, another table than the fixed one.
-        """
-        n, k = codes.shape
-        values = look_up(codes, levels if levels is not None else LEVELS).view(n, k // GROUP, GROUP)
-        q8 = values.mul_(scale.relative.float()[..., None]).round_().clamp_(-127.0, 127.0)
-        return q8.view(n, k).mul_(scale.channel[:, None])
+    def decode(self, codes: torch.Tensor, scale: W4A8Scale) -> torch.Tensor:
+        """(N, K) float32 in the rotated basis: q8 * s_channel, q8 = clamp(round(level * s_rel), +-127)."""
+        return _q8(codes, scale.relative, LEVELS).mul_(scale.channel[:, None])
 
     def rescaled(self, scale: W4A8Scale, factor: float) -> W4A8Scale:
         """Group scales times factor as e4m3fn, at most 448; row scales stay."""
@@ -167,6 +166,47 @@ def _choose(w: torch.Tensor, scale: W4A8Scale, generator: torch.Generator | None
     above, under = (_int8_levels(look_up(code, LEVELS), relative) for code in (high, low))
     nearer = (v - above).abs_() < (v - under).abs_()  # never where high == low; else high == low + 1
     return low.add_(nearer).masked_fill_(zero, 0)
+
+
+def _q8(codes: torch.Tensor, relative: torch.Tensor, levels: tuple[float, ...] | torch.Tensor) -> torch.Tensor:
+    """(N, K) float32 integers from -127 to 127."""
+    values = look_up(codes, levels).view(*relative.shape, GROUP)
+    return values.mul_(relative.float()[..., None]).round_().clamp_(-127.0, 127.0).view(codes.shape)
+
+
+@op
+def dequantize_w4a8(
+    packed: torch.Tensor,
+    relative: torch.Tensor,
+    channel: torch.Tensor,
+    levels: torch.Tensor,
+    span: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Stored tensors -> the unrotated weight: sums of q8 are exact in any order, then rounded once each by two factors.
+
+    Args:
+        packed: (N, K/2) one byte per two codes, the low nibble first.
+        relative, channel: as `W4A8Scale`.
+        levels: (16,) float32.
+        span: columns rotated together.
+
+    Returns:
+        (N, K) `dtype`: the float32 product with s_channel, rounded to it. NaN in a scale spreads over its span or row.
+    """
+    q8 = _q8(unpack_nibbles(packed, high_first=False), relative, levels).add_(0.0)  # no -0, whose sums keep their sign
+    return rotate(q8, span).mul_(channel[:, None]).to(dtype)
+
+
+def _why_not_triton(packed, relative, channel, levels, span, dtype):
+    return why_not_triton(packed) or (None if span in SPANS else f"rotated in groups of {span}")
+
+
+@dequantize_w4a8.backend("triton", _why_not_triton)
+def _dequantize_w4a8(packed, relative, channel, levels, span, dtype):
+    from .triton import w4a8
+
+    return w4a8.dequantize(packed, relative, channel, levels, span, dtype)
 
 
 def _int8_levels(levels: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ import logging
 import mmap
 import os
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ REUSED_FROM = 1 << 20  # smaller tensors get memory of their own: the allocator 
 # Tensors of these sizes are read into locked memory for a GPU: smaller ones are copied in no time, and larger ones
 # would take too much from everybody else.
 LOCKED = range(1 << 23, 1 << 28)
+READERS = 4  # threads that read one such tensor: one alone is slower than storage that takes 4-bit codes
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +102,11 @@ class FileSource:
         self.path = Path(path)
         self.name = self.path.name
         self.header = _open_header(self.path)
-        self._files: dict[Path, object] = {}
+        self._files: dict[tuple[Path, int], object] = {}
         self._memory = _ReadMemory() if short_lived else None
         sizes = [spec.nbytes for spec in self.header.tensors.values() if spec.nbytes in LOCKED]
         self._locked = _ReadMemory(max(sizes)) if short_lived and for_gpu and sizes else None
+        self._readers = ThreadPoolExecutor(READERS, "fewbits-readers") if self._locked else None
 
     def _empty(self, spec: TensorSpec) -> torch.Tensor:
         dtype = TORCH_DTYPES[spec.dtype]
@@ -118,21 +122,37 @@ class FileSource:
         if begin == end:
             return tensor
         view = tensor_bytes(tensor)
-        file = self._files.get(path)
+        if self._readers and spec.nbytes in LOCKED:
+            step = -(-len(view) // READERS)
+            pieces = [(lane, begin + lane * step, view[lane * step :][:step]) for lane in range(READERS)]
+            done = sum(self._readers.map(self._fill, repeat(path), *zip(*pieces)))
+        else:
+            done = self._fill(path, 0, begin, view)
+        if done < len(view):
+            raise CheckpointError(f"{path.name}: truncated while reading tensor '{name}': {done} of {len(view)} bytes")
+        return tensor
+
+    def _fill(self, path: Path, lane: int, begin: int, view: memoryview) -> int:
+        """Read from byte `begin` on until the view is full or the file ends; a lane is used by one thread at a time.
+
+        Returns:
+            Bytes read.
+        """
+        file = self._files.get((path, lane))
         if file is None:
-            file = self._files[path] = open(path, "rb", buffering=0)  # noqa: SIM115  (closed by close())
+            file = self._files[path, lane] = open(path, "rb", buffering=0)  # noqa: SIM115  (closed by close())
         file.seek(begin)
         done = 0
         while done < len(view):
             count = file.readinto(view[done : done + READ_STEP])
             if not count:
-                raise CheckpointError(
-                    f"{path.name}: truncated while reading tensor '{name}': {done} of {len(view)} bytes"
-                )
+                break
             done += count
-        return tensor
+        return done
 
     def close(self) -> None:
+        if self._readers:
+            self._readers.shutdown()
         for file in self._files.values():
             file.close()
         self._files.clear()

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 
 from ...kernels.hadamard import rotate
-from ...kernels.packing import pack_nibbles, unpack_nibbles
-from ...kernels.w4a8 import GROUP, LEVELS, W4A8Grid, W4A8Scale
+from ...kernels.packing import pack_nibbles
+from ...kernels.w4a8 import GROUP, LEVELS, W4A8Grid, W4A8Scale, dequantize_w4a8
 from ..errors import CheckpointError
 from ..spec import FormatOptions, LayerInput, TensorSpec
 from . import convrot
@@ -88,10 +88,13 @@ class AsymW4A8(Format):
         }
 
     def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
-        codes = unpack_nibbles(tensors["weight"], high_first=False)
-        scale = W4A8Scale(tensors["weight_s_channel"], tensors["weight_s_rel"])
-        rotated = W4A8Grid().decode(codes, scale, tensors["weight_codebook"])
-        return rotate(rotated, options.convrot_groupsize)
+        return self.dequantize_to(tensors, layer, options, torch.float32)
+
+    def dequantize_to(
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions, dtype: torch.dtype
+    ) -> torch.Tensor:
+        stored = (tensors[name] for name in ("weight", "weight_s_rel", "weight_s_channel", "weight_codebook"))
+        return dequantize_w4a8(*stored, options.convrot_groupsize, dtype)
 
 
 register_format(AsymW4A8())

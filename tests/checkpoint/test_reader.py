@@ -79,6 +79,16 @@ def test_a_file_cut_after_its_header_was_read_names_the_tensor(tmp_path):
             source.read(last)
 
 
+def test_a_large_tensor_cut_short_says_how_many_bytes_its_readers_found(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file({"t": torch.zeros(LOCKED[0], dtype=torch.uint8)}, path)
+    with FileSource(path, short_lived=True, for_gpu=True) as source:
+        with open(path, "r+b") as file:
+            file.truncate(path.stat().st_size - LOCKED[0] // 2)
+        with pytest.raises(CheckpointError, match=f"reading tensor 't': {LOCKED[0] // 2} of {LOCKED[0]} bytes"):
+            source.read("t")
+
+
 def test_no_such_file_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         FileSource(tmp_path / "nothing.safetensors")
@@ -113,7 +123,9 @@ def test_memory_of_short_lived_tensors_is_used_again_only_when_they_are_gone(tmp
 
 
 def test_what_is_read_for_a_gpu_is_the_same_with_and_without_locked_memory(tmp_path, caplog):
-    tensors = {f"t{i}": torch.full((size << 18,), float(i)) for i, size in enumerate((12, 1, 8, 12))}  # MB
+    sizes = (12, 1, 8, 12)  # MB
+    tensors = {f"t{i}": torch.arange(size << 18).float() + i for i, size in enumerate(sizes)}
+    tensors["odd"] = torch.arange((9 << 20) + 3).byte()
     save_file(tensors, tmp_path / "model.safetensors")
     with FileSource(tmp_path / "model.safetensors", short_lived=True, for_gpu=True) as source:
         places = set()

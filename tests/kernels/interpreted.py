@@ -1,4 +1,4 @@
-"""Our Triton kernels that quantize weights, run by Triton's interpreter on the CPU, against eager; one line per case.
+"""Our Triton kernels that quantize and decode weights, run by Triton's interpreter on the CPU, against eager; one line per case.
 
     python3 tests/kernels/interpreted.py
 
@@ -26,6 +26,7 @@ from fewbits.kernels.grids import E4M3, INT8, nearest_codes, nearest_tiles
 from fewbits.kernels.packing import packed_nibbles
 from fewbits.kernels.scales import Geometry, tile_absmax
 from fewbits.kernels.triton import encode
+from fewbits.kernels.w4a8 import LEVELS, SPANS, dequantize_w4a8
 
 GEOMETRIES = {
     "tensor": Geometry(None, None), "row": Geometry(1, None), "group 64": Geometry(1, 64),
@@ -43,6 +44,8 @@ def complete_the_interpreter() -> None:
     def convert_float(data: numpy.ndarray, source: object, target: object, rounding: object) -> numpy.ndarray:
         if (source, target) == (tl.bfloat16, tl.float32):
             return (data.view(numpy.uint16).astype(numpy.uint32) << 16).view(numpy.float32)
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
         if (source, target) != (tl.float32, tl.float8e4nv):
             return convert(data, source, target, rounding)
         return torch.from_numpy(data.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
@@ -104,14 +107,26 @@ def cases() -> Iterator[tuple[str, object, tuple]]:
         near = torch.stack([near, near.nextafter(torch.tensor(-2.0)), near.nextafter(torch.tensor(2.0))])
         near = torch.cat([near, -near]).view(1, -1)
         yield f"ties {levels.name}", nearest_codes, (near, torch.ones(1, 1), levels, Geometry(1, None), 0)
+    for span in SPANS:
+        for n, dtype in ((65, torch.float32), (3, torch.float16), (3, torch.bfloat16)):
+            packed = torch.randint(-128, 128, (n, span), dtype=torch.int8)
+            relative = torch.arange(n * span // 8).byte().view(torch.float8_e4m3fn).view(n, -1)  # NaN and -448 too
+            stored = (packed, relative, torch.rand(n), torch.tensor(LEVELS))
+            yield f"w4a8 {span} {n} {dtype}", dequantize_w4a8, (*stored, span, dtype)
     for order in (True, False):
         codes = torch.randint(0, 16, (5, 34), dtype=torch.uint8)
         yield f"pack {order}", packed_nibbles, (codes, order)
 
 
 def same(got: object, expected: object) -> bool:
+    """Equal bits; any NaN for a NaN."""
     if isinstance(got, tuple):
         return all(map(same, got, expected))
+    if got.is_floating_point() and got.itemsize > 1:
+        nan, expected_nan = got.isnan(), expected.isnan()
+        if not torch.equal(nan, expected_nan):
+            return False
+        got, expected = got.masked_fill(nan, 0), expected.masked_fill(nan, 0)
     return got.shape == expected.shape and torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
 
 

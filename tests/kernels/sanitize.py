@@ -23,6 +23,7 @@ from fewbits.kernels.dispatch import Op, use_backend
 from fewbits.kernels.grids import E4M3, INT8, Levels, TiledGrid, nearest_codes, nearest_tiles
 from fewbits.kernels.packing import pack_nibbles, packed_nibbles
 from fewbits.kernels.scales import Geometry, tile_absmax
+from fewbits.kernels.w4a8 import LEVELS, SPANS, dequantize_w4a8
 
 GEOMETRIES = {
     "tensor": Geometry(None, None), "row": Geometry(1, None), "tile 128": Geometry(128, 128),
@@ -46,6 +47,11 @@ def cases() -> Iterator[tuple[str, Op, tuple]]:
                 yield f"{levels.name} {group or 'row'} K={k}", quantize_gelu, (x, levels, group, "tanh")
     for levels in (NF4, FP4):
         yield from flat(levels)
+    for span in SPANS:
+        packed = torch.randint(-128, 128, (65, 3 * span // 2), dtype=torch.int8, device="cuda")
+        relative = torch.rand(65, 3 * span // 16, device="cuda").mul(127).to(torch.float8_e4m3fn)
+        stored = (packed, relative, torch.rand(65, device="cuda"), torch.tensor(LEVELS, device="cuda"))
+        yield str(span), dequantize_w4a8, (*stored, span, torch.bfloat16)
 
 
 def tiled(name: str, levels: Levels, geometry: Geometry) -> Iterator[tuple[str, Op, tuple]]:

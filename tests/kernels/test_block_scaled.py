@@ -1,4 +1,4 @@
-"""MXFP8, NVFP4 and W4A8 grids: exponents from bits, two-level scales, zero blocks, seeds."""
+"""MXFP8, NVFP4 and W4A8 grids: exponents from bits, two-level scales, zero blocks, seeds, decoding."""
 
 import math
 
@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vectors import raw
 
+from fewbits.kernels.dispatch import use_backend
+from fewbits.kernels.hadamard import rotate
 from fewbits.kernels.mxfp8 import Mxfp8Grid, e8m0_ceiling, e8m0_value
 from fewbits.kernels.nvfp4 import Nvfp4Grid
-from fewbits.kernels.w4a8 import GROUP, W4A8Grid
+from fewbits.kernels.w4a8 import GROUP, LEVELS, SPANS, W4A8Grid, dequantize_w4a8
 
 INFINITY = torch.tensor(float("inf"))
 
@@ -85,6 +87,56 @@ def test_zero_groups_and_zero_rows_of_w4a8_decode_to_exact_zeros():
     decoded = grid.decode(codes, scale)
     assert not decoded[0].any() and not decoded[1, :GROUP].any() and not decoded[2].any()
     assert (decoded[1, GROUP:] - weight[1, GROUP:]).norm() < 0.15 * weight[1, GROUP:].norm()
+
+
+def stored_w4a8(n: int, k: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    """Every group scale but NaN, and codes of both signs."""
+    packed = torch.randint(-128, 128, (n, k // 2), dtype=torch.int8)
+    relative = (torch.arange(n * k // GROUP) % 127).byte().view(torch.float8_e4m3fn).view(n, -1)
+    return tuple(tensor.to(device) for tensor in (packed, relative, torch.rand(n) + 1e-6, torch.tensor(LEVELS)))
+
+
+@pytest.mark.parametrize("span", [4, 16, 64, 256, 1024])
+def test_w4a8_is_decoded_with_the_rounding_of_its_two_factors_alone(span):
+    packed, relative, channel, levels = stored_w4a8(7, 2048)
+    codes = torch.stack([packed & 15, packed >> 4 & 15], 2).view(7, -1).long()
+    q8 = (levels[codes].view(7, -1, GROUP) * relative.float()[..., None]).round().clamp(-127, 127).view(7, -1).double()
+    exact = (q8.view(7, -1, span) @ rotate(torch.eye(span), span).double()).view(7, -1)
+    got = dequantize_w4a8(packed, relative, channel, levels, span, torch.float32)
+    assert torch.equal(got, exact.float() * channel[:, None])
+    half = dequantize_w4a8(packed, relative, channel, levels, span, torch.bfloat16)
+    assert torch.equal(half, got.bfloat16())
+
+
+def test_nan_in_a_scale_of_w4a8_stays_in_its_span_and_row():
+    packed, relative, channel, levels = stored_w4a8(5, 256)
+    relative.view(torch.uint8)[1, 5] = 0x7F
+    channel[3] = float("nan")
+    nan = dequantize_w4a8(packed, relative, channel, levels, 64, torch.float32).isnan()
+    expected = torch.zeros(5, 256, dtype=torch.bool)
+    expected[1, 64:128] = expected[3] = True
+    assert torch.equal(nan, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 768), (65, 256), (130, 3072)], ids=str)
+@pytest.mark.parametrize("span", SPANS)
+def test_the_kernel_decodes_w4a8_to_the_bits_of_eager(span, shape, dtype):
+    stored = stored_w4a8(*shape, "cuda")
+    relative = stored[1].view(torch.uint8)
+    relative[0, 3] = 0x7F  # NaN
+    with use_backend("eager"):
+        expected = dequantize_w4a8(*stored, span, dtype)
+    with use_backend("triton"):
+        got = dequantize_w4a8(*stored, span, dtype)
+        apart = dequantize_w4a8(stored[0].t().contiguous().t(), *stored[1:], span, dtype)
+    assert int(got.isnan().sum()) == span
+    assert torch.equal(got.nan_to_num(), expected.nan_to_num()) and torch.equal(apart.nan_to_num(), got.nan_to_num())
+
+
+def test_w4a8_says_why_its_kernel_does_not_run():
+    assert dequantize_w4a8.reasons(*stored_w4a8(2, 64), 64, torch.float32) == {"triton": "tensor is on cpu"}
 
 
 @pytest.mark.parametrize("grid", [Mxfp8Grid(), Nvfp4Grid(), W4A8Grid()], ids=["mxfp8", "nvfp4", "w4a8"])
