@@ -5,7 +5,7 @@
 Appends to results/conversion_gpu.csv. `of_bound`: the slower of the two bounds over our time; the file is in the page
 cache, torch and CUDA are started, kernels compiled. Pageable memory is what a file read without the page cache's pages
 being locked is copied from; the bound is of locked memory. `read_s`, no bound: one thread reading the file into memory
-that is used again. With `--device cpu` storage alone is the bound.
+that is used again by one thread. With `--device cpu` storage alone is the bound.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
 RESULTS = Path(__file__).parent / "results" / "conversion_gpu.csv"
-FORMATS = ("float8_e4m3fn", "int8_tensorwise", "int8_blockwise", "bnb_nf4")
+FORMATS = (
+    "float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "float8_e4m3fn_block3d", "int8_tensorwise",
+    "int8_tensorwise:convrot=true", "int8_blockwise", "int8_lodewise", "bnb_nf4", "bnb_fp4:method=nearest", "mxfp8",
+    "nvfp4", "convrot_w4a4", "asym_w4a8_int8", "bnb_fp4",
+)  # fmt: skip
 PIECE = 64 * 2**20  # bytes of one copy
 
 

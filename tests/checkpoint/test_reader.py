@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewbits.quant_ops.checkpoint.reader import LOCKED, FileSource
+from fewbits.quant_ops.checkpoint import reader
+from fewbits.quant_ops.checkpoint.reader import LOCKED, READERS, FileSource
 from fewbits.quant_ops.errors import CheckpointError
 from helpers import random_tensors, tiny_checkpoint
 
@@ -87,6 +88,20 @@ def test_a_large_tensor_cut_short_says_how_many_bytes_its_readers_found(tmp_path
             file.truncate(path.stat().st_size - LOCKED[0] // 2)
         with pytest.raises(CheckpointError, match=f"reading tensor 't': {LOCKED[0] // 2} of {LOCKED[0]} bytes"):
             source.read("t")
+
+
+def test_a_slow_disk_is_read_by_one_thread(tmp_path, monkeypatch):
+    path, calls = tmp_path / "m.safetensors", []
+    tensors = {name: torch.arange(LOCKED[0]).byte() for name in "abc"}
+    save_file(tensors, path)
+    fill = FileSource._fill
+    monkeypatch.setattr(FileSource, "_fill", lambda *args: calls.append(args[2]) or fill(*args))
+    with FileSource(path, short_lived=True, for_gpu=True) as source:
+        for name, speed, lanes in (("a", float("inf"), READERS), ("b", 0.0, 1), ("c", 0.0, READERS)):
+            monkeypatch.setattr(reader, "FAST", speed)  # of the last tensor: decides about the next
+            calls.clear()
+            assert torch.equal(source.read(name), tensors[name])
+            assert sorted(calls) == list(range(lanes))
 
 
 def test_no_such_file_says_so(tmp_path):

@@ -108,6 +108,13 @@ def encode_table() -> str:
 PEERS = ("bf16_", "decoded_")
 
 
+def named(wish: str) -> str:
+    """`int8_blockwise:block_size=64` -> "`int8_blockwise`, block size 64"; a rotation or a method by its name alone."""
+    name, _, options = wish.partition(":")
+    words = options.replace("convrot=true", "ConvRot").replace("method=", "").replace("=", " ").replace("_", " ")
+    return f"`{name}`" + (f", {words}" if words else "")
+
+
 def blocks_table() -> str:
     rows = rows_of("blocks.csv")
     sizes = sorted({int(row["pixels"]) for row in rows})
@@ -125,19 +132,32 @@ def blocks_table() -> str:
             for kind in kinds
             for size in sizes
         ]
-        name, _, options = wish.partition(":")
-        name = f"`{name}`" + (f", {options.replace('=', ' ').replace('_', ' ')}" if options else "")
         memory = f"{int(last['loaded_bytes']) / int(last['bytes']):.3f}"
         errors = [f"{float(last[key]):.4f}" for key in ("rel_l2", "decoded_rel_l2")]
-        lines.append(f"| {' | '.join([name, memory, *cells, *errors])} |")
+        lines.append(f"| {' | '.join([named(wish), memory, *cells, *errors])} |")
     head = (
         "One denoiser evaluation of a random Flux of real width (one double and two single blocks, 512 words) through "
         "ComfyUI's own loader: speed against bf16 / against what ComfyUI and comfy-kitchen do where a format has no "
         "kernels, decode every weight first. `GPU alone`: the GPU's work, launched ahead; otherwise plain calls, where "
         "Python sets the pace on small pictures. "
         "`memory / file`: what loading leaves on the GPU. `latents`: rel_l2 of the result against bf16, and that of "
-        f"decoded weights, at {sizes[-1]}x{sizes[-1]}. `float8_e4m3fn` and `int8_tensorwise` are run by "
-        "comfy-kitchen."
+        f"decoded weights, at {sizes[-1]}x{sizes[-1]}. `float8_e4m3fn`, `float8_e5m2`, `int8_tensorwise`, `mxfp8`, "
+        "`nvfp4` and `convrot_w4a4` are run by this ComfyUI, 0.30, and comfy-kitchen; `mxfp8` and `nvfp4` are made for "
+        "Blackwell."
+    )
+    return f"{textwrap.fill(head, 118)}\n\n" + "\n".join(lines)
+
+
+def conversion_table() -> str:
+    rows = rows_of("conversion_gpu.csv")
+    lines = ["| format | seconds | writing the output alone | GPU memory |", "|---|---|---|---|"]
+    for row in rows:
+        seconds, alone = (f"{float(row[key]):.2f}" for key in ("seconds", "write_s"))
+        lines.append(f"| {named(row['format'])} | {seconds} | {alone} | {int(row['gpu_peak_bytes']) / 1e9:.2f} GB |")
+    head = (
+        f"Converting a bf16 file of {int(rows[0]['bytes']) / 1e9:.1f} GB on the GPU, from the page cache to the disk, "
+        "against writing the output with nothing to compute, in seconds. `bnb_fp4` chooses its scales by `mse_clip` "
+        "unless told otherwise."
     )
     return f"{textwrap.fill(head, 118)}\n\n" + "\n".join(lines)
 
@@ -149,6 +169,6 @@ def text() -> str:
         tables.append(peers_table())
     if (RESULTS / "blocks.csv").exists():
         tables.append(blocks_table())
-    tables.append(encode_table())
-    scripts = ", ".join(f"`python3 dev.py bench {name}`" for name in ("linear", "encode", "blocks"))
-    return "\n\n".join(tables) + f"\n\nReproduce: {scripts}. On your machine: `fewbits bench`.\n"
+    tables += [encode_table(), conversion_table()]
+    scripts = ", ".join(f"`python3 dev.py bench {name}`" for name in ("linear", "encode", "blocks", "conversion_gpu"))
+    return "\n\n".join(tables) + f"\n\nReproduce: {scripts}.\nOn your machine: `fewbits bench`.\n"
