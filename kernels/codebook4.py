@@ -26,7 +26,7 @@ from .grids import (
     why_not_codes,
 )
 from .packing import pack_nibbles
-from .scales import Geometry, scale_from_absmax
+from .scales import CHUNK_ELEMENTS, Geometry, chunk_rows, scale_from_absmax
 
 RoundFn = Callable[[torch.Tensor], torch.Tensor]
 
@@ -196,6 +196,28 @@ E2M1 = _levels("e2m1", _signed(E2M1_MAGNITUDES), by_division_, round_e2m1)
 
 
 ROWS = Geometry(1, None)
+BINS = 2048  # weights whose errors are known for each factor on a scale
+
+
+@cache
+def _errors_by_factor(levels: Levels, factors: tuple[float, ...], count: int) -> torch.Tensor:
+    """(BINS, factors) squared errors of weights from -1 to 1 x absmax, in float32 integers.
+
+    Errors are below 1; in units of count / 2^24 a sum over `count` of them is exact, and so the same in any order.
+    """
+    x = torch.arange(BINS, dtype=torch.float64).mul_(2 / (BINS - 1)).sub_(1).mul_(levels.qmax)
+    columns = []
+    for factor in factors:
+        value = levels.widen(levels.round_((x / factor).float())).double() * factor
+        columns.append(((x - value) / levels.qmax).square_().mul_(2**24 / count).round_().float())
+    return torch.stack(columns, 1)
+
+
+def _sum_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(rows, F) and (n, count) int32 -> (n, F): the sum of the `count` rows that each row of the index names."""
+    if index.device.type in ("cpu", "cuda"):  # other devices have this only in some versions of torch
+        return torch.nn.functional.embedding_bag(index, table, mode="sum")
+    return table[index].sum(1)
 
 
 @dataclass(frozen=True)
@@ -248,8 +270,29 @@ class FlatGrid(Grid):
         parts = [decode(run, part, self.levels, ROWS) for run, part in pairs]
         return _joined(parts).view(codes.shape)
 
-    def rescaled(self, scale: torch.Tensor, factor: float) -> torch.Tensor:
+    def rescaled(self, scale: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
         return scale * factor
+
+    def best_factors(self, weight: torch.Tensor, scale: torch.Tensor, factors: tuple[float, ...]) -> torch.Tensor:
+        """By the errors that BINS weights between -absmax and absmax would have; ties go to the first factor.
+
+        Nanoseconds per weight on one core for 88 factors: 8, where encoding and measuring 50 of them took 300; squared
+        error of normal weights as NF4 .8546 of nearest's, before .8549 (1024 bins .8547).
+        """
+        chosen = torch.tensor(factors, dtype=torch.float32, device=weight.device)
+        order = torch.arange(len(factors), dtype=torch.float32, device=weight.device)
+        parts = []
+        for run in self._runs(weight):
+            table = _errors_by_factor(self.levels, factors, run.shape[1]).to(weight.device)
+            at = scale[sum(map(len, parts)) :][: len(run)].view(-1, 1)
+            rows = chunk_rows(CHUNK_ELEMENTS // 8, run.shape[1], weight.device)  # 2 MB of sums with groups of 64
+            for x, divisor in zip(run.split(rows), at.split(rows), strict=True):
+                bins = self.levels.normalise_(x.to(torch.float32, copy=True), divisor).div_(self.levels.qmax)
+                bins = bins.add_(1.0).mul_((BINS - 1) / 2).round_().clamp_(0, BINS - 1).int()
+                sums = _sum_rows(table, bins)
+                lowest = sums.amin(1, keepdim=True)  # of equal ones argmin takes any
+                parts.append(chosen[torch.where(sums == lowest, order, len(factors)).amin(1).int()])
+        return _joined(parts)
 
     def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         runs = self._runs(weight)

@@ -301,6 +301,10 @@ class Grid(Protocol):
     def rescaled(self, scale: Scale, factor: float) -> Scale:
         """The closest scale to factor * scale that the format can store; scales that mark zero regions stay."""
 
+    def best_factors(self, weight: torch.Tensor, scale: Scale, factors: tuple[float, ...]) -> torch.Tensor | None:
+        """One factor per region for `rescaled`, with about the smallest error; None where only trying tells."""
+        return None
+
     def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale) -> torch.Tensor:
         """Squared error of each region that has a scale of its own, float32."""
 

@@ -110,7 +110,7 @@ class BnbNF4(Bnb4Bit):
 class BnbFP4(Bnb4Bit):
     name, levels = "bnb_fp4", FP4
     # Emoji model, mean SSIM of 8 prompts: nearest .887, svd .904, mse_clip .911. bnb_nf4 has .948 and .951: not worth
-    # the time, 40 x on a CPU.
+    # four times the time on a CPU.
     method = "mse_clip"
 
 

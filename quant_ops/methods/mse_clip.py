@@ -34,6 +34,7 @@ class MseClipOptions(MethodOptions):
 class MseClip(Method):
     name = "mse_clip"
     Options = MseClipOptions
+    in_passes = True
 
     def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, Objective]:
         weight, grid = layer.weight, layer.grid
@@ -47,7 +48,11 @@ def plain_error(weight: torch.Tensor, grid: Grid) -> Objective:
 
 
 def search_scale(layer: Layer) -> Scale:
-    """The best scale of every region: all regions try the same factors at once, then refine around their own best."""
+    """The best scale of every region, never worse than absmax's.
+
+    All regions try the same factors one after the other, then refine around their own best; a grid that can tell the
+    best of many factors is asked for it, in steps as fine as the refined ones.
+    """
     weight, grid, options = layer.weight, layer.grid, layer.options
     step = max(1 / options.steps_per_octave, grid.scale_step)
     start = best = grid.scale(weight)
@@ -59,7 +64,10 @@ def search_scale(layer: Layer) -> Scale:
         better = tried < errors  # zero regions have no error: they keep their scale
         return grid.chosen(better, scale, best), torch.where(better, tried, errors)
 
-    for factor in _factors(options, step):
+    found = grid.best_factors(weight, start, tuple(_factors(options, step / 2, 2 * step)))
+    if found is not None:
+        return attempt(grid.rescaled(start, found), best, errors)[0]
+    for factor in _factors(options, step, max(4 * step, 0.25)):
         best, errors = attempt(grid.rescaled(start, factor), best, errors)
     for octaves in (2 * step, step, step / 2):
         if octaves >= grid.scale_step:
@@ -69,13 +77,13 @@ def search_scale(layer: Layer) -> Scale:
     return best
 
 
-def _factors(options: MseClipOptions, step: float) -> Iterator[float]:
-    """Multiples of the absmax scale, 1 excepted; `step` in octaves."""
+def _factors(options: MseClipOptions, step: float, wide: float) -> Iterator[float]:
+    """Multiples of the absmax scale, 1 excepted; `step` in octaves, below 1/2 `wide`."""
     for direction, limit in ((1, options.highest), (-1, options.lowest)):
         octaves = step
         while octaves <= abs(math.log2(limit)) + 1e-9:
             yield 2.0 ** (direction * octaves)
-            octaves += max(4 * step, 0.25) if direction < 0 and octaves >= 1 - 1e-9 else step
+            octaves += wide if direction < 0 and octaves >= 1 - 1e-9 else step
 
 
 register_method(MseClip())

@@ -5,7 +5,7 @@
 Appends to results/conversion_gpu.csv. `of_bound`: the slower of the two bounds over our time; the file is in the page
 cache, torch and CUDA are started, kernels compiled. Pageable memory is what a file read without the page cache's pages
 being locked is copied from; the bound is of locked memory. `read_s`, no bound: one thread reading the file into memory
-that is used again by one thread. With `--device cpu` storage alone is the bound.
+that is used again. With `--device cpu` storage alone is the bound.
 """
 
 from __future__ import annotations

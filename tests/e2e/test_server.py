@@ -1,5 +1,6 @@
 """The server around the nodes: what starting leaves behind, being killed in mid conversion, ending with its parent."""
 
+import functools
 import os
 import re
 import signal
@@ -55,7 +56,8 @@ def test_a_server_killed_in_mid_conversion_leaves_no_result_and_can_go_on_afterw
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_an_interrupted_parent_takes_the_server_with_it():
     command = [sys.executable, "-m", "harness.serve", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=listen) as parent:
         line = parent.stdout.readline()
         address = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
         page = urllib.request.urlopen(f"{address}/object_info/FewBitsLoadModel").read()
