@@ -200,7 +200,7 @@ BINS = 2048  # weights whose errors are known for each factor on a scale
 
 
 @cache
-def _errors_by_factor(levels: Levels, factors: tuple[float, ...], count: int) -> torch.Tensor:
+def _errors_by_factor(levels: Levels, factors: tuple[float, ...], count: int, device: torch.device) -> torch.Tensor:
     """(BINS, factors) squared errors of weights from -1 to 1 x absmax, in float32 integers.
 
     Errors are below 1; in units of count / 2^24 a sum over `count` of them is exact, and so the same in any order.
@@ -210,7 +210,43 @@ def _errors_by_factor(levels: Levels, factors: tuple[float, ...], count: int) ->
     for factor in factors:
         value = levels.widen(levels.round_((x / factor).float())).double() * factor
         columns.append(((x - value) / levels.qmax).square_().mul_(2**24 / count).round_().float())
-    return torch.stack(columns, 1)
+    return torch.stack(columns, 1).to(device)
+
+
+@op
+def lowest_error(x: torch.Tensor, scale: torch.Tensor, levels: Levels, table: torch.Tensor) -> torch.Tensor:
+    """Which factor has the smallest error in each group: the sum over its weights of the rows of a table.
+
+    Args:
+        x: (n, count) float groups of a weight.
+        scale: (n, 1) float32.
+        table: (bins, F) float32 integers, for x from -scale to scale; a sum over `count` is below 2^24.
+
+    Returns:
+        (n,) int32, the first of equal ones.
+    """
+    bins, factors = table.shape
+    order = torch.arange(factors, dtype=torch.float32, device=x.device)
+    rows = chunk_rows(CHUNK_ELEMENTS // 8, x.shape[1], x.device)  # 2 MB of sums with groups of 64
+    parts = []
+    for part, divisor in zip(x.split(rows), scale.split(rows), strict=True):
+        at = levels.normalise_(part.to(torch.float32, copy=True), divisor).div_(levels.qmax)
+        at = at.add_(1.0).mul_((bins - 1) / 2).round_().clamp_(0, bins - 1).int()
+        sums = _sum_rows(table, at)
+        lowest = sums.amin(1, keepdim=True)  # of equal ones argmin takes any
+        parts.append(torch.where(sums == lowest, order, factors).amin(1).int())
+    return torch.cat(parts)
+
+
+def _why_not_lowest_error(x: torch.Tensor, scale: torch.Tensor, levels: Levels, table: torch.Tensor) -> str | None:
+    return f"{levels.name} goes to {levels.qmax:g}" if levels.qmax != 1 else why_not_codes(x, levels)
+
+
+@lowest_error.backend("triton", _why_not_lowest_error)
+def _lowest_error(x, scale, levels, table):
+    from .triton import search
+
+    return search.lowest_error(x, scale, table)
 
 
 def _sum_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -280,18 +316,11 @@ class FlatGrid(Grid):
         error of normal weights as NF4 .8546 of nearest's, before .8549 (1024 bins .8547).
         """
         chosen = torch.tensor(factors, dtype=torch.float32, device=weight.device)
-        order = torch.arange(len(factors), dtype=torch.float32, device=weight.device)
+        runs = self._runs(weight)
         parts = []
-        for run in self._runs(weight):
-            table = _errors_by_factor(self.levels, factors, run.shape[1]).to(weight.device)
-            at = scale[sum(map(len, parts)) :][: len(run)].view(-1, 1)
-            rows = chunk_rows(CHUNK_ELEMENTS // 8, run.shape[1], weight.device)  # 2 MB of sums with groups of 64
-            for x, divisor in zip(run.split(rows), at.split(rows), strict=True):
-                bins = self.levels.normalise_(x.to(torch.float32, copy=True), divisor).div_(self.levels.qmax)
-                bins = bins.add_(1.0).mul_((BINS - 1) / 2).round_().clamp_(0, BINS - 1).int()
-                sums = _sum_rows(table, bins)
-                lowest = sums.amin(1, keepdim=True)  # of equal ones argmin takes any
-                parts.append(chosen[torch.where(sums == lowest, order, len(factors)).amin(1).int()])
+        for run, part in zip(runs, self._scales(scale, runs), strict=True):
+            table = _errors_by_factor(self.levels, factors, run.shape[1], weight.device)
+            parts.append(chosen[lowest_error(run, part, self.levels, table)])
         return _joined(parts)
 
     def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Protocol, TypeAlias
 
 import torch
@@ -221,6 +222,17 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: G
     return x
 
 
+def _why_not_errors(weight: torch.Tensor, codes: torch.Tensor, *how: object) -> str | None:
+    return (why_not_float8(weight) if codes.dtype == torch.float8_e4m3fn else None) or why_not_triton(weight)
+
+
+def total(error: torch.Tensor, signal: torch.Tensor) -> tuple[float, float]:
+    """Sums of two float32 tensors in float64, with one wait for the device."""
+    error, signal = torch.stack([error.sum(dtype=torch.float64), signal.sum(dtype=torch.float64)]).tolist()
+    return error, signal
+
+
+@op
 def squared_error(
     weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry
 ) -> tuple[float, float]:
@@ -240,6 +252,22 @@ def squared_error(
     return sum(errors, 0.0), sum(signals, 0.0)
 
 
+@squared_error.backend("triton", _why_not_errors)
+def _squared_error(weight, codes, scale, levels, geometry):
+    from .triton import errors
+
+    return total(*errors.patches(weight, codes, scale, _values(levels, weight.device)))
+
+
+@cache
+def _values(levels: Levels, device: torch.device) -> torch.Tensor:
+    """float32 value of every byte of 4-bit codes; of others one number that nothing reads."""
+    if levels.dtype != torch.uint8:
+        return torch.zeros(1, device=device)
+    return levels.widen(torch.arange(16, dtype=torch.uint8)).to(device)
+
+
+@op
 def tile_errors(
     weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry
 ) -> torch.Tensor:
@@ -253,6 +281,15 @@ def tile_errors(
         difference = decode(codes[start:stop], scale[tiles], levels, geometry).sub_(weight[start:stop].float())
         errors[tiles] += geometry.tiles(difference.square_()).sum((1, 3))
     return errors
+
+
+@tile_errors.backend("triton", _why_not_errors)
+def _tile_errors(weight, codes, scale, levels, geometry):
+    from .triton import errors
+
+    found, _ = errors.patches(weight, codes, scale, _values(levels, weight.device))
+    rows, cols = geometry.grid_shape(tuple(weight.shape))
+    return found.view(rows, len(found) // rows, cols, -1).sum((1, 3))
 
 
 E4M3_SCALE_STEP = 0.125  # e4m3fn has eight values per octave

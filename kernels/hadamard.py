@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from .dispatch import op
 from .scales import CHUNK_ELEMENTS, chunk_rows
+from .triton import why_not_triton
 
 
 def is_group_size(group: int) -> bool:
@@ -16,6 +18,7 @@ def is_group_size(group: int) -> bool:
     return group in (4, 16, 64, 256, 1024)
 
 
+@op
 def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:
     """R[n, i] = sum over j of W[n, j] H_G[i, j] within each run of G columns; its own inverse.
 
@@ -34,6 +37,17 @@ def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:
         part.copy_(weight[start : start + rows])
         _butterfly_(part, group)
     return out
+
+
+def _why_not_triton(weight: torch.Tensor, group: int) -> str | None:
+    return "float64 weight" if weight.dtype == torch.float64 else why_not_triton(weight)
+
+
+@rotate.backend("triton", _why_not_triton)
+def _rotate(weight, group):
+    from .triton import hadamard
+
+    return hadamard.rotate(weight, group)
 
 
 def _butterfly_(x: torch.Tensor, group: int) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, NamedTuple
 
 import torch
 
 from .codebook4 import constant, fast_codes, look_up
 from .dispatch import op
-from .grids import E4M3_SCALE_STEP, Grid, chosen_e4m3, rescaled_e4m3
+from .grids import E4M3_SCALE_STEP, Grid, chosen_e4m3, rescaled_e4m3, total
 from .hadamard import rotate
 from .packing import unpack_nibbles
 from .scales import CHUNK_ELEMENTS, TINY, Geometry, chunk_rows
@@ -44,7 +45,7 @@ def round_level(x: torch.Tensor) -> torch.Tensor:
 
 def _columns(x: torch.Tensor) -> torch.Tensor:
     """(n, K) -> (16, n * K/16): each group a column, so that every step runs over long contiguous rows."""
-    return x.view(-1, GROUP).t().contiguous()
+    return x.reshape(-1, GROUP).t().contiguous()
 
 
 def _fold(x: torch.Tensor) -> torch.Tensor:
@@ -70,36 +71,27 @@ class W4A8Grid(Grid):
     scale_step: ClassVar[float] = E4M3_SCALE_STEP
 
     def scale(self, weight: torch.Tensor) -> W4A8Scale:
-        n, k = weight.shape
-        channel = torch.empty(n, dtype=torch.float32, device=weight.device)
-        relative = torch.empty((n, k // GROUP), dtype=torch.float8_e4m3fn, device=weight.device)
-        for rows in _row_slices(weight):
-            channel[rows], relative[rows] = _fit(weight[rows].float())
-        return W4A8Scale(channel, relative)
+        """Each group's scale by `fit_groups`; each row's such that its largest value is 127 steps."""
+        group_scale, largest = fit_groups(weight)
+        zero = largest == 0
+        divisor = torch.tensor(127.0, dtype=torch.float32, device=weight.device)  # see scale_from_absmax
+        channel = torch.where(zero.all(1), 1.0, (largest.amax(1) / divisor).clamp_(min=FLOOR))
+        relative = group_scale.div_(channel[:, None]).masked_fill_(zero, 0.0)
+        return W4A8Scale(channel, relative.to(torch.float8_e4m3fn))
 
     def encode(self, weight: torch.Tensor, scale: W4A8Scale, seed: int = 0) -> torch.Tensor:
         """(N, K) uint8 codes 0..15 of the levels whose INT8 value is nearest to w / s_channel; zero groups are 0."""
-        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        generator = torch.Generator(weight.device).manual_seed(seed) if seed else None
-        for rows in _row_slices(weight):
-            w = weight[rows].float()
-            part = W4A8Scale(scale.channel[rows], scale.relative[rows])
-            codes[rows] = _choose(w, part, generator).t().reshape(w.shape)
-        return codes
+        if seed:
+            return _codes(weight, *scale, torch.Generator(weight.device).manual_seed(seed))
+        return nearest_w4a8(weight, *scale)
 
     def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: W4A8Scale) -> tuple[float, float]:
         """Measured in the rotated basis; the rotation is orthogonal, so the sums are those of the weight itself."""
-        error = signal = 0.0
-        for rows in _row_slices(weight):
-            w = weight[rows].float().reshape(-1)
-            difference = self.decode(codes[rows], W4A8Scale(scale.channel[rows], scale.relative[rows])).view(-1).sub_(w)
-            error += float(torch.dot(difference, difference))
-            signal += float(torch.dot(w, w))
-        return error, signal
+        return squared_error_w4a8(weight, codes, *scale)
 
     def decode(self, codes: torch.Tensor, scale: W4A8Scale) -> torch.Tensor:
         """(N, K) float32 in the rotated basis: q8 * s_channel, q8 = clamp(round(level * s_rel), +-127)."""
-        return _q8(codes, scale.relative, LEVELS).mul_(scale.channel[:, None])
+        return _decode(codes, *scale)
 
     def rescaled(self, scale: W4A8Scale, factor: float) -> W4A8Scale:
         """Group scales times factor as e4m3fn, at most 448; row scales stay."""
@@ -107,12 +99,7 @@ class W4A8Grid(Grid):
 
     def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: W4A8Scale) -> torch.Tensor:
         """Squared error of each group, (N, K/16)."""
-        errors = torch.empty(scale.relative.shape, dtype=torch.float32, device=weight.device)
-        for rows in _row_slices(weight):
-            part = W4A8Scale(scale.channel[rows], scale.relative[rows])
-            difference = self.decode(codes[rows], part).sub_(weight[rows].float())
-            errors[rows] = difference.square_().view(*part.relative.shape, GROUP).sum(2)
-        return errors
+        return group_errors_w4a8(weight, codes, *scale)
 
     def chosen(self, take: torch.Tensor, scale: W4A8Scale, other: W4A8Scale) -> W4A8Scale:
         return scale._replace(relative=chosen_e4m3(take, scale.relative, other.relative))
@@ -124,10 +111,37 @@ def _row_slices(weight: torch.Tensor) -> Iterator[slice]:
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
 
-def _fit(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(channel, relative) of some rows: each group's scale by alternating least squares, each row's by its largest."""
-    n, k = w.shape
-    groups = _columns(w)
+@op
+def fit_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale of each group of 16 by alternating least squares of w ~ level * scale, and the largest |level * scale|.
+
+    Args:
+        weight: (N, K) float.
+
+    Returns:
+        (N, K/16) float32 each; a group whose absmax is below TINY has any positive scale and the largest 0. NaN gives
+        NaN.
+    """
+    shape = len(weight), weight.shape[1] // GROUP
+    scale, largest = (torch.empty(shape, dtype=torch.float32, device=weight.device) for _ in range(2))
+    for rows in _row_slices(weight):
+        scale[rows], largest[rows] = (part.view(-1, shape[1]) for part in _fit(_columns(weight[rows].float())))
+    return scale, largest
+
+
+def _why_not_groups(weight: torch.Tensor, *others: torch.Tensor) -> str | None:
+    return "float64 weight" if weight.dtype == torch.float64 else why_not_triton(weight)
+
+
+@fit_groups.backend("triton", _why_not_groups)
+def _fit_groups(weight):
+    from .triton import w4a8
+
+    return w4a8.fit(weight, LEVELS, level_thresholds(), PASSES, FLOOR)
+
+
+def _fit(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fit_groups` of columns of 16."""
     absmax = groups.abs().amax(0)
     zero = absmax < TINY
     group_scale = torch.where(zero, 1.0, absmax)
@@ -136,21 +150,54 @@ def _fit(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weighted, squared = _fold(groups * levels), _fold(levels * levels)
         group_scale = (weighted / squared.clamp_(min=FLOOR)).clamp_(min=FLOOR)
         levels = _nearest_levels(groups, group_scale)
-    largest = (levels * group_scale).abs_().amax(0).masked_fill_(zero, 0.0).view(n, -1).amax(1)
-    divisor = torch.tensor(127.0, dtype=torch.float32, device=w.device)  # see scale_from_absmax
-    zero = zero.view(n, -1)
-    channel = torch.where(zero.all(1), 1.0, (largest / divisor).clamp_(min=FLOOR))
-    return channel, (group_scale.view(n, -1) / channel[:, None]).masked_fill_(zero, 0.0).to(torch.float8_e4m3fn)
+    largest = (levels * group_scale).abs_().amax(0).masked_fill_(zero, 0.0)
+    return group_scale, largest
+
+
+@cache
+def level_thresholds() -> tuple[float, ...]:
+    """The largest float32 to which `round_level` gives each code from 0 to 14, by bisection."""
+    low, high = torch.tensor(LEVELS[:-1]), torch.tensor(LEVELS[1:])
+    codes = torch.arange(len(LEVELS) - 1)
+    for _ in range(64):
+        middle = (low.double() + high.double()).div(2).float()
+        stays = round_level(middle) <= codes
+        low, high = torch.where(stays, middle, low), torch.where(stays, high, middle)
+    return tuple(low.tolist())
 
 
 def _nearest_levels(groups: torch.Tensor, group_scale: torch.Tensor) -> torch.Tensor:
     return look_up(fast_codes(groups / group_scale, round_level), LEVELS)
 
 
-def _choose(w: torch.Tensor, scale: W4A8Scale, generator: torch.Generator | None) -> torch.Tensor:
-    """(16, n * K/16) codes against the stored grid: the nearer of the two levels around w / s_channel."""
-    v = _columns(w / scale.channel[:, None])
-    relative = scale.relative.float().view(-1)
+@op
+def nearest_w4a8(weight: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
+    """(N, K) float and stored scales -> (N, K) uint8 codes of the nearest INT8 values, the lower one on a tie."""
+    return _codes(weight, channel, relative, None)
+
+
+@nearest_w4a8.backend("triton", _why_not_groups)
+def _nearest_w4a8(weight, channel, relative):
+    from .triton import w4a8
+
+    return w4a8.nearest(weight, channel, relative, LEVELS)
+
+
+def _codes(
+    weight: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor, generator: torch.Generator | None
+) -> torch.Tensor:
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for rows in _row_slices(weight):
+        codes[rows] = _choose(weight[rows].float(), channel[rows], relative[rows], generator)
+    return codes
+
+
+def _choose(
+    w: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor, generator: torch.Generator | None
+) -> torch.Tensor:
+    """(n, K) codes against the stored grid: the nearer of the two levels around w / s_channel, or one by chance."""
+    v = _columns(w / channel[:, None])
+    relative = relative.float().view(-1)
     below = torch.zeros(v.shape, dtype=torch.uint8, device=w.device)  # number of levels below v; levels ascend
     for level in constant(LEVELS, w.device):
         below.add_(_int8_levels(level, relative) < v)
@@ -160,18 +207,64 @@ def _choose(w: torch.Tensor, scale: W4A8Scale, generator: torch.Generator | None
         low = below.clamp_(1, last).sub_(1)
         lower, upper = (_int8_levels(look_up(code, LEVELS), relative) for code in (low, low + 1))
         threshold = torch.rand(v.shape, generator=generator, device=v.device).mul_(upper - lower).add_(lower)
-        return low.add_(v > threshold).masked_fill_(zero, 0)
-    high = below.clamp(max=last)
-    low = below.clamp_(min=1).sub_(1)
-    above, under = (_int8_levels(look_up(code, LEVELS), relative) for code in (high, low))
-    nearer = (v - above).abs_() < (v - under).abs_()  # never where high == low; else high == low + 1
-    return low.add_(nearer).masked_fill_(zero, 0)
+        codes = low.add_(v > threshold)
+    else:
+        high = below.clamp(max=last)
+        low = below.clamp_(min=1).sub_(1)
+        above, under = (_int8_levels(look_up(code, LEVELS), relative) for code in (high, low))
+        codes = low.add_((v - above).abs_() < (v - under).abs_())  # never where high == low; else high == low + 1
+    return codes.masked_fill_(zero, 0).t().reshape(w.shape)
 
 
 def _q8(codes: torch.Tensor, relative: torch.Tensor, levels: tuple[float, ...] | torch.Tensor) -> torch.Tensor:
     """(N, K) float32 integers from -127 to 127."""
     values = look_up(codes, levels).view(*relative.shape, GROUP)
     return values.mul_(relative.float()[..., None]).round_().clamp_(-127.0, 127.0).view(codes.shape)
+
+
+def _decode(codes: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
+    return _q8(codes, relative, LEVELS).mul_(channel[:, None])
+
+
+@op
+def squared_error_w4a8(
+    weight: torch.Tensor, codes: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor
+) -> tuple[float, float]:
+    """(sum of squared errors, sum of squared weights) of codes, chunked; float32 sums within a chunk."""
+    error = signal = 0.0
+    for rows in _row_slices(weight):
+        w = weight[rows].float().reshape(-1)
+        difference = _decode(codes[rows], channel[rows], relative[rows]).view(-1).sub_(w)
+        error += float(torch.dot(difference, difference))
+        signal += float(torch.dot(w, w))
+    return error, signal
+
+
+@squared_error_w4a8.backend("triton", _why_not_groups)
+def _squared_error_w4a8(weight, codes, channel, relative):
+    from .triton import w4a8
+
+    error, signal = w4a8.errors(weight, codes, channel, relative, LEVELS)
+    return total(error, signal)
+
+
+@op
+def group_errors_w4a8(
+    weight: torch.Tensor, codes: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor
+) -> torch.Tensor:
+    """Squared error of each group, (N, K/16) float32."""
+    errors = torch.empty(relative.shape, dtype=torch.float32, device=weight.device)
+    for rows in _row_slices(weight):
+        difference = _decode(codes[rows], channel[rows], relative[rows]).sub_(weight[rows].float())
+        errors[rows] = difference.square_().view(*relative[rows].shape, GROUP).sum(2)
+    return errors
+
+
+@group_errors_w4a8.backend("triton", _why_not_groups)
+def _group_errors_w4a8(weight, codes, channel, relative):
+    from .triton import w4a8
+
+    return w4a8.errors(weight, codes, channel, relative, LEVELS)[0]
 
 
 @op

@@ -13,6 +13,12 @@ def divide(a, b):
 
 
 @triton.jit
+def product(a, b):
+    """a * b, rounded; -0 becomes +0. The plain operator might leave that to an addition that follows."""
+    return tl.math.fma(a, b, 0.0)
+
+
+@triton.jit
 def magnitude(x):
     """|x| of a float32 as int32 bits: ordered like the numbers, NaN above infinity."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +19,10 @@ WEIGHT_ERROR_LIMIT = 1.02
 
 # (codes, scale) -> what a method minimises, measured on these codes.
 Objective = Callable[[torch.Tensor, Scale], float]
+
+
+class WeightError:
+    """In place of an objective: the method minimises ||Q - W||, which is measured of all codes anyway."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Method(ABC):
             raise RecipeError(f"method {self.name}: {error}") from None
 
     @abstractmethod
-    def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, Objective | None]:
+    def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, Objective | WeightError | None]:
         """(codes, scale, objective), the first two as the grid defines them; no objective: nothing to compare."""
 
 
@@ -125,10 +130,12 @@ def choose(method: Method, layer: Layer) -> Choice:
     error, signal = grid.squared_error(weight, codes, scale)
     if objective is None:
         return Choice(codes, scale, error, signal)
-    value = objective(codes, scale)
     plain_codes, plain_scale = grid.nearest(weight)
     plain_error, _ = grid.squared_error(weight, plain_codes, plain_scale)
-    plain_value = objective(plain_codes, plain_scale)
+    if isinstance(objective, WeightError):
+        value, plain_value = math.sqrt(error), math.sqrt(plain_error)
+    else:
+        value, plain_value = objective(codes, scale), objective(plain_codes, plain_scale)
     verdict = ""
     if not value <= plain_value:  # also when a value is NaN
         verdict = f"nearest was better: objective {plain_value:.4g}, {method.name} {value:.4g}"

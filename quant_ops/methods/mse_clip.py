@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import torch
 
-from ...kernels.grids import Grid, Scale
-from .base import Layer, Method, MethodOptions, Objective, register_method
+from ...kernels.grids import Scale
+from .base import Layer, Method, MethodOptions, WeightError, register_method
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,9 @@ class MseClip(Method):
     Options = MseClipOptions
     in_passes = True
 
-    def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, Objective]:
-        weight, grid = layer.weight, layer.grid
+    def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, WeightError]:
         scale = search_scale(layer)
-        return grid.encode(weight, scale), scale, plain_error(weight, grid)
-
-
-def plain_error(weight: torch.Tensor, grid: Grid) -> Objective:
-    """||Q - W|| of the codes."""
-    return lambda codes, scale: math.sqrt(grid.squared_error(weight, codes, scale)[0])
+        return layer.grid.encode(layer.weight, scale), scale, WeightError()
 
 
 def search_scale(layer: Layer) -> Scale:

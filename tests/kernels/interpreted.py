@@ -20,13 +20,23 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from fewbits.kernels.codebook4 import FP4, NF4, nearest_flat4
+from fewbits.kernels.codebook4 import E2M1, FP4, NF4, lowest_error, nearest_flat4
 from fewbits.kernels.dispatch import use_backend
-from fewbits.kernels.grids import E4M3, INT8, nearest_codes, nearest_tiles
+from fewbits.kernels.grids import E4M3, E5M2, INT8, nearest_codes, nearest_tiles, squared_error, tile_errors
+from fewbits.kernels.hadamard import rotate
 from fewbits.kernels.packing import packed_nibbles
 from fewbits.kernels.scales import Geometry, tile_absmax
 from fewbits.kernels.triton import encode
-from fewbits.kernels.w4a8 import LEVELS, SPANS, dequantize_w4a8
+from fewbits.kernels.w4a8 import (
+    LEVELS,
+    SPANS,
+    W4A8Grid,
+    dequantize_w4a8,
+    fit_groups,
+    group_errors_w4a8,
+    nearest_w4a8,
+    squared_error_w4a8,
+)
 
 GEOMETRIES = {
     "tensor": Geometry(None, None), "row": Geometry(1, None), "group 64": Geometry(1, 64),
@@ -90,6 +100,17 @@ def cases() -> Iterator[tuple[str, object, tuple]]:
             scale = torch.rand(geometry.grid_shape((64, 192))) / 99  # some codes are clamped
             yield f"codes {levels.name} {name}", nearest_codes, (weight, scale, levels, geometry, 0)
             yield f"absmax {levels.name} {name}", tile_absmax, (weight, geometry)
+    for levels in (INT8, E4M3, E5M2, E2M1):  # integers and halves: sums are exact in any order
+        for name, geometry in GEOMETRIES.items():
+            weight = torch.randint(-8, 9, (256, 512)).bfloat16()
+            scale = torch.ones(geometry.grid_shape((256, 512)))
+            codes = levels.round_(torch.randint(-6, 7, (256, 512)).float()).to(levels.dtype)
+            for op in (squared_error, tile_errors):
+                yield f"{op.name} {levels.name} {name}", op, (weight, codes, scale, levels, geometry)
+    codes, scale = torch.randint(0, 16, (17, 144), dtype=torch.uint8), torch.full((17,), 2.0)
+    stored = torch.randint(-9, 9, (17, 144)).half(), codes, scale, torch.full((17, 9), 8.0).to(torch.float8_e4m3fn)
+    for op in (squared_error_w4a8, group_errors_w4a8):
+        yield op.name, op, stored
     for levels in (NF4, FP4):
         for group in (32, 64, 4096):
             for n, k in ((1, 2), (17, 130), (6, 1024)):
@@ -97,6 +118,12 @@ def cases() -> Iterator[tuple[str, object, tuple]]:
                     name = f"{levels.name} {group} {n}x{k} {kind}"
                     yield name, nearest_flat4, (weight, levels, group, False)
                     yield f"{name} packed", nearest_flat4, (weight, levels, group, True)
+        for n, count in ((9, 64), (1, 34)):
+            for kind, groups in weights(n, count):
+                scale = groups.float().abs().amax(1, keepdim=True).clamp(min=1e-20)
+                table = torch.randint(0, 1 << 18, (300, 13)).float()
+                table[:, 7:9] = 0  # equal sums: the first wins
+                yield f"errors {levels.name} {n}x{count} {kind}", lowest_error, (groups, scale, levels, table)
         bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
         for scale in (1.0, 3e-3, 1e30):
             every = bits[bits.isfinite()].view(-1, 64)
@@ -113,6 +140,19 @@ def cases() -> Iterator[tuple[str, object, tuple]]:
             relative = torch.arange(n * span // 8).byte().view(torch.float8_e4m3fn).view(n, -1)  # NaN and -448 too
             stored = (packed, relative, torch.rand(n), torch.tensor(LEVELS))
             yield f"w4a8 {span} {n} {dtype}", dequantize_w4a8, (*stored, span, dtype)
+    for group in (4, 16, 64, 256, 1024):
+        for kind, weight in weights(5, 1024):
+            yield f"rotate {group} {kind}", rotate, (weight, group)
+    for n, k in ((1, 16), (17, 144), (64, 256)):
+        for kind, weight in weights(n, k):
+            weight = weight.float()
+            weight[n // 2] = 1e4 * weight[n // 2].sign()  # ties between levels
+            yield f"w4a8 fit {n}x{k} {kind}", fit_groups, (weight,)
+            channel, relative = W4A8Grid().scale(weight)
+            yield f"w4a8 codes {n}x{k} {kind}", nearest_w4a8, (weight, channel, relative)
+            steps = (torch.arange(relative.numel()) % 127).byte().view(torch.float8_e4m3fn).view(relative.shape)
+            halves = (torch.arange(n * k).view(n, k) % 255 - 127) / 2 * channel[:, None]  # between two INT8 values
+            yield f"w4a8 ties {n}x{k} {kind}", nearest_w4a8, (halves, channel, steps)
     for order in (True, False):
         codes = torch.randint(0, 16, (5, 34), dtype=torch.uint8)
         yield f"pack {order}", packed_nibbles, (codes, order)
@@ -120,6 +160,8 @@ def cases() -> Iterator[tuple[str, object, tuple]]:
 
 def same(got: object, expected: object) -> bool:
     """Equal bits; any NaN for a NaN."""
+    if isinstance(got, float):
+        return got == expected
     if isinstance(got, tuple):
         return all(map(same, got, expected))
     if got.is_floating_point() and got.itemsize > 1:

@@ -18,12 +18,21 @@ import torch
 
 from fewbits.kernels import choice, runtime
 from fewbits.kernels.activations import quantize_activations, quantize_gelu
-from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid, nearest_flat4
+from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid, lowest_error, nearest_flat4
 from fewbits.kernels.dispatch import Op, use_backend
-from fewbits.kernels.grids import E4M3, INT8, Levels, TiledGrid, nearest_codes, nearest_tiles
+from fewbits.kernels.grids import E4M3, INT8, Levels, TiledGrid, nearest_codes, nearest_tiles, tile_errors
+from fewbits.kernels.hadamard import rotate
 from fewbits.kernels.packing import pack_nibbles, packed_nibbles
 from fewbits.kernels.scales import Geometry, tile_absmax
-from fewbits.kernels.w4a8 import LEVELS, SPANS, dequantize_w4a8
+from fewbits.kernels.w4a8 import (
+    LEVELS,
+    SPANS,
+    W4A8Grid,
+    dequantize_w4a8,
+    fit_groups,
+    group_errors_w4a8,
+    nearest_w4a8,
+)
 
 GEOMETRIES = {
     "tensor": Geometry(None, None), "row": Geometry(1, None), "tile 128": Geometry(128, 128),
@@ -47,6 +56,14 @@ def cases() -> Iterator[tuple[str, Op, tuple]]:
                 yield f"{levels.name} {group or 'row'} K={k}", quantize_gelu, (x, levels, group, "tanh")
     for levels in (NF4, FP4):
         yield from flat(levels)
+    for group in (16, 256, 1024):
+        yield str(group), rotate, (torch.randn(5, 3 * group, device="cuda").bfloat16(), group)
+    weight = torch.randn(65, 144, device="cuda")
+    yield "65x144", fit_groups, (weight,)
+    scale = W4A8Grid().scale(weight)
+    codes = nearest_w4a8(weight, *scale)
+    yield "65x144", nearest_w4a8, (weight, *scale)
+    yield "65x144", group_errors_w4a8, (weight, codes, *scale)
     for span in SPANS:
         packed = torch.randint(-128, 128, (65, 3 * span // 2), dtype=torch.int8, device="cuda")
         relative = torch.rand(65, 3 * span // 16, device="cuda").mul(127).to(torch.float8_e4m3fn)
@@ -63,6 +80,7 @@ def tiled(name: str, levels: Levels, geometry: Geometry) -> Iterator[tuple[str, 
     for wide in (weight, torch.randn(n, 20480, device="cuda")):  # each way of walking a row
         yield f"{name} K={wide.shape[1]}", nearest_tiles, (wide, levels, geometry)
     codes = TiledGrid(levels, geometry).encode(weight, scale)
+    yield name, tile_errors, (weight, codes, scale, levels, geometry)
     for dtype, rows in (FEW if name.endswith(("tensor", "group 64")) else ROWS).items():
         yield f"{name} {dtype}", runtime.dequantize_tiles, (codes, scale, levels, geometry, dtype)
         for m in rows:
@@ -79,7 +97,10 @@ def flat(levels: Levels) -> Iterator[tuple[str, Op, tuple]]:
         yield name, nearest_codes, (runs, absmax.view(-1, 1), levels, Geometry(1, None), 0)
         for pack in (False, True):
             yield f"{name} packed={pack}", nearest_flat4, (weight, levels, group, pack)
+        table = torch.randint(0, 1 << 17, (2048, 88), device="cuda").float()
+        yield name, lowest_error, (runs, absmax.view(-1, 1), levels, table)
         codes = grid.encode(weight, absmax)
+        yield name, tile_errors, (runs, codes.view(-1, group), absmax.view(-1, 1), levels, Geometry(1, None))
         yield name, packed_nibbles, (codes, True)
         packed = pack_nibbles(codes, high_first=True)
         for dtype, rows in ROWS.items():

@@ -12,7 +12,17 @@ from fewbits.kernels.dispatch import use_backend
 from fewbits.kernels.hadamard import rotate
 from fewbits.kernels.mxfp8 import Mxfp8Grid, e8m0_ceiling, e8m0_value
 from fewbits.kernels.nvfp4 import Nvfp4Grid
-from fewbits.kernels.w4a8 import GROUP, LEVELS, SPANS, W4A8Grid, dequantize_w4a8
+from fewbits.kernels.w4a8 import (
+    GROUP,
+    LEVELS,
+    SPANS,
+    W4A8Grid,
+    dequantize_w4a8,
+    fit_groups,
+    level_thresholds,
+    nearest_w4a8,
+    round_level,
+)
 
 INFINITY = torch.tensor(float("inf"))
 
@@ -135,8 +145,65 @@ def test_the_kernel_decodes_w4a8_to_the_bits_of_eager(span, shape, dtype):
     assert torch.equal(got.nan_to_num(), expected.nan_to_num()) and torch.equal(apart.nan_to_num(), got.nan_to_num())
 
 
-def test_w4a8_says_why_its_kernel_does_not_run():
-    assert dequantize_w4a8.reasons(*stored_w4a8(2, 64), 64, torch.float32) == {"triton": "tensor is on cpu"}
+def test_w4a8_says_why_its_kernels_do_not_run():
+    why = {"triton": "tensor is on cpu"}
+    assert dequantize_w4a8.reasons(*stored_w4a8(2, 64), 64, torch.float32) == why
+    weight = torch.zeros(2, 64)
+    assert fit_groups.reasons(weight) == nearest_w4a8.reasons(weight, *W4A8Grid().scale(weight)) == why
+
+
+def test_thresholds_are_the_last_floats_of_their_levels():
+    last = torch.tensor(level_thresholds())
+    codes = torch.arange(15, dtype=torch.int32)
+    assert torch.equal(round_level(last), codes) and torch.equal(round_level(last.nextafter(INFINITY)), codes + 1)
+    x = torch.randn(1 << 16, generator=torch.Generator().manual_seed(6))
+    assert torch.equal((x[:, None] > last).sum(1), round_level(x).long())
+
+
+def rough_weight(n: int, k: int, device: str) -> torch.Tensor:
+    """Many magnitudes, ties, groups and rows of zeros of both signs, numbers below TINY and subnormal ones."""
+    weight = torch.randn(n, k, device=device) * torch.logspace(-8, 4, k, device=device)
+    weight[n // 2] = weight[n // 2].sign()
+    weight[n // 3, : k // 2] = -0.0
+    weight[n // 4] = 0
+    weight[n // 5] = -1e-40
+    return weight
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(5, 16), (65, 144), (130, 3072), (3072, 1280)], ids=str)
+def test_the_kernels_quantize_w4a8_to_the_bits_of_eager_and_of_the_cpu(shape):
+    weight = rough_weight(*shape, "cuda")
+    rows = torch.arange(shape[0], device="cuda")[:, None] % 9
+    halves = (torch.arange(weight.numel(), device="cuda").view(shape) % 255 - 127) / 2 * (rows + 1)
+    steps = (torch.arange(weight.numel() // GROUP, device="cuda") % 127).byte().view(torch.float8_e4m3fn)
+    for w in (weight, weight.t().contiguous().t(), halves):  # the last between two INT8 values
+        with use_backend("eager"):
+            fitted, scale = fit_groups(w), W4A8Grid().scale(w)
+            codes = nearest_w4a8(w, *scale)
+            ties = nearest_w4a8(w, rows[:, 0] + 1.0, steps.view(len(w), -1))
+        with use_backend("triton"):
+            got = fit_groups(w)
+            assert all(map(torch.equal, got, fitted))
+            assert torch.equal(nearest_w4a8(w, *scale), codes)
+            assert torch.equal(nearest_w4a8(w, rows[:, 0] + 1.0, steps.view(len(w), -1)), ties)
+        here = W4A8Grid().scale(w.cpu())
+        assert raw(here.channel) == raw(scale.channel.cpu()) and raw(here.relative) == raw(scale.relative.cpu())
+        assert torch.equal(W4A8Grid().encode(w.cpu(), here), codes.cpu())
+
+
+@pytest.mark.gpu
+def test_nan_in_a_weight_reaches_the_scales_of_its_group_and_row():
+    weight = rough_weight(40, 256, "cuda")
+    weight[7, 20] = float("nan")
+    with use_backend("eager"):
+        expected = fit_groups(weight)
+    with use_backend("triton"):
+        got = fit_groups(weight)
+        channel = W4A8Grid().scale(weight).channel
+    assert got[0].isnan().nonzero().tolist() == got[1].isnan().nonzero().tolist() == [[7, 1]]
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got, expected, strict=True))
+    assert channel.isnan().nonzero().tolist() == [[7]]
 
 
 @pytest.mark.parametrize("grid", [Mxfp8Grid(), Nvfp4Grid(), W4A8Grid()], ids=["mxfp8", "nvfp4", "w4a8"])

@@ -2,6 +2,7 @@ import pytest
 import torch
 from formats.reference import hadamard
 
+from fewbits.kernels.dispatch import use_backend
 from fewbits.kernels.hadamard import is_group_size, rotate
 from fewbits.kernels.scales import CHUNK_ELEMENTS
 
@@ -57,3 +58,31 @@ def test_a_slice_of_a_larger_matrix_and_one_in_several_chunks_are_rotated_alike(
 )
 def test_group_sizes_are_powers_of_four_from_4_to_1024(size, allowed):
     assert is_group_size(size) is allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1024), (9, 3072), (257, 5120)], ids=str)
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_kernel_gives_the_bits_of_eager_and_of_the_cpu(group, shape, dtype):
+    x = torch.randn(shape, device="cuda").mul_(torch.logspace(-8, 4, shape[1], device="cuda")).to(dtype)
+    x[0, :4] = -0.0
+    with use_backend("eager"):
+        expected = rotate(x, group)
+    with use_backend("triton"):
+        got, strided = rotate(x, group), rotate(x.t().contiguous().t(), group)
+    for other in (strided, expected, rotate(x.cpu(), group).cuda()):
+        assert torch.equal(got.view(torch.int32), other.view(torch.int32))
+
+
+@pytest.mark.gpu
+def test_nan_stays_in_its_group():
+    x = torch.ones(3, 1024, device="cuda")
+    x[1, 300] = float("nan")
+    expected = torch.zeros(3, 1024, dtype=torch.bool)
+    expected[1, 256:512] = True
+    assert torch.equal(rotate(x, 256).isnan().cpu(), expected)
+
+
+def test_float64_has_no_kernel():
+    assert rotate.reasons(torch.zeros(1, 4, dtype=torch.float64), 4) == {"triton": "float64 weight"}
