@@ -1,8 +1,9 @@
 """Our Triton kernels that quantize and decode weights, run by Triton's interpreter on the CPU, against eager; one line per case.
 
-    python3 tests/kernels/interpreted.py
+    python3 tests/kernels/interpreted.py [compile]
 
-Prints `equal NAME` or `DIFFERENT NAME`. The interpreter gets what it lacks: fma that rounds once, exact casts (its
+With `compile` nothing runs: every kernel is compiled for a GPU (sm_90) that need not be there, and `compiled KERNEL`
+printed; the interpreter lets pass what the compiler refuses. Otherwise prints `equal NAME` or `DIFFERENT NAME`. The interpreter gets what it lacks: fma that rounds once, exact casts (its
 own lose a carry or a subnormal), sizes from one-element arrays (numpy >= 2.4), and the table look-up that a GPU does
 in assembly.
 """
@@ -10,15 +11,18 @@ in assembly.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+os.environ["TRITON_INTERPRET"] = "0" if sys.argv[1:] == ["compile"] else "1"  # read when a kernel is defined
 
 import numpy
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
+from triton.runtime.jit import mangle_type
 
 from fewbits.kernels.codebook4 import E2M1, FP4, NF4, lowest_error, nearest_flat4
 from fewbits.kernels.dispatch import use_backend
@@ -26,7 +30,7 @@ from fewbits.kernels.grids import E4M3, E5M2, INT8, nearest_codes, nearest_tiles
 from fewbits.kernels.hadamard import rotate
 from fewbits.kernels.packing import packed_nibbles
 from fewbits.kernels.scales import Geometry, tile_absmax
-from fewbits.kernels.triton import encode
+from fewbits.kernels.triton import encode, errors, hadamard, launch, quantize, search, tiles, w4a8  # noqa: F401
 from fewbits.kernels.w4a8 import (
     LEVELS,
     SPANS,
@@ -172,8 +176,37 @@ def same(got: object, expected: object) -> bool:
     return got.shape == expected.shape and torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
 
 
+def compile_in_place_of_a_launch() -> None:
+    compiled, original = set(), launch.launch
+
+    def compile_once(
+        kernel: triton.JITFunction, grid: tuple, tensors: tuple, *numbers: object, num_warps: int, num_stages: int = 3
+    ) -> None:
+        constants, signature = {}, {}
+        for index, (parameter, value) in enumerate(zip(kernel.params, (*tensors, *numbers), strict=True)):
+            if parameter.is_constexpr:
+                constants[(index,)] = value
+            signature[parameter.name] = "constexpr" if parameter.is_constexpr else mangle_type(value)
+        key = (kernel, *signature.values(), *constants.values())
+        if key not in compiled:
+            compiled.add(key)
+            options = {"num_warps": num_warps, "num_stages": num_stages}
+            source = triton.compiler.ASTSource(kernel, signature, constexprs=constants)
+            triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            print("compiled", kernel.fn.__qualname__, flush=True)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fewbits.kernels.triton.") and getattr(module, "launch", None) is original:
+            module.launch = compile_once
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    if sys.argv[1:] == ["compile"]:
+        compile_in_place_of_a_launch()
+        for _, op, arguments in cases():
+            op.backends["triton"][0](*arguments)
+        return
     complete_the_interpreter()
     for name, op, arguments in cases():
         with use_backend("eager"):
