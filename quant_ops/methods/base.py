@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -62,6 +63,11 @@ class Layer:
     options: Any
     generator: torch.Generator
     step: Callable[[], None] = lambda: None
+
+    @cached_property
+    def nearest(self) -> tuple[torch.Tensor, Scale]:
+        """(codes, scale) of round-to-nearest; the guard needs them in any case."""
+        return self.grid.nearest(self.weight)
 
 
 class Method(ABC):
@@ -125,12 +131,12 @@ def choose(method: Method, layer: Layer) -> Choice:
     """
     weight, grid = layer.weight, layer.grid
     if not weight.numel():
-        return Choice(*grid.nearest(weight), 0.0, 0.0)
+        return Choice(*layer.nearest, 0.0, 0.0)
     codes, scale, objective = method.quantize(layer)
     error, signal = grid.squared_error(weight, codes, scale)
     if objective is None:
         return Choice(codes, scale, error, signal)
-    plain_codes, plain_scale = grid.nearest(weight)
+    plain_codes, plain_scale = layer.nearest
     plain_error, _ = grid.squared_error(weight, plain_codes, plain_scale)
     if isinstance(objective, WeightError):
         value, plain_value = math.sqrt(error), math.sqrt(plain_error)

@@ -49,8 +49,8 @@ def search_scale(layer: Layer) -> Scale:
     """
     weight, grid, options = layer.weight, layer.grid, layer.options
     step = max(1 / options.steps_per_octave, grid.scale_step)
-    start = best = grid.scale(weight)
-    errors = grid.region_errors(weight, grid.encode(weight, start), start)
+    codes, start = layer.nearest
+    best, errors = start, grid.region_errors(weight, codes, start)
 
     def attempt(scale: Scale, best: Scale, errors: torch.Tensor) -> tuple[Scale, torch.Tensor]:
         layer.step()
