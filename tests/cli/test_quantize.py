@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
-from helpers import EMOJI, fewbits, flux_shapes, random_tensors, tiny_checkpoint
+from helpers import EMOJI, fewbits, flux_shapes, quantize_after, random_tensors, tiny_checkpoint
 
 
 def refused(result, *parts):
@@ -143,19 +143,15 @@ def test_a_wish_that_cannot_be_fulfilled_is_refused_before_work(tmp_path, argume
     assert os.listdir(tmp_path) == []
 
 
-def convert(model, out, started):
-    started.set()
-    quantize_file(model, out, Recipe(primary=parse_wish("float8_e4m3fn")))
-
-
 def test_killing_the_process_at_random_moments_never_leaves_an_output(tmp_path):
     """20 kills spread over the whole run; a fork server with torch loaded makes them land inside it."""
     model = tiny_checkpoint(tmp_path / "m.safetensors", flux_shapes(hidden=1024, double=2, single=2))
     folder = tmp_path / "out"
     folder.mkdir()
     out = folder / "q.safetensors"
+    recipe = Recipe(primary=parse_wish("float8_e4m3fn"))
     begun = time.perf_counter()
-    quantize_file(model, out, Recipe(primary=parse_wish("float8_e4m3fn")))
+    quantize_file(model, out, recipe)
     whole = time.perf_counter() - begun
     complete = out.read_bytes()
     out.unlink()
@@ -166,7 +162,7 @@ def test_killing_the_process_at_random_moments_never_leaves_an_output(tmp_path):
     interrupted = 0
     for _ in range(20):
         started = context.Event()
-        process = context.Process(target=convert, args=(model, out, started))
+        process = context.Process(target=quantize_after, args=(started, model, out, recipe))
         process.start()
         assert started.wait(60)
         time.sleep(dice.uniform(0.0, 1.0) * whole)
