@@ -6,7 +6,7 @@ from layers import emoji_weights, heavy_weight
 from methods.cases import FORMATS, run
 
 from fewbits.kernels import codebook4
-from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid
+from fewbits.kernels.codebook4 import E2M1, FP4, NF4, FlatGrid, lowest_error
 from fewbits.quant_ops.planning.wish import parse_wish
 
 # Weight error x nearest on heavy_weight(), seed 0, CPU, torch 2.11; the bound leaves 0.01.
@@ -107,6 +107,13 @@ def test_the_factors_do_not_depend_on_how_many_groups_are_looked_at_together(mon
     assert torch.equal(grid.best_factors(weight, grid.scale(weight), FACTORS), together)
     whole = weight[:32]  # rows of 130 make no whole groups: one group more or less changes no other
     assert torch.equal(grid.best_factors(whole, grid.scale(whole), FACTORS), together[: len(grid.scale(whole))])
+
+
+def test_the_search_says_why_a_kernel_does_not_run():
+    groups, scale, table = torch.zeros(2, 64), torch.ones(2, 1), torch.zeros(8, 3)
+    why = [lowest_error.reasons(groups.to(t), scale, levels, table)["triton"] for t, levels in (
+        (torch.float32, NF4), (torch.float64, NF4), (torch.float32, E2M1))]  # fmt: skip
+    assert why == ["tensor is on cpu", "float64 weight", "e2m1 goes to 6"]
 
 
 def test_devices_without_a_sum_of_rows_gather_them():
