@@ -10,7 +10,6 @@ import triton.language as tl
 
 from .launch import launch
 from .rounding import divide, divide_many, magnitude, round_int8
-from .tiles import block_columns
 
 KINDS = {"int8": 0, "e4m3fn": 1, "nf4": 2, "fp4": 3}
 _INT8, _E4M3, _NF4, _FP4 = (tl.constexpr(kind) for kind in KINDS.values())
@@ -175,6 +174,11 @@ def absmax(x: torch.Tensor, rows: int | None, cols: int | None) -> torch.Tensor:
         step = min(rows, max(4096 // cols, 1))
         launch(_tile_absmax, (*out.shape, 1), (x, out), k, rows, cols, step, num_warps=4)
     return out
+
+
+def block_columns(k: int, tile_cols: int) -> int:
+    """Columns of a program: at most 256, and of one tile of scales."""
+    return min(1 << (k - 1).bit_length(), 256) if tile_cols == k else min(tile_cols & -tile_cols, 256)
 
 
 @triton.jit

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .encode import block_columns
 from .launch import launch
 from .rounding import product
-from .tiles import block_columns
 
 KINDS = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.float8_e5m2: 2, torch.uint8: 3}
 

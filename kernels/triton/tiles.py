@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ..scales import Geometry
 from . import why_not_float8
+from .encode import block_columns
 from .launch import launch
 
 _KIND = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
@@ -36,11 +37,6 @@ def _dequantize(
     # A program's columns lie in one tile, so each of its rows has one scale.
     s = tl.load(scale + rows // tile_rows * grid_cols + tl.program_id(1) * BK // tile_cols, rows < n, other=0.0)
     tl.store(out + at, (value * s[:, None]).to(out.dtype.element_ty), inside)
-
-
-def block_columns(k: int, tile_cols: int) -> int:
-    """Columns of a program: at most 256, and of one tile of scales."""
-    return min(1 << (k - 1).bit_length(), 256) if tile_cols == k else min(tile_cols & -tile_cols, 256)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, geometry: Geometry, dtype: torch.dtype) -> torch.Tensor:
