@@ -228,14 +228,14 @@ def lowest_error(x: torch.Tensor, scale: torch.Tensor, levels: Levels, table: to
     bins, factors = table.shape
     order = torch.arange(factors, dtype=torch.float32, device=x.device)
     rows = chunk_rows(CHUNK_ELEMENTS // 8, x.shape[1], x.device)  # 2 MB of sums with groups of 64
-    parts = []
-    for part, divisor in zip(x.split(rows), scale.split(rows), strict=True):
+    best = torch.empty(len(x), dtype=torch.int32, device=x.device)
+    for out, part, divisor in zip(best.split(rows), x.split(rows), scale.split(rows), strict=True):
         at = levels.normalise_(part.to(torch.float32, copy=True), divisor).div_(levels.qmax)
         at = at.add_(1.0).mul_((bins - 1) / 2).round_().clamp_(0, bins - 1).int()
         sums = _sum_rows(table, at)
         lowest = sums.amin(1, keepdim=True)  # of equal ones argmin takes any
-        parts.append(torch.where(sums == lowest, order, factors).amin(1).int())
-    return torch.cat(parts)
+        out.copy_(torch.where(sums == lowest, order, factors).amin(1))
+    return best
 
 
 def _why_not_lowest_error(x: torch.Tensor, scale: torch.Tensor, levels: Levels, table: torch.Tensor) -> str | None:

@@ -65,9 +65,10 @@ class Layer:
     step: Callable[[], None] = lambda: None
 
     @cached_property
-    def nearest(self) -> tuple[torch.Tensor, Scale]:
-        """(codes, scale) of round-to-nearest; the guard needs them in any case."""
-        return self.grid.nearest(self.weight)
+    def nearest_errors(self) -> tuple[Scale, torch.Tensor]:
+        """Scale of round-to-nearest, and the squared error of each of its regions; the codes are not kept."""
+        codes, scale = self.grid.nearest(self.weight)
+        return scale, self.grid.region_errors(self.weight, codes, scale)
 
 
 class Method(ABC):
@@ -131,17 +132,19 @@ def choose(method: Method, layer: Layer) -> Choice:
     """
     weight, grid = layer.weight, layer.grid
     if not weight.numel():
-        return Choice(*layer.nearest, 0.0, 0.0)
+        return Choice(*grid.nearest(weight), 0.0, 0.0)
     codes, scale, objective = method.quantize(layer)
     error, signal = grid.squared_error(weight, codes, scale)
     if objective is None:
         return Choice(codes, scale, error, signal)
-    plain_codes, plain_scale = layer.nearest
-    plain_error, _ = grid.squared_error(weight, plain_codes, plain_scale)
-    if isinstance(objective, WeightError):
+    if isinstance(objective, WeightError):  # both as sums over regions: equal codes give equal numbers
+        regions = grid.region_errors(weight, codes, scale), layer.nearest_errors[1]
+        error, plain_error = (float(part.sum(dtype=torch.float64)) for part in regions)
         value, plain_value = math.sqrt(error), math.sqrt(plain_error)
     else:
-        value, plain_value = objective(codes, scale), objective(plain_codes, plain_scale)
+        plain = grid.nearest(weight)
+        plain_error, _ = grid.squared_error(weight, *plain)
+        value, plain_value = objective(codes, scale), objective(*plain)
     verdict = ""
     if not value <= plain_value:  # also when a value is NaN
         verdict = f"nearest was better: objective {plain_value:.4g}, {method.name} {value:.4g}"
@@ -151,7 +154,7 @@ def choose(method: Method, layer: Layer) -> Choice:
             f"nearest was better: {method.name} had {ratio:.3f} x its weight error, {WEIGHT_ERROR_LIMIT:g} allowed"
         )
     if verdict:
-        return Choice(plain_codes, plain_scale, plain_error, signal, plain_error, plain_value, plain_value, verdict)
+        return Choice(*grid.nearest(weight), plain_error, signal, plain_error, plain_value, plain_value, verdict)
     return Choice(codes, scale, error, signal, plain_error, value, plain_value)
 
 

@@ -49,8 +49,8 @@ def search_scale(layer: Layer) -> Scale:
     """
     weight, grid, options = layer.weight, layer.grid, layer.options
     step = max(1 / options.steps_per_octave, grid.scale_step)
-    codes, start = layer.nearest
-    best, errors = start, grid.region_errors(weight, codes, start)
+    start, errors = layer.nearest_errors
+    best = start
 
     def attempt(scale: Scale, best: Scale, errors: torch.Tensor) -> tuple[Scale, torch.Tensor]:
         layer.step()

@@ -13,7 +13,7 @@ class Nearest(Method):
     in_passes = True
 
     def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, None]:
-        return *layer.nearest, None
+        return *layer.grid.nearest(layer.weight), None
 
 
 register_method(Nearest())
