@@ -1,5 +1,7 @@
 """GELU and the quantizer in one pass: eager is the spec; on a GPU the kernel errs at most twice as much."""
 
+import re
+
 import pytest
 import torch
 from torch.nn.functional import gelu
@@ -51,6 +53,8 @@ class Compiled:
 
 
 class Kernel:
+    __name__ = "_twice"
+
     def __init__(self):
         self.log = []
 
@@ -79,6 +83,26 @@ def test_triton_is_asked_again_only_when_it_would_compile_anew(monkeypatch):
     assert start(x[1:]) == "Triton" and start(x[1:]) == "direct" == start(x[5:])  # not a multiple of 16 bytes
     assert start(x.half()) == "Triton" == start(x, number=16) == start(x, num_warps=8) == start(x, x)
     assert start(x) == "direct" == start(x, number=16)
+
+
+def test_a_first_use_that_takes_long_is_logged_once(monkeypatch, caplog):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from fewbits.kernels.triton import launch
+
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    quick, slow = Kernel(), Kernel()
+    with caplog.at_level("INFO", logger="fewbits"):
+        launch.launch(quick, (1, 1, 1), (torch.zeros(4),), num_warps=4)
+        monkeypatch.setattr(launch, "LOGGED", 0.0)
+        for direct in (False, True):
+            monkeypatch.setattr(launch, "DIRECT", direct)
+            for _ in range(3):
+                launch.launch(slow, (1, 1, 1), (torch.zeros(4),), num_warps=4)
+    (record,) = caplog.records
+    assert re.fullmatch(
+        r"first use of the Triton kernel test_activations.twice took 0.0 s: compiled, then cached", record.getMessage()
+    )
+    assert [how for how, *_ in slow.log] == ["Triton"] * 3 + ["direct"] * 3
 
 
 # GPU ----------------------------------------------------------------------------------------------------------------
