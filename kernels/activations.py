@@ -12,7 +12,7 @@ from torch.nn.functional import gelu
 from .dispatch import op
 from .grids import Levels, TiledGrid
 from .scales import Geometry
-from .triton import why_not_float8, why_not_triton
+from .triton import why_not_codes_of
 
 
 @op
@@ -36,7 +36,7 @@ def quantize_activations(x: torch.Tensor, levels: Levels, group: int | None) -> 
 def _why_not(x: torch.Tensor, levels: Levels, group: int | None) -> str | None:
     if group is not None and group & (group - 1):
         return f"group of {group} is no power of two"
-    return (why_not_float8(x) if levels.dtype == torch.float8_e4m3fn else None) or why_not_triton(x)
+    return why_not_codes_of(x, levels.dtype)
 
 
 @quantize_activations.backend("triton", _why_not)

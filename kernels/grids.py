@@ -14,7 +14,7 @@ import torch
 
 from .dispatch import op
 from .scales import CHUNK_ELEMENTS, TINY, Geometry, chunk_rows, scale_from_absmax
-from .triton import why_not_float8, why_not_triton
+from .triton import why_not_codes_of, why_not_double
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,7 @@ def why_not_codes(weight: torch.Tensor, levels: Levels) -> str | None:
     """Why no kernel rounds this weight to these levels; None when one does."""
     if levels.kernel is None:
         return f"no kernel rounds to {levels.name}"
-    if weight.dtype == torch.float64:
-        return "float64 weight"
-    return (why_not_float8(weight) if levels.dtype == torch.float8_e4m3fn else None) or why_not_triton(weight)
+    return why_not_double(weight) or why_not_codes_of(weight, levels.dtype)
 
 
 def _why_not_nearest_codes(
@@ -223,7 +221,7 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: G
 
 
 def _why_not_errors(weight: torch.Tensor, codes: torch.Tensor, *how: object) -> str | None:
-    return (why_not_float8(weight) if codes.dtype == torch.float8_e4m3fn else None) or why_not_triton(weight)
+    return why_not_codes_of(weight, codes.dtype)
 
 
 def total(error: torch.Tensor, signal: torch.Tensor) -> tuple[float, float]:
@@ -260,11 +258,15 @@ def _squared_error(weight, codes, scale, levels, geometry):
 
 
 @cache
+def code_values(levels: Levels) -> tuple[float, ...]:
+    """The value of each of the 16 codes."""
+    return tuple(levels.widen(torch.arange(16, dtype=torch.uint8)).tolist())
+
+
+@cache
 def _values(levels: Levels, device: torch.device) -> torch.Tensor:
-    """float32 value of every byte of 4-bit codes; of others one number that nothing reads."""
-    if levels.dtype != torch.uint8:
-        return torch.zeros(1, device=device)
-    return levels.widen(torch.arange(16, dtype=torch.uint8)).to(device)
+    """`code_values` of 4-bit codes on a device; of others one number that nothing reads."""
+    return torch.tensor(code_values(levels) if levels.dtype == torch.uint8 else (0.0,), device=device)
 
 
 @op

@@ -10,7 +10,7 @@ import torch
 
 from .dispatch import op
 from .scales import CHUNK_ELEMENTS, chunk_rows
-from .triton import why_not_triton
+from .triton import why_not_double, why_not_triton
 
 
 def is_group_size(group: int) -> bool:
@@ -40,7 +40,7 @@ def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def _why_not_triton(weight: torch.Tensor, group: int) -> str | None:
-    return "float64 weight" if weight.dtype == torch.float64 else why_not_triton(weight)
+    return why_not_double(weight) or why_not_triton(weight)
 
 
 @rotate.backend("triton", _why_not_triton)

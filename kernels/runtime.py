@@ -7,8 +7,6 @@ it is (closer to the unquantized product, never further).
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch.nn.functional import linear
 
@@ -17,17 +15,11 @@ from .activations import quantize_activations
 from .codebook4 import FlatGrid
 from .cuda import why_not_cuda
 from .dispatch import op
-from .grids import Levels, decode
+from .grids import Levels, code_values, decode
 from .packing import unpack_nibbles
 from .scaled_mm import why_not_scaled_mm
 from .scales import CHUNK_ELEMENTS, Geometry
 from .triton import why_not_float8, why_not_triton
-
-
-@cache
-def code_values(levels: Levels) -> tuple[float, ...]:
-    """The value of each of the 16 codes."""
-    return tuple(levels.widen(torch.arange(16, dtype=torch.uint8)).tolist())
 
 
 @op

@@ -20,7 +20,7 @@ from .grids import E4M3_SCALE_STEP, Grid, chosen_e4m3, rescaled_e4m3, total
 from .hadamard import rotate
 from .packing import unpack_nibbles
 from .scales import CHUNK_ELEMENTS, TINY, Geometry, chunk_rows
-from .triton import why_not_triton
+from .triton import why_not_double, why_not_triton
 
 GROUP = 16
 GROUPS = Geometry(1, GROUP)
@@ -130,7 +130,7 @@ def fit_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _why_not_groups(weight: torch.Tensor, *others: torch.Tensor) -> str | None:
-    return "float64 weight" if weight.dtype == torch.float64 else why_not_triton(weight)
+    return why_not_double(weight) or why_not_triton(weight)
 
 
 @fit_groups.backend("triton", _why_not_groups)

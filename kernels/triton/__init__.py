@@ -36,3 +36,13 @@ def why_not_triton(tensor: torch.Tensor) -> str | None:
     if tensor.numel() == 0:
         return "tensor is empty"
     return _why_not_device(tensor.device.index or 0)
+
+
+def why_not_codes_of(tensor: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """Why our Triton kernels do not take this tensor with codes of a dtype; None when they do."""
+    return (why_not_float8(tensor) if dtype == torch.float8_e4m3fn else None) or why_not_triton(tensor)
+
+
+def why_not_double(weight: torch.Tensor) -> str | None:
+    """Why our kernels that give eager's bits do not take a weight of this dtype; None when they do."""
+    return "float64 weight" if weight.dtype == torch.float64 else None

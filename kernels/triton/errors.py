@@ -9,8 +9,9 @@ import triton.language as tl
 from .encode import block_columns
 from .launch import launch
 from .rounding import product
+from .tiles import kind_of, widen
 
-KINDS = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.float8_e5m2: 2, torch.uint8: 3}
+TABLE = tl.constexpr(4)  # beside the kinds of `tiles`: 4-bit codes
 
 
 @triton.jit
@@ -24,14 +25,7 @@ def _patches(
     at = rows[:, None] * k + cols[None, :]
     w = tl.load(x + at, inside, 0.0).to(tl.float32)
     raw = tl.load(codes + at, inside, 0)
-    if KIND == 0:
-        value = raw.to(tl.float32)
-    elif KIND == 1:
-        value = raw.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    elif KIND == 2:
-        value = (raw.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        value = tl.load(values + raw.to(tl.int32))
+    value = tl.load(values + raw.to(tl.int32)) if KIND == TABLE else widen(raw, KIND)
     # A program's columns lie in one tile, so each of its rows has one scale.
     s = tl.load(scale + rows // tile_rows * grid_cols + tl.program_id(1) * BK // tile_cols, rows < n, 0.0)
     difference = tl.where(inside, product(value, s[:, None]) - w, 0.0)
@@ -60,6 +54,7 @@ def patches(
     error, signal = (torch.empty((n, runs), dtype=torch.float32, device=weight.device) for _ in range(2))
     raw = codes.contiguous().view(torch.uint8 if codes.dtype == torch.uint8 else torch.int8)
     tensors = (weight.contiguous(), raw, scale.contiguous(), values, error, signal)
-    numbers = (n, k, grid_cols, n // grid_rows, tile_cols, KINDS[codes.dtype], block_n, block_k)
+    kind = TABLE.value if codes.dtype == torch.uint8 else kind_of(codes)
+    numbers = (n, k, grid_cols, n // grid_rows, tile_cols, kind, block_n, block_k)
     launch(_patches, (-(-n // block_n), runs, 1), tensors, *numbers, num_warps=4)
     return error, signal

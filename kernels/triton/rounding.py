@@ -37,6 +37,12 @@ def round_int8(x):
 
 
 @triton.jit
+def nearest_even(x):
+    """Nearest even integer of |x| < 2^22, as float32; NaN stays."""
+    return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 has no fraction bits there
+
+
+@triton.jit
 def nearest_integer(x):
     """Nearest even integer of |x| < 128 as int8."""
     # 1.5 * 2^23: float32 has no fraction bits there, and the low byte of its bits is the integer.

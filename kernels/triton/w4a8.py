@@ -16,12 +16,19 @@ from ..codebook4 import constant
 from ..hadamard import rotate
 from ..scales import TINY
 from .launch import launch
-from .rounding import divide, magnitude, product
+from .rounding import divide, magnitude, nearest_even, product
 
 COLUMNS = 256  # of a tile
 # Milliseconds for 12288x3072 to bf16 on an H200, rotated by 256: .054; 32 rows and 8 warps .060, 64 and 8 .070, 8 and 4
 # .060. A copy of the bf16 weight takes .040, eager 2.5.
 ROWS, WARPS = 16, 4
+
+
+@triton.jit
+def int8_value(level, step):
+    """round(level * step), clamped to +-127; NaN stays."""
+    value = nearest_even(product(level, step))
+    return tl.where(value > 127.0, 127.0, tl.where(value < -127.0, -127.0, value))
 
 
 @triton.jit
@@ -37,9 +44,7 @@ def _dequantize(
     group = start // 16 + tl.arange(0, COLUMNS // 16)[None, :]
     step = tl.load(relative + rows * (k // 16) + group, (rows < n) & (group < k // 16), 0)
     step = tl.load(floats + step.to(tl.int32))  # GPUs before sm_89 convert no e4m3fn
-    value = tl.reshape(level, (ROWS, COLUMNS // 16, 16)) * step[:, :, None]
-    value = tl.where(value > 127.0, 127.0, tl.where(value < -127.0, -127.0, value))  # NaN stays
-    value = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: the nearest even integer
+    value = int8_value(tl.reshape(level, (ROWS, COLUMNS // 16, 16)), step[:, :, None])
     across = tl.arange(0, SIDE)
     sign = tl.load(signs + across[:, None] * SIDE + across[None, :])
     sums = tl.dot(tl.reshape(value.to(tl.float16), (ROWS * COLUMNS // SIDE, SIDE)), sign)
@@ -89,6 +94,12 @@ GROUP = tl.constexpr(16)
 # Groups and warps of a program of the kernels below. Milliseconds for 12288x3072 float32 on an H200, fit and codes: .33
 # and .25; 64 groups on 4 warps .33 and .29, 256 on 8 .36 and .27. Eager 9 and 9.
 GROUPS, GROUP_WARPS = 128, 4
+
+
+def _over_groups(
+    kernel: triton.JITFunction, tensors: tuple[torch.Tensor, ...], count: int, *numbers: int | float
+) -> None:
+    launch(kernel, (-(-count // GROUPS), 1, 1), tensors, count, *numbers, GROUPS, num_warps=GROUP_WARPS)
 
 
 @triton.jit
@@ -141,19 +152,9 @@ def fit(
     """(N, K) floats -> (N, K/16) float32 scales of groups, and the largest magnitude each then decodes to."""
     n, k = weight.shape
     scale, largest = (torch.empty((n, k // 16), dtype=torch.float32, device=weight.device) for _ in range(2))
-    count = scale.numel()
     tables = (constant(levels, weight.device), constant(thresholds, weight.device))
-    tensors = (weight.contiguous(), *tables, scale, largest)
-    grid = (-(-count // GROUPS), 1, 1)
-    launch(_fit, grid, tensors, count, passes, floor, TINY, GROUPS, num_warps=GROUP_WARPS)
+    _over_groups(_fit, (weight.contiguous(), *tables, scale, largest), scale.numel(), passes, floor, TINY)
     return scale, largest
-
-
-@triton.jit
-def int8_value(level, step):
-    """round(level * step), clamped to +-127; NaN stays."""
-    value = (product(level, step) + 12582912.0) - 12582912.0  # 1.5 * 2^23: the nearest even integer
-    return tl.where(value > 127.0, 127.0, tl.where(value < -127.0, -127.0, value))
 
 
 @triton.jit
@@ -188,10 +189,7 @@ def nearest(
     codes = torch.empty((n, k), dtype=torch.uint8, device=weight.device)
     tables = (_floats(weight.device), constant(levels, weight.device))
     stored = (channel.contiguous(), relative.contiguous().view(torch.uint8))
-    count = codes.numel() // 16
-    grid = (-(-count // GROUPS), 1, 1)
-    tensors = (weight.contiguous(), *stored, *tables, codes)
-    launch(_nearest, grid, tensors, count, k // 16, TINY, GROUPS, num_warps=GROUP_WARPS)
+    _over_groups(_nearest, (weight.contiguous(), *stored, *tables, codes), codes.numel() // 16, k // 16, TINY)
     return codes
 
 
@@ -217,8 +215,5 @@ def errors(
     error, signal = (torch.empty(relative.shape, dtype=torch.float32, device=weight.device) for _ in range(2))
     tables = (_floats(weight.device), constant(levels, weight.device))
     stored = (codes.contiguous(), channel.contiguous(), relative.contiguous().view(torch.uint8))
-    count = error.numel()
-    grid = (-(-count // GROUPS), 1, 1)
-    tensors = (weight.contiguous(), *stored, *tables, error, signal)
-    launch(_errors, grid, tensors, count, relative.shape[1], GROUPS, num_warps=GROUP_WARPS)
+    _over_groups(_errors, (weight.contiguous(), *stored, *tables, error, signal), error.numel(), relative.shape[1])
     return error, signal

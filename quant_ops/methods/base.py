@@ -141,6 +141,7 @@ def choose(method: Method, layer: Layer) -> Choice:
         regions = grid.region_errors(weight, codes, scale), layer.nearest_errors[1]
         error, plain_error = (float(part.sum(dtype=torch.float64)) for part in regions)
         value, plain_value = math.sqrt(error), math.sqrt(plain_error)
+        plain = None
     else:
         plain = grid.nearest(weight)
         plain_error, _ = grid.squared_error(weight, *plain)
@@ -154,7 +155,8 @@ def choose(method: Method, layer: Layer) -> Choice:
             f"nearest was better: {method.name} had {ratio:.3f} x its weight error, {WEIGHT_ERROR_LIMIT:g} allowed"
         )
     if verdict:
-        return Choice(*grid.nearest(weight), plain_error, signal, plain_error, plain_value, plain_value, verdict)
+        plain = plain or grid.nearest(weight)
+        return Choice(*plain, plain_error, signal, plain_error, plain_value, plain_value, verdict)
     return Choice(codes, scale, error, signal, plain_error, value, plain_value)
 
 

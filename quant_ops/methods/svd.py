@@ -123,7 +123,8 @@ class Svd(Method):
 def starting_scale(layer: Layer) -> Scale:
     """The scale of `mse_clip` where it gains enough and no channel pays for it, else nearest's."""
     weight, grid = layer.weight, layer.grid
-    plain, searched = grid.scale(weight), search_scale(replace(layer, options=MseClipOptions()))
+    searching = replace(layer, options=MseClipOptions())
+    (plain, _), searched = searching.nearest_errors, search_scale(searching)
     before, after = (grid.decode(grid.encode(weight, scale), scale).sub_(weight) for scale in (plain, searched))
     worth = after.norm() <= WORTH_A_SCALE * before.norm() and worst_channel(after, before) <= WORST_CHANNEL
     return searched if worth else plain

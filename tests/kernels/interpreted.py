@@ -3,9 +3,10 @@
     python3 tests/kernels/interpreted.py [compile]
 
 With `compile` nothing runs: every kernel is compiled for a GPU (sm_90) that need not be there, and `compiled KERNEL`
-printed; the interpreter lets pass what the compiler refuses. Otherwise prints `equal NAME` or `DIFFERENT NAME`. The interpreter gets what it lacks: fma that rounds once, exact casts (its
-own lose a carry or a subnormal), sizes from one-element arrays (numpy >= 2.4), and the table look-up that a GPU does
-in assembly.
+printed; the interpreter lets pass what the compiler refuses. Otherwise prints `equal NAME` or `DIFFERENT NAME`.
+
+The interpreter gets what it lacks: fma that rounds once, exact casts (its own lose a carry or a subnormal), sizes from
+one-element arrays (numpy >= 2.4), and the table look-up that a GPU does in assembly.
 """
 
 from __future__ import annotations
