@@ -1,7 +1,8 @@
-"""FewBits: make diffusion models and text encoders small and fast in ComfyUI, and prove what was given up.
+"""FewBits: make diffusion models and text encoders small and fast in ComfyUI, and prove what was
+given up.
 
-Under ComfyUI this module registers FewBits' formats and nodes; anywhere else importing it has no effect, and the
-library (`from fewbits import quantize_file`) is loaded on first use.
+Under ComfyUI this module registers FewBits' formats and nodes; anywhere else importing it has no
+effect, and the library (`from fewbits import quantize_file`) is loaded on first use.
 """
 
 import sys

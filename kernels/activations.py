@@ -1,7 +1,9 @@
-"""Activations to 8 bits while the model runs: per token, or per token and K-group; scale = absmax / qmax.
+"""Activations to 8 bits while the model runs: per token, or per token and K-group; scale = absmax /
+qmax.
 
-Grid and rounding are the weights' own (kernels/grids.py): ties to even, zero rows decode to exact zeros. A row or group
-that holds NaN or infinity gets a scale that is not finite, so that its products show it.
+Grid and rounding are the weights' own (kernels/grids.py): ties to even, zero rows decode to exact
+zeros. A row or group that holds NaN or infinity gets a scale that is not finite, so that its
+products show it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from .triton import why_not_codes_of
 
 
 @op
-def quantize_activations(x: torch.Tensor, levels: Levels, group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_activations(
+    x: torch.Tensor, levels: Levels, group: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize the rows of x, or each run of `group` elements of a row.
 
     Args:
@@ -26,7 +30,8 @@ def quantize_activations(x: torch.Tensor, levels: Levels, group: int | None) -> 
 
     Returns:
         codes: (M, K) `levels.dtype`.
-        scale: (M, K / group) float32, (M, 1) without groups; M is its fastest dimension in memory, as matmuls read it.
+        scale: (M, K / group) float32, (M, 1) without groups; M is its fastest dimension in memory,
+            as matmuls read it.
     """
     grid = TiledGrid(levels, Geometry(1, group))
     scale = grid.scale(x)
@@ -50,7 +55,8 @@ def _quantize_activations(x, levels, group):
 def quantize_gelu(
     x: torch.Tensor, levels: Levels, group: int | None, approximate: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_activations` of GELU(x), which is computed in float32 and never rounded to x's dtype.
+    """`quantize_activations` of GELU(x), which is computed in float32 and never rounded to x's
+    dtype.
 
     Args:
         approximate: "none" (erf) or "tanh", as `torch.nn.functional.gelu` takes it.

@@ -1,6 +1,8 @@
-"""4-bit code tables: NF4 and FP4 in bitsandbytes' order, E2M1; x -> code by strict thresholds, code -> value by table.
+"""4-bit code tables: NF4 and FP4 in bitsandbytes' order, E2M1; x -> code by strict thresholds, code
+-> value by table.
 
-NF4 and FP4 group g consecutive elements of the flattened weight: absmax[b] = max |w|, x = w * (1 / absmax).
+NF4 and FP4 group g consecutive elements of the flattened weight: absmax[b] = max |w|, x = w * (1 /
+absmax).
 """
 
 from __future__ import annotations
@@ -42,18 +44,39 @@ NF4_THRESHOLDS = (  # code = number of thresholds strictly below x
     0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011,
 )  # fmt: skip
 
-FP4_MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)  # by code; bit 3 is the sign
-# Thresholds on |x| as float32 bits, because their decimal forms are rounded: .00260417 .0859375 .20833333 ...
-FP4_THRESHOLD_BITS = (0x3B2AAAB9, 0x3DB00000, 0x3E555555, 0x3E955555, 0x3ED55556, 0x3F155550, 0x3F555555)
+# by code; bit 3 is the sign
+FP4_MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
+# Thresholds on |x| as float32 bits, because their decimal forms are rounded: .00260417 .0859375
+# .20833333 ...
+FP4_THRESHOLD_BITS = (
+    0x3B2AAAB9,
+    0x3DB00000,
+    0x3E555555,
+    0x3E955555,
+    0x3ED55556,
+    0x3F155550,
+    0x3F555555,
+)
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; bit 3 is the sign
-# Ties go to the even code: the largest |x| that still gets code m is the midpoint for even m, the float below for odd.
-E2M1_THRESHOLD_BITS = (0x3E800000, 0x3F3FFFFF, 0x3FA00000, 0x3FDFFFFF, 0x40200000, 0x405FFFFF, 0x40A00000)
+# Ties go to the even code: the largest |x| that still gets code m is the midpoint for even m, the
+# float below for odd.
+E2M1_THRESHOLD_BITS = (
+    0x3E800000,
+    0x3F3FFFFF,
+    0x3FA00000,
+    0x3FDFFFFF,
+    0x40200000,
+    0x405FFFFF,
+    0x40A00000,
+)
 
 
 @cache
 def constant(values: tuple, device: torch.device, bits: bool = False) -> torch.Tensor:
-    """A small table on a device, float32, made once; `bits` means the values are float32 bit patterns."""
+    """A small table on a device, float32, made once; `bits` means the values are float32 bit
+    patterns.
+    """
     table = torch.tensor(values, dtype=torch.int32 if bits else torch.float32)
     return (table.view(torch.float32) if bits else table).to(device)
 
@@ -65,14 +88,18 @@ def round_nf4(x: torch.Tensor) -> torch.Tensor:
 
 def round_fp4(x: torch.Tensor) -> torch.Tensor:
     """Codes 0..15 of x in [-1, 1], int32: magnitude code, plus 8 when x < 0 (-0.0 is not)."""
-    rank = torch.bucketize(x.abs(), constant(FP4_THRESHOLD_BITS, x.device, bits=True), out_int32=True)
+    rank = torch.bucketize(
+        x.abs(), constant(FP4_THRESHOLD_BITS, x.device, bits=True), out_int32=True
+    )
     code = rank ^ ((rank & 2) << 1)  # magnitudes in ascending order have the codes 0 1 6 7 4 5 2 3
     return code + (x < 0).int() * 8
 
 
 def round_e2m1(x: torch.Tensor) -> torch.Tensor:
     """Codes 0..15 of any x, int32: magnitude code, plus 8 for the sign bit; saturates at 6."""
-    code = torch.bucketize(x.abs(), constant(E2M1_THRESHOLD_BITS, x.device, bits=True), out_int32=True)
+    code = torch.bucketize(
+        x.abs(), constant(E2M1_THRESHOLD_BITS, x.device, bits=True), out_int32=True
+    )
     return code + x.signbit().int() * 8
 
 
@@ -80,8 +107,9 @@ def round_e2m1(x: torch.Tensor) -> torch.Tensor:
 class _BitTable:
     """What a rounding function does to each of the 65536 floats-by-upper-half.
 
-    Floats whose upper 16 bits are b get the low nibble of `codes[b]` up to the bit pattern `last[b]`, above it the
-    high nibble. Needs at most one change of code per upper half, which `of` checks.
+    Floats whose upper 16 bits are b get the low nibble of `codes[b]` up to the bit pattern
+    `last[b]`, above it the high nibble. Needs at most one change of code per upper half, which `of`
+    checks.
     """
 
     last: torch.Tensor
@@ -89,20 +117,27 @@ class _BitTable:
 
     @classmethod
     def of(cls, round_: RoundFn) -> _BitTable:
-        """Find the change inside each upper half by bisection, with the rounding function as the only truth."""
+        """Find the change inside each upper half by bisection, with the rounding function as the
+        only truth.
+        """
         upper = torch.arange(1 << 16, dtype=torch.int64)
         upper = (upper << 16) - ((upper >> 15) << 32)  # as signed 32-bit patterns
-        finite = ((upper >> 16) & 0x7F80) != 0x7F80  # infinity and NaN share an upper half: its first float decides
+        # infinity and NaN share an upper half: its first float decides
+        finite = ((upper >> 16) & 0x7F80) != 0x7F80
 
         def code_at(low: torch.Tensor) -> torch.Tensor:
             return round_((upper + torch.where(finite, low, 0)).to(torch.int32).view(torch.float32))
 
         first, final = code_at(torch.zeros_like(upper)), code_at(torch.full_like(upper, 0xFFFF))
-        same, other = torch.zeros_like(upper), torch.full_like(upper, 0xFFFF)  # code is `first` at same, not at other
+        # code is `first` at same, not at other
+        same, other = torch.zeros_like(upper), torch.full_like(upper, 0xFFFF)
         for _ in range(16):
             middle = (same + other) // 2
             unchanged = code_at(middle) == first
-            same, other = torch.where(unchanged, middle, same), torch.where(unchanged, other, middle)
+            same, other = (
+                torch.where(unchanged, middle, same),
+                torch.where(unchanged, other, middle),
+            )
         changes = first != final
         if (code_at(other)[changes] != final[changes]).any():
             raise ValueError("a rounding function changes twice within floats of equal upper half")
@@ -116,11 +151,13 @@ def _bit_table(round_: RoundFn) -> _BitTable:
 
 
 def fast_codes(x: torch.Tensor, round_: RoundFn) -> torch.Tensor:
-    """`round_(x)` as uint8; on the CPU by table: 2 ns per element on one core where bucketize takes 20.
+    """`round_(x)` as uint8; on the CPU by table: 2 ns per element on one core where bucketize takes
+    20.
 
     Args:
         x: contiguous float32, finite.
-        round_: one of the rounding functions of this package; the table is made from it on first use.
+        round_: one of the rounding functions of this package; the table is made from it on first
+            use.
     """
     if x.device.type != "cpu":
         return round_(x).to(torch.uint8)
@@ -147,14 +184,23 @@ def look_up(codes: torch.Tensor, values: tuple[float, ...] | torch.Tensor) -> to
     flat = codes.reshape(-1)
     if isinstance(values, torch.Tensor):
         return torch.index_select(values, 0, flat.int()).view(codes.shape)
-    if codes.device.type != "cpu" or codes.itemsize != 1 or flat.numel() % 2 or flat.storage_offset() % 2:
+    if (
+        codes.device.type != "cpu"
+        or codes.itemsize != 1
+        or flat.numel() % 2
+        or flat.storage_offset() % 2
+    ):
         return torch.index_select(constant(values, codes.device), 0, flat.int()).view(codes.shape)
     pairs = torch.index_select(_pair_table(values), 0, flat.view(torch.int16).int())
     return torch.view_as_real(pairs).view(codes.shape)
 
 
-def dither_between_(x: torch.Tensor, offset: torch.Tensor, values: tuple[float, ...]) -> torch.Tensor:
-    """Move x by `offset` times the gap of the values around it, but not past them: the gaps are uneven."""
+def dither_between_(
+    x: torch.Tensor, offset: torch.Tensor, values: tuple[float, ...]
+) -> torch.Tensor:
+    """Move x by `offset` times the gap of the values around it, but not past them: the gaps are
+    uneven.
+    """
     ascending = constant(tuple(sorted(set(values))), x.device)
     index = torch.bucketize(x, ascending, right=True).clamp_(1, len(ascending) - 1)
     lower, upper = ascending[index - 1], ascending[index]
@@ -191,7 +237,9 @@ def _floats(bits: tuple[int, ...]) -> tuple[float, ...]:
 
 
 NF4 = _levels("nf4", NF4_VALUES, by_reciprocal_, round_nf4, kernel=NF4_THRESHOLDS)
-FP4 = _levels("fp4", _signed(FP4_MAGNITUDES), by_reciprocal_, round_fp4, True, _floats(FP4_THRESHOLD_BITS))
+FP4 = _levels(
+    "fp4", _signed(FP4_MAGNITUDES), by_reciprocal_, round_fp4, True, _floats(FP4_THRESHOLD_BITS)
+)
 E2M1 = _levels("e2m1", _signed(E2M1_MAGNITUDES), by_division_, round_e2m1)
 
 
@@ -200,10 +248,13 @@ BINS = 2048  # weights whose errors are known for each factor on a scale
 
 
 @cache
-def _errors_by_factor(levels: Levels, factors: tuple[float, ...], count: int, device: torch.device) -> torch.Tensor:
+def _errors_by_factor(
+    levels: Levels, factors: tuple[float, ...], count: int, device: torch.device
+) -> torch.Tensor:
     """(BINS, factors) squared errors of weights from -1 to 1 x absmax, in float32 integers.
 
-    Errors are below 1; in units of count / 2^24 a sum over `count` of them is exact, and so the same in any order.
+    Errors are below 1; in units of count / 2^24 a sum over `count` of them is exact, and so the
+    same in any order.
     """
     x = torch.arange(BINS, dtype=torch.float64).mul_(2 / (BINS - 1)).sub_(1).mul_(levels.qmax)
     columns = []
@@ -214,13 +265,17 @@ def _errors_by_factor(levels: Levels, factors: tuple[float, ...], count: int, de
 
 
 @op
-def lowest_error(x: torch.Tensor, scale: torch.Tensor, levels: Levels, table: torch.Tensor) -> torch.Tensor:
-    """Which factor has the smallest error in each group: the sum over its weights of the rows of a table.
+def lowest_error(
+    x: torch.Tensor, scale: torch.Tensor, levels: Levels, table: torch.Tensor
+) -> torch.Tensor:
+    """Which factor has the smallest error in each group: the sum over its weights of the rows of a
+    table.
 
     Args:
         x: (n, count) float groups of a weight.
         scale: (n, 1) float32.
-        table: (bins, F) float32 integers, for x from -scale to scale; a sum over `count` is below 2^24.
+        table: (bins, F) float32 integers, for x from -scale to scale; a sum over `count` is below
+            2^24.
 
     Returns:
         (n,) int32, the first of equal ones.
@@ -238,8 +293,12 @@ def lowest_error(x: torch.Tensor, scale: torch.Tensor, levels: Levels, table: to
     return best
 
 
-def _why_not_lowest_error(x: torch.Tensor, scale: torch.Tensor, levels: Levels, table: torch.Tensor) -> str | None:
-    return f"{levels.name} goes to {levels.qmax:g}" if levels.qmax != 1 else why_not_codes(x, levels)
+def _why_not_lowest_error(
+    x: torch.Tensor, scale: torch.Tensor, levels: Levels, table: torch.Tensor
+) -> str | None:
+    return (
+        f"{levels.name} goes to {levels.qmax:g}" if levels.qmax != 1 else why_not_codes(x, levels)
+    )
 
 
 @lowest_error.backend("triton", _why_not_lowest_error)
@@ -250,15 +309,19 @@ def _lowest_error(x, scale, levels, table):
 
 
 def _sum_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """(rows, F) and (n, count) int32 -> (n, F): the sum of the `count` rows that each row of the index names."""
-    if index.device.type in ("cpu", "cuda"):  # other devices have this only in some versions of torch
+    """(rows, F) and (n, count) int32 -> (n, F): the sum of the `count` rows that each row of the
+    index names.
+    """
+    # other devices have this only in some versions of torch
+    if index.device.type in ("cpu", "cuda"):
         return torch.nn.functional.embedding_bag(index, table, mode="sum")
     return table[index].sum(1)
 
 
 @dataclass(frozen=True)
 class FlatGrid(Grid):
-    """Levels with one scale per `group_size` consecutive elements of the flattened weight; the last may be shorter.
+    """Levels with one scale per `group_size` consecutive elements of the flattened weight; the last
+    may be shorter.
 
     `scale` is (ceil(N * K / group_size),) float32: absmax, 1.0 for zero blocks.
     """
@@ -268,7 +331,9 @@ class FlatGrid(Grid):
     scale_step: ClassVar[float] = 0.0
 
     def _runs(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The flattened matrix as (blocks, group_size), then what is left as (1, rest); views of x."""
+        """The flattened matrix as (blocks, group_size), then what is left as (1, rest); views of
+        x.
+        """
         flat = x.reshape(-1)
         whole = flat.numel() // self.group_size * self.group_size
         blocks, rest = flat[:whole].view(-1, self.group_size), flat[whole:].view(1, -1)
@@ -291,11 +356,15 @@ class FlatGrid(Grid):
     def nearest(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return nearest_flat4(weight, self.levels, self.group_size, False)
 
-    def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
+    def squared_error(
+        self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[float, float]:
         runs = self._runs(weight)
         sums = [
             squared_error(run, part, scales, self.levels, ROWS)
-            for run, part, scales in zip(runs, self._runs(codes), self._scales(scale, runs), strict=True)
+            for run, part, scales in zip(
+                runs, self._runs(codes), self._scales(scale, runs), strict=True
+            )
         ]
         return sum(error for error, _ in sums), sum(signal for _, signal in sums)
 
@@ -309,11 +378,15 @@ class FlatGrid(Grid):
     def rescaled(self, scale: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
         return scale * factor
 
-    def best_factors(self, weight: torch.Tensor, scale: torch.Tensor, factors: tuple[float, ...]) -> torch.Tensor:
-        """By the errors that BINS weights between -absmax and absmax would have; ties go to the first factor.
+    def best_factors(
+        self, weight: torch.Tensor, scale: torch.Tensor, factors: tuple[float, ...]
+    ) -> torch.Tensor:
+        """By the errors that BINS weights between -absmax and absmax would have; ties go to the
+        first factor.
 
-        Nanoseconds per weight on one core for 88 factors: 8, where encoding and measuring 50 of them took 300; squared
-        error of normal weights as NF4 .8546 of nearest's, before .8549 (1024 bins .8547).
+        Nanoseconds per weight on one core for 88 factors: 8, where encoding and measuring 50 of
+        them took 300; squared error of normal weights as NF4 .8546 of nearest's, before .8549 (1024
+        bins .8547).
         """
         chosen = torch.tensor(factors, dtype=torch.float32, device=weight.device)
         runs = self._runs(weight)
@@ -323,10 +396,14 @@ class FlatGrid(Grid):
             parts.append(chosen[lowest_error(run, part, self.levels, table)])
         return _joined(parts)
 
-    def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def region_errors(
+        self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
         runs = self._runs(weight)
         parts = zip(runs, self._runs(codes), self._scales(scale, runs), strict=True)
-        return _joined([tile_errors(run, part, scales, self.levels, ROWS) for run, part, scales in parts])
+        return _joined(
+            [tile_errors(run, part, scales, self.levels, ROWS) for run, part, scales in parts]
+        )
 
     def chosen(self, take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return torch.where(take, scale, other)
@@ -340,7 +417,8 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 def nearest_flat4(
     weight: torch.Tensor, levels: Levels, group_size: int, packed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, absmax) of round-to-nearest on a `FlatGrid`: (N, K), or `packed` (N, K/2) with the high nibble first.
+    """(codes, absmax) of round-to-nearest on a `FlatGrid`: (N, K), or `packed` (N, K/2) with the
+    high nibble first.
 
     Backends read the weight once and pack in registers.
     """
@@ -350,7 +428,9 @@ def nearest_flat4(
     return (pack_nibbles(codes, high_first=True) if packed else codes), scale
 
 
-@nearest_flat4.backend("triton", lambda weight, levels, group_size, packed: why_not_codes(weight, levels))
+@nearest_flat4.backend(
+    "triton", lambda weight, levels, group_size, packed: why_not_codes(weight, levels)
+)
 def _nearest_flat4(weight, levels, group_size, packed):
     from .triton import quantize
 

@@ -1,6 +1,8 @@
-"""Ops and their backends: the eager body is the specification, a backend runs where its `why_not` finds no reason.
+"""Ops and their backends: the eager body is the specification, a backend runs where its `why_not`
+finds no reason.
 
-The one place that knows availability. `list_backends()` says in words what would run and why something would not.
+The one place that knows availability. `list_backends()` says in words what would run and why
+something would not.
 """
 
 from __future__ import annotations
@@ -23,15 +25,16 @@ _FORCED: list[str] = []
 class Op:
     """One operation: `eager` defines the result, backends give the same result faster.
 
-    Backends are tried in the order of registration; the first without a reason against these inputs runs, and is
-    remembered. So a `why_not` may look at shape, dtype and device of tensors and at all other inputs, at nothing else:
-    a body copes with every stride and address.
+    Backends are tried in the order of registration; the first without a reason against these inputs
+    runs, and is remembered. So a `why_not` may look at shape, dtype and device of tensors and at
+    all other inputs, at nothing else: a body copes with every stride and address.
     """
 
     name: str
     eager: Callable
     backends: dict[str, tuple[Callable, WhyNot]] = field(default_factory=dict)
-    chosen: dict[tuple, tuple[str, Callable]] = field(default_factory=dict)  # what `why_not` looks at -> decision
+    # what `why_not` looks at -> decision
+    chosen: dict[tuple, tuple[str, Callable]] = field(default_factory=dict)
 
     def backend(self, name: str, why_not: WhyNot) -> Callable[[Callable], Callable]:
         """Register a body; `why_not(*inputs)` is None when it can run, else the reason in words."""
@@ -51,7 +54,9 @@ class Op:
         """
         if _FORCED:
             return self._first(args, _FORCED[-1])
-        key = tuple([(a.shape, a.dtype, a.device) if isinstance(a, torch.Tensor) else a for a in args])
+        key = tuple(
+            [(a.shape, a.dtype, a.device) if isinstance(a, torch.Tensor) else a for a in args]
+        )
         found = self.chosen.get(key)
         if found is None:
             if len(self.chosen) >= REMEMBERED:

@@ -1,6 +1,7 @@
 """Levels of a number format: rounding scaled values to codes and back, in cache-sized chunks.
 
-q = round(w / scale), w ~ q * scale. All arithmetic is float32 whatever the dtype of w (FORMATS 2.1).
+q = round(w / scale), w ~ q * scale. All arithmetic is float32 whatever the dtype of w (FORMATS
+2.1).
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from .triton import why_not_codes_of, why_not_double
 
 @dataclass(frozen=True)
 class Levels:
-    """One number format: storage dtype, largest code value, and the in-place float32 step from w to a code value.
+    """One number format: storage dtype, largest code value, and the in-place float32 step from w to
+    a code value.
 
-    `normalise_(x, scale)` turns float32 x into unrounded code values (multiply by the reciprocal, or divide: the
-    choice decides rare codes and is part of the format). `round_(x)` clamps, and rounds where the cast would not.
-    `widen(codes)` is the exact float32 value of each code. `dither_(x, u)` moves x by u steps, u uniform in
-    [-0.5, 0.5), and may round it, so that rounding gives x on average.
-    `clear_zero_blocks`: the cast keeps the sign of -0, which a zero block must not show.
-    `kernel`: the thresholds of a code table, () where rounding needs none; None where no GPU kernel rounds so.
+    `normalise_(x, scale)` turns float32 x into unrounded code values (multiply by the reciprocal,
+    or divide: the choice decides rare codes and is part of the format). `round_(x)` clamps, and
+    rounds where the cast would not. `widen(codes)` is the exact float32 value of each code.
+    `dither_(x, u)` moves x by u steps, u uniform in [-0.5, 0.5), and may round it, so that rounding
+    gives x on average. `clear_zero_blocks`: the cast keeps the sign of -0, which a zero block must
+    not show. `kernel`: the thresholds of a code table, () where rounding needs none; None where no
+    GPU kernel rounds so.
     """
 
     name: str
@@ -52,17 +55,24 @@ E4M3_MAX = 448.0
 
 
 def _widen_e4m3(codes: torch.Tensor) -> torch.Tensor:
-    """Exact float32 values by way of float16 bits: sign, exponent and mantissa moved into place, then times 2^8.
+    """Exact float32 values by way of float16 bits: sign, exponent and mantissa moved into place,
+    then times 2^8.
 
     torch's own cast reads 0.65 GB/s of codes on two CPU cores, this 2.9 (torch 2.11).
     """
     if codes.is_cuda:
         return codes.float()
     # A sign-extended shift leaves the sign in bits 15 and 14; bit 14 belongs to the exponent.
-    half = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16)
+    half = (
+        codes.view(torch.int8)
+        .to(torch.int16)
+        .bitwise_left_shift_(7)
+        .bitwise_and_(~0x4000)
+        .view(torch.float16)
+    )
     values = half.float().mul_(256.0)
-    # The two NaN codes come out as +-480, which no other code has. Looking for them in the floats takes 0.1 ns per
-    # code on one core, comparing the codes took 1.0.
+    # The two NaN codes come out as +-480, which no other code has. Looking for them in the floats
+    # takes 0.1 ns per code on one core, comparing the codes took 1.0.
     if values.numel() and max(map(abs, torch.aminmax(values))) > E4M3_MAX:
         values.masked_fill_(values.abs() > E4M3_MAX, torch.nan)
     return values
@@ -79,17 +89,22 @@ def _clamp_to(limit: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x.clamp_(-limit, limit)
 
 
-def _float_dither(mantissa_bits: int, min_exponent: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _float_dither(
+    mantissa_bits: int, min_exponent: int
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     def dither_(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        exponent = torch.frexp(x).exponent.sub_(1).clamp_(min=min_exponent)  # frexp: x = m * 2^e with m in [0.5, 1)
+        # frexp: x = m * 2^e with m in [0.5, 1)
+        exponent = torch.frexp(x).exponent.sub_(1).clamp_(min=min_exponent)
         step = torch.ldexp(torch.ones_like(x), exponent - mantissa_bits)
-        # Rounded on x's own steps: below a power of two the cast would use steps half as wide and shift the mean.
+        # Rounded on x's own steps: below a power of two the cast would use steps half as wide and
+        # shift the mean.
         return x.add_(offset.mul_(step)).div_(step).round_().mul_(step)
 
     return dither_
 
 
-# The cast to FP8 rounds to nearest even; the clamp comes first, because overflow differs between torch versions.
+# The cast to FP8 rounds to nearest even; the clamp comes first, because overflow differs between
+# torch versions.
 E4M3 = Levels("e4m3fn", torch.float8_e4m3fn, E4M3_MAX, by_reciprocal_, _clamp_to(E4M3_MAX), _widen_e4m3,
               _float_dither(3, -6), True, ())  # fmt: skip
 E5M2 = Levels("e5m2", torch.float8_e5m2, 57344.0, by_reciprocal_, _clamp_to(57344.0), _widen_e5m2,
@@ -121,8 +136,8 @@ def encode(
     Args:
         weight: (N, K) float tensor, finite.
         scale: `geometry.grid_shape` float32, finite and > 0; 1.0 for zero blocks.
-        seed: other than 0, round stochastically instead: uniform dither of one step before rounding, so that the
-            expected value is the weight itself. Never used for files.
+        seed: other than 0, round stochastically instead: uniform dither of one step before
+            rounding, so that the expected value is the weight itself. Never used for files.
 
     Returns:
         (N, K) codes of `levels.dtype`; zero blocks are all-zero bytes.
@@ -163,7 +178,11 @@ def why_not_codes(weight: torch.Tensor, levels: Levels) -> str | None:
 def _why_not_nearest_codes(
     weight: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry, seed: int
 ) -> str | None:
-    return "stochastic rounding draws torch's random numbers" if seed else why_not_codes(weight, levels)
+    return (
+        "stochastic rounding draws torch's random numbers"
+        if seed
+        else why_not_codes(weight, levels)
+    )
 
 
 @nearest_codes.backend("triton", _why_not_nearest_codes)
@@ -174,8 +193,11 @@ def _nearest_codes(weight, scale, levels, geometry, seed):
 
 
 @op
-def nearest_tiles(weight: torch.Tensor, levels: Levels, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scale) of round-to-nearest: scale = absmax / qmax of each tile, 1.0 for zero blocks; then `encode`.
+def nearest_tiles(
+    weight: torch.Tensor, levels: Levels, geometry: Geometry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scale) of round-to-nearest: scale = absmax / qmax of each tile, 1.0 for zero blocks;
+    then `encode`.
 
     Backends read the weight once where a tile fits the GPU's registers or caches.
     """
@@ -201,11 +223,16 @@ def _why_not_nearest(weight: torch.Tensor, levels: Levels, geometry: Geometry) -
 def _nearest_tiles(weight, levels, geometry):
     from .triton import quantize
 
-    return quantize.quantize_tiles(weight, levels.name, levels.dtype, levels.qmax, geometry.rows, geometry.cols)
+    return quantize.quantize_tiles(
+        weight, levels.name, levels.dtype, levels.qmax, geometry.rows, geometry.cols
+    )
 
 
-def _clear_zero_blocks_(codes: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, geometry: Geometry) -> None:
-    if not (scale == 1.0).any():  # a zero block has scale 1.0; most weights need no second pass to know they have none
+def _clear_zero_blocks_(
+    codes: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, geometry: Geometry
+) -> None:
+    # a zero block has scale 1.0; most weights need no second pass to know they have none
+    if not (scale == 1.0).any():
         return
     zero = geometry.absmax(weight) < TINY
     if zero.any():
@@ -213,8 +240,12 @@ def _clear_zero_blocks_(codes: torch.Tensor, weight: torch.Tensor, scale: torch.
         geometry.tiles(codes.view(torch.uint8)).masked_fill_(mask, 0)
 
 
-def decode(codes: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry) -> torch.Tensor:
-    """(N, K) float32: each code widened exactly, times its scale, rounded to float32. NaN codes stay NaN."""
+def decode(
+    codes: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry
+) -> torch.Tensor:
+    """(N, K) float32: each code widened exactly, times its scale, rounded to float32. NaN codes
+    stay NaN.
+    """
     x = levels.widen(codes)
     geometry.tiles(x).mul_(_spread(scale, geometry, 0, codes.shape[0]))
     return x
@@ -226,23 +257,36 @@ def _why_not_errors(weight: torch.Tensor, codes: torch.Tensor, *how: object) -> 
 
 def total(error: torch.Tensor, signal: torch.Tensor) -> tuple[float, float]:
     """Sums of two float32 tensors in float64, with one wait for the device."""
-    error, signal = torch.stack([error.sum(dtype=torch.float64), signal.sum(dtype=torch.float64)]).tolist()
+    error, signal = torch.stack(
+        [error.sum(dtype=torch.float64), signal.sum(dtype=torch.float64)]
+    ).tolist()
     return error, signal
 
 
 @op
 def squared_error(
-    weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    levels: Levels,
+    geometry: Geometry,
 ) -> tuple[float, float]:
-    """(sum of squared errors, sum of squared weights) of stored codes, chunked; float32 sums within a chunk."""
+    """(sum of squared errors, sum of squared weights) of stored codes, chunked; float32 sums within
+    a chunk.
+    """
     n, k = weight.shape
     rows = _row_chunks(geometry, weight)
-    # In place: small results kept between large chunks cost 130 MB of a CPU's memory, in holes no chunk fitted again.
+    # In place: small results kept between large chunks cost 130 MB of a CPU's memory, in holes no
+    # chunk fitted again.
     sums = torch.zeros((-(-n // rows), 2), dtype=torch.float32, device=weight.device)
     for start, (error, signal) in zip(range(0, n, rows), sums, strict=True):
         stop = min(start + rows, n)
         w = weight[start:stop].float().reshape(-1)
-        part = scale if geometry.rows is None else scale[start // geometry.rows : stop // geometry.rows]
+        part = (
+            scale
+            if geometry.rows is None
+            else scale[start // geometry.rows : stop // geometry.rows]
+        )
         difference = decode(codes[start:stop], part, levels, geometry).view(-1).sub_(w)
         torch.dot(difference, difference, out=error)
         torch.dot(w, w, out=signal)
@@ -266,12 +310,18 @@ def code_values(levels: Levels) -> tuple[float, ...]:
 @cache
 def _values(levels: Levels, device: torch.device) -> torch.Tensor:
     """`code_values` of 4-bit codes on a device; of others one number that nothing reads."""
-    return torch.tensor(code_values(levels) if levels.dtype == torch.uint8 else (0.0,), device=device)
+    return torch.tensor(
+        code_values(levels) if levels.dtype == torch.uint8 else (0.0,), device=device
+    )
 
 
 @op
 def tile_errors(
-    weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    levels: Levels,
+    geometry: Geometry,
 ) -> torch.Tensor:
     """Squared error of each tile, float32, shape `grid_shape`; chunked like `encode`."""
     n, k = weight.shape
@@ -279,8 +329,14 @@ def tile_errors(
     errors = torch.zeros(geometry.grid_shape((n, k)), dtype=torch.float32, device=weight.device)
     for start in range(0, n, rows):
         stop = min(start + rows, n)
-        tiles = slice(None) if geometry.rows is None else slice(start // geometry.rows, stop // geometry.rows)
-        difference = decode(codes[start:stop], scale[tiles], levels, geometry).sub_(weight[start:stop].float())
+        tiles = (
+            slice(None)
+            if geometry.rows is None
+            else slice(start // geometry.rows, stop // geometry.rows)
+        )
+        difference = decode(codes[start:stop], scale[tiles], levels, geometry).sub_(
+            weight[start:stop].float()
+        )
         errors[tiles] += geometry.tiles(difference.square_()).sum((1, 3))
     return errors
 
@@ -304,18 +360,21 @@ def rescaled_e4m3(scale: torch.Tensor, factor: float) -> torch.Tensor:
 
 def chosen_e4m3(take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """`torch.where` for e4m3fn, by its bytes: torch has none for float8."""
-    return torch.where(take, scale.view(torch.uint8), other.view(torch.uint8)).view(torch.float8_e4m3fn)
+    return torch.where(take, scale.view(torch.uint8), other.view(torch.uint8)).view(
+        torch.float8_e4m3fn
+    )
 
 
-# A grid's own description of its scales, passed on unread: one tensor, or a NamedTuple where a format has two levels.
+# A grid's own description of its scales, passed on unread: one tensor, or a NamedTuple where a
+# format has two levels.
 Scale: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 class Grid(Protocol):
     """The representable values of one weight matrix. Formats make it, methods choose from it.
 
-    `scale_step`: octaves between neighbouring scales that the format can store, 0 for float32 scales. A search with
-    finer steps than this meets the same scales again.
+    `scale_step`: octaves between neighbouring scales that the format can store, 0 for float32
+    scales. A search with finer steps than this meets the same scales again.
     """
 
     scale_step: float
@@ -324,31 +383,47 @@ class Grid(Protocol):
         """The scale that maps each region's absmax to the largest code; 1.0 for zero regions."""
 
     def encode(self, weight: torch.Tensor, scale: Scale, seed: int = 0) -> torch.Tensor:
-        """Nearest codes under given scales, ties to even; stochastic rounding for a seed other than 0."""
+        """Nearest codes under given scales, ties to even; stochastic rounding for a seed other than
+        0.
+        """
 
     def nearest(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scale]:
-        """(codes, scale) of round-to-nearest: `encode` under `scale`, each weight to the closest code, ties to even."""
+        """(codes, scale) of round-to-nearest: `encode` under `scale`, each weight to the closest
+        code, ties to even.
+        """
         scale = self.scale(weight)
         return self.encode(weight, scale), scale
 
-    def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale) -> tuple[float, float]:
+    def squared_error(
+        self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale
+    ) -> tuple[float, float]:
         """(sum of squared errors, sum of squared weights) of stored codes."""
 
     def decode(self, codes: torch.Tensor, scale: Scale) -> torch.Tensor:
         """(N, K) float32 value of each code."""
 
     def rescaled(self, scale: Scale, factor: float) -> Scale:
-        """The closest scale to factor * scale that the format can store; scales that mark zero regions stay."""
+        """The closest scale to factor * scale that the format can store; scales that mark zero
+        regions stay.
+        """
 
-    def best_factors(self, weight: torch.Tensor, scale: Scale, factors: tuple[float, ...]) -> torch.Tensor | None:
-        """One factor per region for `rescaled`, with about the smallest error; None where only trying tells."""
+    def best_factors(
+        self, weight: torch.Tensor, scale: Scale, factors: tuple[float, ...]
+    ) -> torch.Tensor | None:
+        """One factor per region for `rescaled`, with about the smallest error; None where only
+        trying tells.
+        """
         return None
 
-    def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale) -> torch.Tensor:
+    def region_errors(
+        self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale
+    ) -> torch.Tensor:
         """Squared error of each region that has a scale of its own, float32."""
 
     def chosen(self, take: torch.Tensor, scale: Scale, other: Scale) -> Scale:
-        """`scale` for the regions where `take` is true, `other` elsewhere; `take` is shaped as `region_errors`."""
+        """`scale` for the regions where `take` is true, `other` elsewhere; `take` is shaped as
+        `region_errors`.
+        """
 
 
 @dataclass(frozen=True)
@@ -368,7 +443,9 @@ class TiledGrid(Grid):
     def nearest(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return nearest_tiles(weight, self.levels, self.geometry)
 
-    def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
+    def squared_error(
+        self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[float, float]:
         return squared_error(weight, codes, scale, self.levels, self.geometry)
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -377,7 +454,9 @@ class TiledGrid(Grid):
     def rescaled(self, scale: torch.Tensor, factor: float) -> torch.Tensor:
         return scale * factor
 
-    def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def region_errors(
+        self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
         return tile_errors(weight, codes, scale, self.levels, self.geometry)
 
     def chosen(self, take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,9 @@
-"""ConvRot: each run of G columns of each row times H_G = (H4 x H4 x ...) / sqrt(G), as butterflies of fixed order.
+"""ConvRot: each run of G columns of each row times H_G = (H4 x H4 x ...) / sqrt(G), as butterflies
+of fixed order.
 
-H4 = [[1,1,1,-1],[1,1,-1,1],[1,-1,1,1],[-1,1,1,1]]. H_G is symmetric and orthogonal: rotating twice gives the input
-back. A matrix product would sum in library order, and in TF32 on some GPUs; stored bytes may not depend on that.
+H4 = [[1,1,1,-1],[1,1,-1,1],[1,-1,1,1],[-1,1,1,1]]. H_G is symmetric and orthogonal: rotating twice
+gives the input back. A matrix product would sum in library order, and in TF32 on some GPUs; stored
+bytes may not depend on that.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:
     """R[n, i] = sum over j of W[n, j] H_G[i, j] within each run of G columns; its own inverse.
 
     Args:
-        weight: (N, K) float tensor, K a multiple of `group`; widened to float32 first (float64 is rounded once).
+        weight: (N, K) float tensor, K a multiple of `group`; widened to float32 first (float64 is
+            rounded once).
         group: G, a power of 4.
 
     Returns:
-        (N, K) float32, a new tensor; each sum is rounded in the order of `_butterfly_`, on every device.
+        (N, K) float32, a new tensor; each sum is rounded in the order of `_butterfly_`, on every
+        device.
     """
     n, k = weight.shape
     out = torch.empty((n, k), dtype=torch.float32, device=weight.device)
@@ -51,7 +55,9 @@ def _rotate(weight, group):
 
 
 def _butterfly_(x: torch.Tensor, group: int) -> None:
-    """log4(G) stages with stride 1, 4, 16, ..., then the exact factor 1 / sqrt(G). `x` is contiguous float32."""
+    """log4(G) stages with stride 1, 4, 16, ..., then the exact factor 1 / sqrt(G). `x` is
+    contiguous float32.
+    """
     stride, factor = 1, 1.0
     while stride < group:
         x0, x1, x2, x3 = x.view(-1, 4, stride).unbind(1)

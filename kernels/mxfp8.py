@@ -1,4 +1,6 @@
-"""MXFP8: blocks of 32 along K, q = cast(w / 2^(e - 127)) to e4m3fn, e the ceiling exponent of absmax / 448."""
+"""MXFP8: blocks of 32 along K, q = cast(w / 2^(e - 127)) to e4m3fn, e the ceiling exponent of
+absmax / 448.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ BLOCKS = Geometry(1, BLOCK)
 
 
 def e8m0_ceiling(x: torch.Tensor) -> torch.Tensor:
-    """The exponent byte e of the smallest power of two 2^(e-127) >= x, for finite float32 x > 0; uint8 in 0..254.
+    """The exponent byte e of the smallest power of two 2^(e-127) >= x, for finite float32 x > 0;
+    uint8 in 0..254.
 
     From the bits: `log2` differs between devices and is wrong just above a power of two.
     """
@@ -33,24 +36,33 @@ def e8m0_value(exponent: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Mxfp8Grid(Grid):
-    """`scale` is (N, K/32) uint8, E8M0; 0 marks a zero block, whose codes are 0x00. K is a multiple of 32."""
+    """`scale` is (N, K/32) uint8, E8M0; 0 marks a zero block, whose codes are 0x00. K is a multiple
+    of 32.
+    """
 
     scale_step: ClassVar[float] = 1.0
 
     def scale(self, weight: torch.Tensor) -> torch.Tensor:
         absmax = BLOCKS.absmax(weight)
-        # A 0-d divisor on the same device: CUDA multiplies by the reciprocal of a Python scalar, one ulp off.
-        exponent = e8m0_ceiling(absmax / torch.tensor(E4M3.qmax, dtype=torch.float32, device=absmax.device))
+        # A 0-d divisor on the same device: CUDA multiplies by the reciprocal of a Python scalar,
+        # one ulp off.
+        exponent = e8m0_ceiling(
+            absmax / torch.tensor(E4M3.qmax, dtype=torch.float32, device=absmax.device)
+        )
         return exponent.masked_fill_(absmax < TINY, 0)
 
     def encode(self, weight: torch.Tensor, scale: torch.Tensor, seed: int = 0) -> torch.Tensor:
         return encode(weight, e8m0_value(scale), E4M3, BLOCKS, seed)
 
-    def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
+    def squared_error(
+        self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[float, float]:
         return squared_error(weight, codes, e8m0_value(scale), E4M3, BLOCKS)
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """(N, K) float32: code * 2^(e-127), exact; 0 in blocks with byte 0, as comfy-kitchen decodes them."""
+        """(N, K) float32: code * 2^(e-127), exact; 0 in blocks with byte 0, as comfy-kitchen
+        decodes them.
+        """
         return decode(codes, e8m0_value(scale).masked_fill_(scale == 0, 0.0), E4M3, BLOCKS)
 
     def rescaled(self, scale: torch.Tensor, factor: float) -> torch.Tensor:
@@ -58,7 +70,9 @@ class Mxfp8Grid(Grid):
         moved = (scale.int() + round(math.log2(factor))).clamp_(1, 254)
         return moved.to(torch.uint8).masked_fill_(scale == 0, 0)
 
-    def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def region_errors(
+        self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
         return tile_errors(weight, codes, e8m0_value(scale), E4M3, BLOCKS)
 
     def chosen(self, take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""NVFP4: q = e2m1(w / (ts * bs)); ts is one float32 per tensor, bs one e4m3fn per 16 weights along K."""
+"""NVFP4: q = e2m1(w / (ts * bs)); ts is one float32 per tensor, bs one e4m3fn per 16 weights along
+K.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,17 @@ BLOCKS = Geometry(1, BLOCK)
 
 
 class Nvfp4Scale(NamedTuple):
-    """w ~ value(code) * (per_tensor * block): per_tensor () float32, block (N, K/16) float8_e4m3fn."""
+    """w ~ value(code) * (per_tensor * block): per_tensor () float32, block (N, K/16)
+    float8_e4m3fn.
+    """
 
     per_tensor: torch.Tensor
     block: torch.Tensor
 
     def total(self) -> torch.Tensor:
-        """per_tensor * block, rounded to float32; 0 where every weight of the block rounds to zero."""
+        """per_tensor * block, rounded to float32; 0 where every weight of the block rounds to
+        zero.
+        """
         return self.per_tensor * self.block.float()
 
 
@@ -45,8 +51,11 @@ class Nvfp4Grid(Grid):
     def scale(self, weight: torch.Tensor) -> Nvfp4Scale:
         absmax = BLOCKS.absmax(weight)
         per_tensor = scale_from_absmax(absmax.amax(), E4M3.qmax * E2M1.qmax)
-        # 0-d divisors on the same device: CUDA multiplies by the reciprocal of a Python scalar, one ulp off.
-        block = absmax / torch.tensor(E2M1.qmax, dtype=torch.float32, device=absmax.device) / per_tensor
+        # 0-d divisors on the same device: CUDA multiplies by the reciprocal of a Python scalar, one
+        # ulp off.
+        block = (
+            absmax / torch.tensor(E2M1.qmax, dtype=torch.float32, device=absmax.device) / per_tensor
+        )
         return Nvfp4Scale(per_tensor, block.clamp_(max=E4M3.qmax).to(torch.float8_e4m3fn))
 
     def encode(self, weight: torch.Tensor, scale: Nvfp4Scale, seed: int = 0) -> torch.Tensor:
@@ -58,7 +67,9 @@ class Nvfp4Grid(Grid):
             BLOCKS.tiles(codes).masked_fill_(zero[:, None, :, None], 0)
         return codes
 
-    def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: Nvfp4Scale) -> tuple[float, float]:
+    def squared_error(
+        self, weight: torch.Tensor, codes: torch.Tensor, scale: Nvfp4Scale
+    ) -> tuple[float, float]:
         return squared_error(weight, codes, scale.total(), E2M1, BLOCKS)
 
     def decode(self, codes: torch.Tensor, scale: Nvfp4Scale) -> torch.Tensor:
@@ -69,7 +80,9 @@ class Nvfp4Grid(Grid):
         """Block scales times factor as e4m3fn, at most 448; the scale of the tensor stays."""
         return scale._replace(block=rescaled_e4m3(scale.block, factor))
 
-    def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: Nvfp4Scale) -> torch.Tensor:
+    def region_errors(
+        self, weight: torch.Tensor, codes: torch.Tensor, scale: Nvfp4Scale
+    ) -> torch.Tensor:
         return tile_errors(weight, codes, scale.total(), E2M1, BLOCKS)
 
     def chosen(self, take: torch.Tensor, scale: Nvfp4Scale, other: Nvfp4Scale) -> Nvfp4Scale:

@@ -1,4 +1,6 @@
-"""Codes and scales in their stored arrangement: two 4-bit codes per byte, swizzled block scales, zero padding."""
+"""Codes and scales in their stored arrangement: two 4-bit codes per byte, swizzled block scales,
+zero padding.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ def pack_nibbles(codes: torch.Tensor, high_first: bool) -> torch.Tensor:
     """byte = code[2j] << 4 | code[2j+1] (high first) or code[2j] | code[2j+1] << 4 (low first).
 
     Args:
-        codes: (N, K) contiguous, one byte each, of which the low 4 bits count (two's complement is fine); K even.
+        codes: (N, K) contiguous, one byte each, of which the low 4 bits count (two's complement is
+            fine); K even.
 
     Returns:
         (N, K/2) uint8.
@@ -39,10 +42,13 @@ def packed_nibbles(codes: torch.Tensor, high_first: bool) -> torch.Tensor:
     packed = torch.empty((n, k // 2), dtype=torch.uint8, device=codes.device)
     rows = chunk_rows(CHUNK_ELEMENTS, k, codes.device)
     for start in range(0, n, rows):
-        # Both codes of a byte in one int16, the even one in its low half (all supported machines are little-endian):
-        # 0.12 ns per code where slicing with a stride of two took 0.41 (two CPU cores).
+        # Both codes of a byte in one int16, the even one in its low half (all supported machines
+        # are little-endian): 0.12 ns per code where slicing with a stride of two took 0.41 (two CPU
+        # cores).
         pairs = codes[start : start + rows].view(torch.int16) & 0x0F0F
-        packed[start : start + rows] = ((pairs << 4) | (pairs >> 8) if high_first else pairs | (pairs >> 4)) & 0xFF
+        packed[start : start + rows] = (
+            (pairs << 4) | (pairs >> 8) if high_first else pairs | (pairs >> 4)
+        ) & 0xFF
     return packed
 
 
@@ -69,7 +75,8 @@ def swizzled_shape(rows: int, cols: int) -> tuple[int, int]:
 
 
 def swizzle_scales(grid: torch.Tensor) -> torch.Tensor:
-    """Block scales in cuBLAS order: zero-padded to (R, C) = multiples of (128, 4), stored with that shape.
+    """Block scales in cuBLAS order: zero-padded to (R, C) = multiples of (128, 4), stored with that
+    shape.
 
     The flat offset of logical (r, c) is
     ((r//128) * (C/4) + c//4) * 512 + (r % 32) * 16 + ((r % 128) // 32) * 4 + c % 4.

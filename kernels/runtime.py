@@ -1,8 +1,10 @@
-"""What a runtime tensor does with its stored codes: dequantize to a dtype, and multiply without dequantizing first.
+"""What a runtime tensor does with its stored codes: dequantize to a dtype, and multiply without
+dequantizing first.
 
-Spec of all bodies: the float32 product code * scale, rounded once to the output dtype; matmuls accumulate in float32.
-8-bit codes of one kind multiply activations quantized to the same kind. Where a measured table prefers it, x stays as
-it is (closer to the unquantized product, never further).
+Spec of all bodies: the float32 product code * scale, rounded once to the output dtype; matmuls
+accumulate in float32. 8-bit codes of one kind multiply activations quantized to the same kind.
+Where a measured table prefers it, x stays as it is (closer to the unquantized product, never
+further).
 """
 
 from __future__ import annotations
@@ -62,9 +64,11 @@ def linear_tiles(
     geometry: Geometry,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """x @ W.T + bias for INT8 and e4m3fn codes, x quantized to the weight's levels per row, or per row and K-group.
+    """x @ W.T + bias for INT8 and e4m3fn codes, x quantized to the weight's levels per row, or per
+    row and K-group.
 
-    Eager rounds both decoded factors to x's dtype; kernels multiply the codes and scale float32 sums.
+    Eager rounds both decoded factors to x's dtype; kernels multiply the codes and scale float32
+    sums.
 
     Args:
         x: (M, K) float32, float16 or bfloat16.
@@ -72,7 +76,9 @@ def linear_tiles(
         geometry: scales of the whole tensor, of rows, of tiles or of groups along K.
         bias: (N,) of x's dtype, or None.
     """
-    rounded = decode(*quantize_activations(x, levels, geometry.cols), levels, Geometry(1, geometry.cols)).to(x.dtype)
+    rounded = decode(
+        *quantize_activations(x, levels, geometry.cols), levels, Geometry(1, geometry.cols)
+    ).to(x.dtype)
     return linear(rounded, dequantize_tiles(codes, scale, levels, geometry, x.dtype), bias)
 
 
@@ -81,7 +87,9 @@ def _why_not_torch(x, codes, scale, levels, geometry, bias):
     if reason:
         return reason
     limit = choice.limits(choice.family(levels.dtype, geometry), x.device)
-    return choice.why_not_coded(len(x), *codes.shape, limit) or choice.why_not_library(len(x), len(codes), limit)
+    return choice.why_not_coded(len(x), *codes.shape, limit) or choice.why_not_library(
+        len(x), len(codes), limit
+    )
 
 
 @linear_tiles.backend("torch", _why_not_torch)
@@ -93,12 +101,20 @@ def _why_not_hopper(x, codes, group, family):
     from .cuda import wide
 
     n, k = len(codes), x.shape[1]
-    reason = why_not_cuda(x) or wide.why_not_device(x) or wide.why_not_shape(n, k, codes.dtype, group, x.dtype)
-    return reason or choice.why_not_hopper(len(x), n, k, choice.limits(family, x.device), "another product")
+    reason = (
+        why_not_cuda(x)
+        or wide.why_not_device(x)
+        or wide.why_not_shape(n, k, codes.dtype, group, x.dtype)
+    )
+    return reason or choice.why_not_hopper(
+        len(x), n, k, choice.limits(family, x.device), "another product"
+    )
 
 
 def _why_not_tiles_hopper(x, codes, scale, levels, geometry, bias):
-    return why_not_triton(x) or _why_not_hopper(x, codes, geometry.cols, choice.family(levels.dtype, geometry))
+    return why_not_triton(x) or _why_not_hopper(
+        x, codes, geometry.cols, choice.family(levels.dtype, geometry)
+    )
 
 
 @linear_tiles.backend("hopper", _why_not_tiles_hopper)
@@ -107,7 +123,9 @@ def _linear_tiles_hopper(x, codes, scale, levels, geometry, bias):
     from .triton import activations
 
     x_codes, x_scale = activations.quantize(x, levels.dtype, levels.qmax, geometry.cols)
-    return wide.multiply(x_codes, x_scale, codes, scale, bias, x.dtype, geometry.cols, geometry.rows or len(codes))
+    return wide.multiply(
+        x_codes, x_scale, codes, scale, bias, x.dtype, geometry.cols, geometry.rows or len(codes)
+    )
 
 
 def _why_not_skinny(x, codes, scale, levels, geometry, bias):
@@ -166,7 +184,8 @@ def linear_flat4(
 ) -> torch.Tensor:
     """x @ W.T + bias for 4-bit codes, products accumulated in float32.
 
-    Eager rounds W to x's dtype; the fused kernel rounds the table instead and multiplies absmax in float32.
+    Eager rounds W to x's dtype; the fused kernel rounds the table instead and multiplies absmax in
+    float32.
 
     Args:
         x: (M, K) float32, float16 or bfloat16.

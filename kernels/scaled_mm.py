@@ -1,4 +1,6 @@
-"""torch's own FP8 products (`torch._scaled_mm`) over our codes: one scale per row, or 1 x 128 by 128 x 128 blocks."""
+"""torch's own FP8 products (`torch._scaled_mm`) over our codes: one scale per row, or 1 x 128 by
+128 x 128 blocks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from .triton import why_not_triton
 
 
 def why_not_scaled_mm(x: torch.Tensor, codes: torch.Tensor, geometry: Geometry) -> str | None:
-    """Why torch cannot multiply this; None when it can. The quantizer must be fused, or it eats the gain."""
+    """Why torch cannot multiply this; None when it can. The quantizer must be fused, or it eats the
+    gain.
+    """
     reason = why_not_triton(x)
     if reason:
         return reason
@@ -25,13 +29,18 @@ def why_not_scaled_mm(x: torch.Tensor, codes: torch.Tensor, geometry: Geometry) 
     n, k = codes.shape
     if n % 16 or k % 16:
         return f"{n}x{k} is not made of multiples of 16"
-    if geometry.cols and (len(x) % 4 or k % 512):  # cuBLAS wants rows of scales at addresses divisible by 16
+    # cuBLAS wants rows of scales at addresses divisible by 16
+    if geometry.cols and (len(x) % 4 or k % 512):
         return f"M={len(x)}, K={k}: block scales need multiples of 4 and 512"
     return None
 
 
 def linear(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    geometry: Geometry,
 ) -> torch.Tensor:
     """(M, K) bfloat16 @ (N, K).T + bias, x quantized per row or per 128 elements."""
     from .triton import activations

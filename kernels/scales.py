@@ -1,4 +1,6 @@
-"""Scale geometry: which elements of a weight share one scale, and what that scale is (scale = absmax / qmax)."""
+"""Scale geometry: which elements of a weight share one scale, and what that scale is (scale =
+absmax / qmax).
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,15 @@ from .triton import why_not_triton
 
 TINY = 2.0**-80  # a region whose absmax is below this is a zero block (FORMATS section 0)
 CHUNK_ELEMENTS = 1 << 20
-# Elements per chunk of the encoders: scratch of 4 MB float32. Measured on two CPU cores (torch 2.11, AVX-512),
-# GB/s of bf16 read, float8_e4m3fn: 2.5 at 2^16, 2.8 at 2^17, 3.5 at 2^18, 4.6 at 2^20; whole tensor at once 0.45.
+# Elements per chunk of the encoders: scratch of 4 MB float32. Measured on two CPU cores (torch
+# 2.11, AVX-512), GB/s of bf16 read, float8_e4m3fn: 2.5 at 2^16, 2.8 at 2^17, 3.5 at 2^18, 4.6 at
+# 2^20; whole tensor at once 0.45.
 
 
 def chunk_rows(elements: int, columns: int, device: torch.device) -> int:
-    """Rows per chunk of about `elements` elements; 16 times as many on a GPU, where small chunks wait for launches."""
+    """Rows per chunk of about `elements` elements; 16 times as many on a GPU, where small chunks
+    wait for launches.
+    """
     return max((elements if device.type == "cpu" else 16 * elements) // max(columns, 1), 1)
 
 
@@ -36,7 +41,9 @@ class Geometry:
 
     def grid_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         n, k = shape
-        return (1 if self.rows is None else n // self.rows), (1 if self.cols is None else k // self.cols)
+        return (1 if self.rows is None else n // self.rows), (
+            1 if self.cols is None else k // self.cols
+        )
 
     def tiles(self, x: torch.Tensor) -> torch.Tensor:
         """View (N, K) as (grid rows, rows, grid cols, cols). Sizes must divide."""
@@ -45,7 +52,9 @@ class Geometry:
         return x.view(n // rows, rows, k // cols, cols)
 
     def absmax(self, weight: torch.Tensor) -> torch.Tensor:
-        """Largest magnitude of each tile, float32, shape `grid_shape`; NaN if a tile holds NaN, 0 if it is empty."""
+        """Largest magnitude of each tile, float32, shape `grid_shape`; NaN if a tile holds NaN, 0
+        if it is empty.
+        """
         if weight.dtype == torch.float64:  # rounded to float32 once, like the codes
             weight = weight.float()
         grid = self.grid_shape(tuple(weight.shape))
@@ -64,13 +73,16 @@ def tile_absmax(weight: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         return _run_absmax(geometry.tiles(weight).view(grid[0] * grid[1], -1)).view(grid)
     else:
         tiles = geometry.tiles(weight)
-        # Two reductions: aminmax(dim=...) ran at 1.4 GB/s where amax + amin ran at 8.8 (two CPU cores, bf16).
+        # Two reductions: aminmax(dim=...) ran at 1.4 GB/s where amax + amin ran at 8.8 (two CPU
+        # cores, bf16).
         high, low = tiles.amax((1, 3)), tiles.amin((1, 3))
     return torch.maximum(high.float(), -low.float()).reshape(grid)
 
 
 def _why_not_absmax(weight: torch.Tensor, geometry: Geometry) -> str | None:
-    if geometry.rows not in (None, 1) and (geometry.rows & (geometry.rows - 1) or geometry.rows != geometry.cols):
+    if geometry.rows not in (None, 1) and (
+        geometry.rows & (geometry.rows - 1) or geometry.rows != geometry.cols
+    ):
         return f"tiles of {geometry.rows} x {geometry.cols}"
     return why_not_triton(weight)
 
@@ -85,8 +97,8 @@ def _tile_absmax(weight, geometry):
 def _run_absmax(runs: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of each row of (M, g), float32, in cache-sized chunks.
 
-    Widening first is what pays: ns per bf16 element on one CPU core (torch 2.11), amax + amin of the stored dtype
-    against this: g = 16 3.5 and 1.3, 64 1.27 and 0.35, 4096 0.43 and 0.26.
+    Widening first is what pays: ns per bf16 element on one CPU core (torch 2.11), amax + amin of
+    the stored dtype against this: g = 16 3.5 and 1.3, 64 1.27 and 0.35, 4096 0.43 and 0.26.
     """
     count, size = runs.shape
     absmax = torch.empty(count, dtype=torch.float32, device=runs.device)
@@ -99,7 +111,10 @@ def _run_absmax(runs: torch.Tensor) -> torch.Tensor:
 
 
 def scale_from_absmax(absmax: torch.Tensor, qmax: float) -> torch.Tensor:
-    """absmax / qmax in float32, correctly rounded; 1.0 for zero blocks, so that they decode to exact zeros."""
-    # A 0-d divisor on the same device: CUDA multiplies by the reciprocal of a Python scalar, one ulp off.
+    """absmax / qmax in float32, correctly rounded; 1.0 for zero blocks, so that they decode to
+    exact zeros.
+    """
+    # A 0-d divisor on the same device: CUDA multiplies by the reciprocal of a Python scalar, one
+    # ulp off.
     divisor = torch.full((), qmax, dtype=torch.float32, device=absmax.device)
     return torch.where(absmax < TINY, torch.ones_like(absmax), absmax / divisor)

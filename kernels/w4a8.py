@@ -1,8 +1,10 @@
-"""W4A8: 4-bit codes index a fixed table of levels; q8 = round(level * s_rel) is INT8, w ~ q8 * s_channel (rotated w).
+"""W4A8: 4-bit codes index a fixed table of levels; q8 = round(level * s_rel) is INT8, w ~ q8 *
+s_channel (rotated w).
 
-s_rel is one e4m3fn per 16 weights along K, s_channel one float32 per row. The table, the two refinement passes and
-the choice against the stored INT8 grid are those of comfy_kitchen/backends/eager/w4a8_int8.py (comfy-kitchen 0.2.40,
-Apache-2.0); sums over a group are folded in halves, so that every device gives the same bytes.
+s_rel is one e4m3fn per 16 weights along K, s_channel one float32 per row. The table, the two
+refinement passes and the choice against the stored INT8 grid are those of
+comfy_kitchen/backends/eager/w4a8_int8.py (comfy-kitchen 0.2.40, Apache-2.0); sums over a group are
+folded in halves, so that every device gives the same bytes.
 """
 
 from __future__ import annotations
@@ -29,13 +31,16 @@ LEVELS = (
     0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671,
 )  # fmt: skip
 FLOOR = 1e-8  # smallest group and row scale, as in comfy-kitchen
-PASSES = 2  # least-squares refinements of a group's scale; further ones gain less than 0.001 in relative error
+# least-squares refinements of a group's scale; further ones gain less than 0.001 in relative error
+PASSES = 2
 
 SPANS = (16, 64, 256)  # rotation groups that files are written with, and a kernel decodes
 
 
 def round_level(x: torch.Tensor) -> torch.Tensor:
-    """Index of the level nearest to x, the lower one on a tie; int32. Distances are rounded to float32."""
+    """Index of the level nearest to x, the lower one on a tie; int32. Distances are rounded to
+    float32.
+    """
     table = constant(LEVELS, x.device)
     above = torch.bucketize(x, table, out_int32=True)  # number of levels below x
     low, high = (above - 1).clamp_(0), above.clamp(max=len(LEVELS) - 1)
@@ -44,7 +49,9 @@ def round_level(x: torch.Tensor) -> torch.Tensor:
 
 
 def _columns(x: torch.Tensor) -> torch.Tensor:
-    """(n, K) -> (16, n * K/16): each group a column, so that every step runs over long contiguous rows."""
+    """(n, K) -> (16, n * K/16): each group a column, so that every step runs over long contiguous
+    rows.
+    """
     return x.reshape(-1, GROUP).t().contiguous()
 
 
@@ -58,7 +65,9 @@ def _fold(x: torch.Tensor) -> torch.Tensor:
 
 
 class W4A8Scale(NamedTuple):
-    """channel (N,) float32, 1.0 for a zero row; relative (N, K/16) float8_e4m3fn in INT8 steps, 0 for a zero group."""
+    """channel (N,) float32, 1.0 for a zero row; relative (N, K/16) float8_e4m3fn in INT8 steps, 0
+    for a zero group.
+    """
 
     channel: torch.Tensor
     relative: torch.Tensor
@@ -71,33 +80,46 @@ class W4A8Grid(Grid):
     scale_step: ClassVar[float] = E4M3_SCALE_STEP
 
     def scale(self, weight: torch.Tensor) -> W4A8Scale:
-        """Each group's scale by `fit_groups`; each row's such that its largest value is 127 steps."""
+        """Each group's scale by `fit_groups`; each row's such that its largest value is 127
+        steps.
+        """
         group_scale, largest = fit_groups(weight)
         zero = largest == 0
-        divisor = torch.tensor(127.0, dtype=torch.float32, device=weight.device)  # see scale_from_absmax
+        # see scale_from_absmax
+        divisor = torch.tensor(127.0, dtype=torch.float32, device=weight.device)
         channel = torch.where(zero.all(1), 1.0, (largest.amax(1) / divisor).clamp_(min=FLOOR))
         relative = group_scale.div_(channel[:, None]).masked_fill_(zero, 0.0)
         return W4A8Scale(channel, relative.to(torch.float8_e4m3fn))
 
     def encode(self, weight: torch.Tensor, scale: W4A8Scale, seed: int = 0) -> torch.Tensor:
-        """(N, K) uint8 codes 0..15 of the levels whose INT8 value is nearest to w / s_channel; zero groups are 0."""
+        """(N, K) uint8 codes 0..15 of the levels whose INT8 value is nearest to w / s_channel; zero
+        groups are 0.
+        """
         if seed:
             return _codes(weight, *scale, torch.Generator(weight.device).manual_seed(seed))
         return nearest_w4a8(weight, *scale)
 
-    def squared_error(self, weight: torch.Tensor, codes: torch.Tensor, scale: W4A8Scale) -> tuple[float, float]:
-        """Measured in the rotated basis; the rotation is orthogonal, so the sums are those of the weight itself."""
+    def squared_error(
+        self, weight: torch.Tensor, codes: torch.Tensor, scale: W4A8Scale
+    ) -> tuple[float, float]:
+        """Measured in the rotated basis; the rotation is orthogonal, so the sums are those of the
+        weight itself.
+        """
         return squared_error_w4a8(weight, codes, *scale)
 
     def decode(self, codes: torch.Tensor, scale: W4A8Scale) -> torch.Tensor:
-        """(N, K) float32 in the rotated basis: q8 * s_channel, q8 = clamp(round(level * s_rel), +-127)."""
+        """(N, K) float32 in the rotated basis: q8 * s_channel, q8 = clamp(round(level * s_rel),
+        +-127).
+        """
         return _decode(codes, *scale)
 
     def rescaled(self, scale: W4A8Scale, factor: float) -> W4A8Scale:
         """Group scales times factor as e4m3fn, at most 448; row scales stay."""
         return scale._replace(relative=rescaled_e4m3(scale.relative, factor))
 
-    def region_errors(self, weight: torch.Tensor, codes: torch.Tensor, scale: W4A8Scale) -> torch.Tensor:
+    def region_errors(
+        self, weight: torch.Tensor, codes: torch.Tensor, scale: W4A8Scale
+    ) -> torch.Tensor:
         """Squared error of each group, (N, K/16)."""
         return group_errors_w4a8(weight, codes, *scale)
 
@@ -107,25 +129,31 @@ class W4A8Grid(Grid):
 
 def _row_slices(weight: torch.Tensor) -> Iterator[slice]:
     n, k = weight.shape
-    rows = chunk_rows(CHUNK_ELEMENTS // 4, k, weight.device)  # about ten temporaries of float32 are alive at once
+    # about ten temporaries of float32 are alive at once
+    rows = chunk_rows(CHUNK_ELEMENTS // 4, k, weight.device)
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
 
 @op
 def fit_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale of each group of 16 by alternating least squares of w ~ level * scale, and the largest |level * scale|.
+    """Scale of each group of 16 by alternating least squares of w ~ level * scale, and the largest
+    |level * scale|.
 
     Args:
         weight: (N, K) float.
 
     Returns:
-        (N, K/16) float32 each; a group whose absmax is below TINY has any positive scale and the largest 0. NaN gives
-        NaN.
+        (N, K/16) float32 each; a group whose absmax is below TINY has any positive scale and the
+        largest 0. NaN gives NaN.
     """
     shape = len(weight), weight.shape[1] // GROUP
-    scale, largest = (torch.empty(shape, dtype=torch.float32, device=weight.device) for _ in range(2))
+    scale, largest = (
+        torch.empty(shape, dtype=torch.float32, device=weight.device) for _ in range(2)
+    )
     for rows in _row_slices(weight):
-        scale[rows], largest[rows] = (part.view(-1, shape[1]) for part in _fit(_columns(weight[rows].float())))
+        scale[rows], largest[rows] = (
+            part.view(-1, shape[1]) for part in _fit(_columns(weight[rows].float()))
+        )
     return scale, largest
 
 
@@ -171,8 +199,12 @@ def _nearest_levels(groups: torch.Tensor, group_scale: torch.Tensor) -> torch.Te
 
 
 @op
-def nearest_w4a8(weight: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
-    """(N, K) float and stored scales -> (N, K) uint8 codes of the nearest INT8 values, the lower one on a tie."""
+def nearest_w4a8(
+    weight: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor
+) -> torch.Tensor:
+    """(N, K) float and stored scales -> (N, K) uint8 codes of the nearest INT8 values, the lower
+    one on a tie.
+    """
     return _codes(weight, channel, relative, None)
 
 
@@ -184,7 +216,10 @@ def _nearest_w4a8(weight, channel, relative):
 
 
 def _codes(
-    weight: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor, generator: torch.Generator | None
+    weight: torch.Tensor,
+    channel: torch.Tensor,
+    relative: torch.Tensor,
+    generator: torch.Generator | None,
 ) -> torch.Tensor:
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for rows in _row_slices(weight):
@@ -193,12 +228,18 @@ def _codes(
 
 
 def _choose(
-    w: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor, generator: torch.Generator | None
+    w: torch.Tensor,
+    channel: torch.Tensor,
+    relative: torch.Tensor,
+    generator: torch.Generator | None,
 ) -> torch.Tensor:
-    """(n, K) codes against the stored grid: the nearer of the two levels around w / s_channel, or one by chance."""
+    """(n, K) codes against the stored grid: the nearer of the two levels around w / s_channel, or
+    one by chance.
+    """
     v = _columns(w / channel[:, None])
     relative = relative.float().view(-1)
-    below = torch.zeros(v.shape, dtype=torch.uint8, device=w.device)  # number of levels below v; levels ascend
+    # number of levels below v; levels ascend
+    below = torch.zeros(v.shape, dtype=torch.uint8, device=w.device)
     for level in constant(LEVELS, w.device):
         below.add_(_int8_levels(level, relative) < v)
     last = len(LEVELS) - 1
@@ -206,17 +247,24 @@ def _choose(
     if generator is not None:
         low = below.clamp_(1, last).sub_(1)
         lower, upper = (_int8_levels(look_up(code, LEVELS), relative) for code in (low, low + 1))
-        threshold = torch.rand(v.shape, generator=generator, device=v.device).mul_(upper - lower).add_(lower)
+        threshold = (
+            torch.rand(v.shape, generator=generator, device=v.device)
+            .mul_(upper - lower)
+            .add_(lower)
+        )
         codes = low.add_(v > threshold)
     else:
         high = below.clamp(max=last)
         low = below.clamp_(min=1).sub_(1)
         above, under = (_int8_levels(look_up(code, LEVELS), relative) for code in (high, low))
-        codes = low.add_((v - above).abs_() < (v - under).abs_())  # never where high == low; else high == low + 1
+        # never where high == low; else high == low + 1
+        codes = low.add_((v - above).abs_() < (v - under).abs_())
     return codes.masked_fill_(zero, 0).t().reshape(w.shape)
 
 
-def _q8(codes: torch.Tensor, relative: torch.Tensor, levels: tuple[float, ...] | torch.Tensor) -> torch.Tensor:
+def _q8(
+    codes: torch.Tensor, relative: torch.Tensor, levels: tuple[float, ...] | torch.Tensor
+) -> torch.Tensor:
     """(N, K) float32 integers from -127 to 127."""
     values = look_up(codes, levels).view(*relative.shape, GROUP)
     return values.mul_(relative.float()[..., None]).round_().clamp_(-127.0, 127.0).view(codes.shape)
@@ -230,7 +278,9 @@ def _decode(codes: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor) 
 def squared_error_w4a8(
     weight: torch.Tensor, codes: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor
 ) -> tuple[float, float]:
-    """(sum of squared errors, sum of squared weights) of codes, chunked; float32 sums within a chunk."""
+    """(sum of squared errors, sum of squared weights) of codes, chunked; float32 sums within a
+    chunk.
+    """
     error = signal = 0.0
     for rows in _row_slices(weight):
         w = weight[rows].float().reshape(-1)
@@ -276,7 +326,8 @@ def dequantize_w4a8(
     span: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Stored tensors -> the unrotated weight: sums of q8 are exact in any order, then rounded once each by two factors.
+    """Stored tensors -> the unrotated weight: sums of q8 are exact in any order, then rounded once
+    each by two factors.
 
     Args:
         packed: (N, K/2) one byte per two codes, the low nibble first.
@@ -285,9 +336,11 @@ def dequantize_w4a8(
         span: columns rotated together.
 
     Returns:
-        (N, K) `dtype`: the float32 product with s_channel, rounded to it. NaN in a scale spreads over its span or row.
+        (N, K) `dtype`: the float32 product with s_channel, rounded to it. NaN in a scale spreads
+        over its span or row.
     """
-    q8 = _q8(unpack_nibbles(packed, high_first=False), relative, levels).add_(0.0)  # no -0, whose sums keep their sign
+    # no -0, whose sums keep their sign
+    q8 = _q8(unpack_nibbles(packed, high_first=False), relative, levels).add_(0.0)
     return rotate(q8, span).mul_(channel[:, None]).to(dtype)
 
 

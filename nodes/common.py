@@ -1,4 +1,6 @@
-"""What several nodes share: inputs, the recipe they build, the report they return, schemas for every ComfyUI."""
+"""What several nodes share: inputs, the recipe they build, the report they return, schemas for
+every ComfyUI.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +33,18 @@ def schema(**fields: object) -> io.Schema:
 def model_input() -> io.Model.Input:
     return io.Model.Input(
         "model",
-        tooltip="The model to convert. LoRAs and other weight patches on it are baked in first. It is not changed.",
+        tooltip="The model to convert. LoRAs and other weight patches on it are baked in first. It "
+        "is not changed.",
     )
 
 
-def recipe_inputs(formats: list[str], choice: str, default: str) -> tuple[list[io.Input], list[io.Input]]:
+def recipe_inputs(
+    formats: list[str], choice: str, default: str
+) -> tuple[list[io.Input], list[io.Input]]:
     """Inputs that describe a Recipe: (shown, advanced). `recipe_from` takes the values by name.
 
-    All but the format are optional, so that an API prompt states what matters and outlives inputs that come later.
-    An option that none of the formats has gets no input.
+    All but the format are optional, so that an API prompt states what matters and outlives inputs
+    that come later. An option that none of the formats has gets no input.
 
     Args:
         choice: helps to choose among the formats.
@@ -47,8 +52,13 @@ def recipe_inputs(formats: list[str], choice: str, default: str) -> tuple[list[i
     scalings = _values(formats, "scaling", only_if_stored=True)
     sizes = sorted(_values(formats, "block_size"))
     shown = [
-        recipe_input("Rules for single layers, from Layer Rules. What it says counts before the inputs of this node."),
-        io.Combo.Input("format", options=formats, default=default, tooltip=f"What the layers become. {choice}"),
+        recipe_input(
+            "Rules for single layers, from Layer Rules. What it says counts before the inputs of "
+            "this node."
+        ),
+        io.Combo.Input(
+            "format", options=formats, default=default, tooltip=f"What the layers become. {choice}"
+        ),
         *([scaling_input(scalings)] if scalings else []),
         preset_input("Which sensitive layers stay as they are."),
         keep_input(),
@@ -72,8 +82,9 @@ def scaling_input(scalings: list[str]) -> io.Combo.Input:
         "scaling",
         options=[AUTO, *scalings],
         optional=True,
-        tooltip="How many weights share a scale in int8_tensorwise: one scale per row is more exact, one per tensor "
-        "smaller by a few kilobytes. auto: row. Leave it at auto for the other formats.",
+        tooltip="How many weights share a scale in int8_tensorwise: one scale per row is more "
+        "exact, one per tensor smaller by a few kilobytes. auto: row. Leave it at auto for the "
+        "other formats.",
     )
 
 
@@ -83,7 +94,8 @@ def preset_input(what: str, *, advanced: bool | None = None) -> io.Combo.Input:
         options=[AUTO, NONE, *preset_names()],
         optional=True,
         advanced=advanced,
-        tooltip=f"{what} auto: recognise the model and use its own list; none: convert every layer that fits.",
+        tooltip=f"{what} auto: recognise the model and use its own list; none: convert every layer "
+        "that fits.",
     )
 
 
@@ -94,8 +106,8 @@ def keep_input() -> io.String.Input:
         multiline=True,
         default="",
         placeholder="layers to keep, one pattern a line",
-        tooltip="More layers to keep as they are, one pattern a line: a layer name, a glob such as double_blocks.0.*, "
-        "or a regular expression after re:",
+        tooltip="More layers to keep as they are, one pattern a line: a layer name, a glob such as "
+        "double_blocks.0.*, or a regular expression after re:",
     )
 
 
@@ -105,8 +117,8 @@ def block_size_input(sizes: list[int]) -> io.Combo.Input:
         options=[AUTO, *map(str, sizes)],
         optional=True,
         advanced=True,
-        tooltip="Weights per block in the formats that have blocks; smaller is more exact and larger on disk. auto: "
-        "the format's default.",
+        tooltip="Weights per block in the formats that have blocks; smaller is more exact and "
+        "larger on disk. auto: the format's default.",
     )
 
 
@@ -126,8 +138,9 @@ def method_input(formats: list[str]) -> io.Combo.Input:
         options=[AUTO, *METHODS],
         optional=True,
         advanced=True,
-        tooltip="How each weight's code is chosen. nearest: the closest code, fast; mse_clip: the scales with the "
-        f"smallest weight error, slower; svd: learned rounding, much slower. auto: {own_methods(formats)}.",
+        tooltip="How each weight's code is chosen. nearest: the closest code, fast; mse_clip: the "
+        "scales with the smallest weight error, slower; svd: learned rounding, much slower. auto: "
+        f"{own_methods(formats)}.",
     )
 
 
@@ -137,8 +150,8 @@ def full_precision_input() -> io.Boolean.Input:
         default=False,
         optional=True,
         advanced=True,
-        tooltip="Make ComfyUI compute these layers with unrounded activations: closer to the original, and slower on "
-        "GPUs that could multiply in low precision.",
+        tooltip="Make ComfyUI compute these layers with unrounded activations: closer to the "
+        "original, and slower on GPUs that could multiply in low precision.",
     )
 
 
@@ -148,8 +161,9 @@ def convrot_input() -> io.Boolean.Input:
         default=False,
         optional=True,
         advanced=True,
-        tooltip="Rotate the weights of int8_tensorwise layers before rounding (ConvRot), which evens out large values. "
-        "ComfyUI rotates the activations to match, which takes some time at every step.",
+        tooltip="Rotate the weights of int8_tensorwise layers before rounding (ConvRot), which "
+        "evens out large values. ComfyUI rotates the activations to match, which takes some time "
+        "at every step.",
     )
 
 
@@ -159,9 +173,9 @@ def kernels_input() -> io.Boolean.Input:
         default=False,
         optional=True,
         advanced=True,
-        tooltip="Multiply the quantized layers of the text encoder by their own kernels, where format and GPU have "
-        "one, as in a diffusion model. Off: each layer is decoded at every prompt, as ComfyUI does; closest to the "
-        "original. The report says what runs.",
+        tooltip="Multiply the quantized layers of the text encoder by their own kernels, where "
+        "format and GPU have one, as in a diffusion model. Off: each layer is decoded at every "
+        "prompt, as ComfyUI does; closest to the original. The report says what runs.",
     )
 
 
@@ -171,7 +185,8 @@ def device_input() -> io.Combo.Input:
         options=[AUTO, "cpu", "cuda"],
         optional=True,
         advanced=True,
-        tooltip="Where the conversion is computed. auto: the NVIDIA or AMD GPU that ComfyUI uses, else the CPU.",
+        tooltip="Where the conversion is computed. auto: the NVIDIA or AMD GPU that ComfyUI uses, "
+        "else the CPU.",
     )
 
 
@@ -180,7 +195,8 @@ def overwrite_input() -> io.Boolean.Input:
         "overwrite",
         default=False,
         optional=True,
-        tooltip="Replace the file if it exists. Off: an existing file is an error and stays as it is.",
+        tooltip="Replace the file if it exists. Off: an existing file is an error and stays as it "
+        "is.",
     )
 
 
@@ -191,14 +207,16 @@ def filename_input(mark: str) -> io.String.Input:
         optional=True,
         default="",
         placeholder=f"automatic: <folder>/<file>_{mark}",
-        tooltip="Name of the new file inside ComfyUI's output folder; subfolders are made. Empty: the old name with "
-        f"_{mark}, in the folder where the loaders find it.",
+        tooltip="Name of the new file inside ComfyUI's output folder; subfolders are made. Empty: "
+        f"the old name with _{mark}, in the folder where the loaders find it.",
     )
 
 
 def report_output() -> io.String.Output:
     return io.String.Output(
-        "report", display_name="report", tooltip="What was done to every layer, with sizes and errors, as JSON."
+        "report",
+        display_name="report",
+        tooltip="What was done to every layer, with sizes and errors, as JSON.",
     )
 
 
@@ -221,8 +239,9 @@ def recipe_from(
 ) -> Recipe:
     """The Recipe that the inputs of `recipe_inputs` describe.
 
-    A connected recipe brings rules, and perhaps a primary wish in place of this node's. The node's own layers to keep
-    come before its rules; preset and fallback count where they are not left alone.
+    A connected recipe brings rules, and perhaps a primary wish in place of this node's. The node's
+    own layers to keep come before its rules; preset and fallback count where they are not left
+    alone.
 
     Raises:
         RecipeError: an unknown value, or one that a connected recipe's primary wish makes void.
@@ -234,8 +253,9 @@ def recipe_from(
                   "full_precision_matmul": full_precision_matmul, "convrot": convrot}  # fmt: skip
         for name in filter(stated.get, stated):
             raise RecipeError(
-                f"the connected recipe has a [primary] table, which says everything about {base.primary.format}; leave "
-                f"{name} of this node alone, or delete [primary] from the recipe"
+                "the connected recipe has a [primary] table, which says everything about "
+                f"{base.primary.format}; leave {name} of this node alone, or delete [primary] from "
+                "the recipe"
             )
     options = FormatOptions(
         scaling=None if scaling == AUTO else scaling,
@@ -253,23 +273,31 @@ def recipe_from(
 
 
 def report_result(*values: object, report: Report, **facts: object) -> io.NodeOutput:
-    """A node's outputs, the report last as text and, for the page, as JSON; with further facts of this node."""
+    """A node's outputs, the report last as text and, for the page, as JSON; with further facts of
+    this node.
+    """
     data = {**report.to_json(), **facts}
     return io.NodeOutput(*values, json.dumps(data, indent=2), ui={"fewbits_report": [data]})
 
 
 def inspection_text(*inspections: Inspection, kernels: Iterable[str] = ()) -> str:
-    """What is in the files, which kernels run, and what of FewBits is switched off in this ComfyUI."""
+    """What is in the files, which kernels run, and what of FewBits is switched off in this
+    ComfyUI.
+    """
     texts = [inspection.to_text() for inspection in inspections]
     lines = list(kernels)
     if lines:
         texts.append("\n".join(["how quantized layers are multiplied:", *lines]))
-    off = [f"FewBits: '{seam}' is off: {reason}" for seam, reason in bridge.status().items() if reason]
+    off = [
+        f"FewBits: '{seam}' is off: {reason}" for seam, reason in bridge.status().items() if reason
+    ]
     return "\n".join([*texts, *off])
 
 
 def _values(formats: list[str], option: str, *, only_if_stored: bool = False) -> list:
-    """Allowed values of an option over several formats; with `only_if_stored`, where they make a difference on disk."""
+    """Allowed values of an option over several formats; with `only_if_stored`, where they make a
+    difference on disk.
+    """
     found = {}
     for name in formats:
         format = FORMATS[name]

@@ -1,4 +1,6 @@
-"""Convert FP8 Scaled: a file in ComfyUI's old scaled_fp8 dialect -> the same codes as every ComfyUI since 0.8 reads."""
+"""Convert FP8 Scaled: a file in ComfyUI's old scaled_fp8 dialect -> the same codes as every ComfyUI
+since 0.8 reads.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,16 @@ class FewBitsConvertFP8Scaled(io.ComfyNode):
             node_id="FewBitsConvertFP8Scaled",
             display_name="Convert FP8 Scaled",
             category="FewBits/tools",
-            description="Rewrites an old scaled FP8 file with the names and metadata that ComfyUI uses today. No "
-            "weight is rounded again, and e5m2 stays e5m2.",
+            description="Rewrites an old scaled FP8 file with the names and metadata that ComfyUI "
+            "uses today. No weight is rounded again, and e5m2 stays e5m2.",
             search_aliases=["scaled_fp8", "fp8 scaled", "comfy_quant", "convert", "fewbits"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=host.all_model_files(),
-                    tooltip="The scaled FP8 file: one with a scaled_fp8 tensor or with scale_weight beside its layers. "
-                    "It is only read.",
+                    tooltip="The scaled FP8 file: one with a scaled_fp8 tensor or with "
+                    "scale_weight beside its layers. It is only read.",
                 ),
                 filename_input("comfy_quant"),
                 overwrite_input(),
@@ -39,15 +41,18 @@ class FewBitsConvertFP8Scaled(io.ComfyNode):
                     advanced=True,
                     default="",
                     placeholder="regular expression",
-                    tooltip="A check: every layer whose name this regular expression finds must be high precision in "
-                    "the file, otherwise nothing is written and the error lists the others. Empty: no check.",
+                    tooltip="A check: every layer whose name this regular expression finds must be "
+                    "high precision in the file, otherwise nothing is written and the error lists "
+                    "the others. Empty: no check.",
                 ),
                 full_precision_input(),
             ],
             outputs=[
                 path_output(),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Layers by dialect, formats, sizes and notes, as JSON."
+                    "report",
+                    display_name="report",
+                    tooltip="Layers by dialect, formats, sizes and notes, as JSON.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -67,7 +72,9 @@ class FewBitsConvertFP8Scaled(io.ComfyNode):
         full_precision_matmul: bool = False,
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id, text=True)
-        target = host.output_path(filename or host.automatic_name(file, "comfy_quant"), overwrite=overwrite)
+        target = host.output_path(
+            filename or host.automatic_name(file, "comfy_quant"), overwrite=overwrite
+        )
         result = convert_file(
             host.model_path(*host.split_choice(file)),
             target,

@@ -33,7 +33,8 @@ NODES = [
 
 class FewBitsExtension(ComfyExtension):
     async def on_load(self) -> None:
-        bridge.register()  # free when the pack's root did it; a second chance for hosts that import in another order
+        # free when the pack's root did it; a second chance for hosts that import in another order
+        bridge.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

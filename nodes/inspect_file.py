@@ -24,8 +24,9 @@ class FewBitsInspectFile(io.ComfyNode):
             node_id="FewBitsInspectFile",
             display_name="Inspect File",
             category="FewBits/tools",
-            description="Shows model family, layers per format, sizes and problems of a file, and previews a "
-            "conversion. It reads the header only, so it takes a moment even for the largest file.",
+            description="Shows model family, layers per format, sizes and problems of a file, and "
+            "previews a conversion. It reads the header only, so it takes a moment even for the "
+            "largest file.",
             search_aliases=["info", "metadata", "what is inside", "fewbits"],
             is_output_node=True,
             inputs=[
@@ -38,16 +39,26 @@ class FewBitsInspectFile(io.ComfyNode):
                     "preview",
                     optional=True,
                     options=[NONE, *FORMATS],
-                    tooltip="Also show what a conversion to this format would do to every layer, and the new size.",
+                    tooltip="Also show what a conversion to this format would do to every layer, "
+                    "and the new size.",
                 ),
                 preset_input("Which layers the previewed conversion keeps.", advanced=True),
-                recipe_input("Preview with the rules of Layer Rules. A recipe with a primary format needs no preview."),
+                recipe_input(
+                    "Preview with the rules of Layer Rules. A recipe with a primary format needs "
+                    "no preview."
+                ),
             ],
             outputs=[
                 io.String.Output(
-                    "text", display_name="text", tooltip="What is inside, and the preview, layer by layer, to read."
+                    "text",
+                    display_name="text",
+                    tooltip="What is inside, and the preview, layer by layer, to read.",
                 ),
-                io.String.Output("report", display_name="report", tooltip="The same and every layer's plan, as JSON."),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="The same and every layer's plan, as JSON.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -57,7 +68,9 @@ class FewBitsInspectFile(io.ComfyNode):
         return (*host.file_state(file), *sorted(others.items()))
 
     @classmethod
-    def execute(cls, file: str, preview: str = NONE, preset: str = AUTO, recipe: Draft | None = None) -> io.NodeOutput:
+    def execute(
+        cls, file: str, preview: str = NONE, preset: str = AUTO, recipe: Draft | None = None
+    ) -> io.NodeOutput:
         path = host.model_path(*host.split_choice(file))
         inspection = inspect_file(path)
         text, data = inspection_text(inspection), inspection.to_json()
@@ -73,10 +86,18 @@ class FewBitsInspectFile(io.ComfyNode):
 
 
 def _previewed(preview: str, preset: str, recipe: Draft | None) -> Recipe:
-    """The recipe to preview; the format comes from the input or from a recipe that has one, never from both."""
+    """The recipe to preview; the format comes from the input or from a recipe that has one, never
+    from both.
+    """
     stated = recipe.primary if recipe else None
     if stated and preview not in (NONE, stated.format):
-        raise RecipeError(f"the connected recipe says {stated.format} and preview says {preview}; set preview to none")
+        raise RecipeError(
+            f"the connected recipe says {stated.format} and preview says {preview}; set preview to "
+            "none"
+        )
     if not stated and preview == NONE:
-        raise RecipeError("the connected recipe has no [primary] table; choose in preview what the other layers become")
+        raise RecipeError(
+            "the connected recipe has no [primary] table; choose in preview what the other layers "
+            "become"
+        )
     return recipe_from(format=preview, preset=preset, recipe=recipe)

@@ -1,4 +1,6 @@
-"""Load Model, Load Text Encoder, Load Checkpoint: files by ComfyUI's own loaders, and what is inside."""
+"""Load Model, Load Text Encoder, Load Checkpoint: files by ComfyUI's own loaders, and what is
+inside.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ def file_input(folder: str, what: str) -> io.Combo.Input:
     return io.Combo.Input(
         "file",
         options=host.model_files(folder),
-        tooltip=f"A safetensors file in a {folder} folder: {what}. Quantized files run as they are.",
+        tooltip=f"A safetensors file in a {folder} folder: {what}. Quantized files run as they "
+        "are.",
     )
 
 
@@ -25,14 +28,17 @@ def contents_output() -> io.String.Output:
     return io.String.Output(
         "report",
         display_name="report",
-        tooltip="Family, layers per format, sizes, problems, and how quantized layers are multiplied, as text.",
+        tooltip="Family, layers per format, sizes, problems, and how quantized layers are "
+        "multiplied, as text.",
     )
 
 
 def loaded(*values: object, inspections: list[Inspection], kernels: list[str]) -> io.NodeOutput:
     """A loader's outputs, the report last."""
     text = inspection_text(*inspections, kernels=kernels)
-    return io.NodeOutput(*values, text, ui={"fewbits_inspection": [found.to_json() for found in inspections]})
+    return io.NodeOutput(
+        *values, text, ui={"fewbits_inspection": [found.to_json() for found in inspections]}
+    )
 
 
 class FewBitsLoadModel(io.ComfyNode):
@@ -42,11 +48,14 @@ class FewBitsLoadModel(io.ComfyNode):
             node_id="FewBitsLoadModel",
             display_name="Load Model",
             category="FewBits/load",
-            description="Loads a diffusion model, quantized or not, as ComfyUI's own loader does; says what is inside.",
+            description="Loads a diffusion model, quantized or not, as ComfyUI's own loader does; "
+            "says what is inside.",
             search_aliases=["load diffusion model", "unet", "quantized", "fewbits"],
             inputs=[file_input(MODELS, "a diffusion model")],
             outputs=[
-                io.Model.Output("model", display_name="model", tooltip="The model, ready to sample."),
+                io.Model.Output(
+                    "model", display_name="model", tooltip="The model, ready to sample."
+                ),
                 contents_output(),
             ],
         )
@@ -71,8 +80,8 @@ class FewBitsLoadTextEncoder(io.ComfyNode):
             node_id="FewBitsLoadTextEncoder",
             display_name="Load Text Encoder",
             category="FewBits/load",
-            description="Loads one to four text encoders, quantized or not, as ComfyUI's own loaders do; says what is "
-            "inside.",
+            description="Loads one to four text encoders, quantized or not, as ComfyUI's own "
+            "loaders do; says what is inside.",
             search_aliases=["load clip", "dual clip", "triple", "t5", "quantized", "fewbits"],
             inputs=[
                 file_input(ENCODERS, "a text encoder"),
@@ -81,28 +90,31 @@ class FewBitsLoadTextEncoder(io.ComfyNode):
                         f"file{number}",
                         options=more,
                         optional=True,
-                        tooltip="One more text encoder, for models that use several together. none: no more files.",
+                        tooltip="One more text encoder, for models that use several together. "
+                        "none: no more files.",
                     )
                     for number in (2, 3, 4)
                 ),
                 io.Combo.Input(
                     "type",
                     options=host.text_encoder_types(),
-                    tooltip="The kind of model that the text is for: the same list as in ComfyUI's own loaders. Three "
-                    "or four files are enough to tell.",
+                    tooltip="The kind of model that the text is for: the same list as in ComfyUI's "
+                    "own loaders. Three or four files are enough to tell.",
                 ),
                 io.Combo.Input(
                     "device",
                     options=[DEFAULT, CPU],
                     optional=True,
                     advanced=True,
-                    tooltip="Where the text encoders run. default: where ComfyUI decides; cpu: they never take GPU "
-                    "memory, and are slower.",
+                    tooltip="Where the text encoders run. default: where ComfyUI decides; cpu: "
+                    "they never take GPU memory, and are slower.",
                 ),
                 kernels_input(),
             ],
             outputs=[
-                io.Clip.Output("clip", display_name="clip", tooltip="The text encoders, ready to encode."),
+                io.Clip.Output(
+                    "clip", display_name="clip", tooltip="The text encoders, ready to encode."
+                ),
                 contents_output(),
             ],
         )
@@ -123,9 +135,13 @@ class FewBitsLoadTextEncoder(io.ComfyNode):
         device: str = DEFAULT,
         quantized_kernels: bool = False,
     ) -> io.NodeOutput:
-        paths = [host.model_path(ENCODERS, name) for name in (file, file2, file3, file4) if name != NONE]
+        paths = [
+            host.model_path(ENCODERS, name) for name in (file, file2, file3, file4) if name != NONE
+        ]
         found = [inspect_file(path) for path in dict.fromkeys(paths)]
-        clip = clip_io.load_files(list(map(str, paths)), type, on_cpu=device == CPU, kernels=quantized_kernels)
+        clip = clip_io.load_files(
+            list(map(str, paths)), type, on_cpu=device == CPU, kernels=quantized_kernels
+        )
         return loaded(clip, inspections=found, kernels=kernel_lines(clip.cond_stage_model))
 
 
@@ -136,15 +152,20 @@ class FewBitsLoadCheckpoint(io.ComfyNode):
             node_id="FewBitsLoadCheckpoint",
             display_name="Load Checkpoint",
             category="FewBits/load",
-            description="Loads a checkpoint, quantized or not, as ComfyUI's own loader does; says what is inside.",
+            description="Loads a checkpoint, quantized or not, as ComfyUI's own loader does; says "
+            "what is inside.",
             search_aliases=["checkpoint loader", "ckpt", "quantized", "fewbits"],
             inputs=[
                 file_input(CHECKPOINTS, "a diffusion model with its text encoders and VAE"),
                 kernels_input(),
             ],
             outputs=[
-                io.Model.Output("model", display_name="model", tooltip="The model, ready to sample."),
-                io.Clip.Output("clip", display_name="clip", tooltip="The text encoders, if the file has any."),
+                io.Model.Output(
+                    "model", display_name="model", tooltip="The model, ready to sample."
+                ),
+                io.Clip.Output(
+                    "clip", display_name="clip", tooltip="The text encoders, if the file has any."
+                ),
                 io.Vae.Output("vae", display_name="vae", tooltip="The VAE, if the file has one."),
                 contents_output(),
             ],

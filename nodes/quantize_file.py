@@ -26,21 +26,23 @@ DEFAULT = "float8_e4m3fn"  # what the most versions of ComfyUI open
 class FewBitsQuantizeFile(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        shown, advanced = recipe_inputs(list(FORMATS), "The report says which ComfyUI opens the result.", DEFAULT)
+        shown, advanced = recipe_inputs(
+            list(FORMATS), "The report says which ComfyUI opens the result.", DEFAULT
+        )
         return schema(
             node_id="FewBitsQuantizeFile",
             display_name="Quantize File",
             category="FewBits/quantize",
-            description="Writes a smaller copy of a model file. It reads and writes one layer at a time, so the model "
-            "may be larger than the memory.",
+            description="Writes a smaller copy of a model file. It reads and writes one layer at a "
+            "time, so the model may be larger than the memory.",
             search_aliases=["quantize", "convert", "compress", "fewbits"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=host.all_model_files(),
-                    tooltip="The safetensors file to convert: a diffusion model, a text encoder or a whole checkpoint. "
-                    "It is only read.",
+                    tooltip="The safetensors file to convert: a diffusion model, a text encoder or "
+                    "a whole checkpoint. It is only read.",
                 ),
                 *shown,
                 filename_input("<format>"),
@@ -58,7 +60,12 @@ class FewBitsQuantizeFile(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, file: str, filename: str = "", overwrite: bool = False, device: str = AUTO, **wish: object
+        cls,
+        file: str,
+        filename: str = "",
+        overwrite: bool = False,
+        device: str = AUTO,
+        **wish: object,
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
         recipe = recipe_from(**wish)

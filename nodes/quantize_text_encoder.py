@@ -17,10 +17,11 @@ from .common import (
     schema,
 )
 
-DEFAULT = "int8_tensorwise"  # text encoders compute at full precision, and its error is the smallest at this size
+# text encoders compute at full precision, and its error is the smallest at this size
+DEFAULT = "int8_tensorwise"
 CHOICE = (
-    "int8_tensorwise and float8_e4m3fn halve a 16-bit encoder and open in stock ComfyUI, INT8 with the smaller error; "
-    "bnb_nf4 leaves just over a quarter of it and needs FewBits."
+    "int8_tensorwise and float8_e4m3fn halve a 16-bit encoder and open in stock ComfyUI, INT8 with "
+    "the smaller error; bnb_nf4 leaves just over a quarter of it and needs FewBits."
 )
 
 
@@ -32,14 +33,14 @@ class FewBitsQuantizeTextEncoder(io.ComfyNode):
             node_id="FewBitsQuantizeTextEncoder",
             display_name="Quantize Text Encoder",
             category="FewBits/quantize",
-            description="Makes text encoders smaller in the graph, all that the CLIP holds. The CLIP that comes in "
-            "stays as it is.",
+            description="Makes text encoders smaller in the graph, all that the CLIP holds. The "
+            "CLIP that comes in stays as it is.",
             search_aliases=["quantize clip", "t5", "convert", "compress", "fewbits"],
             inputs=[
                 io.Clip.Input(
                     "clip",
-                    tooltip="The text encoders to convert. LoRAs and other weight patches on them are baked in first. "
-                    "They are not changed.",
+                    tooltip="The text encoders to convert. LoRAs and other weight patches on them "
+                    "are baked in first. They are not changed.",
                 ),
                 *shown,
                 *advanced,
@@ -48,7 +49,9 @@ class FewBitsQuantizeTextEncoder(io.ComfyNode):
             ],
             outputs=[
                 io.Clip.Output(
-                    "clip", display_name="clip", tooltip="The quantized text encoders, ready to encode or save."
+                    "clip",
+                    display_name="clip",
+                    tooltip="The quantized text encoders, ready to encode or save.",
                 ),
                 report_output(),
             ],
@@ -68,4 +71,6 @@ class FewBitsQuantizeTextEncoder(io.ComfyNode):
             on_plan=run.on_plan,
             on_progress=run.on_progress,
         )
-        return report_result(quantized, report=report, kernels=kernels.kernel_lines(quantized.cond_stage_model))
+        return report_result(
+            quantized, report=report, kernels=kernels.kernel_lines(quantized.cond_stage_model)
+        )

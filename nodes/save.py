@@ -1,4 +1,6 @@
-"""Save comfy_quant: a MODEL, quantized or not, -> a safetensors file that ComfyUI's own loaders open."""
+"""Save comfy_quant: a MODEL, quantized or not, -> a safetensors file that ComfyUI's own loaders
+open.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ class FewBitsSaveComfyQuant(io.ComfyNode):
             node_id="FewBitsSaveComfyQuant",
             display_name="Save comfy_quant",
             category="FewBits/quantize",
-            description="Writes a model to a file with its quantized layers as they are. LoRAs on it are baked in; "
-            "layers that are quantized already are rounded a second time by that.",
+            description="Writes a model to a file with its quantized layers as they are. LoRAs on "
+            "it are baked in; layers that are quantized already are rounded a second time by that.",
             search_aliases=["save model", "export", "quantized", "fewbits"],
             is_output_node=True,
             inputs=[
@@ -26,8 +28,8 @@ class FewBitsSaveComfyQuant(io.ComfyNode):
                 io.String.Input(
                     "filename",
                     default="diffusion_models/model_quantized",
-                    tooltip="Name of the file inside ComfyUI's output folder; subfolders are made. In "
-                    "diffusion_models/ the loaders find it.",
+                    tooltip="Name of the file inside ComfyUI's output folder; subfolders are made. "
+                    "In diffusion_models/ the loaders find it.",
                 ),
                 overwrite_input(),
             ],

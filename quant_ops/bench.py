@@ -1,4 +1,6 @@
-"""Time this device: every format's linear against bf16 and against decoding first, and which kernel runs and why."""
+"""Time this device: every format's linear against bf16 and against decoding first, and which kernel
+runs and why.
+"""
 
 from __future__ import annotations
 
@@ -40,18 +42,25 @@ def kernel_report(
     dtype: torch.dtype = torch.bfloat16,
     shape: tuple[int, int] = SHAPE,
 ) -> list[dict]:
-    """Which kernel multiplies each format on a device, at default options; nothing is computed or compiled.
+    """Which kernel multiplies each format on a device, at default options; nothing is computed or
+    compiled.
 
     Returns:
-        Per format: `format`; `rows`, {rows of x: {"backend", "why_not": {other backend: reason}}}; `native_since`, the
-        ComfyUI from which comfy-kitchen multiplies it instead, or None; `text`, one line in plain words, such as
-        "int8_blockwise: native Triton".
+        Per format: `format`; `rows`, {rows of x: {"backend", "why_not": {other backend: reason}}};
+            `native_since`, the
+        ComfyUI from which comfy-kitchen multiplies it instead, or None; `text`, one line in plain
+        words, such as "int8_blockwise: native Triton".
     """
     device = torch.device(device)
-    return [_report(get_format(name), device, dtype, shape) for name in (FORMATS if formats is None else formats)]
+    return [
+        _report(get_format(name), device, dtype, shape)
+        for name in (FORMATS if formats is None else formats)
+    ]
 
 
-def _report(format: Format, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> dict:
+def _report(
+    format: Format, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]
+) -> dict:
     options, layer = format.resolve(FormatOptions()), LayerInput(shape, "BF16")
     stored = {
         suffix: torch.empty((), dtype=TORCH_DTYPES[code], device=device).expand(size)
@@ -62,13 +71,18 @@ def _report(format: Format, device: torch.device, dtype: torch.dtype, shape: tup
         x = torch.empty((), dtype=dtype, device=device).expand(m, shape[1])
         product = format.product(stored, layer, options)
         if product is None:
-            rows[m] = {"backend": "decoded", "why_not": {"kernel": f"no kernel multiplies {format.name} codes"}}
+            rows[m] = {
+                "backend": "decoded",
+                "why_not": {"kernel": f"no kernel multiplies {format.name} codes"},
+            }
         else:
             op, arguments = product
             inputs = (x, *arguments, None)
             rows[m] = {"backend": op.choose(*inputs)[0], "why_not": op.reasons(*inputs)}
     since = format.min_comfyui if format.native else None
-    text = f"{format.name}: {_sentence(rows)}" + (f"; comfy-kitchen's in ComfyUI {since} or newer" if since else "")
+    text = f"{format.name}: {_sentence(rows)}" + (
+        f"; comfy-kitchen's in ComfyUI {since} or newer" if since else ""
+    )
     return {"format": format.name, "rows": rows, "native_since": since, "text": text}
 
 
@@ -85,14 +99,20 @@ def _sentence(rows: dict[int, dict]) -> str:
     text = f"{text}, {runs[-1][0]} above" if text else runs[0][0]
     last = rows[max(rows)]
     if last["backend"] not in ("cuda", "triton", "torch"):
-        reasons = [why for why in last["why_not"].values() if why and not any(part in why for part in _BETTER)]
+        reasons = [
+            why
+            for why in last["why_not"].values()
+            if why and not any(part in why for part in _BETTER)
+        ]
         if reasons and len(runs) == 1:
             text += f", because {reasons[0]}"
     return text
 
 
 def median_ms(calls: list[Callable], device: torch.device, repeats: int = 5) -> float:
-    """Median milliseconds of one call; the list holds the same call on different inputs. On a GPU a captured graph."""
+    """Median milliseconds of one call; the list holds the same call on different inputs. On a GPU a
+    captured graph.
+    """
     for call in calls:
         call()
     if device.type != "cuda":
@@ -124,7 +144,9 @@ def replayed(run: Callable, repeats: int) -> float:
     return statistics.median(times)
 
 
-def quantized_layer(format: Format, weight: torch.Tensor, options: FormatOptions) -> dict[str, torch.Tensor]:
+def quantized_layer(
+    format: Format, weight: torch.Tensor, options: FormatOptions
+) -> dict[str, torch.Tensor]:
     """suffix -> stored tensor of a weight, rounded to nearest."""
     prepared = format.prepare(weight, options)
     grid = format.grid(LayerInput(tuple(weight.shape), "BF16"), options)
@@ -141,14 +163,17 @@ def bench_linears(
     """Time one linear layer in bf16 and in every format.
 
     Returns:
-        Per format and number of rows: N, K, M, format, `ms`, `bf16_ms`, `decoded_ms` (decode the weight, then bf16),
+        Per format and number of rows: N, K, M, format, `ms`, `bf16_ms`, `decoded_ms` (decode the
+            weight, then bf16),
         `kernel` in words and `encode_ms`, the time to quantize the weight.
     """
     n, k = shape
     weight = torch.randn(n, k, device=device, dtype=torch.bfloat16) / k**0.5
     plain = _copies(weight)
     inputs = {m: _x(m, k, device) for m in rows}
-    dense = {m: median_ms([partial(linear, x, w) for w in plain], device) for m, x in inputs.items()}
+    dense = {
+        m: median_ms([partial(linear, x, w) for w in plain], device) for m, x in inputs.items()
+    }
     results = []
     for name in FORMATS if formats is None else formats:
         for row in _bench_format(get_format(name), weight, inputs):
@@ -157,7 +182,9 @@ def bench_linears(
     return results
 
 
-def _bench_format(format: Format, weight: torch.Tensor, inputs: dict[int, torch.Tensor]) -> Iterator[dict]:
+def _bench_format(
+    format: Format, weight: torch.Tensor, inputs: dict[int, torch.Tensor]
+) -> Iterator[dict]:
     device, (n, k) = weight.device, weight.shape
     options, layer = format.resolve(FormatOptions()), LayerInput((n, k), "BF16")
     if format.check(layer, options):
@@ -167,7 +194,9 @@ def _bench_format(format: Format, weight: torch.Tensor, inputs: dict[int, torch.
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     encode = (time.perf_counter() - begin) * 1e3
-    copies = [dict(zip(stored, pieces)) for pieces in zip(*(_copies(t, stored) for t in stored.values()))]
+    copies = [
+        dict(zip(stored, pieces)) for pieces in zip(*(_copies(t, stored) for t in stored.values()))
+    ]
 
     def decoded(x: torch.Tensor, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         return linear(x, format.dequantize_to(stored, layer, options, x.dtype))
@@ -181,7 +210,9 @@ def _bench_format(format: Format, weight: torch.Tensor, inputs: dict[int, torch.
         }  # fmt: skip
 
 
-def _backend(format: Format, x: torch.Tensor, stored: dict, layer: LayerInput, options: FormatOptions) -> str:
+def _backend(
+    format: Format, x: torch.Tensor, stored: dict, layer: LayerInput, options: FormatOptions
+) -> str:
     product = format.product(stored, layer, options)
     return product[0].choose(x, *product[1], None)[0] if product else "decoded"
 
@@ -191,8 +222,14 @@ def _x(m: int, k: int, device: torch.device) -> torch.Tensor:
     return torch.randn(m, k, device=device, dtype=torch.bfloat16, generator=generator)
 
 
-def _copies(tensor: torch.Tensor, together: dict[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
-    """Enough copies that they exceed the cache together with the other tensors of the layer; one on a CPU."""
+def _copies(
+    tensor: torch.Tensor, together: dict[str, torch.Tensor] | None = None
+) -> list[torch.Tensor]:
+    """Enough copies that they exceed the cache together with the other tensors of the layer; one on
+    a CPU.
+    """
     nbytes = sum(t.nbytes for t in together.values()) if together else tensor.nbytes
-    count = 1 if tensor.device.type == "cpu" else max(2, min(16, int(CACHE_BYTES // max(nbytes, 1))))
+    count = (
+        1 if tensor.device.type == "cpu" else max(2, min(16, int(CACHE_BYTES // max(nbytes, 1))))
+    )
     return [tensor.clone() for _ in range(count)]

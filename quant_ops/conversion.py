@@ -1,4 +1,6 @@
-"""File -> file without new codes: dialects into ours, ours into bitsandbytes' or a plain model, repairs; and verify."""
+"""File -> file without new codes: dialects into ours, ours into bitsandbytes' or a plain model,
+repairs; and verify.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ COPY = Recipe(primary=None)  # decides about no layer: codes and weights are cop
 
 @dataclass(frozen=True)
 class Conversion:
-    """`origins` counts layers by dialect and what was done; `high_precision` the layers that hp_filter matched."""
+    """`origins` counts layers by dialect and what was done; `high_precision` the layers that
+    hp_filter matched.
+    """
 
     report: Report
     origins: dict[str, int]
@@ -39,13 +43,19 @@ class Conversion:
 
     def to_text(self) -> str:
         """What became of the layers, sizes and warnings, for a terminal or a text node."""
-        lines = [f"{count:>5} layers  {origin}" for origin, count in self.origins.items()] or ["nothing to convert"]
+        lines = [f"{count:>5} layers  {origin}" for origin, count in self.origins.items()] or [
+            "nothing to convert"
+        ]
         if self.high_precision is not None:
             lines.append(f"{self.high_precision} layers match the filter, all high precision")
         return "\n".join([*lines, *plan_lines(self.report.plan)])
 
     def to_json(self) -> dict:
-        return {**self.report.to_json(), "origins": self.origins, "high_precision": self.high_precision}
+        return {
+            **self.report.to_json(),
+            "origins": self.origins,
+            "high_precision": self.high_precision,
+        }
 
 
 def convert_file(
@@ -59,16 +69,18 @@ def convert_file(
     overwrite: bool = False,
     on_progress: ProgressFn = ignore_progress,
 ) -> Conversion:
-    """Convert a file to another dialect: codes unchanged where that is possible, decoded where it is not.
+    """Convert a file to another dialect: codes unchanged where that is possible, decoded where it
+    is not.
 
     Args:
         to: comfy_quant, bnb or bf16.
         only: "fp8_scaled" refuses any file that is not one.
-        hp_filter: regular expression; every layer whose base name it finds must be high precision (FORMATS 6.3).
+        hp_filter: regular expression; every layer whose base name it finds must be high precision
+            (FORMATS 6.3).
 
     Raises:
-        RecipeError: unknown target, invalid expression, or a layer that hp_filter matches is not high precision;
-            nothing is written.
+        RecipeError: unknown target, invalid expression, or a layer that hp_filter matches is not
+            high precision; nothing is written.
         CheckpointError: a layer that cannot be read without guessing; nothing is written.
     """
     if to not in TARGETS:
@@ -94,9 +106,12 @@ def _compiled(pattern: str) -> re.Pattern:
 
 def _refuse_unscaled(opened: ImportedSource) -> None:
     claims = ScaledFp8().claims
-    if not opened.contents.scopes and not any(claims(layer) for layer in opened.contents.layers.values()):
+    if not opened.contents.scopes and not any(
+        claims(layer) for layer in opened.contents.layers.values()
+    ):
         raise CheckpointError(
-            f"{opened.name}: not a scaled_fp8 file: no scaled_fp8 marker, no FP8 layer with scale_weight"
+            f"{opened.name}: not a scaled_fp8 file: no scaled_fp8 marker, no FP8 layer with "
+            "scale_weight"
         )
 
 
@@ -104,12 +119,14 @@ def _high_precision(opened: ImportedSource, pattern: re.Pattern) -> int:
     """How many layers match, all of them high precision."""
     layers = {base: layer for base, layer in opened.contents.layers.items() if pattern.search(base)}
     wrong = [
-        f"{base} ({layer.weight.dtype})" for base, layer in layers.items() if layer.weight.dtype not in FLOAT_DTYPES
+        f"{base} ({layer.weight.dtype})"
+        for base, layer in layers.items()
+        if layer.weight.dtype not in FLOAT_DTYPES
     ]
     if wrong:
         raise RecipeError(
-            f"{opened.name}: --hp-filter: {len(wrong)} of {len(layers)} matching layers are not high precision: "
-            f"{', '.join(wrong)}; nothing was written"
+            f"{opened.name}: --hp-filter: {len(wrong)} of {len(layers)} matching layers are not "
+            f"high precision: {', '.join(wrong)}; nothing was written"
         )
     return len(layers)
 
@@ -126,9 +143,15 @@ def verify_file(path: str | os.PathLike, against: str | os.PathLike | None = Non
         else:
             with FileSource(against) as original:
                 found = verify_source(source, original)
-        refused = [part.family for part in find_parts(source.header.tensors) if part.family.kind == "refuse"]
+        refused = [
+            part.family
+            for part in find_parts(source.header.tensors)
+            if part.family.kind == "refuse"
+        ]
         if refused and found.layers:
-            findings = tuple(Finding("M36", "", f"{family.title}: {family.why}") for family in refused)
+            findings = tuple(
+                Finding("M36", "", f"{family.title}: {family.why}") for family in refused
+            )
             return replace(found, findings=(*found.findings, *findings))
         return found
 
@@ -141,7 +164,9 @@ def repair_file(
     overwrite: bool = False,
     on_progress: ProgressFn = ignore_progress,
 ) -> Repair:
-    """Write a copy in which everything is fixed that can be fixed without the original, and say what was done."""
+    """Write a copy in which everything is fixed that can be fixed without the original, and say
+    what was done.
+    """
     sink = FileSink(target, overwrite=overwrite)
     with FileSource(source) as file:
         before = verify_source(file)

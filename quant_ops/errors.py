@@ -1,11 +1,15 @@
-"""Errors a user can act on: what, where, got, allowed, what to do. Every door shows them as one line."""
+"""Errors a user can act on: what, where, got, allowed, what to do. Every door shows them as one
+line.
+"""
 
 import difflib
 from collections.abc import Iterable
 
 
 class QuantError(Exception):
-    """Base of all FewBits errors; a door turns it into one line and exit status 2, or into a node error."""
+    """Base of all FewBits errors; a door turns it into one line and exit status 2, or into a node
+    error.
+    """
 
 
 class CheckpointError(QuantError):

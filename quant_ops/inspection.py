@@ -1,4 +1,6 @@
-"""What is in a file: family, layers per format, sizes, problems; reads the header and the markers only."""
+"""What is in a file: family, layers per format, sizes, problems; reads the header and the markers
+only.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ STOCK = ("L1", "C3")  # dialects that ComfyUI reads without FewBits
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts about a checkpoint; `formats` counts quantized layers, `dtypes` is dtype -> [tensors, bytes].
+    """Facts about a checkpoint; `formats` counts quantized layers, `dtypes` is dtype -> [tensors,
+    bytes].
 
     `dialects` counts the layers that FewBits translates while opening the file, by dialect.
     """
@@ -41,11 +44,21 @@ class Inspection:
         return asdict(self)
 
     def to_text(self) -> str:
-        lines = [f"{self.name}: {megabytes(self.bytes)}, {self.tensors} tensors, family {self.family}", self.loads_in]
+        lines = [
+            f"{self.name}: {megabytes(self.bytes)}, {self.tensors} tensors, family {self.family}",
+            self.loads_in,
+        ]
         lines += [f"  {count:>5} layers  {name}" for name, count in self.formats.items()]
-        lines += [f"  {count:>5} layers  in dialect {name}" for name, count in self.dialects.items()]
-        lines += [f"  {count:>5} tensors {dtype:<8} {megabytes(size)}" for dtype, (count, size) in self.dtypes.items()]
-        lines += [f"  {key} = {value[:100]}" for key, value in self.metadata.items() if key != HEADER_KEY]
+        lines += [
+            f"  {count:>5} layers  in dialect {name}" for name, count in self.dialects.items()
+        ]
+        lines += [
+            f"  {count:>5} tensors {dtype:<8} {megabytes(size)}"
+            for dtype, (count, size) in self.dtypes.items()
+        ]
+        lines += [
+            f"  {key} = {value[:100]}" for key, value in self.metadata.items() if key != HEADER_KEY
+        ]
         lines += [f"problem: {finding}" for finding in self.findings] or ["no problems found"]
         return "\n".join(lines)
 

@@ -1,4 +1,6 @@
-"""quantize(): source -> plan -> sink, the only loop over layers; reading, computing and writing overlap."""
+"""quantize(): source -> plan -> sink, the only loop over layers; reading, computing and writing
+overlap.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,12 @@ from .spec import ITEM_SIZES, LayerInput, LayerPlan, ModelPlan, TensorSpec
 from .workers import workers
 
 HUGE = 2.0**120  # |w| above this counts as Inf (FORMATS 2.1)
-# Layers being written or waiting for it. Those of a GPU wait in its memory, and keep the disk busy while a large one is
-# read.
+# Layers being written or waiting for it. Those of a GPU wait in its memory, and keep the disk busy
+# while a large one is read.
 WAITING, WAITING_ON_GPU = 1, 4
 
-# (done bytes, total bytes, layer name): called from the caller's thread before each layer and between its steps, so
-# that cancelling waits for a part of a layer only; may raise to cancel.
+# (done bytes, total bytes, layer name): called from the caller's thread before each layer and
+# between its steps, so that cancelling waits for a part of a layer only; may raise to cancel.
 ProgressFn = Callable[[int, int, str], None]
 PlanFn = Callable[[ModelPlan], None]
 
@@ -42,7 +44,9 @@ def ignore_progress(done: int, total: int, layer: str) -> None:
 
 
 def plan_source(source: TensorSource, recipe: Recipe) -> ModelPlan:
-    """`make_plan` with the markers that only tensors hold; reads a few bytes per quantized layer, no weights."""
+    """`make_plan` with the markers that only tensors hold; reads a few bytes per quantized layer,
+    no weights.
+    """
     markers = {}
     try:
         for name in stored_markers_needed(source.header):
@@ -65,12 +69,15 @@ def quantize(
     """Convert a model. The sink is complete when this returns and untouched when it raises.
 
     Args:
-        device: where codes are computed; equal sources and recipes give equal bytes on equal devices.
+        device: where codes are computed; equal sources and recipes give equal bytes on equal
+            devices.
         on_plan: receives the plan before any weight is read.
-        on_progress: called before each layer and between its steps; whatever it raises cancels the run.
+        on_progress: called before each layer and between its steps; whatever it raises cancels the
+            run.
 
     Raises:
-        QuantError: see `plan_source`; and CheckpointError for NaN or Inf in a weight, by tensor name and count.
+        QuantError: see `plan_source`; and CheckpointError for NaN or Inf in a weight, by tensor
+            name and count.
     """
     started = time.perf_counter()
     plan = plan_source(source, recipe)
@@ -82,7 +89,9 @@ def quantize(
     with (
         ThreadPoolExecutor(1, "fewbits-read") as reads,
         ThreadPoolExecutor(1, "fewbits-write") as writes,
-        workers(device.type == "cpu" and all(_in_passes(layer) for layer in plan.layers)) as compute,
+        workers(
+            device.type == "cpu" and all(_in_passes(layer) for layer in plan.layers)
+        ) as compute,
     ):
         running: deque[tuple[LayerPlan, object]] = deque()
         writing: deque[Future] = deque()
@@ -91,10 +100,14 @@ def quantize(
             """Take the oldest layer and hand it on, once few enough wait to be written."""
             nonlocal done
             layer, handle = running.popleft()
-            outputs, result = compute.result(handle, functools.partial(on_progress, done, total, layer.name))
+            outputs, result = compute.result(
+                handle, functools.partial(on_progress, done, total, layer.name)
+            )
             if result:
                 results.append(result)
-            waiting = WAITING_ON_GPU if device.type == "cuda" and layer.action == "quantize" else WAITING
+            waiting = (
+                WAITING_ON_GPU if device.type == "cuda" and layer.action == "quantize" else WAITING
+            )
             while len(writing) >= waiting:
                 writing.popleft().result()
             writing.append(writes.submit(_write, sink, outputs))
@@ -104,7 +117,14 @@ def quantize(
             sink.open(plan)
             for layer, tensors in _read_ahead(source, plan.layers, reads):
                 task = functools.partial(_convert, source.name, layer, tensors, device, recipe.seed)
-                running.append((layer, compute.submit(task, functools.partial(on_progress, done, total, layer.name))))
+                running.append(
+                    (
+                        layer,
+                        compute.submit(
+                            task, functools.partial(on_progress, done, total, layer.name)
+                        ),
+                    )
+                )
                 del tensors, task
                 if len(running) == compute.at_once:
                     finish()
@@ -128,7 +148,9 @@ def _in_passes(layer: LayerPlan) -> bool:
 def _read_ahead(
     source: TensorSource, layers: tuple[LayerPlan, ...], reads: ThreadPoolExecutor
 ) -> Iterator[tuple[LayerPlan, dict[str, torch.Tensor]]]:
-    """Layers with their tensors; exactly one layer is read ahead, so that memory stays at a few layers."""
+    """Layers with their tensors; exactly one layer is read ahead, so that memory stays at a few
+    layers.
+    """
     wanted = [layer for layer in layers if layer.outputs]
 
     def fetch(layer: LayerPlan) -> dict[str, torch.Tensor]:
@@ -155,15 +177,24 @@ def _convert(
     seed: int,
     step: Callable[[], None],
 ) -> tuple[dict[str, torch.Tensor], LayerResult | None]:
-    """One layer -> (stored tensors by full name, measured result). Takes the weight out of `tensors`."""
+    """One layer -> (stored tensors by full name, measured result). Takes the weight out of
+    `tensors`.
+    """
     if layer.action == "keep":
-        return {spec.name: tensors[spec.name].to(TORCH_DTYPES[spec.dtype]) for spec in layer.outputs}, None
+        return {
+            spec.name: tensors[spec.name].to(TORCH_DTYPES[spec.dtype]) for spec in layer.outputs
+        }, None
     marker = torch.frombuffer(bytearray(marker_bytes(layer.marker)), dtype=torch.uint8)
     if layer.action == "recode":
-        copied = {spec.name: _same_bytes(tensors[spec.name], spec) for spec in layer.outputs if spec.name in tensors}
+        copied = {
+            spec.name: _same_bytes(tensors[spec.name], spec)
+            for spec in layer.outputs
+            if spec.name in tensors
+        }
         return {**copied, f"{layer.name}.comfy_quant": marker}, None
     key = f"{layer.name}.weight"
-    weight = tensors.pop(key).detach().to(device)  # no other reference: a rotated weight replaces the source in memory
+    # no other reference: a rotated weight replaces the source in memory
+    weight = tensors.pop(key).detach().to(device)
     format = get_format(layer.format)
     grid = format.grid(LayerInput(tuple(weight.shape), DTYPE_NAMES[weight.dtype]), layer.options)
     _refuse_non_finite(file, key, weight)
@@ -171,12 +202,15 @@ def _convert(
     step()
     method = get_method(layer.method)
     options = method.configure(dict(layer.method_options))
-    choice = choose(method, Layer(weight, grid, options, layer_generator(seed, layer.name, device), step))
+    choice = choose(
+        method, Layer(weight, grid, options, layer_generator(seed, layer.name, device), step)
+    )
     step()
     packed = format.pack(choice.codes, choice.scale, layer.options)
     outputs = {f"{layer.name}.{suffix}": tensor for suffix, tensor in packed.items()}
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # another thread copies the outputs, on a stream of its own
+        # another thread copies the outputs, on a stream of its own
+        torch.cuda.current_stream(device).synchronize()
     result = LayerResult(
         layer.name,
         layer.format,
@@ -192,7 +226,9 @@ def _convert(
 
 
 def _same_bytes(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """The tensor under the dtype it is planned with: block scales stored as E8M0 or U8 change name, not bytes."""
+    """The tensor under the dtype it is planned with: block scales stored as E8M0 or U8 change name,
+    not bytes.
+    """
     renamed = tensor.itemsize == ITEM_SIZES[spec.dtype] == 1
     return tensor.contiguous().view(TORCH_DTYPES[spec.dtype]) if renamed else tensor
 
@@ -206,8 +242,8 @@ def _refuse_non_finite(file: str, key: str, weight: torch.Tensor) -> None:
     nan = int(weight.isnan().sum())
     huge = int((weight.abs() > HUGE).sum())
     raise CheckpointError(
-        f"{file}: tensor '{key}' has {nan} NaN and {huge} infinite values of {weight.numel()}; nothing was written; "
-        "the model is damaged: get a good copy, or keep this layer with a rule"
+        f"{file}: tensor '{key}' has {nan} NaN and {huge} infinite values of {weight.numel()}; "
+        "nothing was written; the model is damaged: get a good copy, or keep this layer with a rule"
     )
 
 
@@ -221,11 +257,15 @@ def quantize_file(
     on_plan: PlanFn | None = None,
     on_progress: ProgressFn = ignore_progress,
 ) -> Report:
-    """Convert a file, an index or a folder of shards to one safetensors file; streamed, atomic, input untouched.
+    """Convert a file, an index or a folder of shards to one safetensors file; streamed, atomic,
+    input untouched.
 
     Layers in a foreign dialect are quantized already, and treated as such.
     """
     sink = FileSink(target, overwrite=overwrite)
     for_gpu = torch.device(device).type == "cuda"
-    with open_checkpoint(source, short_lived=True, for_gpu=for_gpu) as opened:  # the sink writes every tensor away
-        return quantize(opened, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress)
+    # the sink writes every tensor away
+    with open_checkpoint(source, short_lived=True, for_gpu=for_gpu) as opened:
+        return quantize(
+            opened, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress
+        )

@@ -24,15 +24,18 @@ class TensorSource(Protocol):
     header: Header
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor with the dtype and shape of `header.tensors[name]`, never to be changed in place.
+        """One tensor with the dtype and shape of `header.tensors[name]`, never to be changed in
+        place.
 
-        A weight that was computed just now (a LoRA baked in) may be float32 instead: what is quantized is quantized
-        from that, what is kept is rounded to the header's dtype.
+        A weight that was computed just now (a LoRA baked in) may be float32 instead: what is
+        quantized is quantized from that, what is kept is rounded to the header's dtype.
         """
 
 
 class TensorSink(Protocol):
-    """Somewhere to put tensors. `open` once, `write` every planned tensor in any order, then `commit` or `abort`."""
+    """Somewhere to put tensors. `open` once, `write` every planned tensor in any order, then
+    `commit` or `abort`.
+    """
 
     def open(self, plan: ModelPlan) -> None: ...
 
@@ -51,10 +54,17 @@ def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
 class MemorySource:
     """A dict of tensors as a source; `read` hands out the tensors themselves."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None, name: str = "model"):
+    def __init__(
+        self,
+        tensors: dict[str, torch.Tensor],
+        metadata: dict[str, str] | None = None,
+        name: str = "model",
+    ):
         self.name = name
         self.tensors = tensors
-        self.header = Header({key: spec_of(key, tensor) for key, tensor in tensors.items()}, dict(metadata or {}))
+        self.header = Header(
+            {key: spec_of(key, tensor) for key, tensor in tensors.items()}, dict(metadata or {})
+        )
 
     def read(self, name: str) -> torch.Tensor:
         return self.tensors[name]

@@ -1,4 +1,6 @@
-"""The nouns of planning: what a tensor is, what is decided for a layer, what is decided for a model."""
+"""The nouns of planning: what a tensor is, what is decided for a layer, what is decided for a
+model.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,11 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Header:
-    """Tensors of a checkpoint in stored order, its `__metadata__`, and where each tensor's bytes lie.
+    """Tensors of a checkpoint in stored order, its `__metadata__`, and where each tensor's bytes
+    lie.
 
-    `ranges[name]` is (file, first byte, one past the last byte), absolute in that file; empty for in-memory sources.
+    `ranges[name]` is (file, first byte, one past the last byte), absolute in that file; empty for
+    in-memory sources.
     """
 
     tensors: dict[str, TensorSpec]
@@ -52,7 +56,9 @@ class Header:
 
 @dataclass(frozen=True)
 class FormatOptions:
-    """Options of one format; None means the format's own default. Which ones apply is the format's business."""
+    """Options of one format; None means the format's own default. Which ones apply is the format's
+    business.
+    """
 
     scaling: str | None = None
     block_size: int | None = None
@@ -68,7 +74,8 @@ class FormatOptions:
 
 @dataclass(frozen=True, slots=True)
 class LayerInput:
-    """What a format is asked to store: a weight's logical (N, K), its safetensors dtype, whether it has a bias.
+    """What a format is asked to store: a weight's logical (N, K), its safetensors dtype, whether it
+    has a bias.
 
     `dtype` is None for a stored layer that does not say what it was made from.
     """
@@ -80,7 +87,9 @@ class LayerInput:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A quantized layer as a file states it: base name, format, options and logical (N, K) shape."""
+    """A quantized layer as a file states it: base name, format, options and logical (N, K)
+    shape.
+    """
 
     name: str
     format: str
@@ -92,8 +101,9 @@ class LayerSpec:
 class LayerPlan:
     """The decision for one layer (or for one tensor that belongs to no layer).
 
-    `name` is the base name (the key without `.weight`), or the whole key for other tensors. `inputs` are the source
-    tensors that the layer owns, `outputs` the tensors that will be written for it.
+    `name` is the base name (the key without `.weight`), or the whole key for other tensors.
+    `inputs` are the source tensors that the layer owns, `outputs` the tensors that will be written
+    for it.
     """
 
     name: str
@@ -106,7 +116,8 @@ class LayerPlan:
     method: str | None = None
     marker: dict | None = None
     requested: str | None = None
-    rule: str = ""  # the rule that decided, as `ModelPlan.rules` names it; empty for what is no candidate
+    # the rule that decided, as `ModelPlan.rules` names it; empty for what is no candidate
+    rule: str = ""
     method_options: tuple[tuple[str, object], ...] = ()
 
     @property
@@ -119,13 +130,17 @@ class LayerPlan:
 
     @property
     def is_layer(self) -> bool:
-        """True for rows a person reads: 2-D weights and everything quantized; False for biases, norms and the like."""
+        """True for rows a person reads: 2-D weights and everything quantized; False for biases,
+        norms and the like.
+        """
         return self.action in ("quantize", "recode") or any(
             spec.name.endswith(".weight") and len(spec.shape) == 2 for spec in self.inputs
         )
 
     def to_json(self) -> dict:
-        weight = next((spec for spec in self.inputs if spec.name == f"{self.name}.weight"), self.inputs[0])
+        weight = next(
+            (spec for spec in self.inputs if spec.name == f"{self.name}.weight"), self.inputs[0]
+        )
         return {
             "name": self.name,
             "action": self.action,
@@ -144,7 +159,9 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class RuleUse:
-    """One line of the compiled rule list: how many layers its pattern matched, and how many of them it decided."""
+    """One line of the compiled rule list: how many layers its pattern matched, and how many of them
+    it decided.
+    """
 
     rule: str
     pattern: str
@@ -165,11 +182,14 @@ class ModelPlan:
     unmatched: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     rules: tuple[RuleUse, ...] = ()  # in order: the first that matches a layer decides about it
-    recipe: str = ""  # TOML from which the same plan comes again; empty where nothing was wished for
+    # TOML from which the same plan comes again; empty where nothing was wished for
+    recipe: str = ""
 
     @cached_property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """All tensors to write, in file order: widest element first, then name (as the safetensors library does)."""
+        """All tensors to write, in file order: widest element first, then name (as the safetensors
+        library does).
+        """
         specs = [spec for layer in self.layers for spec in layer.outputs]
         return tuple(sorted(specs, key=lambda spec: (-ITEM_SIZES[spec.dtype], spec.name)))
 
@@ -182,11 +202,15 @@ class ModelPlan:
         return sum(layer.bytes_after for layer in self.layers)
 
     def summary(self) -> list[dict]:
-        """One row per format, largest first; `keep` gathers what stays as it is, `drop` what is left out."""
+        """One row per format, largest first; `keep` gathers what stays as it is, `drop` what is
+        left out.
+        """
         rows: dict[str, dict] = {}
         for layer in self.layers:
             label = layer.format or layer.action
-            row = rows.setdefault(label, {"format": label, "layers": 0, "bytes_before": 0, "bytes_after": 0})
+            row = rows.setdefault(
+                label, {"format": label, "layers": 0, "bytes_before": 0, "bytes_after": 0}
+            )
             row["layers"] += layer.is_layer
             row["bytes_before"] += layer.bytes_before
             row["bytes_after"] += layer.bytes_after

@@ -1,4 +1,6 @@
-"""Where the layers of a conversion are computed: one after the other here, or two at a time in threads of their own."""
+"""Where the layers of a conversion are computed: one after the other here, or two at a time in
+threads of their own.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
-# Layers at a time on a CPU; more would only hold more of them in memory. Seconds for 1.8 GB on two cores that other
-# work kept half busy, one layer on two threads -> two layers on one thread each: int8 row 4.6, 11.9, 16.5 -> 3.2, 3.0,
-# 3.4; fp8 4.0, 14.3, 18.2 -> 3.8, 5.6, 9.3. Threads inside a layer wait for each other: one that loses its core stops
-# both.
+# Layers at a time on a CPU; more would only hold more of them in memory. Seconds for 1.8 GB on two
+# cores that other work kept half busy, one layer on two threads -> two layers on one thread each:
+# int8 row 4.6, 11.9, 16.5 -> 3.2, 3.0, 3.4; fp8 4.0, 14.3, 18.2 -> 3.8, 5.6, 9.3. Threads inside a
+# layer wait for each other: one that loses its core stops both.
 LAYERS = 2
 POLL_SECONDS = 0.1  # how often a waiting caller is asked whether to go on
 
@@ -29,7 +31,9 @@ class Workers(Protocol):
         """Start a task; the handle goes to `result`."""
 
     def result(self, handle: Any, ask: Step) -> Any:
-        """Wait for a task; `ask` is called meanwhile, in this thread, and what it raises ends the wait."""
+        """Wait for a task; `ask` is called meanwhile, in this thread, and what it raises ends the
+        wait.
+        """
 
 
 class Here:
@@ -48,7 +52,8 @@ class Here:
 class Threads:
     """`LAYERS` tasks at a time, torch's threads divided among them.
 
-    Passes over a weight in cache-sized chunks leave little to each thread, and every pass would wait for the slowest.
+    Passes over a weight in cache-sized chunks leave little to each thread, and every pass would
+    wait for the slowest.
     """
 
     at_once = LAYERS
@@ -74,7 +79,9 @@ class Threads:
 
 @contextlib.contextmanager
 def workers(parallel: bool) -> Iterator[Workers]:
-    """Workers for one conversion; leaving ends what still runs at its next step and restores torch's threads."""
+    """Workers for one conversion; leaving ends what still runs at its next step and restores
+    torch's threads.
+    """
     before = torch.get_num_threads()
     if not parallel or before < LAYERS:
         yield Here()
@@ -82,7 +89,8 @@ def workers(parallel: bool) -> Iterator[Workers]:
     inference = torch.is_inference_mode_enabled()  # belongs to the thread
 
     def prepare() -> None:
-        torch.set_num_threads(before // LAYERS)  # of this thread; new threads elsewhere see it until it is set back
+        # of this thread; new threads elsewhere see it until it is set back
+        torch.set_num_threads(before // LAYERS)
 
     def run(task: Callable[[Step], Any], step: Step) -> Any:
         with torch.inference_mode(inference):

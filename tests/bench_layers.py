@@ -64,7 +64,9 @@ class Layer:
     codes: list[torch.Tensor]
     scales: list[torch.Tensor]
 
-    def linears(self, name: str, x: torch.Tensor, bias: torch.Tensor | None = None) -> list[Callable]:
+    def linears(
+        self, name: str, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> list[Callable]:
         """The product as the pack runs it, once per copy."""
         if name in FLAT:
             levels, group = FLAT[name]
@@ -80,7 +82,9 @@ class Layer:
 
     def fallbacks(self, name: str, x: torch.Tensor) -> list[Callable]:
         """Dequantize and the library's bf16 product."""
-        return [lambda d=d: torch.nn.functional.linear(x, d()) for d in self.dequantizes(name, x.dtype)]
+        return [
+            lambda d=d: torch.nn.functional.linear(x, d()) for d in self.dequantizes(name, x.dtype)
+        ]
 
     def dequantizes(self, name: str, dtype: torch.dtype) -> list[Callable]:
         if name in FLAT:
@@ -112,5 +116,10 @@ def layer(name: str, n: int, k: int, device: str = "cuda") -> Layer:
         scale = grid.scale(weight)
         codes = grid.encode(weight, scale)
     copies = max(2, min(16, int(2.5 * CACHE // codes.nbytes)))
-    plain = [weight.bfloat16() for _ in range(max(2, min(copies, int(2.5 * CACHE // (2 * weight.numel())))))]
-    return Layer(plain, [codes.clone() for _ in range(copies)], [scale.clone() for _ in range(copies)])
+    plain = [
+        weight.bfloat16()
+        for _ in range(max(2, min(copies, int(2.5 * CACHE // (2 * weight.numel())))))
+    ]
+    return Layer(
+        plain, [codes.clone() for _ in range(copies)], [scale.clone() for _ in range(copies)]
+    )

@@ -37,7 +37,11 @@ def _why_missing(library: str) -> str | None:
 
 def missing() -> list[str]:
     """One sentence per library whose rows will be left out."""
-    found = {peer.library for peers in (*LINEAR.values(), *QUANTIZE.values(), *DECODE.values()) for peer in peers}
+    found = {
+        peer.library
+        for peers in (*LINEAR.values(), *QUANTIZE.values(), *DECODE.values())
+        for peer in peers
+    }
     return [reason for library in sorted(found) if (reason := _why_missing(library))]
 
 
@@ -103,9 +107,14 @@ def _kitchen_fp8(layer: Layer, x: torch.Tensor) -> Calls:
 
     name = "TensorCoreFP8Layout"
     one = torch.ones((), device=x.device)
-    params = get_layout_class(name).Params(scale=one, orig_dtype=x.dtype, orig_shape=tuple(layer.codes[0].shape))
+    params = get_layout_class(name).Params(
+        scale=one, orig_dtype=x.dtype, orig_shape=tuple(layer.codes[0].shape)
+    )
     weights = [QuantizedTensor(c, name, params) for c in layer.codes]
-    return [lambda w=w: torch.nn.functional.linear(QuantizedTensor.from_float(x, name, scale=one), w) for w in weights]
+    return [
+        lambda w=w: torch.nn.functional.linear(QuantizedTensor.from_float(x, name, scale=one), w)
+        for w in weights
+    ]
 
 
 def _states(kind: str, layer: Layer, dtype: torch.dtype) -> list:
@@ -115,7 +124,9 @@ def _states(kind: str, layer: Layer, dtype: torch.dtype) -> list:
     table = functional.get_4bit_type(kind.split()[0], layer.codes[0].device)
     n, half = layer.codes[0].shape
     shape = torch.Size((n, 2 * half))
-    return [functional.QuantState(s, shape, table, 64, kind.split()[0], dtype) for s in layer.scales]
+    return [
+        functional.QuantState(s, shape, table, 64, kind.split()[0], dtype) for s in layer.scales
+    ]
 
 
 def _bitsandbytes(kind: str) -> Callable[[Layer, torch.Tensor], Calls]:
@@ -155,7 +166,10 @@ def _quantize_4bit(kind: str) -> Callable[[list[torch.Tensor]], Calls]:
     def build(weights: list[torch.Tensor]) -> Calls:
         from bitsandbytes import functional
 
-        return [lambda w=w: functional.quantize_4bit(w, blocksize=64, quant_type=kind.split()[0]) for w in weights]
+        return [
+            lambda w=w: functional.quantize_4bit(w, blocksize=64, quant_type=kind.split()[0])
+            for w in weights
+        ]
 
     return build
 
@@ -165,7 +179,10 @@ def _decode_4bit(kind: str) -> Callable[[Layer, torch.dtype], Calls]:
         from bitsandbytes import functional
 
         states = _states(kind, layer, dtype)
-        return [lambda c=c, s=s: functional.dequantize_4bit(c.view(-1, 1), s) for c, s in zip(layer.codes, states)]
+        return [
+            lambda c=c, s=s: functional.dequantize_4bit(c.view(-1, 1), s)
+            for c, s in zip(layer.codes, states)
+        ]
 
     return build
 
@@ -197,7 +214,9 @@ def _decode_kitchen_fp8(layer: Layer, dtype: torch.dtype) -> Calls:
 
 
 QUANTIZE = {
-    "int8 row": (Peer("rows", "comfy_kitchen", _quantize_kitchen("TensorWiseINT8Layout", per_channel=True)),),
+    "int8 row": (
+        Peer("rows", "comfy_kitchen", _quantize_kitchen("TensorWiseINT8Layout", per_channel=True)),
+    ),
     "fp8 row": (Peer("one scale", "comfy_kitchen", _quantize_kitchen("TensorCoreFP8Layout")),),
     "nf4 64": (Peer("quantize_4bit", "bitsandbytes", _quantize_4bit("nf4 64")),),
     "fp4 64": (Peer("quantize_4bit", "bitsandbytes", _quantize_4bit("fp4 64")),),

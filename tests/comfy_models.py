@@ -66,7 +66,11 @@ class Model:
 
         module, _, name = self.where.partition(":")
         cls = getattr(importlib.import_module(f"comfy.{module}"), name)
-        common = {"dtype": torch.bfloat16, "device": self.device, "operations": comfy.ops.disable_weight_init}
+        common = {
+            "dtype": torch.bfloat16,
+            "device": self.device,
+            "operations": comfy.ops.disable_weight_init,
+        }
         with torch.device(self.device):
             return cls(self.config, **common) if self.text else cls(**self.config, **common)
 
@@ -76,7 +80,11 @@ class Model:
 
     def linears(self, module: torch.nn.Module) -> set[str]:
         """Names of the layers that ComfyUI can load quantized: its Linear modules."""
-        return {self.prefix + name for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)}
+        return {
+            self.prefix + name
+            for name, part in module.named_modules()
+            if isinstance(part, torch.nn.Linear)
+        }
 
 
 def text(name: str, family: str, where: str, prefix: str = "", **config: object) -> Model:
@@ -152,7 +160,9 @@ DIFFUSION = [
 ]  # fmt: skip
 TEXT = [
     text("T5-XXL", "t5", "text_encoders.t5:T5", model_type="t5", **T5),
-    text("UMT5-XXL", "umt5", "text_encoders.t5:T5", model_type="umt5", **{**T5, "vocab_size": 256384}),
+    text(
+        "UMT5-XXL", "umt5", "text_encoders.t5:T5", model_type="umt5", **{**T5, "vocab_size": 256384}
+    ),
     text("CLIP-L", "clip", "clip_model:CLIPTextModel", **CLIP),
     text("Qwen2.5-VL 7B", "qwen2_text", "text_encoders.llama:Qwen25_7BVLI", **LLM),
     text("Qwen3 4B", "qwen3_text", "text_encoders.llama:Qwen3_4B", **LLM),

@@ -27,5 +27,7 @@ def comfyui() -> Path:
     """The ComfyUI folder to test against."""
     tree = os.environ.get("FEWBITS_COMFYUI")
     if not tree:
-        pytest.fail("no ComfyUI to test against: run `python3 dev.py test`, or set FEWBITS_COMFYUI to a ComfyUI folder")
+        pytest.fail(
+            "no ComfyUI to test against: run `python3 dev.py test`, or set FEWBITS_COMFYUI to a ComfyUI folder"
+        )
     return Path(tree)

@@ -11,7 +11,16 @@ from fewbits.quant_ops.sources import DTYPE_NAMES
 from fewbits.quant_ops.spec import FormatOptions, LayerInput
 
 FP4_BY_MAGNITUDE = (0, 0.00520833, 0.16666667, 0.25, 0.33333333, 0.5, 0.66666667, 1.0)
-TO_MAGNITUDE = {0: 0, 1: 1, 6: 2, 7: 3, 4: 4, 5: 5, 2: 6, 3: 7}  # bitsandbytes' FP4 code -> rank of its magnitude
+TO_MAGNITUDE = {
+    0: 0,
+    1: 1,
+    6: 2,
+    7: 3,
+    4: 4,
+    5: 5,
+    2: 6,
+    3: 7,
+}  # bitsandbytes' FP4 code -> rank of its magnitude
 NF4_TABLE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -25,7 +34,9 @@ def json_tensor(value: object) -> torch.Tensor:
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def native(name: str, weight: torch.Tensor, **options: object) -> tuple[dict[str, torch.Tensor], dict]:
+def native(
+    name: str, weight: torch.Tensor, **options: object
+) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors by suffix, marker) of one of our own formats."""
     format = get_format(name)
     options = format.resolve(FormatOptions(**options))
@@ -36,7 +47,9 @@ def native(name: str, weight: torch.Tensor, **options: object) -> tuple[dict[str
     return format.pack(grid.encode(prepared, scale), scale, options), format.marker(layer, options)
 
 
-def under(base: str, tensors: dict[str, torch.Tensor], marker: object = None) -> dict[str, torch.Tensor]:
+def under(
+    base: str, tensors: dict[str, torch.Tensor], marker: object = None
+) -> dict[str, torch.Tensor]:
     """Suffixes as full names, with the JSON beside them."""
     named = {f"{base}.{suffix}": tensor for suffix, tensor in tensors.items()}
     return named if marker is None else {**named, f"{base}.comfy_quant": json_tensor(marker)}
@@ -46,10 +59,17 @@ def swapped(packed: torch.Tensor) -> torch.Tensor:
     return (packed << 4) | (packed >> 4)
 
 
-def bitsandbytes(base: str, weight: torch.Tensor, kind: str = "nf4", group: int = 64) -> dict[str, torch.Tensor]:
+def bitsandbytes(
+    base: str, weight: torch.Tensor, kind: str = "nf4", group: int = 64
+) -> dict[str, torch.Tensor]:
     """B0 from our codes (golden vectors prove them equal); a float32 weight is said to have been bfloat16."""
     stored, _ = native(f"bnb_{kind}", weight, block_size=group)
-    state = {"quant_type": kind, "blocksize": group, "dtype": "bfloat16", "shape": list(weight.shape)}
+    state = {
+        "quant_type": kind,
+        "blocksize": group,
+        "dtype": "bfloat16",
+        "shape": list(weight.shape),
+    }
     return {
         f"{base}.weight": stored["weight"].reshape(-1, 1),
         f"{base}.weight.absmax": stored["absmax"],
@@ -76,7 +96,8 @@ def d30(base: str, weight: torch.Tensor, kind: str = "nf4") -> dict[str, torch.T
     if kind == "fp4":
         rank = [TO_MAGNITUDE[code & 7] | code & 8 for code in range(16)]
         packed = torch.tensor(
-            [rank[b >> 4] << 4 | rank[b & 15] for b in packed.reshape(-1).tolist()], dtype=torch.uint8
+            [rank[b >> 4] << 4 | rank[b & 15] for b in packed.reshape(-1).tolist()],
+            dtype=torch.uint8,
         )
         table = (*FP4_BY_MAGNITUDE, *(-v for v in FP4_BY_MAGNITUDE))
     state = {"dtype": "bfloat16", "shape": list(weight.shape), "blocksize": 64, "quant_type": kind}
@@ -102,7 +123,9 @@ def d19(base: str, weight: torch.Tensor, kind: str = "nf4") -> dict[str, torch.T
         "format": f"bnb_{kind}", "group_size": 64, "quant_type": kind, "dtype": "bfloat16",
         "shape": list(weight.shape), "quant_map": list(TABLES[kind]), "params": {"group_size": 64},
     }  # fmt: skip
-    return under(base, {"weight": swapped(stored["weight"]).reshape(-1), "absmax": stored["absmax"]}, marker)
+    return under(
+        base, {"weight": swapped(stored["weight"]).reshape(-1), "absmax": stored["absmax"]}, marker
+    )
 
 
 def d19_legacy(base: str, weight: torch.Tensor, kind: str = "nf4") -> dict[str, torch.Tensor]:
@@ -116,15 +139,26 @@ def d19_legacy(base: str, weight: torch.Tensor, kind: str = "nf4") -> dict[str, 
     }
 
 
-def int8_fast(base: str, weight: torch.Tensor, convrot: int | None = None) -> dict[str, torch.Tensor]:
+def int8_fast(
+    base: str, weight: torch.Tensor, convrot: int | None = None
+) -> dict[str, torch.Tensor]:
     """R1: JSON without `format`."""
     options = {"convrot": True, "convrot_groupsize": convrot} if convrot else {}
     stored, _ = native("int8_tensorwise", weight, **options)
-    marker = {"convrot": bool(convrot), **({"convrot_groupsize": convrot} if convrot else {}), "per_row": True}
+    marker = {
+        "convrot": bool(convrot),
+        **({"convrot_groupsize": convrot} if convrot else {}),
+        "per_row": True,
+    }
     return under(base, stored, marker)
 
 
-def scaled_fp8(base: str, weight: torch.Tensor, dtype: str = "float8_e4m3fn") -> dict[str, torch.Tensor]:
+def scaled_fp8(
+    base: str, weight: torch.Tensor, dtype: str = "float8_e4m3fn"
+) -> dict[str, torch.Tensor]:
     """L1 of one layer, without the file's marker."""
     stored, _ = native(dtype, weight)
-    return {f"{base}.weight": stored["weight"], f"{base}.scale_weight": stored["weight_scale"].reshape(1)}
+    return {
+        f"{base}.weight": stored["weight"],
+        f"{base}.scale_weight": stored["weight_scale"].reshape(1),
+    }

@@ -60,7 +60,9 @@ def sd3_shapes(depth: int = 2) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def clip_shapes(layers: int = 12, hidden: int = 768, vocabulary: int = 49408) -> dict[str, tuple[int, ...]]:
+def clip_shapes(
+    layers: int = 12, hidden: int = 768, vocabulary: int = 49408
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a CLIP text encoder; the defaults are CLIP-L's."""
     h, text = hidden, "text_model"
     shapes: dict[str, tuple[int, ...]] = {
@@ -97,11 +99,15 @@ def t5_shapes(layers: int = 12, hidden: int = 768, inner: int = 3072) -> dict[st
     return shapes
 
 
-def gated_t5_shapes(*, d_model: int, d_ff: int, num_heads: int, num_layers: int) -> dict[str, tuple[int, ...]]:
+def gated_t5_shapes(
+    *, d_model: int, d_ff: int, num_heads: int, num_layers: int
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a T5 v1.1 encoder (T5-XXL is one), by the names of ComfyUI's config; heads are 64 wide."""
     shapes = t5_shapes(num_layers, d_model, d_ff)
     for name, shape in list(shapes.items()):
-        if name.endswith(("SelfAttention.q.weight", "SelfAttention.k.weight", "SelfAttention.v.weight")):
+        if name.endswith(
+            ("SelfAttention.q.weight", "SelfAttention.k.weight", "SelfAttention.v.weight")
+        ):
             shapes[name] = (64 * num_heads, d_model)
         elif name.endswith("SelfAttention.o.weight"):
             shapes[name] = (d_model, 64 * num_heads)
@@ -113,7 +119,9 @@ def gated_t5_shapes(*, d_model: int, d_ff: int, num_heads: int, num_layers: int)
     return shapes
 
 
-def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+def random_tensors(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
     """Seeded weights: matrices randn / sqrt(fan in), norms one, biases zero."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -128,7 +136,9 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torc
     return tensors
 
 
-def tiny_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]] | None = None, **metadata: str) -> Path:
+def tiny_checkpoint(
+    path: Path, shapes: dict[str, tuple[int, ...]] | None = None, **metadata: str
+) -> Path:
     """Write a small bf16 Flux model (or the given shapes) and return its path."""
     save_file(random_tensors(shapes or flux_shapes()), path, metadata=metadata or None)
     return path

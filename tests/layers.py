@@ -21,7 +21,9 @@ def heavy_weight(n: int = 256, k: int = 320, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(n, k, generator=generator)
     weight = torch.where(torch.rand(n, k, generator=generator) < 1e-3, weight * 4.5, weight)
-    low_rank = torch.randn(n, 32, generator=generator) @ torch.randn(32, k, generator=generator) / 32**0.5
+    low_rank = (
+        torch.randn(n, 32, generator=generator) @ torch.randn(32, k, generator=generator) / 32**0.5
+    )
     return (weight + 0.3 * low_rank) * 0.02
 
 
@@ -37,21 +39,31 @@ def emoji_activations(rows: int = 4096) -> dict[str, torch.Tensor]:
     spec = importlib.util.spec_from_file_location("emoji_train", EMOJI.parent / "train.py")
     train = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train)
-    model = train.load_flux(argparse.Namespace(out=str(EMOJI.parent), work=str(EMOJI.parent)), "cpu")
+    model = train.load_flux(
+        argparse.Namespace(out=str(EMOJI.parent), work=str(EMOJI.parent)), "cpu"
+    )
     seen: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             keep = seen.setdefault(name, [])
-            module.register_forward_pre_hook(lambda _, inputs, keep=keep: keep.append(inputs[0].flatten(0, -2)))
+            module.register_forward_pre_hook(
+                lambda _, inputs, keep=keep: keep.append(inputs[0].flatten(0, -2))
+            )
     prompts = (EMOJI.parent / "prompts.txt").read_text(encoding="utf-8").split("\n")[:4]
     train.sample(model, *train.conditioning(prompts, "cpu"), 8, 3.0, 1, "cpu")
     generator = torch.Generator().manual_seed(0)
     inputs = {name: torch.cat(parts) for name, parts in seen.items() if parts}
-    return {name: x[torch.randperm(len(x), generator=generator)[:rows]] for name, x in inputs.items()}
+    return {
+        name: x[torch.randperm(len(x), generator=generator)[:rows]] for name, x in inputs.items()
+    }
 
 
 def emoji_weights(wish: Wish) -> dict[str, torch.Tensor]:
     """The weights that a plan with this wish quantizes."""
     with FileSource(EMOJI) as source:
         layers = plan_source(source, Recipe(wish)).layers
-        return {layer.name: source.read(f"{layer.name}.weight") for layer in layers if layer.format == wish.format}
+        return {
+            layer.name: source.read(f"{layer.name}.weight")
+            for layer in layers
+            if layer.format == wish.format
+        }

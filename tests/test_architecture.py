@@ -4,7 +4,11 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MAY_IMPORT = {"kernels": {"kernels"}, "quant_ops": {"kernels", "quant_ops"}, "nodes": {"quant_ops", "nodes"}}
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "quant_ops": {"kernels", "quant_ops"},
+    "nodes": {"quant_ops", "nodes"},
+}
 INSIDE = {  # rooms of quant_ops, lowest first; a room may import those in lines above and its own
     "ground": {"errors", "spec", "sources", "version", "workers"},
     "parts": {"formats", "methods", "transforms", "checkpoint", "calibration", "report"},
@@ -30,7 +34,10 @@ def imports():
                 elif isinstance(node, ast.ImportFrom) and node.level == 0:
                     yield path, None, node.module.split(".")[0]
                 elif isinstance(node, ast.ImportFrom):
-                    base = (*package[: len(package) - node.level + 1], *filter(None, (node.module or "").split(".")))
+                    base = (
+                        *package[: len(package) - node.level + 1],
+                        *filter(None, (node.module or "").split(".")),
+                    )
                     for alias in node.names:
                         yield path, base if len(base) > 1 else (*base, alias.name), None
 
@@ -53,7 +60,12 @@ def test_inside_quant_ops_the_order_holds():
     wrong = []
     for path, target, _ in imports():
         parts = path.relative_to(ROOT).with_suffix("").parts
-        if not target or parts[0] != "quant_ops" or target[0] != "quant_ops" or parts[1] == "__init__":
+        if (
+            not target
+            or parts[0] != "quant_ops"
+            or target[0] != "quant_ops"
+            or parts[1] == "__init__"
+        ):
             continue
         here, there = level[parts[1]], level.get(target[1], 99)
         siblings = {parts[1], target[1]} == {"formats", "methods"}

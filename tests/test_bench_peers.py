@@ -5,7 +5,11 @@ import bench_peers as peers
 import pytest
 import torch
 
-KINDS = ("int8 row", "nf4 64", "fp4 64")  # comfy-kitchen's FP8 has one scale, which our codes do not
+KINDS = (
+    "int8 row",
+    "nf4 64",
+    "fp4 64",
+)  # comfy-kitchen's FP8 has one scale, which our codes do not
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -30,4 +34,6 @@ def test_a_library_that_is_not_here_is_named(monkeypatch):
     absent = peers.Peer("f", "no_such_library", lambda *inputs: [])
     monkeypatch.setattr(peers, "LINEAR", {"nf4 64": (absent,)})
     assert peers.installed(peers.LINEAR, "nf4 64") == []
-    assert any(reason.startswith("no_such_library is not installed here") for reason in peers.missing())
+    assert any(
+        reason.startswith("no_such_library is not installed here") for reason in peers.missing()
+    )

@@ -19,20 +19,32 @@ def load(folder, name):
     return module
 """
 HOST = "sys.argv = ['x', '--cpu']; sys.path.insert(0, {tree!r})\nimport comfy.options; comfy.options.enable_args_parsing()\nimport comfy.sd\n"
-OURS = {"float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "float8_e4m3fn_block3d", "int8_blockwise", "int8_lodewise"}
+OURS = {
+    "float8_e4m3fn_rowwise",
+    "float8_e4m3fn_blockwise",
+    "float8_e4m3fn_block3d",
+    "int8_blockwise",
+    "int8_lodewise",
+}
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """The pack as ComfyUI users have it, dash and dot in the path included."""
     folder = tmp_path_factory.mktemp("v1.0") / "ComfyUI-FewBits"
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "tests", "demo_output", "__pycache__"))
+    shutil.copytree(
+        ROOT, folder, ignore=shutil.ignore_patterns(".git", "tests", "demo_output", "__pycache__")
+    )
     return str(folder)
 
 
 def python(code):
     return subprocess.run(
-        [sys.executable, "-c", "import sys\n" + code], capture_output=True, text=True, env=os.environ, timeout=120
+        [sys.executable, "-c", "import sys\n" + code],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        timeout=120,
     )
 
 
@@ -46,13 +58,13 @@ def test_without_comfyui_importing_the_folder_does_nothing(copy):
 
 def test_under_comfyui_the_import_registers_formats_and_every_seam(copy, comfyui):
     code = HOST.format(tree=str(comfyui)) + LOAD_BY_PATH + f"pack = load({copy!r}, 'by_path')\n"
-    code += "from comfy.quant_ops import QUANT_ALGOS\nfrom comfy_kitchen.tensor.base import LAYOUTS\n"
+    code += (
+        "from comfy.quant_ops import QUANT_ALGOS\nfrom comfy_kitchen.tensor.base import LAYOUTS\n"
+    )
     code += f"missing = {OURS!r} - set(QUANT_ALGOS)\n"
     code += "layouts = all(QUANT_ALGOS[name]['comfy_tensor_layout'] in LAYOUTS for name in QUANT_ALGOS)\n"
     code += "status = sys.modules['by_path.nodes.bridge'].status()\n"
-    code += (
-        "print(missing, layouts, [s for s, reason in status.items() if reason], len(status) > 2, pack.WEB_DIRECTORY)"
-    )
+    code += "print(missing, layouts, [s for s, reason in status.items() if reason], len(status) > 2, pack.WEB_DIRECTORY)"
     result = python(code)
     assert result.stdout.strip() == "set() True [] True ./web", result.stderr
 
@@ -70,17 +82,30 @@ def test_native_entries_stay_comfyuis_own(copy, comfyui):
 
 
 def test_two_copies_in_one_process_register_once(copy, comfyui):
-    code = HOST.format(tree=str(comfyui)) + "import comfy.ops\n" + LOAD_BY_PATH + f"load({copy!r}, 'by_path')\n"
-    code += "wrapped = comfy.ops.mixed_precision_ops\nimport fewbits\nload(" + repr(copy) + ", 'again')\n"
+    code = (
+        HOST.format(tree=str(comfyui))
+        + "import comfy.ops\n"
+        + LOAD_BY_PATH
+        + f"load({copy!r}, 'by_path')\n"
+    )
+    code += (
+        "wrapped = comfy.ops.mixed_precision_ops\nimport fewbits\nload("
+        + repr(copy)
+        + ", 'again')\n"
+    )
     code += "from fewbits.nodes import bridge\nbridge.register()\nprint(comfy.ops.mixed_precision_ops is wrapped, bridge.status())"
     result = python(code)
     assert result.stdout.strip() == "True {}", result.stderr
 
 
 def test_a_comfyui_without_comfy_kitchen_gets_a_reason_and_keeps_the_nodes(copy, comfyui):
-    code = HOST.format(tree=str(comfyui)) + "import comfy.quant_ops\ncomfy.quant_ops._CK_AVAILABLE = False\n"
+    code = (
+        HOST.format(tree=str(comfyui))
+        + "import comfy.quant_ops\ncomfy.quant_ops._CK_AVAILABLE = False\n"
+    )
     code += (
-        LOAD_BY_PATH + f"load({copy!r}, 'by_path')\nprint(sys.modules['by_path.nodes.bridge'].status()['quantization'])"
+        LOAD_BY_PATH
+        + f"load({copy!r}, 'by_path')\nprint(sys.modules['by_path.nodes.bridge'].status()['quantization'])"
     )
     result = python(code)
     assert "reinstall ComfyUI's requirements.txt" in result.stdout, result.stderr
@@ -93,5 +118,7 @@ def test_a_seam_that_breaks_takes_only_itself_away(copy, comfyui):
         + f"load({copy!r}, 'by_path')\nstatus = sys.modules['by_path.nodes.bridge'].status()\nprint(status['linear'], status['formats'])"
     )
     result = python(code)
-    assert "AttributeError" in result.stdout and result.stdout.strip().endswith("None"), result.stderr
+    assert "AttributeError" in result.stdout and result.stdout.strip().endswith("None"), (
+        result.stderr
+    )
     assert result.stderr.count("FewBits: seam") == 1

@@ -11,7 +11,14 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-FORMATS = ("float8_e4m3fn", "int8_tensorwise", "int8_blockwise", "int8_lodewise", "bnb_nf4", "bnb_fp4:method=nearest")
+FORMATS = (
+    "float8_e4m3fn",
+    "int8_tensorwise",
+    "int8_blockwise",
+    "int8_lodewise",
+    "bnb_nf4",
+    "bnb_fp4:method=nearest",
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +28,9 @@ def model(tmp_path_factory):
     rows = (64, 6144, 256, 10240, 128, 128, 8192, 512, 2048, 4096)
     tensors = {}
     for i, n in enumerate(rows):
-        tensors[f"blocks.{i}.weight"] = torch.randn(n, 4096, generator=generator).mul_(0.02).bfloat16()
+        tensors[f"blocks.{i}.weight"] = (
+            torch.randn(n, 4096, generator=generator).mul_(0.02).bfloat16()
+        )
         tensors[f"blocks.{i}.bias"] = torch.randn(n, generator=generator).bfloat16()
     tensors["blocks.3.weight"][:128, 256:512] = 0
     path = tmp_path_factory.mktemp("model") / "model.safetensors"

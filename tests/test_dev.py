@@ -34,7 +34,11 @@ def commands(dev, monkeypatch):
             python = dev.venv_python(Path(command[-1]))
             python.parent.mkdir(parents=True)
             python.touch()
-            (Path(command[-1]) / ("Lib" if os.name == "nt" else "lib/python3.11") / "site-packages").mkdir(parents=True)
+            (
+                Path(command[-1])
+                / ("Lib" if os.name == "nt" else "lib/python3.11")
+                / "site-packages"
+            ).mkdir(parents=True)
 
     monkeypatch.setattr(dev, "run", record)
     return seen
@@ -46,19 +50,32 @@ def layer(dev, cache, lines=("a", "b"), constraints=("torch==1",), below=()):
 
 def test_only_the_standard_library_is_imported_and_no_shell_is_asked():
     tree = ast.parse((ROOT / "dev.py").read_text(encoding="utf-8"))
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "shell"]
+    assert not [
+        node for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "shell"
+    ]
 
 
 @pytest.mark.parametrize("system", ["Linux", "Darwin", "Windows"])
-def test_the_cache_is_the_platforms_own_unless_a_variable_names_one(dev, monkeypatch, tmp_path, system):
+def test_the_cache_is_the_platforms_own_unless_a_variable_names_one(
+    dev, monkeypatch, tmp_path, system
+):
     monkeypatch.setattr(dev.platform, "system", lambda: system)
     monkeypatch.setattr(dev.Path, "home", lambda: tmp_path)
     for name in ("FEWBITS_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
-    wanted = {"Linux": ".cache/fewbits", "Darwin": "Library/Caches/fewbits", "Windows": "AppData/Local/fewbits/cache"}
+    wanted = {
+        "Linux": ".cache/fewbits",
+        "Darwin": "Library/Caches/fewbits",
+        "Windows": "AppData/Local/fewbits/cache",
+    }
     assert dev.cache_folder() == (tmp_path / wanted[system]).resolve()
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path / "mine"))
     assert dev.cache_folder() == (tmp_path / "mine").resolve()
@@ -90,9 +107,14 @@ def test_an_upper_environment_sees_the_packages_of_the_lower_one(dev, commands, 
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt, OSError("disk full")], ids=["interrupt", "error"])
+@pytest.mark.parametrize(
+    "end", [KeyboardInterrupt, OSError("disk full")], ids=["interrupt", "error"]
+)
 def test_a_build_that_ends_early_leaves_nothing(dev, tmp_path, end):
-    with pytest.raises(type(end) if isinstance(end, OSError) else end), dev.build(tmp_path / "venv-1", "x") as part:
+    with (
+        pytest.raises(type(end) if isinstance(end, OSError) else end),
+        dev.build(tmp_path / "venv-1", "x") as part,
+    ):
         (part / "result").mkdir()
         raise end
     assert list(tmp_path.iterdir()) == []
@@ -118,11 +140,21 @@ def test_what_killed_builds_left_is_removed_after_a_while(dev, tmp_path):
 
 def test_a_failing_step_says_so_in_one_line_and_keeps_the_whole_output(dev, tmp_path):
     code = "import sys; print('much'); print('ERROR: no such package'); print('more'); sys.exit(3)"
-    with pytest.raises(dev.Failed) as failure, dev.build(tmp_path / "target", "install things") as part:
+    with (
+        pytest.raises(dev.Failed) as failure,
+        dev.build(tmp_path / "target", "install things") as part,
+    ):
         dev.run([sys.executable, "-c", code], part)
     line = str(failure.value)
     assert line.startswith("install things: ERROR: no such package") and "\n" not in line
-    assert (tmp_path / "failed.log").read_text().split() == ["much", "ERROR:", "no", "such", "package", "more"]
+    assert (tmp_path / "failed.log").read_text().split() == [
+        "much",
+        "ERROR:",
+        "no",
+        "such",
+        "package",
+        "more",
+    ]
     assert str(tmp_path / "failed.log") in line
 
 
@@ -152,22 +184,33 @@ def test_the_slim_environment_leaves_out_what_only_the_page_needs(dev, monkeypat
 
 def status(*arguments, **variables):
     command = [sys.executable, str(ROOT / "dev.py"), *arguments]
-    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_a_folder_without_comfyui_is_refused_in_one_line(tmp_path):
     result = status("demo", COMFYUI_DIR=str(tmp_path), FEWBITS_CACHE=str(tmp_path / "cache"))
     assert result.returncode == 2
-    assert result.stderr == f"dev.py: COMFYUI_DIR={tmp_path}: no main.py in there; name a ComfyUI folder\n"
+    assert (
+        result.stderr
+        == f"dev.py: COMFYUI_DIR={tmp_path}: no main.py in there; name a ComfyUI folder\n"
+    )
 
 
 @pytest.mark.parametrize("python", ["no-such-python", "empty"])
 def test_an_interpreter_that_cannot_run_comfyui_is_refused_in_one_line(tmp_path, python):
     (tmp_path / "main.py").touch()
     if python == "empty":
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True
+        )
         python = tmp_path / "env" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    variables = {"COMFYUI_DIR": str(tmp_path), "COMFYUI_PYTHON": str(python), "FEWBITS_CACHE": str(tmp_path / "cache")}
+    variables = {
+        "COMFYUI_DIR": str(tmp_path),
+        "COMFYUI_PYTHON": str(python),
+        "FEWBITS_CACHE": str(tmp_path / "cache"),
+    }
     result = status("demo", **variables, PYTHONPATH="")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "COMFYUI_PYTHON" in result.stderr
@@ -178,11 +221,16 @@ def test_an_interpreter_that_cannot_run_comfyui_is_refused_in_one_line(tmp_path,
     [
         (["test"], ["-m", "pytest", "-m", "not browser"]),
         (["test", "--browser"], ["-m", "pytest"]),
-        (["test", "-k", "name", "tests/cli"], ["-m", "pytest", "-m", "not browser", "-k", "name", "tests/cli"]),
+        (
+            ["test", "-k", "name", "tests/cli"],
+            ["-m", "pytest", "-m", "not browser", "-k", "name", "tests/cli"],
+        ),
     ],
     ids=["all", "browser", "pytest arguments"],
 )
-def test_pytest_gets_its_arguments_and_page_tests_only_when_asked(dev, monkeypatch, arguments, wanted):
+def test_pytest_gets_its_arguments_and_page_tests_only_when_asked(
+    dev, monkeypatch, arguments, wanted
+):
     seen = []
     fake = type("Fake", (), {"__init__": lambda self, page: None, "fetch_older_trees": lambda self: None,
                            "python": lambda self, *a: seen.append(list(a)) or 5})  # fmt: skip

@@ -16,7 +16,11 @@ from fewbits.quant_ops.planning.layer_config import parse_layer_config
 from fewbits.quant_ops.planning.recipe import draft_from_text
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "web" / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "web" / "docs").rglob("*.md")),
+]
 CLASSIC = (ROOT / "docs" / "convert_to_quant.md").read_text(encoding="utf-8")
 
 
@@ -25,8 +29,13 @@ def blocks(language):
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        found += [(page, match) for match in re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)]
-    return [pytest.param(page, text, id=f"{page.relative_to(ROOT)}-{i}") for i, (page, text) in enumerate(found)]
+        found += [
+            (page, match) for match in re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+        ]
+    return [
+        pytest.param(page, text, id=f"{page.relative_to(ROOT)}-{i}")
+        for i, (page, text) in enumerate(found)
+    ]
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("toml"))
@@ -40,7 +49,10 @@ def test_the_layer_config_shown_is_valid_and_ranked_as_the_page_says():
     config = parse_layer_config(json.loads(shown))
     assert not config.warnings and len(config.entries) == 4
     ranked = [entry.entry.pattern for entry in config.ranked(["final_layer.linear", "img_in"])]
-    assert set(ranked[:2]) == {"final_layer.linear", "img_in"} and ranked[2:] == ["double_blocks.0.*", "*norm*"]
+    assert set(ranked[:2]) == {"final_layer.linear", "img_in"} and ranked[2:] == [
+        "double_blocks.0.*",
+        "*norm*",
+    ]
 
 
 COMMANDS = [line for line in CLASSIC.splitlines() if line.strip().startswith("convert_to_quant -i")]

@@ -134,20 +134,38 @@ def test_codes_are_never_quantized_as_if_they_were_numbers(tmp_path, capsys):
             if wanted:
                 assert "quantized already" in shown.err and not out.exists()
             else:
-                assert torch.equal(load_file(out)["a.weight"].view(torch.uint8), codes.view(torch.uint8))
+                assert torch.equal(
+                    load_file(out)["a.weight"].view(torch.uint8), codes.view(torch.uint8)
+                )
 
 
-WISHES = [*FORMATS, "int8_tensorwise:scaling=tensor", "int8_tensorwise:convrot=true,convrot_groupsize=16"]
-LEARNED = [f"{wish}:method=svd,num_iter=9" for wish in ("float8_e4m3fn", "int8_blockwise", "bnb_nf4", "mxfp8", "nvfp4")]
-SEARCHED = [f"{wish}:method=mse_clip" for wish in ("float8_e4m3fn_block3d", "bnb_fp4", "nvfp4", "convrot_w4a4")]
+WISHES = [
+    *FORMATS,
+    "int8_tensorwise:scaling=tensor",
+    "int8_tensorwise:convrot=true,convrot_groupsize=16",
+]
+LEARNED = [
+    f"{wish}:method=svd,num_iter=9"
+    for wish in ("float8_e4m3fn", "int8_blockwise", "bnb_nf4", "mxfp8", "nvfp4")
+]
+SEARCHED = [
+    f"{wish}:method=mse_clip"
+    for wish in ("float8_e4m3fn_block3d", "bnb_fp4", "nvfp4", "convrot_w4a4")
+]
 
 
 @pytest.mark.parametrize("wish", WISHES + LEARNED + SEARCHED)
 def test_the_reported_error_is_that_of_the_file(wish, tmp_path):
     """M28: scales stored beside the codes are the ones these codes were fitted to."""
-    model = tiny_checkpoint(tmp_path / "m.safetensors", {"a.weight": (256, 256), "odd.weight": (48, 100)})
-    report = quantize_file(model, tmp_path / "q.safetensors", Recipe(parse_wish(wish), preset="none"))
-    stored = {layer.name: layer.rel_l2 for layer in verify_file(tmp_path / "q.safetensors", model).layers}
+    model = tiny_checkpoint(
+        tmp_path / "m.safetensors", {"a.weight": (256, 256), "odd.weight": (48, 100)}
+    )
+    report = quantize_file(
+        model, tmp_path / "q.safetensors", Recipe(parse_wish(wish), preset="none")
+    )
+    stored = {
+        layer.name: layer.rel_l2 for layer in verify_file(tmp_path / "q.safetensors", model).layers
+    }
     told = {result.name: result.rel_l2 for result in report.results}
     assert told and stored == {name: pytest.approx(error, rel=1e-3) for name, error in told.items()}
 
@@ -158,17 +176,30 @@ def test_a_bf16_file_gets_the_codes_of_its_float32_values(wish, tmp_path):
     tensors = random_tensors({"a.weight": (256, 256), "odd.weight": (48, 100)})
     outputs = []
     for name, dtype in (("bf16", torch.bfloat16), ("f32", torch.float32)):
-        save_file({key: value.to(dtype) for key, value in tensors.items()}, tmp_path / f"{name}.safetensors")
+        save_file(
+            {key: value.to(dtype) for key, value in tensors.items()},
+            tmp_path / f"{name}.safetensors",
+        )
         out = tmp_path / f"{name}_q.safetensors"
-        quantize_file(tmp_path / f"{name}.safetensors", out, Recipe(parse_wish(wish), preset="none"))
-        outputs.append({key: value for key, value in load_file(out).items() if not key.endswith("comfy_quant")})
+        quantize_file(
+            tmp_path / f"{name}.safetensors", out, Recipe(parse_wish(wish), preset="none")
+        )
+        outputs.append(
+            {key: value for key, value in load_file(out).items() if not key.endswith("comfy_quant")}
+        )
     assert outputs[0].keys() == outputs[1].keys()
     for key, value in outputs[0].items():
-        assert torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (value, outputs[1][key]))), key
+        assert torch.equal(
+            *(tensor.reshape(-1).view(torch.uint8) for tensor in (value, outputs[1][key]))
+        ), key
 
 
 def test_the_classic_function_returns_the_same_errors_as_the_file(tmp_path):
     model = tiny_checkpoint(tmp_path / "m.safetensors")
     report = quantize(input=model, output=tmp_path / "q.safetensors", nf4=True, num_iter=5)
-    stored = {layer.name: layer.rel_l2 for layer in verify_file(tmp_path / "q.safetensors", model).layers}
-    assert stored == {result.name: pytest.approx(result.rel_l2, rel=1e-3) for result in report.results}
+    stored = {
+        layer.name: layer.rel_l2 for layer in verify_file(tmp_path / "q.safetensors", model).layers
+    }
+    assert stored == {
+        result.name: pytest.approx(result.rel_l2, rel=1e-3) for result in report.results
+    }

@@ -21,7 +21,11 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 def test_the_package_list_is_the_tree():
     listed = set(re.findall(r'^ {4}"((?:fewbits|convert_to_quant)[\w.]*)",$', PYPROJECT, re.M))
-    found = {"fewbits", "fewbits.compat", "convert_to_quant"}  # the last two are aliases, see package-dir
+    found = {
+        "fewbits",
+        "fewbits.compat",
+        "convert_to_quant",
+    }  # the last two are aliases, see package-dir
     for room in ("kernels", "nodes", "quant_ops"):
         folders = [ROOT / room, *(path for path in (ROOT / room).rglob("*") if path.is_dir())]
         packages = [f.relative_to(ROOT) for f in folders if (f / "__init__.py").is_file()]
@@ -42,14 +46,18 @@ def test_requirements_leave_torch_and_comfy_kitchen_to_comfyui():
 def source(tmp_path_factory):
     """A copy of the pack's files, so that building leaves nothing in the checkout."""
     folder = tmp_path_factory.mktemp("source") / "ComfyUI-FewBits"
-    ignore = shutil.ignore_patterns(".git", "tests", "demo_output", "__pycache__", "build", "*.egg-info", ".venv")
+    ignore = shutil.ignore_patterns(
+        ".git", "tests", "demo_output", "__pycache__", "build", "*.egg-info", ".venv"
+    )
     shutil.copytree(ROOT, folder, ignore=ignore)
     return folder
 
 
 def pip(python, *arguments):
     offline = ["--no-deps", "--no-index", "--no-build-isolation"]
-    result = subprocess.run([str(python), "-m", "pip", arguments[0], "-q", *offline, *map(str, arguments[1:])], **TEXT)
+    result = subprocess.run(
+        [str(python), "-m", "pip", arguments[0], "-q", *offline, *map(str, arguments[1:])], **TEXT
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -72,20 +80,28 @@ def installed(request, source, tmp_path_factory):
     packages = subprocess.run([str(python), "-c", code], **TEXT).stdout.strip()
     below = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
     (Path(packages) / "below.pth").write_text(below, encoding="utf-8")
-    source = request.getfixturevalue("wheel") if request.param == "wheel" else f"--editable={source}"
+    source = (
+        request.getfixturevalue("wheel") if request.param == "wheel" else f"--editable={source}"
+    )
     pip(python, "install", source)
     return python, scripts
 
 
 def elsewhere(command, folder):
     """Run a command in another folder and without the tests' own search path."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHONPATH")}
+    variables = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTHONPATH")
+    }
     return subprocess.run(list(map(str, command)), cwd=folder, env=variables, **TEXT)
 
 
 def test_the_wheel_puts_the_package_and_the_classic_name_into_site_packages(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"fewbits", "convert_to_quant", f"fewbits-{VERSION}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {
+        "fewbits",
+        "convert_to_quant",
+        f"fewbits-{VERSION}.dist-info",
+    }
 
 
 def test_the_wheel_carries_every_data_file_and_no_tests(wheel):
@@ -118,7 +134,9 @@ def test_the_installed_pack_is_one_name_and_leaves_comfyuis_alone(installed, tmp
 def test_the_installed_command_plans_a_file(installed, tmp_path):
     result = elsewhere([installed[1] / "fewbits", "--version"], tmp_path)
     assert result.stdout.strip() == f"fewbits {VERSION}", result.stderr
-    result = elsewhere([installed[1] / "fewbits", "plan", EMOJI, "--format", "int8_tensorwise"], tmp_path)
+    result = elsewhere(
+        [installed[1] / "fewbits", "plan", EMOJI, "--format", "int8_tensorwise"], tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert not list(tmp_path.iterdir())
 
@@ -132,7 +150,9 @@ def test_the_installed_classic_names_are_thin_aliases(installed, tmp_path):
     )
     result = elsewhere([installed[0], "-c", code], tmp_path)
     assert result.stdout.strip() == "fewbits.quant_ops.compat.api", result.stderr
-    result = elsewhere([installed[1] / "convert_to_quant", "-i", EMOJI, "--simple", "--dry-run"], tmp_path)
+    result = elsewhere(
+        [installed[1] / "convert_to_quant", "-i", EMOJI, "--simple", "--dry-run"], tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("+ fewbits plan ") and not list(tmp_path.iterdir())
 

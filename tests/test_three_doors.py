@@ -13,14 +13,26 @@ CASES = [
     pytest.param("emoji_flux", "FewBitsQuantizeINT8", "int8_tensorwise", {}, [], id="int8_row"),
     pytest.param("emoji_flux", "FewBitsQuantizeFP4", "bnb_fp4", {}, [], id="fp4_own_method"),
     pytest.param(
-        "emoji_flux", "FewBitsQuantizeFP4", "bnb_fp4", {"method": "nearest"}, ["--method", "nearest"], id="fp4"
+        "emoji_flux",
+        "FewBitsQuantizeFP4",
+        "bnb_fp4",
+        {"method": "nearest"},
+        ["--method", "nearest"],
+        id="fp4",
     ),
-    pytest.param("sd3", "FewBitsQuantizeINT8", "int8_blockwise", {"block_size": "64"}, [], id="int8_block"),
+    pytest.param(
+        "sd3", "FewBitsQuantizeINT8", "int8_blockwise", {"block_size": "64"}, [], id="int8_block"
+    ),
     pytest.param(
         "sd3",
         "FewBitsQuantizeINT8",
         "int8_tensorwise",
-        {"scaling": "tensor", "preset": "none", "keep": "\n".join(KEEP), "fallback": "float8_e4m3fn"},
+        {
+            "scaling": "tensor",
+            "preset": "none",
+            "keep": "\n".join(KEEP),
+            "fallback": "float8_e4m3fn",
+        },
         ["--preset", "none", "--keep", KEEP[0], "--keep", KEEP[1], "--fallback", "float8_e4m3fn"],
         id="options",
     ),
@@ -31,7 +43,10 @@ CASES = [
 def models(tmp_path_factory):
     """The trained Flux model, and a random SD3 model with metadata of its own."""
     folder = tmp_path_factory.mktemp("models")
-    return [EMOJI / "emoji_flux.safetensors", tiny_checkpoint(folder / "sd3.safetensors", sd3_shapes(), title="tiny")]
+    return [
+        EMOJI / "emoji_flux.safetensors",
+        tiny_checkpoint(folder / "sd3.safetensors", sd3_shapes(), title="tiny"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +61,18 @@ def digest(path):
 
 
 @pytest.mark.parametrize("stem, node, name, inputs, arguments", CASES)
-def test_three_doors_write_the_same_bytes(server, models, tmp_path, stem, node, name, inputs, arguments, request):
+def test_three_doors_write_the_same_bytes(
+    server, models, tmp_path, stem, node, name, inputs, arguments, request
+):
     model = next(path for path in models if path.stem == stem)
     case = request.node.callspec.id
     wish = {"format": name, **inputs}
     run = server.run(
         {
-            "load": {"class_type": "UNETLoader", "inputs": {"unet_name": model.name, "weight_dtype": "default"}},
+            "load": {
+                "class_type": "UNETLoader",
+                "inputs": {"unet_name": model.name, "weight_dtype": "default"},
+            },
             "quantize": {"class_type": node, "inputs": {"model": ["load", 0], **wish}},
             "save": {
                 "class_type": "FewBitsSaveComfyQuant",
@@ -60,12 +80,18 @@ def test_three_doors_write_the_same_bytes(server, models, tmp_path, stem, node, 
             },
             "file": {
                 "class_type": "FewBitsQuantizeFile",
-                "inputs": {"file": f"diffusion_models/{model.name}", "filename": f"{case}/file", **wish},
+                "inputs": {
+                    "file": f"diffusion_models/{model.name}",
+                    "filename": f"{case}/file",
+                    **wish,
+                },
             },
         }
     )
     assert run.status == "success", run.error
-    options = "".join(f":{key}={value}" for key, value in inputs.items() if key in ("scaling", "block_size"))
+    options = "".join(
+        f":{key}={value}" for key, value in inputs.items() if key in ("scaling", "block_size")
+    )
     command = tmp_path / "command.safetensors"
     result = fewbits("quantize", model, "-o", command, "--format", name + options, *arguments)
     assert result.returncode == 0, result.stderr

@@ -18,7 +18,9 @@ LAYERS = 8
 def model(tmp_path):
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        f"blocks.{i}.{j}.weight": torch.randn(96 + i, 640, generator=generator) for i in range(LAYERS) for j in "ab"
+        f"blocks.{i}.{j}.weight": torch.randn(96 + i, 640, generator=generator)
+        for i in range(LAYERS)
+        for j in "ab"
     }
     path = tmp_path / "model.safetensors"
     save_file(tensors, path)
@@ -44,7 +46,9 @@ def test_layers_side_by_side_give_the_bytes_of_one_after_the_other(model, monkey
     names = set()
     convert = pipeline._convert
     monkeypatch.setattr(
-        pipeline, "_convert", lambda *args: (names.add(threading.current_thread().name), convert(*args))[1]
+        pipeline,
+        "_convert",
+        lambda *args: (names.add(threading.current_thread().name), convert(*args))[1],
     )
     many, report = quantize(model, "many.safetensors")
     assert len(names) == workers.LAYERS and all(name.startswith("fewbits-layer") for name in names)
@@ -71,7 +75,9 @@ def test_the_first_damaged_layer_is_named_and_nothing_is_left(model):
 
 
 @pytest.mark.parametrize("waiting", [1, 4])
-def test_however_many_layers_wait_the_first_that_cannot_be_written_ends_the_conversion(model, monkeypatch, waiting):
+def test_however_many_layers_wait_the_first_that_cannot_be_written_ends_the_conversion(
+    model, monkeypatch, waiting
+):
     monkeypatch.setattr(pipeline, "WAITING", waiting)
     quantize(model, "out.safetensors")
     written = []
@@ -118,7 +124,9 @@ def test_workers_share_the_callers_inference_mode(model, monkeypatch):
     seen = set()
     convert = pipeline._convert
     monkeypatch.setattr(
-        pipeline, "_convert", lambda *args: (seen.add(torch.is_inference_mode_enabled()), convert(*args))[1]
+        pipeline,
+        "_convert",
+        lambda *args: (seen.add(torch.is_inference_mode_enabled()), convert(*args))[1],
     )
     quantize(model, "plain.safetensors")
     with torch.inference_mode():

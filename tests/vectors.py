@@ -34,10 +34,14 @@ def sha(tensor: torch.Tensor) -> str:
 def bits(tensor: torch.Tensor) -> str:
     """float32 values as big-endian bit patterns, separated by spaces."""
     assert tensor.dtype == torch.float32
-    return " ".join(f"{value & 0xFFFFFFFF:08x}" for value in tensor.reshape(-1).view(torch.int32).tolist())
+    return " ".join(
+        f"{value & 0xFFFFFFFF:08x}" for value in tensor.reshape(-1).view(torch.int32).tolist()
+    )
 
 
 def floats(patterns: str) -> torch.Tensor:
     """The inverse of `bits`."""
     values = [int(pattern, 16) for pattern in patterns.split()]
-    return torch.tensor([v - (1 << 32) if v >> 31 else v for v in values], dtype=torch.int32).view(torch.float32)
+    return torch.tensor([v - (1 << 32) if v >> 31 else v for v in values], dtype=torch.int32).view(
+        torch.float32
+    )

@@ -1,4 +1,6 @@
-"""CUDA C++ kernels, compiled on first use by the NVRTC that torch's CUDA builds bring: no compiler to install."""
+"""CUDA C++ kernels, compiled on first use by the NVRTC that torch's CUDA builds bring: no compiler
+to install.
+"""
 
 from __future__ import annotations
 

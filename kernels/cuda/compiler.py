@@ -1,4 +1,5 @@
-"""Compile CUDA C++ with NVRTC and launch it on torch's current stream; one compile per kernel, options and GPU kind.
+"""Compile CUDA C++ with NVRTC and launch it on torch's current stream; one compile per kernel,
+options and GPU kind.
 
 torch.cuda's own run-time compiler looks for a CUDA toolkit, which users do not have.
 """
@@ -54,16 +55,24 @@ def compile_cubin(source: str, architecture: str, options: tuple[str, ...] = ())
         RuntimeError: the compiler's log.
     """
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
-    flags = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", *(option.encode() for option in options)]
+    flags = [
+        f"--gpu-architecture={architecture}".encode(),
+        b"--std=c++17",
+        *(option.encode() for option in options),
+    ]
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"fewbits.cu", 0, None, None)
     try:
-        status = nvrtc.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
+        status = nvrtc.nvrtcCompileProgram(
+            program, len(flags), (ctypes.c_char_p * len(flags))(*flags)
+        )
         size = ctypes.c_size_t()
         if status:
             nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
             log = ctypes.create_string_buffer(size.value)
             nvrtc.nvrtcGetProgramLog(program, log)
-            raise RuntimeError(f"NVRTC could not compile a FewBits kernel: {log.value.decode(errors='replace')}")
+            raise RuntimeError(
+                f"NVRTC could not compile a FewBits kernel: {log.value.decode(errors='replace')}"
+            )
         nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
         cubin = ctypes.create_string_buffer(size.value)
         nvrtc.nvrtcGetCUBIN(program, cubin)
@@ -76,7 +85,9 @@ def compile_cubin(source: str, architecture: str, options: tuple[str, ...] = ())
 def _cubin(source: str, architecture: str, options: tuple[str, ...]) -> bytes:
     begin = time.perf_counter()
     cubin = compile_cubin(source, architecture, options)
-    logger.info("compiled a kernel for %s in %.1f s (once)", architecture, time.perf_counter() - begin)
+    logger.info(
+        "compiled a kernel for %s in %.1f s (once)", architecture, time.perf_counter() - begin
+    )
     return cubin
 
 
@@ -88,9 +99,16 @@ SWIZZLE_128B, FETCH_256B = 3, 3
 
 
 def encode_tensor_map(
-    address: int, dtype: torch.dtype, rows: int, columns: int, pitch: int, box: tuple[int, int], swizzle: bool
+    address: int,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    pitch: int,
+    box: tuple[int, int],
+    swizzle: bool,
 ) -> bytes:
-    """How the copy engine of a GPU reads boxes of (rows, columns) of a matrix; what lies outside reads as zero.
+    """How the copy engine of a GPU reads boxes of (rows, columns) of a matrix; what lies outside
+    reads as zero.
 
     Args:
         address: a multiple of 16 bytes.
@@ -118,16 +136,33 @@ class Kernel:
 
     def __init__(self, source: str, name: str, options: tuple[str, ...], device: int, shared: int):
         major, minor = torch.cuda.get_device_capability(device)
-        self._function, self._module, self._device, self._shared = ctypes.c_void_p(), ctypes.c_void_p(), device, shared
+        self._function, self._module, self._device, self._shared = (
+            ctypes.c_void_p(),
+            ctypes.c_void_p(),
+            device,
+            shared,
+        )
         # What only Hopper has is behind a name of its own.
-        cubin = _cubin(source, "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}", options)
+        cubin = _cubin(
+            source, "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}", options
+        )
         with torch.cuda.device(device):
             torch.cuda.current_stream().query()  # makes torch's context current on this thread
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), cubin))
-            _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
+            _check(
+                _driver().cuModuleGetFunction(
+                    ctypes.byref(self._function), self._module, name.encode()
+                )
+            )
             _check(_driver().cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED, shared))
 
-    def launch(self, grid: tuple[int, int, int], threads: int, layout: struct.Struct, *arguments: int | bytes) -> None:
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        layout: struct.Struct,
+        *arguments: int | bytes,
+    ) -> None:
         """Start it on the device's current stream; `layout` packs its one argument, a struct."""
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
@@ -135,12 +170,16 @@ class Kernel:
         parameters = ONE_POINTER(layout.pack(*arguments))
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
         return _check(
-            _driver().cuLaunchKernel(self._function, *grid, threads, 1, 1, self._shared, stream, parameters, None)
+            _driver().cuLaunchKernel(
+                self._function, *grid, threads, 1, 1, self._shared, stream, parameters, None
+            )
         )
 
 
 @cache
-def kernel(source: str, name: str, options: tuple[str, ...], device: int, shared: int = 0) -> Kernel:
+def kernel(
+    source: str, name: str, options: tuple[str, ...], device: int, shared: int = 0
+) -> Kernel:
     """The entry point, compiled and loaded on first use."""
     return Kernel(source, name, options, device, shared)
 

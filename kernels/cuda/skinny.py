@@ -1,4 +1,5 @@
-"""x @ W.T for few rows of x: W's codes go from memory through registers into tensor cores, decoded on the way.
+"""x @ W.T for few rows of x: W's codes go from memory through registers into tensor cores, decoded
+on the way.
 
 The kernel is skinny.cu; here a product gets its variant, its share of work and its launch.
 """
@@ -26,8 +27,9 @@ TABLE_BYTES = 256 * 32 * 4  # of a 4-bit kernel: 256 pairs, once per bank
 class Work(NamedTuple):
     """How a product is shared out.
 
-    tokens: rows of x a warp multiplies; rows: warps of a block side by side, 16 rows of W each; split: warps of a
-    block, and cluster: blocks, that share the K of a row; stages: of a warp's ring, one being multiplied.
+    tokens: rows of x a warp multiplies; rows: warps of a block side by side, 16 rows of W each;
+    split: warps of a block, and cluster: blocks, that share the K of a row; stages: of a warp's
+    ring, one being multiplied.
     """
 
     tokens: int
@@ -39,7 +41,9 @@ class Work(NamedTuple):
 
 @cache
 def _table(values: tuple[float, ...], dtype: torch.dtype) -> tuple[str, ...]:
-    """The 16 values as two tables of bytes, four per register: L0..L3 the low bytes, H0..H3 the high ones."""
+    """The 16 values as two tables of bytes, four per register: L0..L3 the low bytes, H0..H3 the
+    high ones.
+    """
     bits = torch.tensor(values, dtype=torch.float32).to(dtype).view(torch.uint8).view(16, 2)
     return tuple(
         f"-D{plane}{i}={int.from_bytes(bytes(bits[4 * i : 4 * i + 4, byte].tolist()), 'little'):#x}u"
@@ -92,10 +96,12 @@ def tokens_for(m: int) -> int:
     return min(1 << (m - 1).bit_length(), 64)
 
 
-# (most rows of x, work for at least 8192 rows of W, for at least 2048, for fewer), as (rows, split, cluster, stages):
-# the best over 12288x3072, over 3072x12288, 3072x15360, 3072x3072 and 5120x13824, and for 1280x1280 on an H200 in
-# tests/benchmarks/linear_sweep.py. ms for 12288x3072 / 3072x12288, the library's bf16 product in brackets:
-#   nf4 64     M=1 .0096 / .0103 (.022 .023), 16 .0130 / .0164, 32 .022 / .025, 64 .041 / .043 (.023 .026)
+# (most rows of x, work for at least 8192 rows of W, for at least 2048, for fewer), as (rows, split,
+# cluster, stages): the best over 12288x3072, over 3072x12288, 3072x15360, 3072x3072 and 5120x13824,
+# and for 1280x1280 on an H200 in tests/benchmarks/linear_sweep.py. ms for 12288x3072 / 3072x12288,
+# the library's bf16 product in brackets:
+#   nf4 64     M=1 .0096 / .0103 (.022 .023), 16 .0130 / .0164, 32 .022 / .025, 64 .041 / .043 (.023
+# .026)
 #   int8 row   M=1 .0128 / .0127, 16 .0141 / .0149, 32 .017 / .021, 64 .026 / .029
 WORK = {
     4: (
@@ -124,7 +130,9 @@ def work_for(tokens: int, n: int, codes: torch.dtype, device: int) -> Work:
     properties = torch.cuda.get_device_properties(device)
     if properties.major < CLUSTERS:
         work = work._replace(cluster=1, split=min(work.split * work.cluster, 16 // work.rows))
-    while shared_bytes(codes, work) > getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES):
+    while shared_bytes(codes, work) > getattr(
+        properties, "shared_memory_per_block_optin", SHARED_BYTES
+    ):
         work = _smaller(work)
     return work
 
@@ -151,7 +159,13 @@ def why_not_shape(m: int, k: int, group: int | None, dtype: torch.dtype) -> str 
 
 @cache
 def _entry(
-    device: int, codes: torch.dtype, dtype: torch.dtype, group: int | None, even: bool, work: Work, values: tuple | None
+    device: int,
+    codes: torch.dtype,
+    dtype: torch.dtype,
+    group: int | None,
+    even: bool,
+    work: Work,
+    values: tuple | None,
 ) -> Kernel:
     wanted = options(codes, dtype, group, even, work, values)
     return kernel(SOURCE, "multiply", wanted, device, shared_bytes(codes, work))
@@ -192,5 +206,7 @@ def multiply(
     pointers = (t.data_ptr() for t in (x, codes, scale, bias if has_bias else scale, out))
     grid = (-(-n // (16 * work.rows)) * work.cluster, -(-m // work.tokens), 1)
     shift = 31 if rows_per_scale >= n else rows_per_scale.bit_length() - 1
-    entry.launch(grid, 32 * work.rows * work.split, ARGUMENTS, *pointers, m, n, k, shift, groups, has_bias)
+    entry.launch(
+        grid, 32 * work.rows * work.split, ARGUMENTS, *pointers, m, n, k, shift, groups, has_bias
+    )
     return out

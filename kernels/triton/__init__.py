@@ -1,4 +1,6 @@
-"""Triton kernels. Triton itself is imported only by the modules in here, and those only on first use on a GPU."""
+"""Triton kernels. Triton itself is imported only by the modules in here, and those only on first
+use on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,13 @@ def why_not_triton(tensor: torch.Tensor) -> str | None:
 
 def why_not_codes_of(tensor: torch.Tensor, dtype: torch.dtype) -> str | None:
     """Why our Triton kernels do not take this tensor with codes of a dtype; None when they do."""
-    return (why_not_float8(tensor) if dtype == torch.float8_e4m3fn else None) or why_not_triton(tensor)
+    return (why_not_float8(tensor) if dtype == torch.float8_e4m3fn else None) or why_not_triton(
+        tensor
+    )
 
 
 def why_not_double(weight: torch.Tensor) -> str | None:
-    """Why our kernels that give eager's bits do not take a weight of this dtype; None when they do."""
+    """Why our kernels that give eager's bits do not take a weight of this dtype; None when they
+    do.
+    """
     return "float64 weight" if weight.dtype == torch.float64 else None

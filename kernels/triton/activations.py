@@ -1,4 +1,5 @@
-"""Quantize activations to INT8 or FP8: scale = absmax / qmax, q = round(f(x) / scale); x read once, codes written once.
+"""Quantize activations to INT8 or FP8: scale = absmax / qmax, q = round(f(x) / scale); x read once,
+codes written once.
 
 f is nothing, or GELU in float32, which then needs no pass over memory of its own.
 """
@@ -55,7 +56,11 @@ def _rows(
     for start in range(0, k, BLOCK):  # the row again, from the cache
         value = tl.load(x + row * stride + start + at, start + at < k, other=0.0).to(tl.float32)
         value = _activate(value, ACTIVATION)
-        tl.store(codes + row * k + start + at, _encode(value, s, absmax < FLOOR, QMAX, FLOAT8), start + at < k)
+        tl.store(
+            codes + row * k + start + at,
+            _encode(value, s, absmax < FLOOR, QMAX, FLOAT8),
+            start + at < k,
+        )
 
 
 @triton.jit
@@ -70,12 +75,14 @@ def _groups(
     value = _activate(tl.load(x + at, inside, other=0.0).to(tl.float32), ACTIVATION)
     absmax = tl.max(magnitude(value), 1).to(tl.float32, bitcast=True)
     s = scale_of(absmax, QMAX, FLOOR)
-    tl.store(codes + at, _encode(value, s[:, None], (absmax < FLOOR)[:, None], QMAX, FLOAT8), inside)
+    tl.store(
+        codes + at, _encode(value, s[:, None], (absmax < FLOOR)[:, None], QMAX, FLOAT8), inside
+    )
     tl.store(scale + run % groups * pitch + run // groups, s, run < count)
 
 
-# (longest row, (elements at a time, warps)): on an H200, 4608 rows, times those of a copy of as many bytes: FP8 1.4 at
-# K = 3072, 1.17 at 12288, 1.13 at 15360; INT8 1.55, 1.31, 1.31.
+# (longest row, (elements at a time, warps)): on an H200, 4608 rows, times those of a copy of as
+# many bytes: FP8 1.4 at K = 3072, 1.17 at 12288, 1.13 at 15360; INT8 1.55, 1.31, 1.31.
 ROW_BLOCKS = ((4096, (1024, 4)), (12288, (4096, 8)), (None, (8192, 16)))
 
 
@@ -87,7 +94,8 @@ def quantize(
     shape: tuple[int, int] | None = None,
     gelu: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(M, K) -> (M, K) codes and (M, groups) float32 scales, M fastest, columns at multiples of 16 bytes.
+    """(M, K) -> (M, K) codes and (M, groups) float32 scales, M fastest, columns at multiples of 16
+    bytes.
 
     Args:
         gelu: "tanh" or "none", torch's names of its two forms; None quantizes x as it is.
@@ -103,9 +111,23 @@ def quantize(
     if group:
         runs = max(4096 // group, 1)
         grid, counts = (-(-m * groups // runs), 1, 1), (pitch, m * groups, groups)
-        launch(_groups, grid, (x, codes, scale), *counts, qmax, float8, TINY, group, runs, activation, num_warps=4)
+        launch(
+            _groups,
+            grid,
+            (x, codes, scale),
+            *counts,
+            qmax,
+            float8,
+            TINY,
+            group,
+            runs,
+            activation,
+            num_warps=4,
+        )
     else:
-        most, warps = shape or next(shape for limit, shape in ROW_BLOCKS if limit is None or k <= limit)
+        most, warps = shape or next(
+            shape for limit, shape in ROW_BLOCKS if limit is None or k <= limit
+        )
         block = min(1 << (k - 1).bit_length(), most)
         numbers = (k, x.stride(0), qmax, float8, TINY, block, activation)
         launch(_rows, (m, 1, 1), (x, codes, scale), *numbers, num_warps=warps)

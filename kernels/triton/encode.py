@@ -14,18 +14,21 @@ from .rounding import divide, divide_many, magnitude, round_int8
 KINDS = {"int8": 0, "e4m3fn": 1, "nf4": 2, "fp4": 3}
 _INT8, _E4M3, _NF4, _FP4 = (tl.constexpr(kind) for kind in KINDS.values())
 
-# Strips of [-1, 1] (NF4) or [0, 1] (FP4), by the upper bits of a fixed-point number; each holds at most one threshold.
+# Strips of [-1, 1] (NF4) or [0, 1] (FP4), by the upper bits of a fixed-point number; each holds at
+# most one threshold.
 STRIPS = 32
 
 
 def strip_table(thresholds: tuple[float, ...], signed: bool) -> tuple[int, ...]:
-    """What to add to a 32-bit fixed-point x of each strip, so that its upper 4 bits count the thresholds below x.
+    """What to add to a 32-bit fixed-point x of each strip, so that its upper 4 bits count the
+    thresholds below x.
 
     x has 31 fraction bits where it is `signed`, else 32: every float near a threshold is exact.
     """
     width = (1 << 32) // STRIPS
     rounded = torch.tensor(thresholds, dtype=torch.float32).tolist()
-    above = [int(threshold * 2 ** (31 if signed else 32)) + 1 for threshold in rounded]  # the first x past each
+    # the first x past each
+    above = [int(threshold * 2 ** (31 if signed else 32)) + 1 for threshold in rounded]
     table = []
     for strip in range(STRIPS):
         low = width * (strip - STRIPS if signed and strip >= STRIPS // 2 else strip)
@@ -45,8 +48,9 @@ def table_of(name: str, thresholds: tuple[float, ...], device: torch.device) -> 
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-# Every lane loads its own entry of the 32, then four elements at a time fetch the entries of their strips from each
-# other. A gather from memory would move the tile to another layout and back, through shared memory.
+# Every lane loads its own entry of the 32, then four elements at a time fetch the entries of their
+# strips from each other. A gather from memory would move the tile to another layout and back,
+# through shared memory.
 _FETCH = tl.constexpr(
     "{ .reg .b32 lane, entry; .reg .b64 at; mov.u32 lane, %laneid; mad.wide.u32 at, lane, 4, $8; "
     "ld.global.nc.b32 entry, [at];"
@@ -60,14 +64,19 @@ _FETCH_REGISTERS = tl.constexpr("=r,=r,=r,=r,r,r,r,r,l,l,l,l")
 def fetch(table, strip):
     """table[strip] for a table of 32 entries."""
     address = tl.cast(table, tl.int64, bitcast=True)
-    return tl.inline_asm_elementwise(_FETCH, _FETCH_REGISTERS, [strip, address], dtype=tl.int32, is_pure=False, pack=4)
+    return tl.inline_asm_elementwise(
+        _FETCH, _FETCH_REGISTERS, [strip, address], dtype=tl.int32, is_pure=False, pack=4
+    )
 
 
 @triton.jit
 def code_word(x, table, KIND: tl.constexpr):
-    """x of a 4-bit format -> int32 whose upper 4 bits are the NF4 code, or the sign and the rank of |x| for FP4."""
+    """x of a 4-bit format -> int32 whose upper 4 bits are the NF4 code, or the sign and the rank of
+    |x| for FP4.
+    """
     if KIND == _NF4:
-        fixed = tl.minimum(x * 2147483648.0, 2147483520.0).to(tl.int32)  # below -1 the conversion saturates
+        # below -1 the conversion saturates
+        fixed = tl.minimum(x * 2147483648.0, 2147483520.0).to(tl.int32)
         word = fixed + fetch(table, fixed.to(tl.uint32, bitcast=True) >> 27)
     else:
         x = tl.math.fma(x, 4294967296.0, 0.0)  # -0 becomes +0: it is not below 0
@@ -97,7 +106,9 @@ def byte_of_codes(even, odd, KIND: tl.constexpr):
 
 @triton.jit
 def codes_of(value, scale, inverse, table, KIND: tl.constexpr):
-    """Codes of float32 values under any scales, one per byte; `inverse` is 1 / scale correctly rounded."""
+    """Codes of float32 values under any scales, one per byte; `inverse` is 1 / scale correctly
+    rounded.
+    """
     if KIND == _INT8:
         return round_int8(divide_many(value, scale, inverse))
     elif KIND == _E4M3:
@@ -132,7 +143,9 @@ def _tile_absmax(x, out, k, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.con
 
 @triton.jit
 def _whole_absmax(x, out, count, rounds, programs, BLOCK: tl.constexpr):
-    """The largest magnitude of everything into `out`, which holds 0; as int32 bits, so that no order matters."""
+    """The largest magnitude of everything into `out`, which holds 0; as int32 bits, so that no
+    order matters.
+    """
     largest = tl.zeros((BLOCK,), dtype=tl.int32)
     for index in range(rounds):
         at = (index * programs + tl.program_id(0)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -141,8 +154,8 @@ def _whole_absmax(x, out, count, rounds, programs, BLOCK: tl.constexpr):
     tl.atomic_max(out, tl.max(largest, 0), sem="relaxed")
 
 
-# Elements at a time, warps, most programs: each ends in an atomic on one address. On an H200 quantizing with one FP8
-# scale took 12 % longer with (4096, 8, 264), 10 % with (4096, 4, 2048).
+# Elements at a time, warps, most programs: each ends in an atomic on one address. On an H200
+# quantizing with one FP8 scale took 12 % longer with (4096, 8, 264), 10 % with (4096, 4, 2048).
 WHOLE = (4096, 8, 1024)
 
 
@@ -158,7 +171,9 @@ def whole_absmax(x: torch.Tensor) -> torch.Tensor:
 
 
 def absmax(x: torch.Tensor, rows: int | None, cols: int | None) -> torch.Tensor:
-    """(N, K) -> float32 absmax of every tile of rows x cols (None: the whole extent); NaN where a tile holds NaN."""
+    """(N, K) -> float32 absmax of every tile of rows x cols (None: the whole extent); NaN where a
+    tile holds NaN.
+    """
     n, k = x.shape
     x = x.contiguous()
     if rows is None:
@@ -178,7 +193,9 @@ def absmax(x: torch.Tensor, rows: int | None, cols: int | None) -> torch.Tensor:
 
 def block_columns(k: int, tile_cols: int) -> int:
     """Columns of a program: at most 256, and of one tile of scales."""
-    return min(1 << (k - 1).bit_length(), 256) if tile_cols == k else min(tile_cols & -tile_cols, 256)
+    return (
+        min(1 << (k - 1).bit_length(), 256) if tile_cols == k else min(tile_cols & -tile_cols, 256)
+    )
 
 
 @triton.jit
@@ -192,15 +209,25 @@ def _encode(
     at = rows[:, None] * k + cols[None, :]
     value = tl.load(x + at, inside, other=0.0).to(tl.float32)
     # A program's columns lie in one tile, so each of its rows has one scale.
-    s = tl.load(scale + rows // tile_rows * grid_cols + tl.program_id(1) * BK // tile_cols, rows < n, other=1.0)
+    s = tl.load(
+        scale + rows // tile_rows * grid_cols + tl.program_id(1) * BK // tile_cols,
+        rows < n,
+        other=1.0,
+    )
     s = s[:, None]
     tl.store(codes + at, codes_of(value, s, divide(1.0, s), table, KIND), inside)
 
 
 def encode(
-    x: torch.Tensor, scale: torch.Tensor, name: str, dtype: torch.dtype, thresholds: tuple[float, ...]
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    name: str,
+    dtype: torch.dtype,
+    thresholds: tuple[float, ...],
 ) -> torch.Tensor:
-    """(N, K) floats, scales as a grid over it -> (N, K) codes of the levels `name`, nearest with ties as theirs."""
+    """(N, K) floats, scales as a grid over it -> (N, K) codes of the levels `name`, nearest with
+    ties as theirs.
+    """
     n, k = x.shape
     grid_rows, grid_cols = scale.shape
     codes = torch.empty((n, k), dtype=dtype, device=x.device)
@@ -218,7 +245,9 @@ def _pack(codes, out, count, HIGH_FIRST: tl.constexpr, BLOCK: tl.constexpr):
     inside = at < count
     pair = tl.load(codes + at, inside, other=0).to(tl.int32)  # the even code in the low byte
     even, odd = pair & 15, (pair >> 8) & 15
-    tl.store(out + at, ((even << 4) | odd if HIGH_FIRST else even | (odd << 4)).to(tl.uint8), inside)
+    tl.store(
+        out + at, ((even << 4) | odd if HIGH_FIRST else even | (odd << 4)).to(tl.uint8), inside
+    )
 
 
 def pack(codes: torch.Tensor, high_first: bool) -> torch.Tensor:
@@ -226,5 +255,13 @@ def pack(codes: torch.Tensor, high_first: bool) -> torch.Tensor:
     n, k = codes.shape
     out = torch.empty((n, k // 2), dtype=torch.uint8, device=codes.device)
     pairs = codes.contiguous().view(torch.int16)
-    launch(_pack, (-(-out.numel() // 4096), 1, 1), (pairs, out), out.numel(), high_first, 4096, num_warps=4)
+    launch(
+        _pack,
+        (-(-out.numel() // 4096), 1, 1),
+        (pairs, out),
+        out.numel(),
+        high_first,
+        4096,
+        num_warps=4,
+    )
     return out

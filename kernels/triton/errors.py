@@ -27,7 +27,9 @@ def _patches(
     raw = tl.load(codes + at, inside, 0)
     value = tl.load(values + raw.to(tl.int32)) if KIND == TABLE else widen(raw, KIND)
     # A program's columns lie in one tile, so each of its rows has one scale.
-    s = tl.load(scale + rows // tile_rows * grid_cols + tl.program_id(1) * BK // tile_cols, rows < n, 0.0)
+    s = tl.load(
+        scale + rows // tile_rows * grid_cols + tl.program_id(1) * BK // tile_cols, rows < n, 0.0
+    )
     difference = tl.where(inside, product(value, s[:, None]) - w, 0.0)
     to = rows * tl.num_programs(1) + tl.program_id(1)
     tl.store(error + to, tl.sum(difference * difference, 1), rows < n)
@@ -37,13 +39,15 @@ def _patches(
 def patches(
     weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, K) floats and codes, scales as a grid over them -> squared errors and squared weights of runs within a row.
+    """(N, K) floats and codes, scales as a grid over them -> squared errors and squared weights of
+    runs within a row.
 
     Args:
         values: (16,) float32 of 4-bit codes, which lie one per byte.
 
     Returns:
-        (N, runs) float32 each; runs are equally long, but for the last one, and none crosses a tile of scales.
+        (N, runs) float32 each; runs are equally long, but for the last one, and none crosses a tile
+        of scales.
     """
     n, k = weight.shape
     grid_rows, grid_cols = scale.shape
@@ -51,7 +55,9 @@ def patches(
     block_k = block_columns(k, tile_cols)
     block_n = 2048 // block_k
     runs = -(-k // block_k)
-    error, signal = (torch.empty((n, runs), dtype=torch.float32, device=weight.device) for _ in range(2))
+    error, signal = (
+        torch.empty((n, runs), dtype=torch.float32, device=weight.device) for _ in range(2)
+    )
     raw = codes.contiguous().view(torch.uint8 if codes.dtype == torch.uint8 else torch.int8)
     tensors = (weight.contiguous(), raw, scale.contiguous(), values, error, signal)
     kind = TABLE.value if codes.dtype == torch.uint8 else kind_of(codes)

@@ -15,13 +15,22 @@ from .lut import table_asm
 
 @triton.jit
 def _dequantize(
-    packed, absmax, out, count, HALF_GROUP: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr, SPEC: tl.constexpr
+    packed,
+    absmax,
+    out,
+    count,
+    HALF_GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ASM: tl.constexpr,
+    SPEC: tl.constexpr,
 ):
     base = tl.program_id(0).to(tl.int64) * BLOCK
     index = tl.arange(0, BLOCK)
     inside = index < count - base
     byte = tl.load(packed + base + index, inside, other=0)
-    high, low = tl.inline_asm_elementwise(ASM, SPEC, [byte], dtype=(tl.float32, tl.float32), is_pure=True, pack=4)
+    high, low = tl.inline_asm_elementwise(
+        ASM, SPEC, [byte], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
+    )
     # BLOCK is a multiple of every group, so the group is found inside the block
     scale = tl.load(absmax + base // HALF_GROUP + index // HALF_GROUP, inside, other=0.0)
     pair = tl.join(high * scale, low * scale).to(out.dtype.element_ty)
@@ -30,7 +39,11 @@ def _dequantize(
 
 
 def dequantize(
-    packed: torch.Tensor, absmax: torch.Tensor, values: tuple[float, ...], group_size: int, dtype: torch.dtype
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    values: tuple[float, ...],
+    group_size: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """(N, K/2) uint8 -> (N, K) `dtype`: the float32 product, rounded once; `values` by code."""
     n, half = packed.shape
@@ -38,5 +51,12 @@ def dequantize(
     out = torch.empty((n, 2 * half), dtype=dtype, device=packed.device)
     block, count = 2048, packed.numel()
     constants = (group_size // 2, block, *table_asm(values, torch.float32))
-    launch(_dequantize, (-(-count // block), 1, 1), (packed, absmax, out), count, *constants, num_warps=8)
+    launch(
+        _dequantize,
+        (-(-count // block), 1, 1),
+        (packed, absmax, out),
+        count,
+        *constants,
+        num_warps=8,
+    )
     return out

@@ -1,4 +1,6 @@
-"""ConvRot's rotation in registers: the butterflies of `kernels/hadamard.py`, in the same order. Bits as eager's."""
+"""ConvRot's rotation in registers: the butterflies of `kernels/hadamard.py`, in the same order.
+Bits as eager's.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ import triton.language as tl
 
 from .launch import launch
 
-# Elements and warps of a program. Milliseconds for 12288x3072 bf16 rotated by 256 on an H200: .092; 2048 to 16384
-# elements on 4 or 8 warps .110 to .120, eager 1.9.
+# Elements and warps of a program. Milliseconds for 12288x3072 bf16 rotated by 256 on an H200: .092;
+# 2048 to 16384 elements on 4 or 8 warps .110 to .120, eager 1.9.
 SIZE, WARPS = 4096, 4
 
 

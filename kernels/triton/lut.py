@@ -1,7 +1,9 @@
-"""Look up 4-bit codes in registers: PTX that turns four packed bytes into eight table values, 4 instructions each.
+"""Look up 4-bit codes in registers: PTX that turns four packed bytes into eight table values, 4
+instructions each.
 
-`prmt` picks four bytes out of eight by four 3-bit selectors; two of them and a blend by bit 3 make a 16-entry byte
-table, and one byte table per byte of the value makes the whole. A gather from memory costs several times as much.
+`prmt` picks four bytes out of eight by four 3-bit selectors; two of them and a blend by bit 3 make
+a 16-entry byte table, and one byte table per byte of the value makes the whole. A gather from
+memory costs several times as much.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import torch
 
 @cache
 def table_asm(values: tuple[float, ...], dtype: torch.dtype) -> tuple[str, str]:
-    """(PTX, constraints) for `tl.inline_asm_elementwise` with pack 4: uint8 -> (high nibbles, low nibbles) in `dtype`.
+    """(PTX, constraints) for `tl.inline_asm_elementwise` with pack 4: uint8 -> (high nibbles, low
+    nibbles) in `dtype`.
 
     Args:
         values: 16 numbers by code, rounded to `dtype` (float32, float16 or bfloat16).
@@ -45,7 +48,10 @@ def table_asm(values: tuple[float, ...], dtype: torch.dtype) -> tuple[str, str]:
             ]  # fmt: skip
         first = output * count
         if width == 2:
-            lines += [f"prmt.b32 ${first}, b0, b1, 0x5140;", f"prmt.b32 ${first + 1}, b0, b1, 0x7362;"]
+            lines += [
+                f"prmt.b32 ${first}, b0, b1, 0x5140;",
+                f"prmt.b32 ${first + 1}, b0, b1, 0x7362;",
+            ]
         else:
             for half, (low, high) in enumerate((("0x5140", "0x5140"), ("0x7362", "0x7362"))):
                 lines += [f"prmt.b32 t, b0, b1, {low};", f"prmt.b32 u, b2, b3, {high};"]

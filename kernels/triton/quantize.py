@@ -1,6 +1,8 @@
-"""Quantize weights in one pass: the scale of each region, its codes, two 4-bit codes per byte. Bits as eager's.
+"""Quantize weights in one pass: the scale of each region, its codes, two 4-bit codes per byte. Bits
+as eager's.
 
-scale = absmax / qmax, 1 where absmax < TINY; q = round(w / scale); a zero region gets codes that decode to +0.
+scale = absmax / qmax, 1 where absmax < TINY; q = round(w / scale); a zero region gets codes that
+decode to +0.
 """
 
 from __future__ import annotations
@@ -16,21 +18,25 @@ from .rounding import divide, divide_small, magnitude, nearest_integer, scale_of
 
 _INT8, _E4M3 = tl.constexpr(KINDS["int8"]), tl.constexpr(KINDS["e4m3fn"])
 
-# (elements, warps) of a program. Measured on an H200, 12288x3072 and 3072x15360, bf16 bytes read per second over the
-# bytes of a copy: INT8 1x128 .65-.66 (8192 elements on 8 warps .60); NF4 .64 (2048, 4: .58; 8192, 8: .63); FP8 rows .66
-# and .64 (8 warps .56, 8192 elements .58); INT8 128 .57-.58 (8192, 2048: .55; 4096, 1024: .47); FP8 tensor .39, others
-# alike.
+# (elements, warps) of a program. Measured on an H200, 12288x3072 and 3072x15360, bf16 bytes read
+# per second over the bytes of a copy: INT8 1x128 .65-.66 (8192 elements on 8 warps .60); NF4 .64
+# (2048, 4: .58; 8192, 8: .63); FP8 rows .66 and .64 (8 warps .56, 8192 elements .58); INT8 128
+# .57-.58 (8192, 2048: .55; 4096, 1024: .47); FP8 tensor .39, others alike.
 GROUPS = (4096, 4)  # whole groups, at least one
 PACKED = (4096, 4)  # the same, where two codes share a byte
-ROWS = ((4096, 4), (16384, 16))  # a row that fits is held in registers; the last size also walks longer ones
+# a row that fits is held in registers; the last size also walks longer ones
+ROWS = ((4096, 4), (16384, 16))
 TILES = (16384, 2048)  # most elements at a time, and elements per warp
 TENSOR = (4096, 4)
-TILE_COLUMNS = 64  # narrower tiles go side by side, so that a row of a program is a whole number of cache lines
+# narrower tiles go side by side, so that a row of a program is a whole number of cache lines
+TILE_COLUMNS = 64
 
 
 @triton.jit
 def _codes(value, absmax, scale, table, KIND: tl.constexpr, FLOOR: tl.constexpr):
-    """Codes of float32 values under scales of their own regions: no quotient is past the largest code."""
+    """Codes of float32 values under scales of their own regions: no quotient is past the largest
+    code.
+    """
     inverse = divide(1.0, scale)
     if KIND == _INT8:
         return nearest_integer(divide_small(value, scale, inverse))
@@ -62,16 +68,26 @@ def _groups(
         word = code_word(value * inverse[:, None], table, KIND)
         even, odd = tl.split(tl.reshape(word, (RUNS, GROUP // 2, 2)))
         half = run[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
-        tl.store(codes + base // 2 + half, byte_of_codes(even, odd, KIND), half < (count - base) // 2)
+        tl.store(
+            codes + base // 2 + half, byte_of_codes(even, odd, KIND), half < (count - base) // 2
+        )
     else:
         q = _codes(value, absmax[:, None], s[:, None], table, KIND, FLOOR)
         tl.store(codes + base + at, q, at < count - base)
 
 
 def quantize_groups(
-    x: torch.Tensor, name: str, dtype: torch.dtype, qmax: float, thresholds: tuple[float, ...], group: int, pack: bool
+    x: torch.Tensor,
+    name: str,
+    dtype: torch.dtype,
+    qmax: float,
+    thresholds: tuple[float, ...],
+    group: int,
+    pack: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Groups of consecutive elements of (N, K) -> codes (N, K), or (N, K/2) high nibble first, and (groups,) scales."""
+    """Groups of consecutive elements of (N, K) -> codes (N, K), or (N, K/2) high nibble first, and
+    (groups,) scales.
+    """
     n, k = x.shape
     count = x.numel()
     groups = -(-count // group)
@@ -106,7 +122,11 @@ def _rows(
         s = scale_of(absmax, QMAX, FLOOR)
         for start in range(0, k, BLOCK):  # the row again, from the cache
             value = tl.load(x + row * k + start + at, start + at < k, other=0.0).to(tl.float32)
-            tl.store(codes + row * k + start + at, _codes(value, absmax, s, table, KIND, FLOOR), start + at < k)
+            tl.store(
+                codes + row * k + start + at,
+                _codes(value, absmax, s, table, KIND, FLOOR),
+                start + at < k,
+            )
     tl.store(scale + row, s)
 
 
@@ -116,7 +136,9 @@ def _tiles(
     KIND: tl.constexpr, QMAX: tl.constexpr, FLOOR: tl.constexpr,
     SIZE: tl.constexpr, SIDE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """SIDE tiles of SIZE x SIZE side by side, STEP rows at a time; one step holds them in registers."""
+    """SIDE tiles of SIZE x SIZE side by side, STEP rows at a time; one step holds them in
+    registers.
+    """
     tile = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
     row = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, STEP)
     at = row[:, None, None] * k + tile[None, :, None] * SIZE + tl.arange(0, SIZE)[None, None, :]
@@ -147,7 +169,9 @@ def _tensor(
     x, table, absmax, codes, scale, count,
     KIND: tl.constexpr, QMAX: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Codes under one scale, last elements first: those are still in the cache after the search for the largest."""
+    """Codes under one scale, last elements first: those are still in the cache after the search for
+    the largest.
+    """
     most = tl.load(absmax)
     s = scale_of(most, QMAX, FLOOR)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -161,7 +185,9 @@ def _tensor(
 def quantize_tiles(
     x: torch.Tensor, name: str, dtype: torch.dtype, qmax: float, rows: int | None, cols: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, K) -> (N, K) codes, float32 scales as a grid of tiles of rows x cols (None: the whole extent)."""
+    """(N, K) -> (N, K) codes, float32 scales as a grid of tiles of rows x cols (None: the whole
+    extent).
+    """
     n, k = x.shape
     x = x.contiguous()
     if rows == 1 and cols:
@@ -178,7 +204,9 @@ def quantize_tiles(
     elif rows == 1:
         elements, warps = next((shape for shape in ROWS if k <= shape[0]), ROWS[-1])
         block = min(triton.next_power_of_2(k), elements)
-        launch(_rows, (n, 1, 1), (x, table, codes, scale), k, *how, k <= block, block, num_warps=warps)
+        launch(
+            _rows, (n, 1, 1), (x, table, codes, scale), k, *how, k <= block, block, num_warps=warps
+        )
     else:
         elements, per_warp = TILES
         side = max(TILE_COLUMNS // cols, 1)

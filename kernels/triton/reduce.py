@@ -1,4 +1,6 @@
-"""Add the float32 sums of a product that was split along K, and the bias; always in the same order."""
+"""Add the float32 sums of a product that was split along K, and the bias; always in the same
+order.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from .launch import launch
 
 
 @triton.jit
-def _reduce(parts, bias, out, count, n, SPLIT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def _reduce(
+    parts, bias, out, count, n, SPLIT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     sums = tl.zeros((BLOCK,), dtype=tl.float32)

@@ -1,4 +1,6 @@
-"""Arithmetic that gives the bits torch gives: IEEE division, magnitudes that keep NaN, rounding with ties to even."""
+"""Arithmetic that gives the bits torch gives: IEEE division, magnitudes that keep NaN, rounding
+with ties to even.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ def divide(a, b):
 
 @triton.jit
 def product(a, b):
-    """a * b, rounded; -0 becomes +0. The plain operator might leave that to an addition that follows."""
+    """a * b, rounded; -0 becomes +0. The plain operator might leave that to an addition that
+    follows.
+    """
     return tl.math.fma(a, b, 0.0)
 
 
@@ -26,7 +30,9 @@ def magnitude(x):
 
 @triton.jit
 def scale_of(absmax, QMAX: tl.constexpr, FLOOR: tl.constexpr):
-    """absmax / qmax, 1 for zeros. NaN won every comparison before: magnitudes are compared as bits."""
+    """absmax / qmax, 1 for zeros. NaN won every comparison before: magnitudes are compared as
+    bits.
+    """
     return tl.where(absmax < FLOOR, 1.0, divide(absmax, QMAX) if QMAX != 1.0 else absmax)
 
 
@@ -51,7 +57,8 @@ def nearest_integer(x):
 
 @triton.jit
 def divide_small(a, b, inverse):
-    """a / b, correctly rounded, in three operations; `inverse` is 1 / b correctly rounded (Markstein 1990).
+    """a / b, correctly rounded, in three operations; `inverse` is 1 / b correctly rounded
+    (Markstein 1990).
 
     For quotients far from overflow; tiny ones may be off, where they round to 0 anyway.
     """
@@ -63,4 +70,5 @@ def divide_small(a, b, inverse):
 def divide_many(a, b, inverse):
     """`divide_small` for any quotient: past 1e30, which is past all codes, it is inexact."""
     guess = a * inverse
-    return tl.where(tl.abs(guess) < 1e30, divide_small(a, b, inverse), guess)  # the remainder would overflow
+    # the remainder would overflow
+    return tl.where(tl.abs(guess) < 1e30, divide_small(a, b, inverse), guess)

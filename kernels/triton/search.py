@@ -1,4 +1,6 @@
-"""The best of many scales for each group of a 4-bit weight, from a table of errors. Bits as eager's."""
+"""The best of many scales for each group of a 4-bit weight, from a table of errors. Bits as
+eager's.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ import triton.language as tl
 from .launch import launch
 from .rounding import divide, nearest_even, product
 
-# Groups and warps of a program. Milliseconds for 12288x3072 as NF4 and 88 factors on an H200: 1.11; from 4 groups on
-# one warp to 16 on 8 1.11 to 1.19. The rows add up to 13 GB, mostly from the GPU's second-level cache. Eager 7.2.
+# Groups and warps of a program. Milliseconds for 12288x3072 as NF4 and 88 factors on an H200: 1.11;
+# from 4 groups on one warp to 16 on 8 1.11 to 1.19. The rows add up to 13 GB, mostly from the GPU's
+# second-level cache. Eager 7.2.
 RUNS, WARPS = 8, 4
 
 
@@ -36,7 +39,9 @@ def _lowest_error(
 
 
 def lowest_error(x: torch.Tensor, scale: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Groups (n, count), their scales (n, 1) and errors (bins, factors) -> (n,) int32, the first factor of the best."""
+    """Groups (n, count), their scales (n, 1) and errors (bins, factors) -> (n,) int32, the first
+    factor of the best.
+    """
     n, count = x.shape
     bins, factors = table.shape
     best = torch.empty(n, dtype=torch.int32, device=x.device)

@@ -1,4 +1,6 @@
-"""Dequantize FP8 and INT8 codes with a grid of scales: y = round(code * scale), each byte read once."""
+"""Dequantize FP8 and INT8 codes with a grid of scales: y = round(code * scale), each byte read
+once.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def widen(raw, KIND: tl.constexpr):
     elif KIND == 3:
         value = raw.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     elif KIND == 1:
-        # e4m3fn to float16 bits: the sign-extended shift leaves the sign in bits 15 and 14; then times 2^8.
+        # e4m3fn to float16 bits: the sign-extended shift leaves the sign in bits 15 and 14; then
+        # times 2^8.
         half = ((raw.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True)
         value = half.to(tl.float32) * 256.0
         value = tl.where((raw & 127) == 127, float("nan"), value)
@@ -33,7 +36,17 @@ def widen(raw, KIND: tl.constexpr):
 
 @triton.jit
 def _dequantize(
-    codes, scale, out, n, k, grid_cols, tile_rows, tile_cols, KIND: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    codes,
+    scale,
+    out,
+    n,
+    k,
+    grid_cols,
+    tile_rows,
+    tile_cols,
+    KIND: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
 ):
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     cols = tl.program_id(1) * BK + tl.arange(0, BK)
@@ -41,16 +54,26 @@ def _dequantize(
     at = rows[:, None].to(tl.int64) * k + cols[None, :]
     value = widen(tl.load(codes + at, inside, other=0), KIND)
     # A program's columns lie in one tile, so each of its rows has one scale.
-    s = tl.load(scale + rows // tile_rows * grid_cols + tl.program_id(1) * BK // tile_cols, rows < n, other=0.0)
+    s = tl.load(
+        scale + rows // tile_rows * grid_cols + tl.program_id(1) * BK // tile_cols,
+        rows < n,
+        other=0.0,
+    )
     tl.store(out + at, (value * s[:, None]).to(out.dtype.element_ty), inside)
 
 
 def kind_of(codes: torch.Tensor) -> int:
     """How this GPU widens these codes."""
-    return 3 if codes.dtype == torch.float8_e4m3fn and why_not_float8(codes) is None else _KIND[codes.dtype]
+    return (
+        3
+        if codes.dtype == torch.float8_e4m3fn and why_not_float8(codes) is None
+        else _KIND[codes.dtype]
+    )
 
 
-def dequantize(codes: torch.Tensor, scale: torch.Tensor, geometry: Geometry, dtype: torch.dtype) -> torch.Tensor:
+def dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, geometry: Geometry, dtype: torch.dtype
+) -> torch.Tensor:
     """(N, K) codes, `geometry.grid_shape` scales -> (N, K) `dtype`."""
     n, k = codes.shape
     codes = codes.contiguous()

@@ -1,7 +1,9 @@
-"""W4A8: fit and round groups of 16 in registers; decode levels, rotation and row scale at once. Bits as eager's.
+"""W4A8: fit and round groups of 16 in registers; decode levels, rotation and row scale at once.
+Bits as eager's.
 
-Decoding multiplies by a matrix of signs: integers up to 127 and their sums over a rotation group are exact in float16
-factors and float32 sums, whatever their order; so the bits are those of butterflies.
+Decoding multiplies by a matrix of signs: integers up to 127 and their sums over a rotation group
+are exact in float16 factors and float32 sums, whatever their order; so the bits are those of
+butterflies.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from .launch import launch
 from .rounding import divide, magnitude, nearest_even, product
 
 COLUMNS = 256  # of a tile
-# Milliseconds for 12288x3072 to bf16 on an H200, rotated by 256: .054; 32 rows and 8 warps .060, 64 and 8 .070, 8 and 4
-# .060. A copy of the bf16 weight takes .040, eager 2.5.
+# Milliseconds for 12288x3072 to bf16 on an H200, rotated by 256: .054; 32 rows and 8 warps .060, 64
+# and 8 .070, 8 and 4 .060. A copy of the bf16 weight takes .040, eager 2.5.
 ROWS, WARPS = 16, 4
 
 
@@ -48,7 +50,9 @@ def _dequantize(
     across = tl.arange(0, SIDE)
     sign = tl.load(signs + across[:, None] * SIDE + across[None, :])
     sums = tl.dot(tl.reshape(value.to(tl.float16), (ROWS * COLUMNS // SIDE, SIDE)), sign)
-    if TWICE:  # H256 is H16 along 16 neighbours, then along every 16th; sums of 16 codes are still exact in float16
+    # H256 is H16 along 16 neighbours, then along every 16th; sums of 16 codes are still exact in
+    # float16
+    if TWICE:
         turned = tl.permute(tl.reshape(sums.to(tl.float16), (ROWS, SIDE, SIDE)), (0, 2, 1))
         sums = tl.dot(tl.reshape(turned, (ROWS * SIDE, SIDE)), sign)
         sums = tl.permute(tl.reshape(sums, (ROWS, SIDE, SIDE)), (0, 2, 1))
@@ -78,7 +82,9 @@ def dequantize(
     span: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """(N, K/2) bytes, (N, K/16) float8_e4m3fn, (N,) and (16,) float32 -> (N, K) `dtype`, rotated `span` by `span`."""
+    """(N, K/2) bytes, (N, K/16) float8_e4m3fn, (N,) and (16,) float32 -> (N, K) `dtype`, rotated
+    `span` by `span`.
+    """
     n, half = packed.shape
     out = torch.empty((n, 2 * half), dtype=dtype, device=packed.device)
     stored = (tensor.contiguous().view(torch.uint8) for tensor in (packed, relative))
@@ -86,20 +92,25 @@ def dequantize(
     tables = (levels.contiguous(), _floats(packed.device), _signs(side, packed.device))
     tensors = (*stored, channel.contiguous(), *tables, out)
     numbers = (n, 2 * half, side, span > side, span**-0.5, ROWS, COLUMNS)  # powers of two: exact
-    launch(_dequantize, (-(-n // ROWS), -(-2 * half // COLUMNS), 1), tensors, *numbers, num_warps=WARPS)
+    launch(
+        _dequantize, (-(-n // ROWS), -(-2 * half // COLUMNS), 1), tensors, *numbers, num_warps=WARPS
+    )
     return out
 
 
 GROUP = tl.constexpr(16)
-# Groups and warps of a program of the kernels below. Milliseconds for 12288x3072 float32 on an H200, fit and codes: .33
-# and .25; 64 groups on 4 warps .33 and .29, 256 on 8 .36 and .27. Eager 9 and 9.
+# Groups and warps of a program of the kernels below. Milliseconds for 12288x3072 float32 on an
+# H200, fit and codes: .33 and .25; 64 groups on 4 warps .33 and .29, 256 on 8 .36 and .27. Eager 9
+# and 9.
 GROUPS, GROUP_WARPS = 128, 4
 
 
 def _over_groups(
     kernel: triton.JITFunction, tensors: tuple[torch.Tensor, ...], count: int, *numbers: int | float
 ) -> None:
-    launch(kernel, (-(-count // GROUPS), 1, 1), tensors, count, *numbers, GROUPS, num_warps=GROUP_WARPS)
+    launch(
+        kernel, (-(-count // GROUPS), 1, 1), tensors, count, *numbers, GROUPS, num_warps=GROUP_WARPS
+    )
 
 
 @triton.jit
@@ -133,7 +144,9 @@ def _fit(
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     inside = group < count
-    w = tl.load(x + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], inside[:, None], 0.0).to(tl.float32)
+    w = tl.load(x + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], inside[:, None], 0.0).to(
+        tl.float32
+    )
     absmax = tl.max(magnitude(w), 1).to(tl.float32, bitcast=True)
     s = tl.where(absmax < ZERO, 1.0, absmax)
     level = _nearest_level(divide(w, s[:, None]), levels, thresholds)
@@ -147,13 +160,23 @@ def _fit(
 
 
 def fit(
-    weight: torch.Tensor, levels: tuple[float, ...], thresholds: tuple[float, ...], passes: int, floor: float
+    weight: torch.Tensor,
+    levels: tuple[float, ...],
+    thresholds: tuple[float, ...],
+    passes: int,
+    floor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, K) floats -> (N, K/16) float32 scales of groups, and the largest magnitude each then decodes to."""
+    """(N, K) floats -> (N, K/16) float32 scales of groups, and the largest magnitude each then
+    decodes to.
+    """
     n, k = weight.shape
-    scale, largest = (torch.empty((n, k // 16), dtype=torch.float32, device=weight.device) for _ in range(2))
+    scale, largest = (
+        torch.empty((n, k // 16), dtype=torch.float32, device=weight.device) for _ in range(2)
+    )
     tables = (constant(levels, weight.device), constant(thresholds, weight.device))
-    _over_groups(_fit, (weight.contiguous(), *tables, scale, largest), scale.numel(), passes, floor, TINY)
+    _over_groups(
+        _fit, (weight.contiguous(), *tables, scale, largest), scale.numel(), passes, floor, TINY
+    )
     return scale, largest
 
 
@@ -166,7 +189,8 @@ def _nearest(
     at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     w = tl.load(x + at, inside[:, None], 0.0).to(tl.float32)
     zero = tl.max(magnitude(w), 1).to(tl.float32, bitcast=True) < ZERO
-    step = tl.load(floats + tl.load(relative + group, inside, 0).to(tl.int32))  # GPUs before sm_89 convert no e4m3fn
+    # GPUs before sm_89 convert no e4m3fn
+    step = tl.load(floats + tl.load(relative + group, inside, 0).to(tl.int32))
     v = divide(w, tl.load(channel + group // per_row, inside, 1.0)[:, None])
     below = tl.zeros_like(v).to(tl.int32)
     under, above = tl.zeros_like(v), tl.full(v.shape, float("inf"), tl.float32)
@@ -184,12 +208,16 @@ def _nearest(
 def nearest(
     weight: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor, levels: tuple[float, ...]
 ) -> torch.Tensor:
-    """(N, K) floats, (N,) float32, (N, K/16) float8_e4m3fn -> (N, K) uint8 codes of the nearest INT8 values."""
+    """(N, K) floats, (N,) float32, (N, K/16) float8_e4m3fn -> (N, K) uint8 codes of the nearest
+    INT8 values.
+    """
     n, k = weight.shape
     codes = torch.empty((n, k), dtype=torch.uint8, device=weight.device)
     tables = (_floats(weight.device), constant(levels, weight.device))
     stored = (channel.contiguous(), relative.contiguous().view(torch.uint8))
-    _over_groups(_nearest, (weight.contiguous(), *stored, *tables, codes), codes.numel() // 16, k // 16, TINY)
+    _over_groups(
+        _nearest, (weight.contiguous(), *stored, *tables, codes), codes.numel() // 16, k // 16, TINY
+    )
     return codes
 
 
@@ -209,11 +237,24 @@ def _errors(
 
 
 def errors(
-    weight: torch.Tensor, codes: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor, levels: tuple[float, ...]
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    channel: torch.Tensor,
+    relative: torch.Tensor,
+    levels: tuple[float, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, K) floats and codes, their scales -> squared errors and squared weights of each group, (N, K/16) float32."""
-    error, signal = (torch.empty(relative.shape, dtype=torch.float32, device=weight.device) for _ in range(2))
+    """(N, K) floats and codes, their scales -> squared errors and squared weights of each group,
+    (N, K/16) float32.
+    """
+    error, signal = (
+        torch.empty(relative.shape, dtype=torch.float32, device=weight.device) for _ in range(2)
+    )
     tables = (_floats(weight.device), constant(levels, weight.device))
     stored = (codes.contiguous(), channel.contiguous(), relative.contiguous().view(torch.uint8))
-    _over_groups(_errors, (weight.contiguous(), *stored, *tables, error, signal), error.numel(), relative.shape[1])
+    _over_groups(
+        _errors,
+        (weight.contiguous(), *stored, *tables, error, signal),
+        error.numel(),
+        relative.shape[1],
+    )
     return error, signal

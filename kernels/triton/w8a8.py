@@ -1,6 +1,8 @@
-"""8-bit codes times 8-bit codes on the tensor cores: out = sum over K-groups of (x @ W.T) * x_scale * w_scale, + bias.
+"""8-bit codes times 8-bit codes on the tensor cores: out = sum over K-groups of (x @ W.T) * x_scale
+* w_scale, + bias.
 
-INT8 products accumulate in int32, FP8 products in float32; each group's sum is scaled into a float32 total.
+INT8 products accumulate in int32, FP8 products in float32; each group's sum is scaled into a
+float32 total.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ def _multiply(
     GROUP: tl.constexpr, W_ROWS: tl.constexpr, INTEGER: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    # Programs go through bands of BAND row tiles, so that those running together share their tiles of W in L2.
+    # Programs go through bands of BAND row tiles, so that those running together share their tiles
+    # of W in L2.
     row_tiles, col_tiles = tl.cdiv(m, BM), tl.cdiv(n, BN)
     index = tl.program_id(0)
     first = index // (BAND * col_tiles) * BAND
@@ -55,12 +58,19 @@ def _multiply(
             ws_at = w_scale + (inner // height * BN // W_ROWS) * ws_row
         else:
             ws_at = w_scale + (cols % n) // W_ROWS * ws_row
-        s, t = tl.load(xs_at + start // GROUP * xs_group), tl.load(ws_at + start // GROUP * ws_group)
+        s, t = (
+            tl.load(xs_at + start // GROUP * xs_group),
+            tl.load(ws_at + start // GROUP * ws_group),
+        )
         for offset in range(start, stop, BK):
             # The scales of the next step are on their way while the tensor cores work on this one.
             ahead = tl.minimum(offset + BK, stop - 1) // GROUP
             next_s, next_t = tl.load(xs_at + ahead * xs_group), tl.load(ws_at + ahead * ws_group)
-            part = tl.dot(tl.load(x_at + offset), tl.load(w_at + offset), out_dtype=tl.int32 if INTEGER else tl.float32)
+            part = tl.dot(
+                tl.load(x_at + offset),
+                tl.load(w_at + offset),
+                out_dtype=tl.int32 if INTEGER else tl.float32,
+            )
             if W_ROWS % BN == 0:
                 sums += part.to(tl.float32) * (s * t)[:, None]
             else:
@@ -77,7 +87,9 @@ def _multiply(
 
 
 class Tile(NamedTuple):
-    """Rows of x, rows of W and elements of K per program and step; warps, stages, runs along K, row tiles per band."""
+    """Rows of x, rows of W and elements of K per program and step; warps, stages, runs along K, row
+    tiles per band.
+    """
 
     m: int
     n: int
@@ -129,9 +141,11 @@ def multiply(
     return out
 
 
-# kind of scales -> (most rows of x, tile), the first that fits; from tests/benchmarks/linear_sweep.py
-# on an H200. 12288x3072 / 3072x12288, ms without the quantizer, the library's bf16 product in brackets:
-#   INT8 row   M=16 .0138 / .0155, 256 .0280 / .0278, 1024 .0660 / .0690, 4608 .285 / .272   (.0225 .029 .102 .439)
+# kind of scales -> (most rows of x, tile), the first that fits; from
+# tests/benchmarks/linear_sweep.py on an H200. 12288x3072 / 3072x12288, ms without the quantizer,
+# the library's bf16 product in brackets:
+#   INT8 row   M=16 .0138 / .0155, 256 .0280 / .0278, 1024 .0660 / .0690, 4608 .285 / .272   (.0225
+# .029 .102 .439)
 #   INT8 128   M=16 .0171 / .0168, 256 .0335 / .0353, 1024 .0924 / .0856, 4608 .397 / .403
 #   INT8 64    M=16 .0201 / .0212, 256 .0383 / .0433, 1024 .129 / .126, 4608 .545 / .564
 # FP8 is within 5 % of INT8, 64-blocks 8 % faster.
@@ -154,7 +168,8 @@ TILES = {
         (None, Tile(128, 64, 64, 4, 3)),
     ),
 }
-MIN_RUN = {"row": 2048, "128": 1536, "64": 768}  # elements of K that a program keeps at least when K is split
+# elements of K that a program keeps at least when K is split
+MIN_RUN = {"row": 2048, "128": 1536, "64": 768}
 PROGRAMS_PER_SM = 3
 
 
@@ -174,13 +189,21 @@ def _multiprocessors(device: int) -> int:
 
 
 def linear(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    geometry: Geometry,
 ) -> torch.Tensor:
-    """(M, K) floats @ (N, K).T + bias in x's dtype, x quantized to the codes' kind with the weight's groups along K."""
+    """(M, K) floats @ (N, K).T + bias in x's dtype, x quantized to the codes' kind with the
+    weight's groups along K.
+    """
     qmax = 127.0 if codes.dtype == torch.int8 else 448.0
     x_codes, x_scale = activations.quantize(x, codes.dtype, qmax, geometry.cols)
     sms, n = _multiprocessors(x.device.index or 0), len(codes)
     if geometry.rows == 1 and geometry.cols and len(x) > 64:
         scale = scale.t().contiguous().t()  # every step reads one column of it
     tile = tile_for(len(x), n, x.shape[1], geometry.cols, sms)
-    return multiply(x_codes, x_scale, codes, scale, bias, x.dtype, geometry.cols, geometry.rows or n, tile)
+    return multiply(
+        x_codes, x_scale, codes, scale, bias, x.dtype, geometry.cols, geometry.rows or n, tile
+    )

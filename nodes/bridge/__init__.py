@@ -1,6 +1,8 @@
-"""The only importer of ComfyUI's modules. `register()` installs formats and seams, `status()` says how that went.
+"""The only importer of ComfyUI's modules. `register()` installs formats and seams, `status()` says
+how that went.
 
-Nothing of ComfyUI is imported at module scope, so that this module can always report why it cannot register.
+Nothing of ComfyUI is imported at module scope, so that this module can always report why it cannot
+register.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ _STAMP = "_fewbits_registration"
 def register() -> None:
     """Make ComfyUI's own loaders read FewBits' formats. Idempotent; never raises.
 
-    A seam that does not fit this ComfyUI disables itself with one log line and a reason in `status()`.
+    A seam that does not fit this ComfyUI disables itself with one log line and a reason in
+    `status()`.
     """
     try:
         import comfy.quant_ops as core
 
         from . import compat
-    except Exception as error:  # without this module there is nothing to register into; the nodes still load
+    # without this module there is nothing to register into; the nodes still load
+    except Exception as error:
         _failed("comfy.quant_ops", error)
         return
     stamp = getattr(core, _STAMP, None)
@@ -44,12 +48,15 @@ def register() -> None:
         try:
             install()
             _STATUS[name] = None
-        except Exception as error:  # ComfyUI's internals changed: this seam is off, everything else goes on
+        # ComfyUI's internals changed: this seam is off, everything else goes on
+        except Exception as error:
             _failed(name, error)
 
 
 def status() -> dict[str, str | None]:
-    """seam name -> None when it is installed, else why not. Empty before `register()` and for a second copy."""
+    """seam name -> None when it is installed, else why not. Empty before `register()` and for a
+    second copy.
+    """
     return dict(_STATUS)
 
 
@@ -59,4 +66,10 @@ def _failed(seam: str, error: Exception) -> None:
     except ImportError:
         version = "unknown"
     _STATUS[seam] = f"{type(error).__name__}: {error} (ComfyUI {version})"
-    logger.warning("FewBits: seam '%s' is off in ComfyUI %s: %s: %s", seam, version, type(error).__name__, error)
+    logger.warning(
+        "FewBits: seam '%s' is off in ComfyUI %s: %s: %s",
+        seam,
+        version,
+        type(error).__name__,
+        error,
+    )

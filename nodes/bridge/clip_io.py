@@ -1,4 +1,6 @@
-"""A CLIP as a tensor source (LoRA and other weight patches applied), converted tensors as a new CLIP, and files."""
+"""A CLIP as a tensor source (LoRA and other weight patches applied), converted tensors as a new
+CLIP, and files.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,19 @@ from .kernels import use_kernels
 from .text_encoders import Made, made_by
 from .weights import Entry, PatchedWeights, carry_over, same_values
 
-FILE_LOADERS = ("load_clip_model_patcher", "load_checkpoint_clip_patcher", "load_checkpoint_guess_config_clip_only")
+FILE_LOADERS = (
+    "load_clip_model_patcher",
+    "load_checkpoint_clip_patcher",
+    "load_checkpoint_guess_config_clip_only",
+)
 PART = ".transformer."  # stands between a text encoder's name and the names in its file
 MARKER = ".comfy_quant"
 
 
 class ClipSource(PatchedWeights):
-    """The text encoders of a CLIP under the names that ComfyUI gives them: `clip_l.transformer.text_model...`."""
+    """The text encoders of a CLIP under the names that ComfyUI gives them:
+    `clip_l.transformer.text_model...`.
+    """
 
     def __init__(self, clip: comfy.sd.CLIP, device: torch.device | str = "cpu"):
         self.clip, self.made = clip, made_by(clip)
@@ -42,11 +50,13 @@ class ClipSource(PatchedWeights):
         self.header = Header(specs, {}, warnings=warnings)
 
     def read(self, name: str) -> torch.Tensor:
-        with torch.no_grad():  # the pipeline reads in a thread of its own, outside ComfyUI's inference mode
+        # the pipeline reads in a thread of its own, outside ComfyUI's inference mode
+        with torch.no_grad():
             return self._plain(self._entries[name])
 
     def rebuild(self, sink: MemorySink, kernels: bool) -> comfy.sd.CLIP:
-        """The converted tensors as a new CLIP: tokenizer, clip skip, schedule and options are the old one's.
+        """The converted tensors as a new CLIP: tokenizer, clip skip, schedule and options are the
+        old one's.
 
         Args:
             kernels: let quantized layers multiply with their own kernels.
@@ -66,7 +76,9 @@ class ClipSource(PatchedWeights):
         return new
 
     def _entry(self, key: str, stored: dict[str, list[tuple[TensorSource, str]]]) -> Entry:
-        """Where the files have this tensor. Two files may name theirs alike: then the values tell."""
+        """Where the files have this tensor. Two files may name theirs alike: then the values
+        tell.
+        """
         weight = self._state[key]
         found = [
             (origin, name)
@@ -74,18 +86,26 @@ class ClipSource(PatchedWeights):
             if origin.header.tensors[name].shape == tuple(weight.shape)
         ]
         if len(found) > 1:
-            found = [(origin, name) for origin, name in found if same_values(origin.read(name), weight)]
+            found = [
+                (origin, name) for origin, name in found if same_values(origin.read(name), weight)
+            ]
         return Entry(key, *found[0]) if found else Entry(key)
 
 
 def load_from_memory(
-    stored: MemorySource, made: Made, tokenizer: object, kernels: bool, disable_dynamic: bool = False
+    stored: MemorySource,
+    made: Made,
+    tokenizer: object,
+    kernels: bool,
+    disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """The patcher of a CLIP from converted tensors; how ComfyUI makes further copies of it."""
     return _build(stored, made, tokenizer, kernels, disable_dynamic).patcher
 
 
-def load_with_kernels(factory: object, arguments: tuple, disable_dynamic: bool = False) -> ModelPatcher:
+def load_with_kernels(
+    factory: object, arguments: tuple, disable_dynamic: bool = False
+) -> ModelPatcher:
     """What ComfyUI's own factory makes, with the quantized kernels on."""
     patcher = factory(*arguments, disable_dynamic=disable_dynamic)
     use_kernels(patcher)
@@ -96,10 +116,15 @@ def load_files(paths: list[str], kind: str, *, on_cpu: bool, kernels: bool) -> c
     """One to four text encoder files as a CLIP, by ComfyUI's own loader.
 
     Args:
-        kind: a type of ComfyUI's loaders; one that only names a combination of files means the usual kind, as there.
+        kind: a type of ComfyUI's loaders; one that only names a combination of files means the
+            usual kind, as there.
         on_cpu: load and run it on the CPU.
     """
-    options = {"load_device": torch.device("cpu"), "offload_device": torch.device("cpu")} if on_cpu else {}
+    options = (
+        {"load_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
+        if on_cpu
+        else {}
+    )
     clip = comfy.sd.load_clip(
         ckpt_paths=paths,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
@@ -109,8 +134,12 @@ def load_files(paths: list[str], kind: str, *, on_cpu: bool, kernels: bool) -> c
     return with_kernels(clip) if kernels else clip
 
 
-def load_checkpoint(path: str, *, kernels: bool) -> tuple[ModelPatcher, comfy.sd.CLIP | None, object]:
-    """A checkpoint file as (MODEL, CLIP, VAE), by ComfyUI's own loader; CLIP is None where the file has none."""
+def load_checkpoint(
+    path: str, *, kernels: bool
+) -> tuple[ModelPatcher, comfy.sd.CLIP | None, object]:
+    """A checkpoint file as (MODEL, CLIP, VAE), by ComfyUI's own loader; CLIP is None where the file
+    has none.
+    """
     embeddings = folder_paths.get_folder_paths("embeddings")
     model, clip, vae = comfy.sd.load_checkpoint_guess_config(
         path, output_vae=True, output_clip=True, embedding_directory=embeddings
@@ -138,17 +167,24 @@ def quantize_clip(
     """CLIP -> quantized CLIP; the one that came in stays as it is.
 
     Raises:
-        QuantError: see `quantize`; and for a CLIP that is quantized already, or not built by ComfyUI itself.
+        QuantError: see `quantize`; and for a CLIP that is quantized already, or not built by
+            ComfyUI itself.
     """
     with ClipSource(clip, device) as source:
         source.refuse_quantized("CLIP")
         sink = MemorySink()
-        report = quantize(source, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress)
+        report = quantize(
+            source, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress
+        )
         return source.rebuild(sink, kernels), report
 
 
 def _build(
-    stored: MemorySource, made: Made, tokenizer: object, kernels: bool, disable_dynamic: bool = False
+    stored: MemorySource,
+    made: Made,
+    tokenizer: object,
+    kernels: bool,
+    disable_dynamic: bool = False,
 ) -> comfy.sd.CLIP:
     target = types.SimpleNamespace(
         params=made.target.params, clip=made.target.clip, tokenizer=lambda **arguments: tokenizer
@@ -168,13 +204,17 @@ def _build(
 
 
 def _refuse_unread(state: dict[str, torch.Tensor], module: torch.nn.Module) -> None:
-    """ComfyUI would take codes for weights, without a word, where a module of its does not know about markers."""
+    """ComfyUI would take codes for weights, without a word, where a module of its does not know
+    about markers.
+    """
     for name in state:
         base = name.removesuffix(MARKER)
-        if base != name and not isinstance(getattr(module.get_submodule(base), "weight", None), QuantizedTensor):
+        if base != name and not isinstance(
+            getattr(module.get_submodule(base), "weight", None), QuantizedTensor
+        ):
             raise UnsupportedLayerError(
-                f"layer '{base}': ComfyUI reads it as plain numbers ({type(module.get_submodule(base)).__name__}); "
-                "keep this layer"
+                f"layer '{base}': ComfyUI reads it as plain numbers "
+                f"({type(module.get_submodule(base)).__name__}); keep this layer"
             )
 
 
@@ -193,12 +233,16 @@ def _find_origins(patcher: ModelPatcher) -> tuple[list[TensorSource], tuple[str,
         try:
             origins.append(open_checkpoint(path))
         except CheckpointError as error:
-            warnings.append(f"a file of the CLIP cannot be read again, so dtypes are those in memory ({error})")
+            warnings.append(
+                f"a file of the CLIP cannot be read again, so dtypes are those in memory ({error})"
+            )
     return origins, tuple(warnings)
 
 
 def _by_tail(origins: Iterable[TensorSource]) -> dict[str, list[tuple[TensorSource, str]]]:
-    """Tail of a name -> the tensors that have it; a checkpoint has prefixes of its own before it."""
+    """Tail of a name -> the tensors that have it; a checkpoint has prefixes of its own before
+    it.
+    """
     found: dict[str, list[tuple[TensorSource, str]]] = {}
     for origin in origins:
         for name in origin.header.tensors:

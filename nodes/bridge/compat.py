@@ -1,4 +1,6 @@
-"""Facts about the ComfyUI at hand, as probes that return a reason; no version strings decide anything."""
+"""Facts about the ComfyUI at hand, as probes that return a reason; no version strings decide
+anything.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ def why_no_quantization() -> str | None:
     except PackageNotFoundError:
         kitchen = "not installed"
     return (
-        f"ComfyUI {core_version()} could not load comfy-kitchen (found: {kitchen}), so no quantized model can run; "
-        "reinstall ComfyUI's requirements.txt"
+        f"ComfyUI {core_version()} could not load comfy-kitchen (found: {kitchen}), so no "
+        "quantized model can run; reinstall ComfyUI's requirements.txt"
     )
 
 
@@ -34,10 +36,16 @@ def core_version() -> str:
 
 
 def weight_only_path() -> bool:
-    """Whether ComfyUI itself can leave activations alone for a format (`quantize_input`, 0.27 on)."""
+    """Whether ComfyUI itself can leave activations alone for a format (`quantize_input`, 0.27
+    on).
+    """
     from comfy.quant_ops import QUANT_ALGOS
 
-    core = [entry for entry in QUANT_ALGOS.values() if not str(entry["comfy_tensor_layout"]).startswith("FewBits")]
+    core = [
+        entry
+        for entry in QUANT_ALGOS.values()
+        if not str(entry["comfy_tensor_layout"]).startswith("FewBits")
+    ]
     return any("quantize_input" in entry for entry in core)
 
 
@@ -45,7 +53,8 @@ _EMBEDDING: dict[str, bool] = {}
 
 
 def embedding_reads(format_name: str, core: type) -> bool:
-    """Whether ComfyUI's own Embedding reads a format (FP8: 0.21 on, INT8: 0.29 on), found by loading one.
+    """Whether ComfyUI's own Embedding reads a format (FP8: 0.21 on, INT8: 0.29 on), found by
+    loading one.
 
     Args:
         core: ComfyUI's Embedding class for quantized models.
@@ -57,7 +66,9 @@ def embedding_reads(format_name: str, core: type) -> bool:
         state = {
             "weight": torch.zeros(1, 16).to(codes),
             "weight_scale": torch.ones(()),
-            "comfy_quant": torch.frombuffer(bytearray(json.dumps({"format": format_name}).encode()), dtype=torch.uint8),
+            "comfy_quant": torch.frombuffer(
+                bytearray(json.dumps({"format": format_name}).encode()), dtype=torch.uint8
+            ),
         }
         probe = core(1, 16, device="cpu", dtype=torch.float32)
         probe.load_state_dict(state, strict=False)

@@ -1,4 +1,6 @@
-"""Seam: ControlNet files with quantized layers are refused; ComfyUI would read codes as weights, without an error."""
+"""Seam: ControlNet files with quantized layers are refused; ComfyUI would read codes as weights,
+without an error.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ MARK = "_fewbits_wrapped"
 
 
 def install() -> None:
-    """Wrap `comfy.controlnet.load_controlnet_state_dict`, through which every ControlNet loader goes."""
+    """Wrap `comfy.controlnet.load_controlnet_state_dict`, through which every ControlNet loader
+    goes.
+    """
     original = comfy.controlnet.load_controlnet_state_dict
     if getattr(original, MARK, False):
         return
@@ -23,8 +27,9 @@ def install() -> None:
         found = next((name for name in state_dict if is_side(name)), None)
         if found is not None:
             raise UnsupportedLayerError(
-                f"layer '{split_name(found)[0]}' of this ControlNet is quantized ('{found}'): ComfyUI has no quantized "
-                "layers for ControlNet and would read its codes as weights; load the original file"
+                f"layer '{split_name(found)[0]}' of this ControlNet is quantized ('{found}'): "
+                "ComfyUI has no quantized layers for ControlNet and would read its codes as "
+                "weights; load the original file"
             )
         return original(state_dict, *args, **kwargs)
 

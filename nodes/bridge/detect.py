@@ -1,4 +1,6 @@
-"""Seam 4: ComfyUI recognises models by weight shapes; packed layers show it the shapes they had before packing."""
+"""Seam 4: ComfyUI recognises models by weight shapes; packed layers show it the shapes they had
+before packing.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def install(owned: set[str]) -> None:
     @functools.wraps(original)
     def detect_unet_config(state_dict: dict, *args: object, **kwargs: object):
         stand_ins = logical_weights(state_dict, owned)
-        return original(LogicalShapes(state_dict, stand_ins) if stand_ins else state_dict, *args, **kwargs)
+        return original(
+            LogicalShapes(state_dict, stand_ins) if stand_ins else state_dict, *args, **kwargs
+        )
 
     setattr(detect_unet_config, MARK, True)
     comfy.model_detection.detect_unet_config = detect_unet_config

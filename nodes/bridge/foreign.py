@@ -1,4 +1,6 @@
-"""Seam 3: foreign dialects become ours before ComfyUI recognises the model, so that stock loaders open them."""
+"""Seam 3: foreign dialects become ours before ComfyUI recognises the model, so that stock loaders
+open them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ MARK = "_fewbits_wrapped"
 
 
 def install(owned: set[str]) -> None:
-    """Wrap `comfy.utils.convert_old_quants`, which every stock loader calls on what it has just read.
+    """Wrap `comfy.utils.convert_old_quants`, which every stock loader calls on what it has just
+    read.
 
     Args:
         owned: formats that this ComfyUI does not read itself.
@@ -31,7 +34,9 @@ def install(owned: set[str]) -> None:
         return
 
     @functools.wraps(original)
-    def convert_old_quants(state_dict: dict, model_prefix: str = "", metadata: dict | None = None, **kwargs: object):
+    def convert_old_quants(
+        state_dict: dict, model_prefix: str = "", metadata: dict | None = None, **kwargs: object
+    ):
         state_dict, metadata = translate_state_dict(state_dict, metadata, owned)
         return original(state_dict, model_prefix, metadata=metadata, **kwargs)
 
@@ -39,11 +44,14 @@ def install(owned: set[str]) -> None:
     comfy.utils.convert_old_quants = convert_old_quants
 
 
-def translate_state_dict(state_dict: dict, metadata: dict | None, owned: set[str]) -> tuple[dict, dict]:
-    """A state dict with every foreign layer in canonical form; the one given when nothing in it is foreign.
+def translate_state_dict(
+    state_dict: dict, metadata: dict | None, owned: set[str]
+) -> tuple[dict, dict]:
+    """A state dict with every foreign layer in canonical form; the one given when nothing in it is
+    foreign.
 
-    All keys are translated, whatever prefix the loader asks about: a checkpoint is converted once for all its parts.
-    Doing it twice changes nothing.
+    All keys are translated, whatever prefix the loader asks about: a checkpoint is converted once
+    for all its parts. Doing it twice changes nothing.
 
     Raises:
         CheckpointError: a layer that cannot be read without guessing, by name.
@@ -51,11 +59,16 @@ def translate_state_dict(state_dict: dict, metadata: dict | None, owned: set[str
     metadata = {} if metadata is None else metadata
     if not any(is_side(name) for name in state_dict):
         return state_dict, metadata
-    known = {name: value for name, value in state_dict.items() if getattr(value, "dtype", None) in DTYPE_NAMES}
+    known = {
+        name: value
+        for name, value in state_dict.items()
+        if getattr(value, "dtype", None) in DTYPE_NAMES
+    }
     host_formats = frozenset(comfy.quant_ops.QUANT_ALGOS) - owned
     texts = {key: text for key, text in metadata.items() if isinstance(text, str)}
     source = ImportedSource(
-        MemorySource(known, texts, "the model"), ImportOptions(foreign_only=True, host_formats=host_formats)
+        MemorySource(known, texts, "the model"),
+        ImportOptions(foreign_only=True, host_formats=host_formats),
     )
     if source.changes_nothing:
         return state_dict, metadata
@@ -68,6 +81,9 @@ def translate_state_dict(state_dict: dict, metadata: dict | None, owned: set[str
         made = source.translations.get(base)
         marker = made.marker if made else layer.header_marker
         if marker is not None:
-            translated[f"{base}.comfy_quant"] = torch.frombuffer(bytearray(marker_bytes(marker)), dtype=torch.uint8)
-    # The header's entries are beside the layers now; their names would be wrong once a prefix is stripped.
+            translated[f"{base}.comfy_quant"] = torch.frombuffer(
+                bytearray(marker_bytes(marker)), dtype=torch.uint8
+            )
+    # The header's entries are beside the layers now; their names would be wrong once a prefix is
+    # stripped.
     return translated, {key: value for key, value in metadata.items() if key != HEADER_KEY}

@@ -1,4 +1,6 @@
-"""What a running node needs from ComfyUI: folders, devices, progress, cancel, and messages to the page."""
+"""What a running node needs from ComfyUI: folders, devices, progress, cancel, and messages to the
+page.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,21 @@ SUFFIXES = (".safetensors", ".sft")
 TYPED_LOADERS = ("CLIPLoader", "DualCLIPLoader")
 MESSAGE_SECONDS = 0.1  # at most ten progress messages a second
 # Names that Windows gives to devices in every folder, whatever the extension.
-DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+DEVICE_NAMES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)),
+}
 FORBIDDEN = set('<>:"|?*') | {chr(code) for code in range(32)}
 
 
 def model_files(folder: str) -> list[str]:
     """Names of the safetensors files in one of ComfyUI's model folders, output folder included."""
-    return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(SUFFIXES)]
+    return [
+        name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(SUFFIXES)
+    ]
 
 
 def all_model_files() -> list[str]:
@@ -43,14 +53,21 @@ def model_path(folder: str, name: str) -> Path:
     """
     path = folder_paths.get_full_path(folder, name) if folder in MODEL_FOLDERS and name else None
     if path is None or not is_within_any(folder_paths.get_folder_paths(folder), path):
-        raise CheckpointError(f"{folder}/{name}: no such file in ComfyUI's model folders; choose one from the list")
+        raise CheckpointError(
+            f"{folder}/{name}: no such file in ComfyUI's model folders; choose one from the list"
+        )
     return Path(path)
 
 
 def text_encoder_types() -> list[str]:
-    """Every type of text encoder that this ComfyUI knows: what its own loaders offer, else its list of types."""
-    nodes = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})  # ComfyUI's module; not there as a library
-    offered = [nodes[name].INPUT_TYPES()["required"]["type"] for name in TYPED_LOADERS if name in nodes]
+    """Every type of text encoder that this ComfyUI knows: what its own loaders offer, else its list
+    of types.
+    """
+    # ComfyUI's module; not there as a library
+    nodes = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
+    offered = [
+        nodes[name].INPUT_TYPES()["required"]["type"] for name in TYPED_LOADERS if name in nodes
+    ]
     found = dict.fromkeys(value for widget in offered for value in _options(widget))
     return list(found) or [member.name.lower() for member in comfy.sd.CLIPType]
 
@@ -67,31 +84,41 @@ def split_choice(choice: str) -> tuple[str, str]:
 
 
 def file_state(choice: str) -> tuple[int, int]:
-    """(mtime in ns, bytes) of a `folder/name` choice: changes whenever the file does, without reading it."""
+    """(mtime in ns, bytes) of a `folder/name` choice: changes whenever the file does, without
+    reading it.
+    """
     state = model_path(*split_choice(choice)).stat()
     return state.st_mtime_ns, state.st_size
 
 
 def output_path(name: str, suffix: str = ".safetensors", *, overwrite: bool = False) -> Path:
-    """Where a file named by the user goes: below ComfyUI's output folder, the suffix added, subfolders made.
+    """Where a file named by the user goes: below ComfyUI's output folder, the suffix added,
+    subfolders made.
 
     Raises:
-        RecipeError: empty, absolute, with `..`, a drive or a device name, or leading elsewhere through a link; or an
-            existing file and no wish to overwrite it.
+        RecipeError: empty, absolute, with `..`, a drive or a device name, or leading elsewhere
+            through a link; or an existing file and no wish to overwrite it.
     """
     parts = PurePosixPath(name.strip().replace("\\", "/")).parts
     root = Path(folder_paths.get_output_directory())
     target = root.joinpath(*parts)
     if parts and not target.name.lower().endswith(suffix):
         target = target.with_name(target.name + suffix)
-    if not parts or any(_unsafe(part) for part in parts) or not is_within_any(_writable_roots(), target):
+    if (
+        not parts
+        or any(_unsafe(part) for part in parts)
+        or not is_within_any(_writable_roots(), target)
+    ):
         raise RecipeError(
-            f"file name {name!r} is not allowed: write a name inside ComfyUI's output folder, such as "
-            "diffusion_models/my_model; absolute paths, '..' and device names are refused"
+            f"file name {name!r} is not allowed: write a name inside ComfyUI's output folder, such "
+            "as diffusion_models/my_model; absolute paths, '..' and device names are refused"
         )
     if target.exists() and not overwrite:
         shown = target.relative_to(root).as_posix()
-        raise RecipeError(f"{shown} exists already in the output folder; choose another filename or turn overwrite on")
+        raise RecipeError(
+            f"{shown} exists already in the output folder; choose another filename or turn "
+            "overwrite on"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
@@ -108,7 +135,9 @@ def save_text(name: str, suffix: str, text: str, *, overwrite: bool) -> Path:
 
 
 def output_folder(folder: str) -> str:
-    """The folder inside ComfyUI's output folder whose files appear in the loaders of `folder`, relative to it."""
+    """The folder inside ComfyUI's output folder whose files appear in the loaders of `folder`,
+    relative to it.
+    """
     root = folder_paths.get_output_directory()
     for path in folder_paths.get_folder_paths(folder):
         if is_within(root, path):
@@ -117,13 +146,17 @@ def output_folder(folder: str) -> str:
 
 
 def automatic_name(choice: str, mark: str) -> str:
-    """`diffusion_models/a/flux.safetensors`, `int8` -> `diffusion_models/flux_int8`, where the loaders find it."""
+    """`diffusion_models/a/flux.safetensors`, `int8` -> `diffusion_models/flux_int8`, where the
+    loaders find it.
+    """
     folder, name = split_choice(choice)
     return f"{output_folder(folder)}/{PurePosixPath(name.replace(chr(92), '/')).stem}_{mark}"
 
 
 def is_within(directory: str | os.PathLike, target: str | os.PathLike) -> bool:
-    """Whether `target` really lies in `directory`, links followed. (ComfyUI has its own only since 0.25.)"""
+    """Whether `target` really lies in `directory`, links followed. (ComfyUI has its own only since
+    0.25.)
+    """
     try:
         directory, target = os.path.realpath(directory), os.path.realpath(target)
         return os.path.commonpath((directory, target)) == directory
@@ -137,7 +170,10 @@ def is_within_any(directories: list[str], target: str | os.PathLike) -> bool:
 
 def _writable_roots() -> list[str]:
     """The output folder; and the model folders, because people link those into it."""
-    return [folder_paths.get_output_directory(), *(p for f in MODEL_FOLDERS for p in folder_paths.get_folder_paths(f))]
+    return [
+        folder_paths.get_output_directory(),
+        *(p for f in MODEL_FOLDERS for p in folder_paths.get_folder_paths(f)),
+    ]
 
 
 def _unsafe(part: str) -> bool:
@@ -155,14 +191,18 @@ def pick_device(choice: str) -> torch.device:
     if choice == "cpu" or (choice == "auto" and device.type != "cuda"):
         return torch.device("cpu")
     if device.type != "cuda":
-        raise RecipeError(f"device {choice!r} was chosen, but ComfyUI runs on {device.type}; choose auto or cpu")
+        raise RecipeError(
+            f"device {choice!r} was chosen, but ComfyUI runs on {device.type}; choose auto or cpu"
+        )
     return device
 
 
 class Run:
-    """One execution of a node, as the user sees it: plan, progress bar, layer names. Its callbacks also cancel.
+    """One execution of a node, as the user sees it: plan, progress bar, layer names. Its callbacks
+    also cancel.
 
-    With `text`, the layer's name appears under the node: for nodes without a panel of ours, which shows it already.
+    With `text`, the layer's name appears under the node: for nodes without a panel of ours, which
+    shows it already.
     """
 
     def __init__(self, node_id: str | None, *, text: bool = False):
@@ -189,7 +229,13 @@ class Run:
         self._sent = now
         seconds = now - self.started
         eta = seconds * (total - done) / done if done else None
-        progress = {"layer": layer, "done": done, "total": total, "seconds": seconds, "eta_seconds": eta}
+        progress = {
+            "layer": layer,
+            "done": done,
+            "total": total,
+            "seconds": seconds,
+            "eta_seconds": eta,
+        }
         self._send("fewbits.progress", progress)
         if self.text:
             self.say(f"{done * 100 // max(total, 1)} % {layer}")

@@ -1,4 +1,6 @@
-"""Which kernel multiplies each quantized layer, and switching ComfyUI's full-precision product off where it may be."""
+"""Which kernel multiplies each quantized layer, and switching ComfyUI's full-precision product off
+where it may be.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +28,23 @@ LOOKED_UP = "rows looked up, then decoded"
 
 
 def use_kernels(patcher: ModelPatcher) -> None:
-    """Let the quantized layers of a text encoder multiply as those of a MODEL do; ComfyUI decodes them all.
+    """Let the quantized layers of a text encoder multiply as those of a MODEL do; ComfyUI decodes
+    them all.
 
-    A layer stays as it is where its file asks for full precision, or where this device or ComfyUI has no kernel.
+    A layer stays as it is where its file asks for full precision, or where this device or ComfyUI
+    has no kernel.
     """
-    patcher.force_cast_weights = False  # True for every CLIP; each layer that is loaded would be decoded by it
+    # True for every CLIP; each layer that is loaded would be decoded by it
+    patcher.force_cast_weights = False
     for layer in _linears(patcher.model):
         if not layer._full_precision_mm_config and _has_kernel(layer, patcher.load_device):
             layer._full_precision_mm = layer.comfy_force_cast_weights = False
 
 
 def kernel_lines(module: torch.nn.Module) -> list[str]:
-    """`72 layers bnb_nf4: how they are multiplied`, for a report; empty for a model that is not quantized."""
+    """`72 layers bnb_nf4: how they are multiplied`, for a report; empty for a model that is not
+    quantized.
+    """
     found = Counter((layer.quant_format, _how(layer)) for layer in _quantized(module))
     return [f"{count:>5} layers  {name}: {how}" for (name, how), count in found.items()]
 
@@ -73,7 +80,11 @@ def _is_own(layer: torch.nn.Module) -> bool:
 
 
 def _quantized(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    return (part for part in module.modules() if isinstance(getattr(part, "weight", None), QuantizedTensor))
+    return (
+        part
+        for part in module.modules()
+        if isinstance(getattr(part, "weight", None), QuantizedTensor)
+    )
 
 
 def _linears(module: torch.nn.Module) -> Iterator[torch.nn.Module]:

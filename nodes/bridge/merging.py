@@ -1,4 +1,6 @@
-"""Seam: merging with a quantized model. ComfyUI looks for every stored tensor as a weight and finds scales."""
+"""Seam: merging with a quantized model. ComfyUI looks for every stored tensor as a weight and finds
+scales.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,12 @@ MARK = "_fewbits_wrapped"
 
 
 def install() -> None:
-    """Wrap `ModelPatcher.get_key_patches`, which ModelMerge nodes, CLIPMerge nodes and weight hooks call.
+    """Wrap `ModelPatcher.get_key_patches`, which ModelMerge nodes, CLIPMerge nodes and weight hooks
+    call.
 
-    For any quantized model, of ComfyUI's formats too, it ends in an AttributeError at the first scale. The weights
-    themselves need nothing: they are handed over with their layer's `convert_weight`, which decodes them.
+    For any quantized model, of ComfyUI's formats too, it ends in an AttributeError at the first
+    scale. The weights themselves need nothing: they are handed over with their layer's
+    `convert_weight`, which decodes them.
     """
     original = ModelPatcher.get_key_patches
     if getattr(original, MARK, False):

@@ -1,4 +1,6 @@
-"""A MODEL as a tensor source (LoRA and other weight patches applied), and converted tensors as a new MODEL."""
+"""A MODEL as a tensor source (LoRA and other weight patches applied), and converted tensors as a
+new MODEL.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,22 @@ from ...quant_ops.errors import CheckpointError, QuantError, UnsupportedLayerErr
 from ...quant_ops.pipeline import PlanFn, ProgressFn, ignore_progress, quantize
 from ...quant_ops.planning.recipe import Recipe
 from ...quant_ops.report.report import Report
-from ...quant_ops.sources import TORCH_DTYPES, MemorySink, MemorySource, TensorSink, TensorSource, spec_of
+from ...quant_ops.sources import (
+    TORCH_DTYPES,
+    MemorySink,
+    MemorySource,
+    TensorSink,
+    TensorSource,
+    spec_of,
+)
 from ...quant_ops.spec import ITEM_SIZES, Header, TensorSpec
 from .weights import Entry, PatchedWeights, carry_over
 
-FILE_LOADERS = ("load_diffusion_model", "load_checkpoint_guess_config", "load_checkpoint_guess_config_model_only")
+FILE_LOADERS = (
+    "load_diffusion_model",
+    "load_checkpoint_guess_config",
+    "load_checkpoint_guess_config_model_only",
+)
 # What ComfyUI read off a checkpoint beyond the weights, and could not read off the weights alone.
 TRAITS = ("model_type", "model_sampling", "latent_format")
 MARKER = ".comfy_quant"
@@ -31,11 +44,13 @@ LEGACY_MARKER = "scaled_fp8"  # a tensor that old FP8 files carry beside their l
 class ModelSource(PatchedWeights):
     """What ComfyUI would save for a MODEL, tensor by tensor.
 
-    Where the file is known, names, order and metadata are the file's too. A MODEL made by `rebuild` has its stored
-    tensors for a file. Without one, names and dtypes are the MODEL's, widest dtype first, then by name.
+    Where the file is known, names, order and metadata are the file's too. A MODEL made by `rebuild`
+    has its stored tensors for a file. Without one, names and dtypes are the MODEL's, widest dtype
+    first, then by name.
 
-    Quantized layers are offered as stored (weight, weight_scale, marker). One that is patched is quantized again as
-    ComfyUI does it when it loads the MODEL: same layout, stochastic rounding seeded by the layer's name.
+    Quantized layers are offered as stored (weight, weight_scale, marker). One that is patched is
+    quantized again as ComfyUI does it when it loads the MODEL: same layout, stochastic rounding
+    seeded by the layer's name.
     """
 
     PREFIX = "diffusion_model."  # of a MODEL's own names; a diffusion model file has none
@@ -64,7 +79,8 @@ class ModelSource(PatchedWeights):
             return self._extra[name]
         entry = self._entries[name]
         key = entry.key
-        with torch.no_grad():  # the pipeline reads in a thread of its own, outside ComfyUI's inference mode
+        # the pipeline reads in a thread of its own, outside ComfyUI's inference mode
+        with torch.no_grad():
             if key is None:
                 return entry.origin.read(entry.stored)
             base = self._quantized_base(key)
@@ -72,18 +88,28 @@ class ModelSource(PatchedWeights):
                 return self._plain(entry)
             if key.endswith(MARKER):
                 return self._state[key]
-            return self._requantized(base)[key] if self._patches(f"{base}.weight") else self._state[key]
+            return (
+                self._requantized(base)[key]
+                if self._patches(f"{base}.weight")
+                else self._state[key]
+            )
 
     def rebuild(self, sink: MemorySink) -> ModelPatcher:
-        """The converted tensors as a new MODEL, with everything of the old one that is not a weight.
+        """The converted tensors as a new MODEL, with everything of the old one that is not a
+        weight.
 
         Raises:
-            UnsupportedLayerError: ComfyUI does not recognise the tensors, or a part of the old MODEL was replaced by
-                another one (torch.compile, for example) that holds the old weights.
+            UnsupportedLayerError: ComfyUI does not recognise the tensors, or a part of the old
+                MODEL was replaced by another one (torch.compile, for example) that holds the old
+                weights.
         """
         old = self.patcher
         stored = MemorySource(sink.tensors, sink.metadata, self.name)
-        traits = {name: copy.deepcopy(getattr(old.model, name)) for name in TRAITS if hasattr(old.model, name)}
+        traits = {
+            name: copy.deepcopy(getattr(old.model, name))
+            for name in TRAITS
+            if hasattr(old.model, name)
+        }
         fresh = load_from_memory(stored, traits, disable_dynamic=not old.is_dynamic())
         return carry_over(old, fresh, (load_from_memory, (stored, traits)), self.PREFIX)
 
@@ -98,13 +124,17 @@ class ModelSource(PatchedWeights):
         entries: dict[str, Entry] = {}
         keys = _keys_of(self.patcher, self._origin.header)
         names = {key: short for short, _, key in keys if key in self._state}
-        quantized = {names[f"{base}.weight"] for base in self.quantized if f"{base}.weight" in names}
+        quantized = {
+            names[f"{base}.weight"] for base in self.quantized if f"{base}.weight" in names
+        }
         for short, stored, key in keys:
             if key in self._state:
                 entries[short] = Entry(key, self._origin, stored)
             elif f"{short.rpartition('.')[0]}.weight" not in quantized and short != LEGACY_MARKER:
-                entries[short] = Entry(None, self._origin, stored)  # ComfyUI may recognise the model by it
-        # ComfyUI fills in what a file lacks. But tensors lacking on both sides mean that it built some from others.
+                # ComfyUI may recognise the model by it
+                entries[short] = Entry(None, self._origin, stored)
+        # ComfyUI fills in what a file lacks. But tensors lacking on both sides mean that it built
+        # some from others.
         unknown = [short for short, entry in entries.items() if entry.key is None]
         lacking = [key for key in self._state if key not in names]
         derived = bool(unknown) and any(self._quantized_base(key) is None for key in lacking)
@@ -120,19 +150,26 @@ class ModelSource(PatchedWeights):
         return entries
 
     def _restore_markers(self) -> None:
-        """ComfyUI writes a marker again with the keys it knows; the origin's says more, if the format agrees."""
+        """ComfyUI writes a marker again with the keys it knows; the origin's says more, if the
+        format agrees.
+        """
         for entry in self._entries.values():
             key = entry.key
             if key is None or entry.stored is None or not key.endswith(MARKER):
                 continue
             original = entry.origin.read(entry.stored)
             base = key.removesuffix(MARKER)
-            if _marker(base, original).get("format") == _marker(base, self._state[key]).get("format"):
+            if _marker(base, original).get("format") == _marker(base, self._state[key]).get(
+                "format"
+            ):
                 self._state[key] = original
 
     def _detection_keys(self) -> dict[str, torch.Tensor]:
         """What ComfyUI itself adds when it saves, because the weights alone would not say it."""
-        v_prediction = getattr(self.patcher.model, "model_type", None) == comfy.model_base.ModelType.V_PREDICTION
+        v_prediction = (
+            getattr(self.patcher.model, "model_type", None)
+            == comfy.model_base.ModelType.V_PREDICTION
+        )
         return {"v_pred": torch.empty(0)} if v_prediction and "v_pred" not in self._entries else {}
 
     def _spec(self, name: str, entry: Entry) -> TensorSpec:
@@ -149,16 +186,21 @@ class ModelSource(PatchedWeights):
         if not layers:
             return ()
         return (
-            f"{len(layers)} quantized layers carry a LoRA or another patch and are rounded a second time; for less "
-            "error apply it to the original model and quantize the result",
+            f"{len(layers)} quantized layers carry a LoRA or another patch and are rounded a "
+            "second time; for less error apply it to the original model and quantize the result",
         )
 
     def _requantized(self, base: str) -> dict[str, torch.Tensor]:
-        """Stored tensors of a quantized layer after its patches. The layers come in order, so one is remembered."""
+        """Stored tensors of a quantized layer after its patches. The layers come in order, so one
+        is remembered.
+        """
         if self._pieces[0] != base:
             module, device = self.quantized[base], self.patcher.load_device
-            weight = self.patcher.patch_weight_to_device(f"{self.PREFIX}{base}.weight", device, return_weight=True)
-            twin = copy.copy(module)  # shares everything but the table of parameters: the MODEL stays as it is
+            weight = self.patcher.patch_weight_to_device(
+                f"{self.PREFIX}{base}.weight", device, return_weight=True
+            )
+            # shares everything but the table of parameters: the MODEL stays as it is
+            twin = copy.copy(module)
             twin._parameters = {
                 **module._parameters,
                 "weight": torch.nn.Parameter(weight.to("cpu"), requires_grad=False),
@@ -167,25 +209,38 @@ class ModelSource(PatchedWeights):
         return self._pieces[1]
 
 
-def load_from_memory(stored: MemorySource, traits: dict[str, object], disable_dynamic: bool = False) -> ModelPatcher:
-    """A MODEL from converted tensors; also how ComfyUI makes further copies of it (other devices, no dynamic VRAM)."""
+def load_from_memory(
+    stored: MemorySource, traits: dict[str, object], disable_dynamic: bool = False
+) -> ModelPatcher:
+    """A MODEL from converted tensors; also how ComfyUI makes further copies of it (other devices,
+    no dynamic VRAM).
+    """
     loaded = comfy.sd.load_diffusion_model_state_dict(
         dict(stored.tensors), metadata=dict(stored.header.metadata), disable_dynamic=disable_dynamic
     )
     if loaded is None:
-        raise UnsupportedLayerError(f"{stored.name}: ComfyUI does not recognise the model after the conversion")
+        raise UnsupportedLayerError(
+            f"{stored.name}: ComfyUI does not recognise the model after the conversion"
+        )
     for name, value in traits.items():
         setattr(loaded.model, name, copy.deepcopy(value))
     return loaded
 
 
 def load_file(path: str) -> ModelPatcher:
-    """A diffusion model file as a MODEL, by ComfyUI's own loader; any dialect that ComfyUI reads with FewBits."""
+    """A diffusion model file as a MODEL, by ComfyUI's own loader; any dialect that ComfyUI reads
+    with FewBits.
+    """
     return comfy.sd.load_diffusion_model(path)
 
 
 def quantize_model(
-    patcher: ModelPatcher, recipe: Recipe, *, device: torch.device, on_plan: PlanFn, on_progress: ProgressFn
+    patcher: ModelPatcher,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    on_plan: PlanFn,
+    on_progress: ProgressFn,
 ) -> tuple[ModelPatcher, Report]:
     """MODEL -> quantized MODEL; the one that came in stays as it is.
 
@@ -195,16 +250,26 @@ def quantize_model(
     with ModelSource(patcher, device) as source:
         source.refuse_quantized("MODEL")
         sink = MemorySink()
-        report = quantize(source, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress)
+        report = quantize(
+            source, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress
+        )
         return source.rebuild(sink), report
 
 
 def save_model(
-    patcher: ModelPatcher, sink: TensorSink, *, on_plan: PlanFn, on_progress: ProgressFn = ignore_progress
+    patcher: ModelPatcher,
+    sink: TensorSink,
+    *,
+    on_plan: PlanFn,
+    on_progress: ProgressFn = ignore_progress,
 ) -> Report:
-    """MODEL -> file as it is: codes copied, weight patches baked, markers and metadata completed."""
+    """MODEL -> file as it is: codes copied, weight patches baked, markers and metadata
+    completed.
+    """
     with ModelSource(patcher) as source:
-        return quantize(source, sink, Recipe(primary=None), on_plan=on_plan, on_progress=on_progress)
+        return quantize(
+            source, sink, Recipe(primary=None), on_plan=on_plan, on_progress=on_progress
+        )
 
 
 def _find_origin(patcher: ModelPatcher) -> tuple[TensorSource | None, tuple[str, ...]]:
@@ -220,14 +285,17 @@ def _find_origin(patcher: ModelPatcher) -> tuple[TensorSource | None, tuple[str,
     try:
         return open_checkpoint(arguments[0]), ()
     except CheckpointError as error:
-        return None, (f"the MODEL's file cannot be read again, so dtypes are those in memory ({error})",)
+        return None, (
+            f"the MODEL's file cannot be read again, so dtypes are those in memory ({error})",
+        )
 
 
 def _keys_of(patcher: ModelPatcher, header: Header) -> list[tuple[str, str, str | None]]:
-    """(name without the checkpoint's prefix, name in the file, key in the MODEL) for each tensor of the model's part.
+    """(name without the checkpoint's prefix, name in the file, key in the MODEL) for each tensor of
+    the model's part.
 
-    The key is None where ComfyUI does not put the file's tensor into the MODEL as it is. It is found by sending
-    stand-ins without data through ComfyUI's own renaming.
+    The key is None where ComfyUI does not put the file's tensor into the MODEL as it is. It is
+    found by sending stand-ins without data through ComfyUI's own renaming.
     """
     prefix = comfy.model_detection.unet_prefix_from_state_dict(header.tensors)
     part = {name: name[len(prefix) :] for name in header.tensors if name.startswith(prefix)}
@@ -236,9 +304,12 @@ def _keys_of(patcher: ModelPatcher, header: Header) -> list[tuple[str, str, str 
     for name, short in part.items():
         spec = header.tensors[name]
         stand_ins[short] = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
-    config = object.__new__(type(patcher.model.model_config))  # a copy (it refuses copy.copy): some families keep notes
+    # a copy (it refuses copy.copy): some families keep notes
+    config = object.__new__(type(patcher.model.model_config))
     config.__dict__.update(patcher.model.model_config.__dict__)  # in it while they rename
-    keys = {id(tensor): key for key, tensor in config.process_unet_state_dict(dict(stand_ins)).items()}
+    keys = {
+        id(tensor): key for key, tensor in config.process_unet_state_dict(dict(stand_ins)).items()
+    }
     return [(short, name, keys.get(id(stand_ins[short]))) for name, short in part.items()]
 
 

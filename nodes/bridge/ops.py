@@ -1,4 +1,6 @@
-"""The seams into ComfyUI's loaders: our format names, our layouts, and Linear modules that read them."""
+"""The seams into ComfyUI's loaders: our format names, our layouts, and Linear modules that read
+them.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,14 @@ MARK = "_fewbits_wrapped"
 # Formats that ComfyUI did not know when we registered; the others stay ComfyUI's own.
 OWNED: set[str] = set()
 LOOKED_UP = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # rows can be decoded one by one
-PROBE = LayerInput((256, 256), None)  # a layer that every format fits, to ask which tensors it stores
+# a layer that every format fits, to ask which tensors it stores
+PROBE = LayerInput((256, 256), None)
 
 
 def install_formats() -> None:
-    """Names into QUANT_ALGOS and layout classes into the registry; existing entries are never changed."""
+    """Names into QUANT_ALGOS and layout classes into the registry; existing entries are never
+    changed.
+    """
     algos = comfy.quant_ops.QUANT_ALGOS
     OWNED.update(name for name in FORMATS if name not in algos)
     for name in FORMATS:
@@ -102,7 +107,9 @@ def _own_marker(state_dict: dict, prefix: str) -> dict | None:
 
 
 class OwnFormats:
-    """Mixed in before ComfyUI's layers: loads, saves and requantizes our formats; all others are `super()`'s."""
+    """Mixed in before ComfyUI's layers: loads, saves and requantizes our formats; all others are
+    `super()`'s.
+    """
 
     _fewbits_marker: torch.Tensor | None = None
 
@@ -127,10 +134,12 @@ class OwnFormats:
             options = format.options_from(marker, specs)
         except CheckpointError as error:
             raise CheckpointError(f"layer '{layer}': {error}; try `fewbits repair`") from None
-        if tuple(specs["weight"].shape) != tuple(format.tensor_specs(expected, options)["weight"][1]):
+        if tuple(specs["weight"].shape) != tuple(
+            format.tensor_specs(expected, options)["weight"][1]
+        ):
             raise UnsupportedLayerError(
-                f"layer '{layer}': weight is {list(specs['weight'].shape)}, the model needs {list(shape)} "
-                f"in {format.name}; "
+                f"layer '{layer}': weight is {list(specs['weight'].shape)}, the model needs "
+                f"{list(shape)} in {format.name}; "
                 "the file belongs to another model, or was packed wrongly"
             )
         self.layout_type = _layout(format.name, options)
@@ -139,11 +148,17 @@ class OwnFormats:
         stored = {suffix: tensor.to(device=device) for suffix, tensor in stored.items()}
         params = get_layout_class(self.layout_type).params_of(stored, dtype, shape)
         self.weight = _parameter(QuantizedTensor(stored["weight"], self.layout_type, params))
-        self._fewbits_marker = torch.frombuffer(bytearray(json.dumps(marker).encode()), dtype=torch.uint8)
+        self._fewbits_marker = torch.frombuffer(
+            bytearray(json.dumps(marker).encode()), dtype=torch.uint8
+        )
 
-    def _fewbits_load_rest(self, state_dict, prefix, local_metadata, strict, missing_keys, *others) -> None:
+    def _fewbits_load_rest(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, *others
+    ) -> None:
         """The bias. Not by super(): ComfyUI's body would look for a weight."""
-        torch.nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *others)
+        torch.nn.Module._load_from_state_dict(
+            self, state_dict, prefix, local_metadata, strict, missing_keys, *others
+        )
         if f"{prefix}weight" in missing_keys:
             missing_keys.remove(f"{prefix}weight")
 
@@ -167,8 +182,11 @@ class OwnFormats:
         return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
 
     def _fewbits_set(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
-        # The LoRA's dtype may differ from the layer's; without .to() every later forward would dequantize.
-        new = QuantizedTensor.from_float(weight, self.layout_type, stochastic_rounding=seed).to(self.weight.dtype)
+        # The LoRA's dtype may differ from the layer's; without .to() every later forward would
+        # dequantize.
+        new = QuantizedTensor.from_float(weight, self.layout_type, stochastic_rounding=seed).to(
+            self.weight.dtype
+        )
         if return_weight:
             return new
         self.weight = _parameter(new)
@@ -178,7 +196,8 @@ class OwnFormats:
 class OwnLinear(OwnFormats):
     """Mixed in before Linear."""
 
-    _fewbits_rounds = False  # activations are rounded though `_full_precision_mm` is set: we set it, not ComfyUI
+    # activations are rounded though `_full_precision_mm` is set: we set it, not ComfyUI
+    _fewbits_rounds = False
 
     def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
         marker = _own_marker(state_dict, prefix)
@@ -189,21 +208,29 @@ class OwnLinear(OwnFormats):
         self._fewbits_load(marker, state_dict, prefix, shape, **self.factory_kwargs)
         self._fewbits_rounds = not self._full_precision_mm and not weight_only_path()
         if self._full_precision_mm_config or not weight_only_path():
-            self._full_precision_mm = True  # older ComfyUI would quantize activations with our weight layout
+            # older ComfyUI would quantize activations with our weight layout
+            self._full_precision_mm = True
         self._fewbits_load_rest(state_dict, prefix, *others)
 
     def forward_comfy_cast_weights(self, input, *args, **kwargs):
-        # ComfyUI's casts take 14 us to find that weight and bias are where the input is and nothing changes them.
-        # `_v` is DynamicVRAM's: the weight may not be there yet.
-        if kwargs.get("weight_only_quant") and not ("_v" in vars(self) or self.weight_function or self.bias_function):
+        # ComfyUI's casts take 14 us to find that weight and bias are where the input is and nothing
+        # changes them. `_v` is DynamicVRAM's: the weight may not be there yet.
+        if kwargs.get("weight_only_quant") and not (
+            "_v" in vars(self) or self.weight_function or self.bias_function
+        ):
             weight, bias, device = self.weight, self.bias, input.device
-            if self._is_own() and weight.device == device and (bias is None or bias.device == device):
+            if (
+                self._is_own()
+                and weight.device == device
+                and (bias is None or bias.device == device)
+            ):
                 return linear(input, weight, bias)
         return super().forward_comfy_cast_weights(input, *args, **kwargs)
 
     def _forward(self, input, weight, bias):
         if self._full_precision_mm and not self._fewbits_rounds and self._is_own():
-            weight = self._fewbits_convert(weight.to(input.dtype))  # our product would round the input too
+            # our product would round the input too
+            weight = self._fewbits_convert(weight.to(input.dtype))
         if self._fewbits_marker is None:
             return super()._forward(input, weight, bias)
         return linear(input, weight, bias)
@@ -212,11 +239,16 @@ class OwnLinear(OwnFormats):
         return self._fewbits_convert(weight)
 
     def set_weight(self, *args, **kwargs):
-        return self._fewbits_set(*args, **kwargs) if self._is_own() else super().set_weight(*args, **kwargs)
+        return (
+            self._fewbits_set(*args, **kwargs)
+            if self._is_own()
+            else super().set_weight(*args, **kwargs)
+        )
 
 
 class OwnEmbedding(OwnFormats):
-    """Mixed in before Embedding: the formats of `LOOKED_UP` where ComfyUI's own does not read them (<= 0.20, 0.28).
+    """Mixed in before Embedding: the formats of `LOOKED_UP` where ComfyUI's own does not read them
+    (<= 0.20, 0.28).
 
     Every other format is refused by name: ComfyUI would take its codes for weights without a word.
     """
@@ -231,7 +263,10 @@ class OwnEmbedding(OwnFormats):
             return
         if marker["format"] not in LOOKED_UP:
             raise _unsupported(
-                self, prefix, marker, "make the file again with this layer kept, or as int8_tensorwise or float8_e4m3fn"
+                self,
+                prefix,
+                marker,
+                "make the file again with this layer kept, or as int8_tensorwise or float8_e4m3fn",
             )
         shape = (self.num_embeddings, self.embedding_dim)
         self._fewbits_load(marker, state_dict, prefix, shape, None, self._fewbits_dtype)
@@ -244,11 +279,14 @@ class OwnEmbedding(OwnFormats):
             self, device=input.device, dtype=self.weight.dtype, offloadable=True
         )
         layout = get_layout_class(self.layout_type)
-        rows = layout.rows(weight._qdata, weight._params, input.reshape(-1), out_dtype or weight.dtype)
+        rows = layout.rows(
+            weight._qdata, weight._params, input.reshape(-1), out_dtype or weight.dtype
+        )
         comfy.ops.uncast_bias_weight(self, weight, None, stream)
         return rows.view(*input.shape, self.embedding_dim)
 
-    # ComfyUI looks for these two; for a plain weight it must not find them, as it rounds that one itself.
+    # ComfyUI looks for these two; for a plain weight it must not find them, as it rounds that one
+    # itself.
     @property
     def convert_weight(self):
         return self._fewbits_convert if self._is_own() else _absent("convert_weight")
@@ -259,13 +297,18 @@ class OwnEmbedding(OwnFormats):
 
 
 class RefuseOwnFormats:
-    """Mixed in before MoEExperts, where our formats would be read as plain numbers without an error."""
+    """Mixed in before MoEExperts, where our formats would be read as plain numbers without an
+    error.
+    """
 
     def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
         marker = _own_marker(state_dict, prefix)
         if marker is not None:
             raise _unsupported(
-                self, prefix, marker, "keep it in bf16: only ComfyUI's own formats have banks of experts"
+                self,
+                prefix,
+                marker,
+                "keep it in bf16: only ComfyUI's own formats have banks of experts",
             )
         super()._load_from_state_dict(state_dict, prefix, *others)
 
@@ -274,9 +317,11 @@ MIXINS = {"Linear": OwnLinear, "Embedding": OwnEmbedding, "MoEExperts": RefuseOw
 
 
 def _parameter(weight: QuantizedTensor) -> torch.nn.Parameter:
-    """What `torch.nn.Parameter` makes of it, less a `detach`: comfy-kitchen copies every scale there.
+    """What `torch.nn.Parameter` makes of it, less a `detach`: comfy-kitchen copies every scale
+    there.
 
-    The scales of an NF4 layer are a ninth of it, and ComfyUI maps them from the file: they would be in memory twice.
+    The scales of an NF4 layer are a ninth of it, and ComfyUI maps them from the file: they would be
+    in memory twice.
     """
     weight.requires_grad_(False)
     weight._is_param = True  # what isinstance(weight, Parameter) asks
@@ -287,6 +332,10 @@ def _absent(name: str) -> None:
     raise AttributeError(name)
 
 
-def _unsupported(module: torch.nn.Module, prefix: str, marker: dict, advice: str) -> UnsupportedLayerError:
+def _unsupported(
+    module: torch.nn.Module, prefix: str, marker: dict, advice: str
+) -> UnsupportedLayerError:
     layer, kind = prefix.rstrip("."), type(module).__name__
-    return UnsupportedLayerError(f"layer '{layer}': {marker['format']} is not supported for {kind} layers; {advice}")
+    return UnsupportedLayerError(
+        f"layer '{layer}': {marker['format']} is not supported for {kind} layers; {advice}"
+    )

@@ -1,4 +1,6 @@
-"""Seam 12: text encoders that ComfyUI never marks as quantized are marked, and remember how they were built."""
+"""Seam 12: text encoders that ComfyUI never marks as quantized are marked, and remember how they
+were built.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Made:
 def install() -> None:
     """Wrap `comfy.sd.CLIP.__init__`, through which every loader goes.
 
-    CLIP-L and others are loaded as plain layers whatever their files say, so that codes would become weights.
+    CLIP-L and others are loaded as plain layers whatever their files say, so that codes would
+    become weights.
     """
     original = comfy.sd.CLIP.__init__
     if getattr(original, MARK, False):
@@ -55,7 +58,8 @@ def made_by(clip: comfy.sd.CLIP) -> Made:
     made = getattr(clip.cond_stage_model, MADE, None)
     if made is None:
         raise QuantError(
-            f"this CLIP ({type(clip.cond_stage_model).__name__}) was made by a node that builds text encoders in its "
-            "own way, so it cannot be built again: convert its file with Quantize File and load that"
+            f"this CLIP ({type(clip.cond_stage_model).__name__}) was made by a node that builds "
+            "text encoders in its own way, so it cannot be built again: convert its file with "
+            "Quantize File and load that"
         )
     return made

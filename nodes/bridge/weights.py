@@ -1,4 +1,6 @@
-"""Weights that a ModelPatcher holds as a tensor source, its weight patches applied; and what a converted copy keeps."""
+"""Weights that a ModelPatcher holds as a tensor source, its weight patches applied; and what a
+converted copy keeps.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from ...quant_ops.spec import TensorSpec
 
 @dataclass(frozen=True)
 class Entry:
-    """One offered tensor: its key in the module, and where it lies as it was before ComfyUI loaded it."""
+    """One offered tensor: its key in the module, and where it lies as it was before ComfyUI loaded
+    it.
+    """
 
     key: str | None  # None for a tensor of the origin that ComfyUI puts into no weight
     origin: TensorSource | None = None
@@ -31,12 +35,13 @@ class Entry:
 class PatchedWeights:
     """The weights of a module, weight patches applied by ComfyUI's own code in float32.
 
-    ComfyUI casts weights while loading (bf16 becomes float32 on a CPU), so a module alone does not say what its file
-    held. Where the file is known, dtypes are the file's, and so are the bytes of every tensor that the module holds
-    unchanged, cast or not. Subclasses say which tensors are offered, by `_list`.
+    ComfyUI casts weights while loading (bf16 becomes float32 on a CPU), so a module alone does not
+    say what its file held. Where the file is known, dtypes are the file's, and so are the bytes of
+    every tensor that the module holds unchanged, cast or not. Subclasses say which tensors are
+    offered, by `_list`.
 
-    A patched tensor is float32 and may thus be wider than its header entry: it is quantized from float32, and rounded
-    once if it is kept.
+    A patched tensor is float32 and may thus be wider than its header entry: it is quantized from
+    float32, and rounded once if it is kept.
 
     `quantized` maps the base names of quantized layers to their modules.
     """
@@ -73,23 +78,30 @@ class PatchedWeights:
         own = spec_of(name, self._state[entry.key])
         shape = own.shape
         if patches := self._patches(entry.key):  # some LoRAs widen a layer
-            shape = tuple(comfy.lora.calculate_shape(patches, self._state[entry.key], self.PREFIX + entry.key))
+            shape = tuple(
+                comfy.lora.calculate_shape(patches, self._state[entry.key], self.PREFIX + entry.key)
+            )
         return TensorSpec(name, stored.dtype if stored else own.dtype, shape)
 
     def _plain(self, entry: Entry) -> torch.Tensor:
-        """A tensor that is not quantized: the origin's bytes if the module holds its values, patched if need be."""
+        """A tensor that is not quantized: the origin's bytes if the module holds its values,
+        patched if need be.
+        """
         weight = self._state[entry.key]
         value = weight
         if entry.stored is not None:
             original = entry.origin.read(entry.stored)
-            # The file may have changed, or somebody edited the module in place: then the module counts.
+            # The file may have changed, or somebody edited the module in place: then the module
+            # counts.
             if same_values(original, weight):
                 value = original
         patches = self._patches(entry.key)
         if not patches:
             return weight.clone() if value is weight else value
         key = self.PREFIX + entry.key
-        return comfy.lora.calculate_weight(patches, value.to(self.device, torch.float32, copy=True), key)
+        return comfy.lora.calculate_weight(
+            patches, value.to(self.device, torch.float32, copy=True), key
+        )
 
     def refuse_quantized(self, what: str) -> None:
         """Raise for weights that were rounded once.
@@ -100,18 +112,23 @@ class PatchedWeights:
         if self.quantized:
             formats = sorted({module.quant_format for module in self.quantized.values()})
             raise QuantError(
-                f"{self.name}: the {what} is quantized already ({', '.join(formats)}, {len(self.quantized)} layers)"
-                "; rounding twice loses quality: connect the original model"
+                f"{self.name}: the {what} is quantized already ({', '.join(formats)}, "
+                f"{len(self.quantized)} layers); rounding twice loses quality: connect the "
+                "original model"
             )
 
 
 def same_values(original: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a weight is what ComfyUI makes of the original by moving and casting it."""
-    return original.shape == weight.shape and torch.equal(original.to(weight.device, weight.dtype), weight)
+    return original.shape == weight.shape and torch.equal(
+        original.to(weight.device, weight.dtype), weight
+    )
 
 
 def unload(patcher: ModelPatcher) -> None:
-    """Take it off the device, so that its weights are the unpatched ones; ComfyUI loads it again on demand."""
+    """Take it off the device, so that its weights are the unpatched ones; ComfyUI loads it again on
+    demand.
+    """
     others = [
         loaded
         for loaded in comfy.model_management.current_loaded_models
@@ -120,12 +137,15 @@ def unload(patcher: ModelPatcher) -> None:
     comfy.model_management.free_memory(1e30, patcher.load_device, others)
 
 
-def carry_over(old: ModelPatcher, fresh: ModelPatcher, init: tuple, prefix: str = "") -> ModelPatcher:
+def carry_over(
+    old: ModelPatcher, fresh: ModelPatcher, init: tuple, prefix: str = ""
+) -> ModelPatcher:
     """A patcher over the fresh weights with everything of the old one that is not a weight.
 
     Args:
         init: (factory, arguments) by which ComfyUI makes further copies of it.
-        prefix: of the keys of weights; a part below it that was replaced by another module cannot be carried over.
+        prefix: of the keys of weights; a part below it that was replaced by another module cannot
+            be carried over.
 
     Raises:
         UnsupportedLayerError: a part was replaced by a module with weights of its own.
@@ -148,8 +168,8 @@ def _refuse_foreign_tensors(state: dict[str, torch.Tensor]) -> None:
     for key, tensor in state.items():
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise UnsupportedLayerError(
-                f"layer '{key.rpartition('.')[0]}': its weight is a {type(tensor).__name__}, which only the node that "
-                "loaded it can read; load a safetensors file instead"
+                f"layer '{key.rpartition('.')[0]}': its weight is a {type(tensor).__name__}, which "
+                "only the node that loaded it can read; load a safetensors file instead"
             )
 
 
@@ -163,8 +183,8 @@ def _moved_patches(old: ModelPatcher, model: torch.nn.Module, prefix: str) -> di
             patch = types.MethodType(patch.__func__, model.get_submodule(names[id(owner)]))
         elif key.startswith(prefix.rstrip(".")) and isinstance(patch, torch.nn.Module):
             raise UnsupportedLayerError(
-                f"its part '{key}' was replaced by a {type(patch).__name__} with weights of its own "
-                "(torch.compile does that): quantize first, then apply that node"
+                f"its part '{key}' was replaced by a {type(patch).__name__} with weights of its "
+                "own (torch.compile does that): quantize first, then apply that node"
             )
         moved[key] = patch
     return moved

@@ -1,4 +1,5 @@
-"""What a canonical layer may become besides itself: bitsandbytes' keys (FORMATS 3.10), or a plain weight.
+"""What a canonical layer may become besides itself: bitsandbytes' keys (FORMATS 3.10), or a plain
+weight.
 
 | bitsandbytes key | content |
 |---|---|
@@ -28,7 +29,9 @@ def to_bf16(made: Translation) -> Translation:
 
 
 def to_bitsandbytes(made: Translation) -> Translation:
-    """bnb_nf4 and bnb_fp4 under bitsandbytes' names; every other layer in the dtype it was made from."""
+    """bnb_nf4 and bnb_fp4 under bitsandbytes' names; every other layer in the dtype it was made
+    from.
+    """
     kind = KINDS.get(made.format)
     if kind is None:
         return made.decoded(made.float_dtype, "bitsandbytes has no such format: decoded")
@@ -57,7 +60,9 @@ def to_bitsandbytes(made: Translation) -> Translation:
         "weight.quant_map": ("F32", (16,)),
         suffix: ("U8", (len(text),)),
     }
-    return Translation(made.dialect, outputs, convert, "bitsandbytes keys", float_dtype=made.float_dtype)
+    return Translation(
+        made.dialect, outputs, convert, "bitsandbytes keys", float_dtype=made.float_dtype
+    )
 
 
 # `fewbits convert --to`: None keeps what our formats are.

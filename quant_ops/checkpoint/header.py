@@ -1,4 +1,5 @@
-"""Parse and build safetensors headers without torch: 8-byte little-endian length, JSON, then the data section.
+"""Parse and build safetensors headers without torch: 8-byte little-endian length, JSON, then the
+data section.
 
 Format description: https://github.com/huggingface/safetensors#format
 """
@@ -19,8 +20,8 @@ def read_header(path: Path) -> Header:
     """Read and check the header of one safetensors file.
 
     Raises:
-        CheckpointError: not a file, not safetensors, truncated, overlapping or out-of-range tensors, unknown dtype;
-            the message names the tensor where there is one.
+        CheckpointError: not a file, not safetensors, truncated, overlapping or out-of-range
+            tensors, unknown dtype; the message names the tensor where there is one.
     """
     path = Path(path)
     try:
@@ -32,7 +33,8 @@ def read_header(path: Path) -> Header:
                 raise CheckpointError(_not_safetensors(path, size, length))
             if 8 + length > size:
                 raise CheckpointError(
-                    f"{path.name}: truncated: the header needs {8 + length} bytes, the file has {size}; get it again"
+                    f"{path.name}: truncated: the header needs {8 + length} bytes, the file has "
+                    f"{size}; get it again"
                 )
             text = file.read(length)
     except FileNotFoundError:
@@ -54,18 +56,24 @@ def parse_header(text: bytes, path: Path, data_start: int, file_size: int) -> He
         if not isinstance(entries, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name}: header is not valid JSON ({error}); the file is damaged") from None
+        raise CheckpointError(
+            f"{path.name}: header is not valid JSON ({error}); the file is damaged"
+        ) from None
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path.name}: __metadata__ must map strings to strings; the file is damaged")
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise CheckpointError(
+            f"{path.name}: __metadata__ must map strings to strings; the file is damaged"
+        )
     tensors: dict[str, TensorSpec] = {}
     ranges: dict[str, tuple[Path, int, int]] = {}
     for name, entry in entries.items():
         spec, begin, end = _parse_entry(path, name, entry)
         if data_start + end > file_size:
             raise CheckpointError(
-                f"{path.name}: truncated: tensor '{name}' ends at byte {data_start + end}, the file has {file_size}; "
-                "download it again"
+                f"{path.name}: truncated: tensor '{name}' ends at byte {data_start + end}, the "
+                f"file has {file_size}; download it again"
             )
         tensors[name] = spec
         ranges[name] = (path, data_start + begin, data_start + end)
@@ -94,7 +102,8 @@ def _parse_entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int,
         ) from None
     if dtype not in ITEM_SIZES:
         raise CheckpointError(
-            f"{path.name}: tensor '{name}' has dtype {dtype!r}; readable dtypes: {', '.join(ITEM_SIZES)}"
+            f"{path.name}: tensor '{name}' has dtype {dtype!r}; readable dtypes: "
+            f"{', '.join(ITEM_SIZES)}"
         )
     spec = TensorSpec(name, dtype, tuple(shape))
     if end - begin != spec.nbytes:
@@ -109,14 +118,20 @@ def _refuse_overlaps(path: Path, ranges: dict[str, tuple[Path, int, int]]) -> No
     last_end, last_name = 0, ""
     for name, (_, begin, end) in sorted(ranges.items(), key=lambda item: (item[1][1], item[1][2])):
         if begin < last_end and end > begin:
-            raise CheckpointError(f"{path.name}: tensors '{last_name}' and '{name}' overlap; the file is damaged")
+            raise CheckpointError(
+                f"{path.name}: tensors '{last_name}' and '{name}' overlap; the file is damaged"
+            )
         last_end, last_name = max(last_end, end), name
 
 
-def build_header(specs: tuple[TensorSpec, ...], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """Header bytes (length prefix included, padded so that data starts 8-byte aligned) and absolute tensor offsets.
+def build_header(
+    specs: tuple[TensorSpec, ...], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Header bytes (length prefix included, padded so that data starts 8-byte aligned) and absolute
+    tensor offsets.
 
-    Tensors are laid out without holes in the order given; metadata keys are sorted, so equal input gives equal bytes.
+    Tensors are laid out without holes in the order given; metadata keys are sorted, so equal input
+    gives equal bytes.
     """
     entries: dict[str, object] = {}
     if metadata:
@@ -128,11 +143,19 @@ def build_header(specs: tuple[TensorSpec, ...], metadata: dict[str, str]) -> tup
             raise CheckpointError(f"tensor '{spec.name}' would be written twice")
         relative[spec.name] = offset
         end = offset + spec.nbytes
-        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
-        raise CheckpointError(f"the header would have {len(text)} bytes; safetensors allows {MAX_HEADER_BYTES}")
+        raise CheckpointError(
+            f"the header would have {len(text)} bytes; safetensors allows {MAX_HEADER_BYTES}"
+        )
     start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in relative.items()}
+    return len(text).to_bytes(8, "little") + text, {
+        name: start + begin for name, begin in relative.items()
+    }

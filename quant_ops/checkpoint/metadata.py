@@ -1,4 +1,6 @@
-"""`_quantization_metadata` and `<layer>.comfy_quant`: reading what a file says, writing both identically."""
+"""`_quantization_metadata` and `<layer>.comfy_quant`: reading what a file says, writing both
+identically.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,17 @@ def header_markers(metadata: dict[str, str]) -> dict[str, dict]:
         layers = json.loads(text)["layers"]
         return {base: dict(marker) for base, marker in layers.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"metadata {HEADER_KEY} cannot be read ({error}); try `fewbits repair`") from None
+        raise CheckpointError(
+            f"metadata {HEADER_KEY} cannot be read ({error}); try `fewbits repair`"
+        ) from None
 
 
 def parse_marker(base: str, data: bytes) -> dict:
     """The JSON of a `comfy_quant` tensor.
 
     Raises:
-        CheckpointError: not JSON (all-zero bytes are a known symptom of merged models), naming the layer.
+        CheckpointError: not JSON (all-zero bytes are a known symptom of merged models), naming the
+            layer.
     """
     try:
         marker = json.loads(data.decode("utf-8"))
@@ -38,7 +43,9 @@ def parse_marker(base: str, data: bytes) -> dict:
             raise ValueError("not an object")
     except ValueError as error:
         what = "all zero bytes" if not any(data) else f"not JSON: {error}"
-        raise CheckpointError(f"layer '{base}': comfy_quant is {what}; try `fewbits repair`") from None
+        raise CheckpointError(
+            f"layer '{base}': comfy_quant is {what}; try `fewbits repair`"
+        ) from None
     return marker
 
 
@@ -51,8 +58,14 @@ def output_metadata(
     min_comfyui: str,
     requires_pack: bool,
 ) -> dict[str, str]:
-    """`__metadata__` of the output (FORMATS 1.2): foreign keys copied, ours rebuilt. No time, path or door."""
-    kept = {key: value for key, value in source.items() if key != HEADER_KEY and not key.startswith(OURS)}
+    """`__metadata__` of the output (FORMATS 1.2): foreign keys copied, ours rebuilt. No time, path
+    or door.
+    """
+    kept = {
+        key: value
+        for key, value in source.items()
+        if key != HEADER_KEY and not key.startswith(OURS)
+    }
     if not markers:
         return kept
     return {

@@ -22,22 +22,27 @@ from .header import read_header
 
 READ_STEP = 1 << 30  # Linux moves at most 2 GiB a call
 REUSED_FROM = 1 << 20  # smaller tensors get memory of their own: the allocator reuses that anyway
-# Tensors of these sizes are read into locked memory for a GPU: smaller ones are copied in no time, and larger ones
-# would take too much from everybody else.
+# Tensors of these sizes are read into locked memory for a GPU: smaller ones are copied in no time,
+# and larger ones would take too much from everybody else.
 LOCKED = range(1 << 23, 1 << 28)
-# Threads that read one such tensor: 2.7 GB in the page cache to bnb_nf4 took .78 s with one, .56 with two, .54 with
-# four and with eight; writing the file alone .51 s (H200, 16 cores).
+# Threads that read one such tensor: 2.7 GB in the page cache to bnb_nf4 took .78 s with one, .56
+# with two, .54 with four and with eight; writing the file alone .51 s (H200, 16 cores).
 READERS = 4
-FAST = 1 << 30  # bytes per second; what is slower is a disk, and one whose heads move is read by one thread
+# bytes per second; what is slower is a disk, and one whose heads move is read by one thread
+FAST = 1 << 30
 
 logger = logging.getLogger(__name__)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as a writable byte view, whatever its dtype, without numpy."""
+    """The memory of a contiguous CPU tensor as a writable byte view, whatever its dtype, without
+    numpy.
+    """
     if tensor.numel() == 0:
         return memoryview(bytearray())
-    array = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    array = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(
+        tensor.data_ptr()
+    )
     array.owner = tensor  # the view must keep the memory alive
     return memoryview(array).cast("B")
 
@@ -45,11 +50,13 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 class _ReadMemory:
     """Memory for tensors that live shortly: a block is used again once the tensor on it is gone.
 
-    Fresh pages have to be cleared by the system: reading 1.8 GB from the page cache took 1.7 to 2.3 s into fresh memory
-    and 0.45 s into used memory (one core, 4 KB pages). There are never more blocks than tensors alive at once.
+    Fresh pages have to be cleared by the system: reading 1.8 GB from the page cache took 1.7 to 2.3
+    s into fresh memory and 0.45 s into used memory (one core, 4 KB pages). There are never more
+    blocks than tensors alive at once.
 
     Args:
-        locked: size of every block, in memory that the system may not move: a GPU fetches from it by itself.
+        locked: size of every block, in memory that the system may not move: a GPU fetches from it
+            by itself.
     """
 
     def __init__(self, locked: int = 0) -> None:
@@ -61,7 +68,8 @@ class _ReadMemory:
             try:
                 return tensor_bytes(torch.empty(self._locked, dtype=torch.uint8, pin_memory=True))
             except RuntimeError as error:
-                reason = str(error)  # the error itself would keep the frames of its callers, and so tensors
+                # the error itself would keep the frames of its callers, and so tensors
+                reason = str(error)
                 logger.warning("no locked memory, so copies to the GPU take longer: %s", reason)
                 self._locked = 0
         return mmap.mmap(-1, nbytes)
@@ -90,19 +98,22 @@ class _ReadMemory:
 class FileSource:
     """A checkpoint on disk.
 
-    `path` may be a `.safetensors` file, a `*.safetensors.index.json`, or a folder that holds either an index or one
-    set of shards. Reading goes through `readinto`, not a memory map: mapped pages would count as resident memory.
+    `path` may be a `.safetensors` file, a `*.safetensors.index.json`, or a folder that holds either
+    an index or one set of shards. Reading goes through `readinto`, not a memory map: mapped pages
+    would count as resident memory.
 
     Args:
-        short_lived: the tensors that `read` returns are dropped soon, so that their memory is used for the next ones.
-            One that is kept may hold more memory than its size.
+        short_lived: the tensors that `read` returns are dropped soon, so that their memory is used
+            for the next ones. One that is kept may hold more memory than its size.
         for_gpu: many of them are copied to a GPU.
 
     Raises:
         CheckpointError: anything missing, damaged or ambiguous, by file and tensor name.
     """
 
-    def __init__(self, path: str | os.PathLike, *, short_lived: bool = False, for_gpu: bool = False):
+    def __init__(
+        self, path: str | os.PathLike, *, short_lived: bool = False, for_gpu: bool = False
+    ):
         self.path = Path(path)
         self.name = self.path.name
         self.header = _open_header(self.path)
@@ -127,9 +138,15 @@ class FileSource:
         if begin == end:
             return tensor
         view = tensor_bytes(tensor)
-        done = self._fill_large(path, begin, view) if spec.nbytes in LOCKED else self._fill(path, 0, begin, view)
+        done = (
+            self._fill_large(path, begin, view)
+            if spec.nbytes in LOCKED
+            else self._fill(path, 0, begin, view)
+        )
         if done < len(view):
-            raise CheckpointError(f"{path.name}: truncated while reading tensor '{name}': {done} of {len(view)} bytes")
+            raise CheckpointError(
+                f"{path.name}: truncated while reading tensor '{name}': {done} of {len(view)} bytes"
+            )
         return tensor
 
     def _fill_large(self, path: Path, begin: int, view: memoryview) -> int:
@@ -138,12 +155,15 @@ class FileSource:
         step = -(-len(view) // lanes)
         pieces = [(lane, begin + lane * step, view[lane * step :][:step]) for lane in range(lanes)]
         started = time.perf_counter()
-        done = sum((self._readers.map if lanes > 1 else map)(self._fill, repeat(path), *zip(*pieces)))
+        done = sum(
+            (self._readers.map if lanes > 1 else map)(self._fill, repeat(path), *zip(*pieces))
+        )
         self._fast = done >= FAST * (time.perf_counter() - started)
         return done
 
     def _fill(self, path: Path, lane: int, begin: int, view: memoryview) -> int:
-        """Read from byte `begin` on until the view is full or the file ends; a lane is used by one thread at a time.
+        """Read from byte `begin` on until the view is full or the file ends; a lane is used by one
+        thread at a time.
 
         Returns:
             Bytes read.
@@ -207,7 +227,9 @@ def _shards_of_index(path: Path) -> list[Path]:
         raise CheckpointError(f"{path.name}: not a safetensors index ({error})") from None
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
-        raise CheckpointError(f"{path.name}: shard {missing[0]} is missing ({len(missing)} of {len(names)} not found)")
+        raise CheckpointError(
+            f"{path.name}: shard {missing[0]} is missing ({len(missing)} of {len(names)} not found)"
+        )
     return [path.parent / name for name in names]
 
 
@@ -220,11 +242,14 @@ def _merge_shards(path: Path, shards: list[Path]) -> Header:
         if twice is not None:
             first = merged.ranges[twice][0].name
             raise CheckpointError(
-                f"{path.name}: tensor '{twice}' is in {first} and in {shard.name}; remove one of them"
+                f"{path.name}: tensor '{twice}' is in {first} and in {shard.name}; remove one of "
+                "them"
             )
         merged.tensors.update(header.tensors)
         merged.ranges.update(header.ranges)
         for key, value in header.metadata.items():
             if merged.metadata.setdefault(key, value) != value:
-                warnings.append(f"metadata '{key}' differs in {shard.name}; the first shard's value is kept")
+                warnings.append(
+                    f"metadata '{key}' differs in {shard.name}; the first shard's value is kept"
+                )
     return Header(merged.tensors, merged.metadata, merged.ranges, tuple(warnings))

@@ -1,4 +1,6 @@
-"""What a repair did: problems before and after, and which layers were rewritten. The work is the importers'."""
+"""What a repair did: problems before and after, and which layers were rewritten. The work is the
+importers'.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from .verify import Finding, Verification
 
 @dataclass(frozen=True)
 class Repair:
-    """`fixed` are problems of the input that the output does not have, `left` those it still has."""
+    """`fixed` are problems of the input that the output does not have, `left` those it still
+    has.
+    """
 
     name: str
     fixed: tuple[Finding, ...]
@@ -35,5 +39,7 @@ class Repair:
 def repaired(before: Verification, after: Verification, origins: dict[str, int]) -> Repair:
     """Compare two verifications of a file, before and after it was rewritten in canonical form."""
     remaining = {(finding.id, finding.layer) for finding in after.findings}
-    fixed = tuple(finding for finding in before.findings if (finding.id, finding.layer) not in remaining)
+    fixed = tuple(
+        finding for finding in before.findings if (finding.id, finding.layer) not in remaining
+    )
     return Repair(before.name, fixed, after.findings, origins)

@@ -1,7 +1,8 @@
-"""Check a file: every layer decoded by the reference decoder, every known mistake of other writers looked for.
+"""Check a file: every layer decoded by the reference decoder, every known mistake of other writers
+looked for.
 
-Ids are those of FORMATS section 8. Not detectable in a file, and therefore not here: M20, M22, M23, M27, M28, M33, M38
-and M40 are about how a file was made or is computed with.
+Ids are those of FORMATS section 8. Not detectable in a file, and therefore not here: M20, M22, M23,
+M27, M28, M33, M38 and M40 are about how a file was made or is computed with.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ SCALES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem: an id of MISTAKES, the layer (or tensor, or "" for the file), and what exactly was found."""
+    """One problem: an id of MISTAKES, the layer (or tensor, or "" for the file), and what exactly
+    was found.
+    """
 
     id: str
     layer: str
@@ -95,7 +98,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """One quantized layer: how it is stored, and its error against the original where that is known."""
+    """One quantized layer: how it is stored, and its error against the original where that is
+    known.
+    """
 
     name: str
     dialect: str
@@ -119,7 +124,10 @@ class Verification:
 
     def worst(self) -> list[LayerCheck]:
         """Layers with a known error, largest first."""
-        return sorted((layer for layer in self.layers if layer.rel_l2 is not None), key=lambda layer: -layer.rel_l2)
+        return sorted(
+            (layer for layer in self.layers if layer.rel_l2 is not None),
+            key=lambda layer: -layer.rel_l2,
+        )
 
     def to_json(self) -> dict:
         return {
@@ -147,7 +155,11 @@ class Verification:
 def verify_source(source: TensorSource, original: TensorSource | None = None) -> Verification:
     """Check every layer of a source, one at a time; with the original also its error."""
     contents = read_contents(source)
-    truth = ImportedSource(original, retarget=lambda made: made.decoded("F32", "")) if original else None
+    truth = (
+        ImportedSource(original, retarget=lambda made: made.decoded("F32", ""))
+        if original
+        else None
+    )
     findings = list(_file_findings(contents))
     if original is not None:
         missing = sorted(set(original.header.metadata) - set(source.header.metadata))
@@ -159,7 +171,9 @@ def verify_source(source: TensorSource, original: TensorSource | None = None) ->
         if check is not None:
             checks.append(check)
     if len({check.nibbles for check in checks} - {None}) > 1:
-        findings.append(Finding("unreadable", "", "some layers store the low nibble first, others the high one"))
+        findings.append(
+            Finding("unreadable", "", "some layers store the low nibble first, others the high one")
+        )
     return Verification(source.name, tuple(checks), tuple(findings), tuple(source.header.warnings))
 
 
@@ -167,7 +181,12 @@ def stored_findings(source: TensorSource) -> list[Finding]:
     """The problems that names, shapes and JSON show, without reading any weight."""
     contents = read_contents(source)
     layers = contents.layers.items()
-    found = (Finding(id, base, what) for base, layer in layers for check in STORED for id, what in check(layer))
+    found = (
+        Finding(id, base, what)
+        for base, layer in layers
+        for check in STORED
+        for id, what in check(layer)
+    )
     return [*_file_findings(contents), *found]
 
 
@@ -187,7 +206,11 @@ def _check_layer(
     except CheckpointError as error:
         known = {finding.id for finding in found} & {"M11", "M26", "M37"}
         return None, found if known else [*found, Finding("unreadable", base, str(error))]
-    found += [Finding(id, base, what) for check in DECODED for id, what in check(layer, stored, made, canonical)]
+    found += [
+        Finding(id, base, what)
+        for check in DECODED
+        for id, what in check(layer, stored, made, canonical)
+    ]
     rel_l2 = None
     weight = truth and _original(truth, base)
     if weight is not None:
@@ -197,17 +220,21 @@ def _check_layer(
 
 
 def _comfyui_bank(layer: StoredLayer) -> bool:
-    """Experts in a format of ComfyUI's own, which reads them; their side tensors are not those of the formats here."""
+    """Experts in a format of ComfyUI's own, which reads them; their side tensors are not those of
+    the formats here.
+    """
     format = FORMATS.get(layer.said.get("format"))
     return format is not None and format.native and is_bank(layer.said, layer.weight.shape)
 
 
 def _original(truth: ImportedSource, base: str) -> torch.Tensor | None:
     spec = truth.header.tensors.get(f"{base}.weight")
-    return truth.read(spec.name).float() if spec is not None and spec.dtype in FLOAT_DTYPES else None
+    return (
+        truth.read(spec.name).float() if spec is not None and spec.dtype in FLOAT_DTYPES else None
+    )
 
 
-# ---- the file as a whole -------------------------------------------------------------------------------------------
+# ---- the file as a whole ----
 
 
 def _file_findings(contents: Contents) -> Iterator[Finding]:
@@ -222,7 +249,7 @@ def _file_findings(contents: Contents) -> Iterator[Finding]:
         yield Finding("M35", "", f"names lack the prefix '{contents.missing_prefix}'")
 
 
-# ---- a layer as stored: (id, what) pairs from shapes, dtypes and JSON ----------------------------------------------
+# ---- a layer as stored: (id, what) pairs from shapes, dtypes and JSON ----
 
 Problems = Iterable[tuple[str, str]]
 
@@ -237,7 +264,9 @@ def _json(layer: StoredLayer) -> Problems:
     name = layer.said.get("format")
     if name is None and layer.weight.dtype not in FLOAT_DTYPES:
         yield "M04", f"{layer.marker}"
-    elif name == "" or (name is not None and name not in FORMATS and name not in ("hybrid_mxfp8", "bnb_af4")):
+    elif name == "" or (
+        name is not None and name not in FORMATS and name not in ("hybrid_mxfp8", "bnb_af4")
+    ):
         yield "M37", f"{name!r}"
     if name == "hybrid_mxfp8":
         yield "M29", "weight_scalar" if "weight_scalar" in layer.specs else "the format's name"
@@ -245,7 +274,11 @@ def _json(layer: StoredLayer) -> Problems:
 
 def _group_size(layer: StoredLayer) -> Problems:
     marker, name = layer.marker or {}, layer.said.get("format")
-    blocks = name in FORMATS and "block_size" in FORMATS[name].choices or name in ("mxfp8", "nvfp4", "asym_w4a8_int8")
+    blocks = (
+        name in FORMATS
+        and "block_size" in FORMATS[name].choices
+        or name in ("mxfp8", "nvfp4", "asym_w4a8_int8")
+    )
     if not blocks or _comfyui_bank(layer):
         return
     params = marker.get("params")
@@ -258,7 +291,12 @@ def _group_size(layer: StoredLayer) -> Problems:
 
 def _labels(layer: StoredLayer) -> Problems:
     name, scale = layer.said.get("format"), layer.specs.get("weight_scale")
-    if name not in SCALED or scale is None or layer.weight.dtype not in LABELS or len(layer.weight.shape) != 2:
+    if (
+        name not in SCALED
+        or scale is None
+        or layer.weight.dtype not in LABELS
+        or len(layer.weight.shape) != 2
+    ):
         return
     widened = {**layer.specs, "weight_scale": replace(scale, dtype="F32")}
     try:
@@ -267,11 +305,16 @@ def _labels(layer: StoredLayer) -> Problems:
     except (CheckpointError, RecipeError):
         pass
     try:
-        label = label_of(layer.weight.dtype, layer.matrix, scale.shape, name, layer.said.get("group_size"))
+        label = label_of(
+            layer.weight.dtype, layer.matrix, scale.shape, name, layer.said.get("group_size")
+        )
     except CheckpointError:
         return  # reported as unreadable
     if label.format != name:
-        yield _mislabelled(name, label), f"tag {name}, scale {list(scale.shape)} means {label.format}"
+        yield (
+            _mislabelled(name, label),
+            f"tag {name}, scale {list(scale.shape)} means {label.format}",
+        )
     elif label.geometry == "tensor" and scale.shape:
         yield "M02", f"weight_scale is {list(scale.shape)}"
     elif label.geometry == "row":
@@ -287,7 +330,11 @@ def _mislabelled(tag: str, label: Label) -> str:
 
 
 def _scales(layer: StoredLayer) -> Problems:
-    half = [suffix for suffix in SCALES if suffix in layer.specs and layer.specs[suffix].dtype in ("BF16", "F16")]
+    half = [
+        suffix
+        for suffix in SCALES
+        if suffix in layer.specs and layer.specs[suffix].dtype in ("BF16", "F16")
+    ]
     if half:
         yield "M15", ", ".join(f"{suffix} {layer.specs[suffix].dtype}" for suffix in half)
     name = layer.said.get("format")
@@ -322,7 +369,12 @@ def _place(layer: StoredLayer) -> Problems:
 def _four_bit(layer: StoredLayer) -> Problems:
     name, absmax = layer.said.get("format"), layer.specs.get("absmax")
     size = layer.said.get("group_size")
-    if not isinstance(name, str) or not name.startswith("bnb_") or absmax is None or type(size) is not int:
+    if (
+        not isinstance(name, str)
+        or not name.startswith("bnb_")
+        or absmax is None
+        or type(size) is not int
+    ):
         return
     if is_zero_defect(layer, size):
         yield "M09", f"weight {list(layer.weight.shape)} stored unpacked"
@@ -335,10 +387,12 @@ STORED: tuple[Callable[[StoredLayer], Problems], ...] = (
 )  # fmt: skip
 
 
-# ---- a layer with its values ---------------------------------------------------------------------------------------
+# ---- a layer with its values ----
 
 
-def _nibbles(layer: StoredLayer, stored: Tensors, made: Translation, canonical: Tensors) -> Problems:
+def _nibbles(
+    layer: StoredLayer, stored: Tensors, made: Translation, canonical: Tensors
+) -> Problems:
     if made.dialect == "D30":
         yield "M10", made.note
 
@@ -369,22 +423,33 @@ def _values(layer: StoredLayer, stored: Tensors, made: Translation, canonical: T
             yield "M09", f"{broken} scales are NaN, infinite or negative"
 
 
-DECODED: tuple[Callable[[StoredLayer, Tensors, Translation, Tensors], Problems], ...] = (_nibbles, _codes, _values)
+DECODED: tuple[Callable[[StoredLayer, Tensors, Translation, Tensors], Problems], ...] = (
+    _nibbles,
+    _codes,
+    _values,
+)
 
 
-# ---- a layer against the original ----------------------------------------------------------------------------------
+# ---- a layer against the original ----
 
 
-def _compare(made: Translation, canonical: Tensors, weight: torch.Tensor) -> tuple[float, list[tuple[str, str]]]:
+def _compare(
+    made: Translation, canonical: Tensors, weight: torch.Tensor
+) -> tuple[float, list[tuple[str, str]]]:
     decode = _decoder(made)
     decoded = decode(canonical)
     if decoded.shape != weight.shape:
-        return math.inf, [("error", f"shape {list(decoded.shape)}, the original has {list(weight.shape)}")]
+        return math.inf, [
+            ("error", f"shape {list(decoded.shape)}, the original has {list(weight.shape)}")
+        ]
     error = _rel_l2(decoded, weight)
     if not error < WRONG:
         return error, [_explained(made, canonical, decode, decoded, weight, error)]
     problems = []
-    if made.format in ("int8_tensorwise", "int8_blockwise", "int8_lodewise") and not made.options.convrot:
+    if (
+        made.format in ("int8_tensorwise", "int8_blockwise", "int8_lodewise")
+        and not made.options.convrot
+    ):
         bias = _truncation(canonical["weight"], decoded, weight)
         if bias > TRUNCATED:
             problems.append(("M06", f"codes are {bias:.2f} steps too small on average"))
@@ -416,7 +481,9 @@ def _explained(
     weight: torch.Tensor,
     error: float,
 ) -> tuple[str, str]:
-    """Which known mistake a wrong weight comes from: the reading that brings it close to the original."""
+    """Which known mistake a wrong weight comes from: the reading that brings it close to the
+    original.
+    """
     if made.format in ("bnb_nf4", "bnb_fp4"):
         other = _rel_l2(decode({**canonical, "weight": swap_nibbles(canonical["weight"])}), weight)
         if other < WRONG:
@@ -430,7 +497,9 @@ def _explained(
 
 
 def _truncation(codes: torch.Tensor, decoded: torch.Tensor, weight: torch.Tensor) -> float:
-    """Mean of |w / scale| - |q| over codes that are neither zero nor clamped; the scale is decoded / q."""
+    """Mean of |w / scale| - |q| over codes that are neither zero nor clamped; the scale is decoded
+    / q.
+    """
     q = codes.float()
     inner = (q != 0) & (q.abs() < 127)
     if not inner.any():

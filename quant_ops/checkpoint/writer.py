@@ -1,4 +1,6 @@
-"""Write checkpoints: every tensor to its planned place in a temporary sibling, verified, flushed, then renamed."""
+"""Write checkpoints: every tensor to its planned place in a temporary sibling, verified, flushed,
+then renamed.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +21,25 @@ from ..spec import ModelPlan, TensorSpec
 from .header import build_header, read_header
 from .reader import tensor_bytes
 
-# Bytes after which written data is flushed, so that the disk works while the next layers are computed: for 0.9 GB the
-# flush at the end alone took 0.35 s of 4.5.
+# Bytes after which written data is flushed, so that the disk works while the next layers are
+# computed: for 0.9 GB the flush at the end alone took 0.35 s of 4.5.
 FLUSH_STEP = 1 << 26
 UNFLUSHED = 2 * FLUSH_STEP  # most that waits for a slow disk, and that a cancelled run waits for
-STAGING = 1 << 25  # bytes of locked memory through which tensors of a GPU come: 20 times as fast as into fresh memory
+# bytes of locked memory through which tensors of a GPU come: 20 times as fast as into fresh memory
+STAGING = 1 << 25
 
 
 class FileSink:
     """A safetensors file that appears complete or not at all.
 
-    Bytes go to a hidden `.NAME.<random>.part` beside the target, which never matches `*.safetensors`. `commit` checks
-    that every planned tensor was written once, reads the header back, flushes to disk and renames. A process that is
-    killed leaves at most the hidden part file, never the target.
+    Bytes go to a hidden `.NAME.<random>.part` beside the target, which never matches
+    `*.safetensors`. `commit` checks that every planned tensor was written once, reads the header
+    back, flushes to disk and renames. A process that is killed leaves at most the hidden part file,
+    never the target.
 
     Raises:
-        CheckpointError: existing output without `overwrite`, missing or unwritable folder, full disk.
+        CheckpointError: existing output without `overwrite`, missing or unwritable folder, full
+            disk.
     """
 
     def __init__(self, path: str | os.PathLike, *, overwrite: bool = False):
@@ -70,7 +75,8 @@ class FileSink:
         if type(tensor) is not torch.Tensor or spec_of(name, tensor) != spec:
             got = f"{type(tensor).__name__} {tensor.dtype} {tuple(tensor.shape)}"
             raise CheckpointError(
-                f"{self.path.name}: tensor '{name}' was planned as {spec.dtype} {spec.shape}, got {got}"
+                f"{self.path.name}: tensor '{name}' was planned as {spec.dtype} {spec.shape}, got "
+                f"{got}"
             )
         with self._explain(name):
             self._file.seek(self._offsets[name])
@@ -82,7 +88,9 @@ class FileSink:
     def commit(self) -> None:
         if self._pending:
             missing = ", ".join(list(self._pending)[:3])
-            raise CheckpointError(f"{self.path.name}: {len(self._pending)} tensors were never written ({missing})")
+            raise CheckpointError(
+                f"{self.path.name}: {len(self._pending)} tensors were never written ({missing})"
+            )
         with self._explain():
             if self._flush:
                 self._flush.result()
@@ -91,7 +99,9 @@ class FileSink:
         self._flusher.shutdown()
         written = read_header(self._part)
         if {name: begin for name, (_, begin, _) in written.ranges.items()} != self._offsets:
-            raise CheckpointError(f"{self.path.name}: the written header does not read back as planned")
+            raise CheckpointError(
+                f"{self.path.name}: the written header does not read back as planned"
+            )
         check_target(self.path, self.overwrite)
         with self._explain():
             os.replace(self._part, self.path)
@@ -127,7 +137,9 @@ class FileSink:
         except OSError as error:
             where = f"{self.path.name}: tensor '{tensor}'" if tensor else str(self.path)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise CheckpointError(f"{where}: the disk is full ({error.strerror}); nothing was kept") from None
+                raise CheckpointError(
+                    f"{where}: the disk is full ({error.strerror}); nothing was kept"
+                ) from None
             raise CheckpointError(f"{where}: cannot be written: {error.strerror}") from None
 
 
@@ -144,7 +156,9 @@ def _on_host(tensor: torch.Tensor) -> Iterator[memoryview]:
 
 
 def check_target(path: Path, overwrite: bool) -> None:
-    """Refuse an output path before any work: existing file, missing or unwritable folder, wrong suffix."""
+    """Refuse an output path before any work: existing file, missing or unwritable folder, wrong
+    suffix.
+    """
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: an output file must end in .safetensors")
     if path.is_dir():
@@ -152,7 +166,9 @@ def check_target(path: Path, overwrite: bool) -> None:
     if not path.parent.is_dir():
         raise CheckpointError(f"{path.parent}: no such folder; create it first")
     if path.exists() and not overwrite:
-        raise CheckpointError(f"{path}: exists already; choose another name or allow overwriting (--overwrite)")
+        raise CheckpointError(
+            f"{path}: exists already; choose another name or allow overwriting (--overwrite)"
+        )
     if not os.access(path.parent, os.W_OK):
         raise CheckpointError(f"{path.parent}: folder is not writable; choose another one")
 

@@ -16,7 +16,9 @@ from . import bench, convert, info, plan, quantize, repair, verify
 class Parser(argparse.ArgumentParser):
     """argparse whose refusals are one line, like all others; subparsers are of this class too."""
 
-    def parse_known_args(self, *args: object, **kwargs: object) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(
+        self, *args: object, **kwargs: object
+    ) -> tuple[argparse.Namespace, list[str]]:
         found, rest = super().parse_known_args(*args, **kwargs)
         if rest:  # here, and not after all parsers are done, the options of the command are known
             name = next((word.partition("=")[0] for word in rest if word.startswith("-")), "")

@@ -14,13 +14,28 @@ from .quantize import pick_device
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser("bench", help="time every format on this machine, and say which kernel runs and why")
-    parser.add_argument("--format", dest="formats", action="append", metavar="F", help="only this one; repeatable")
-    parser.add_argument("--rows", type=int, nargs="+", help=f"rows of the input (default {' '.join(map(str, ROWS))})")
+    parser = subparsers.add_parser(
+        "bench", help="time every format on this machine, and say which kernel runs and why"
+    )
+    parser.add_argument(
+        "--format", dest="formats", action="append", metavar="F", help="only this one; repeatable"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        help=f"rows of the input (default {' '.join(map(str, ROWS))})",
+    )
     size = "x".join(map(str, SHAPE))
-    parser.add_argument("--size", default=size, metavar="NxK", help=f"the layer's weight (default {size})")
-    parser.add_argument("--reasons", action="store_true", help="only say which kernel runs; time nothing")
-    parser.add_argument("--device", default="auto", help="auto (cuda when there is one), cpu, cuda, cuda:1")
+    parser.add_argument(
+        "--size", default=size, metavar="NxK", help=f"the layer's weight (default {size})"
+    )
+    parser.add_argument(
+        "--reasons", action="store_true", help="only say which kernel runs; time nothing"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (cuda when there is one), cpu, cuda, cuda:1"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -40,9 +55,15 @@ def run(args: argparse.Namespace) -> None:
     if not args.reasons:
         if not args.json:
             print(f"\n{shape[0]}x{shape[1]}, milliseconds; x = times as fast\n{HEAD}")
-        timed = bench_linears(device, args.formats, rows, shape, on_row=_silent if args.json else _print_row)
+        timed = bench_linears(
+            device, args.formats, rows, shape, on_row=_silent if args.json else _print_row
+        )
     if args.json:
-        print(json.dumps({"device": _device_name(device), "kernels": kernels, "linears": timed}, indent=2))
+        print(
+            json.dumps(
+                {"device": _device_name(device), "kernels": kernels, "linears": timed}, indent=2
+            )
+        )
 
 
 HEAD = f"{'format':<24}{'rows':>6}{'ms':>10}{'bf16':>10}{'x':>6}{'decoded':>10}{'x':>6}  kernel"

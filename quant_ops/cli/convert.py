@@ -1,4 +1,6 @@
-"""`fewbits convert FILE -o OUT --to comfy_quant`: another dialect, the same codes; or a plain model."""
+"""`fewbits convert FILE -o OUT --to comfy_quant`: another dialect, the same codes; or a plain
+model.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,30 @@ from .progress import progress_bar
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser("convert", help="write a file in another dialect; codes stay as they are")
-    parser.add_argument("input", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards")
+    parser = subparsers.add_parser(
+        "convert", help="write a file in another dialect; codes stay as they are"
+    )
+    parser.add_argument(
+        "input", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
     parser.add_argument(
         "--to", choices=TARGETS, default="comfy_quant",
         help="comfy_quant (ComfyUI's and ours), bnb (bitsandbytes' keys), bf16 (decoded)",
     )  # fmt: skip
-    parser.add_argument("--from", dest="only", choices=["fp8_scaled"], help="refuse any other dialect")
+    parser.add_argument(
+        "--from", dest="only", choices=["fp8_scaled"], help="refuse any other dialect"
+    )
     parser.add_argument(
         "--hp-filter",
         metavar="REGEX",
         help="every layer whose name matches must be high precision, else nothing is written",
     )
-    parser.add_argument("--full-precision-mm", action="store_true", help="mark FP8 layers for full-precision products")
+    parser.add_argument(
+        "--full-precision-mm",
+        action="store_true",
+        help="mark FP8 layers for full-precision products",
+    )
     add_import_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -37,13 +49,23 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     """What a file may leave unsaid."""
-    parser.add_argument("--assume", choices=["nf4", "fp4"], help="what 4-bit layers are that do not say it")
     parser.add_argument(
-        "--assume-convrot", type=int, metavar="G", help="INT8 layers without JSON are rotated in groups of G"
+        "--assume", choices=["nf4", "fp4"], help="what 4-bit layers are that do not say it"
     )
-    parser.add_argument("--nibble-order", choices=["low", "high"], help="for 4-bit layers where no rule decides")
     parser.add_argument(
-        "--shapes-from", type=Path, metavar="ORIGINAL", help="file that says the shapes of flat weights"
+        "--assume-convrot",
+        type=int,
+        metavar="G",
+        help="INT8 layers without JSON are rotated in groups of G",
+    )
+    parser.add_argument(
+        "--nibble-order", choices=["low", "high"], help="for 4-bit layers where no rule decides"
+    )
+    parser.add_argument(
+        "--shapes-from",
+        type=Path,
+        metavar="ORIGINAL",
+        help="file that says the shapes of flat weights",
     )
 
 

@@ -1,4 +1,6 @@
-"""`fewbits inspect FILE`: what is in it (the module is not called inspect, which is a standard module)."""
+"""`fewbits inspect FILE`: what is in it (the module is not called inspect, which is a standard
+module).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from ..inspection import inspect_file
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser("inspect", help="show family, layers per format, sizes and problems of a file")
+    parser = subparsers.add_parser(
+        "inspect", help="show family, layers per format, sizes and problems of a file"
+    )
     parser.add_argument("file", type=Path)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)

@@ -18,12 +18,18 @@ from .common import add_recipe_arguments, recipe_from
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser("plan", help="show what would happen to every layer; reads headers only")
-    parser.add_argument("input", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards")
+    parser = subparsers.add_parser(
+        "plan", help="show what would happen to every layer; reads headers only"
+    )
+    parser.add_argument(
+        "input", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards"
+    )
     add_recipe_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument(
-        "--template", action="store_true", help="write a layer-config to fill in beside the model; needs no --format"
+        "--template",
+        action="store_true",
+        help="write a layer-config to fill in beside the model; needs no --format",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing template")
     parser.set_defaults(run=run)
@@ -43,7 +49,9 @@ def print_warnings(plan: ModelPlan) -> None:
 
 
 def print_plan(path: Path, recipe: Recipe, *, as_json: bool) -> None:
-    """Print the plan of one file: a row per layer, the rules that decided, totals, predicted file size."""
+    """Print the plan of one file: a row per layer, the rules that decided, totals, predicted file
+    size.
+    """
     with open_checkpoint(path) as source:
         plan = plan_source(source, recipe)
     file_bytes = len(build_header(plan.outputs, plan.metadata)[0]) + plan.bytes_after

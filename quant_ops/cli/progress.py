@@ -13,8 +13,12 @@ from ..pipeline import ProgressFn
 
 @contextmanager
 def progress_bar(hidden: bool) -> Iterator[ProgressFn]:
-    """Bytes, bytes per second, time left and the layer's name; nothing when hidden or not on a terminal."""
-    with tqdm(unit="B", unit_scale=True, disable=hidden or not sys.stderr.isatty(), file=sys.stderr) as bar:
+    """Bytes, bytes per second, time left and the layer's name; nothing when hidden or not on a
+    terminal.
+    """
+    with tqdm(
+        unit="B", unit_scale=True, disable=hidden or not sys.stderr.isatty(), file=sys.stderr
+    ) as bar:
 
         def show(done: int, total: int, layer: str) -> None:
             bar.total = total

@@ -17,10 +17,14 @@ from .progress import progress_bar
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("quantize", help="write a quantized copy of a model")
-    parser.add_argument("input", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards")
+    parser.add_argument(
+        "input", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards"
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.safetensors")
     add_recipe_arguments(parser)
-    parser.add_argument("--device", default="auto", help="auto (cuda when there is one), cpu, cuda, cuda:1")
+    parser.add_argument(
+        "--device", default="auto", help="auto (cuda when there is one), cpu, cuda, cuda:1"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and convert nothing")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")

@@ -1,4 +1,6 @@
-"""`fewbits repair FILE -o OUT`: fix what can be fixed without the original, and say what was done."""
+"""`fewbits repair FILE -o OUT`: fix what can be fixed without the original, and say what was
+done.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,12 @@ from .progress import progress_bar
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser("repair", help="write a copy with every known mistake fixed that can be")
-    parser.add_argument("input", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards")
+    parser = subparsers.add_parser(
+        "repair", help="write a copy with every known mistake fixed that can be"
+    )
+    parser.add_argument(
+        "input", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
     add_import_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -25,7 +31,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     with progress_bar(args.quiet or args.json) as show:
         done = repair_file(
-            args.input, args.output, options=import_options(args), overwrite=args.overwrite, on_progress=show
+            args.input,
+            args.output,
+            options=import_options(args),
+            overwrite=args.overwrite,
+            on_progress=show,
         )
     if args.json:
         print(json.dumps({"output": str(args.output), **done.to_json()}, indent=2))

@@ -1,4 +1,6 @@
-"""`fewbits verify FILE [--against ORIGINAL]`: decode and check every layer; exit status 1 when something is wrong."""
+"""`fewbits verify FILE [--against ORIGINAL]`: decode and check every layer; exit status 1 when
+something is wrong.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,12 @@ from ..conversion import verify_file
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("verify", help="decode and check every layer of a file")
-    parser.add_argument("file", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards")
-    parser.add_argument("--against", type=Path, metavar="ORIGINAL", help="also the error of each layer, worst first")
+    parser.add_argument(
+        "file", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards"
+    )
+    parser.add_argument(
+        "--against", type=Path, metavar="ORIGINAL", help="also the error of each layer, worst first"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 

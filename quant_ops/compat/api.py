@@ -1,4 +1,6 @@
-"""The classic command and the functions that scripts call: flags in, a job out, run by the engine."""
+"""The classic command and the functions that scripts call: flags in, a job out, run by the
+engine.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +48,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def quantize(**flags: object) -> Report | ModelPlan | Conversion | Path:
-    """What the command does, with its flags as keywords (`input=`, `output=`, `int8=True`, `block_size=128`, ...).
+    """What the command does, with its flags as keywords (`input=`, `output=`, `int8=True`,
+    `block_size=128`, ...).
 
     Returns:
-        The report of a conversion, the plan for `dry_run="analyze"`, the path for `dry_run="create-template"`.
+        The report of a conversion, the plan for `dry_run="analyze"`, the path for
+        `dry_run="create-template"`.
 
     Raises:
         QuantError: unknown, contradicting or malformed flags, or a file that cannot be converted.
@@ -66,15 +70,22 @@ def convert_to_fp8_scaled(
     seed: int = -1,
     **flags: object,
 ) -> Report:
-    """The classic entry point: quantize a file. `filter_flags` names presets; `flags` are those of `quantize`.
+    """The classic entry point: quantize a file. `filter_flags` names presets; `flags` are those of
+    `quantize`.
 
     Raises:
-        QuantError: as `quantize`; also for `comfy_quant=False`, as the legacy layout is never written.
+        QuantError: as `quantize`; also for `comfy_quant=False`, as the legacy layout is never
+            written.
     """
     if not comfy_quant:
         flags["legacy"] = True
     renamed = {ARGUMENTS.get(name, name): value for name, value in flags.items()}
-    stated = {"input": input_file, "output": output_file, "manual_seed": seed, "calib_samples": calib_samples}
+    stated = {
+        "input": input_file,
+        "output": output_file,
+        "manual_seed": seed,
+        "calib_samples": calib_samples,
+    }
     return quantize(**stated, **(filter_flags or {}), **renamed)
 
 
@@ -86,7 +97,8 @@ def convert_fp8_scaled_to_comfy_quant(
     include_input_scale: bool = False,
     overwrite: bool = False,
 ) -> Conversion:
-    """Legacy scaled_fp8 -> comfy_quant with the same codes (`--convert-fp8-scaled`); input scales are always kept.
+    """Legacy scaled_fp8 -> comfy_quant with the same codes (`--convert-fp8-scaled`); input scales
+    are always kept.
 
     Raises:
         QuantError: not such a file, or a layer that `hp_filter` matches is FP8; nothing is written.
@@ -113,7 +125,12 @@ def _perform(job: Job) -> Report | ModelPlan | Conversion | Path:
         options = ImportOptions(full_precision_mm=job.options["precise"])
         pattern = job.options["hp_filter"]
         return convert_file(
-            job.input, job.output, options=options, only="fp8_scaled", hp_filter=pattern, overwrite=overwrite
+            job.input,
+            job.output,
+            options=options,
+            only="fp8_scaled",
+            hp_filter=pattern,
+            overwrite=overwrite,
         )
     device = pick_device(job.options.get("device", "auto"))
     return quantize_file(job.input, job.output, job.recipe, overwrite=overwrite, device=device)
@@ -127,12 +144,20 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: list[str]) -> dict[str, object]:
-    """Command line -> flag values by name, as text; an unknown flag is refused with the closest one."""
+    """Command line -> flag values by name, as text; an unknown flag is refused with the closest
+    one.
+    """
     parser = _Parser(prog="convert_to_quant", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"convert_to_quant (FewBits {VERSION})")
+    parser.add_argument(
+        "--version", action="version", version=f"convert_to_quant (FewBits {VERSION})"
+    )
     for flag in FLAGS:
         short = [SHORT[flag.name]] if flag.name in SHORT else []
-        name = {"dest": underscored(flag.name), "help": flag.help or None, "default": argparse.SUPPRESS}
+        name = {
+            "dest": underscored(flag.name),
+            "help": flag.help or None,
+            "default": argparse.SUPPRESS,
+        }
         if flag.value is bool:
             parser.add_argument(*short, *flag.spellings, action="store_true", **name)
         elif flag.without:

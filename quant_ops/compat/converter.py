@@ -15,7 +15,9 @@ NAME = "tensor"  # seeds the generator, as a layer's name does in a file
 
 
 class LearnedRoundingConverter:
-    """Converts single weights. Options of the `svd` method are further keywords (`num_iter`, `lr`, `top_p`, ...)."""
+    """Converts single weights. Options of the `svd` method are further keywords (`num_iter`, `lr`,
+    `top_p`, ...).
+    """
 
     def __init__(
         self,
@@ -33,13 +35,19 @@ class LearnedRoundingConverter:
         """Choose format and method.
 
         Args:
-            target_format: fp8, int8, nf4 or fp4; with scaling mode, block size and backend as on the command line.
+            target_format: fp8, int8, nf4 or fp4; with scaling mode, block size and backend as on
+                the command line.
             no_learned_rounding: method nearest; then no option of learned rounding may be given.
 
         Raises:
             RecipeError: options that do not exist or contradict each other.
         """
-        stated = {"type": target_format, "scaling": scaling_mode, "block_size": block_size, "backend": kernel_backend}
+        stated = {
+            "type": target_format,
+            "scaling": scaling_mode,
+            "block_size": block_size,
+            "backend": kernel_backend,
+        }
         learned = {} if optimizer == "original" else {"optimizer": optimizer}
         self.wish = wish_of(stated, simple=no_learned_rounding, svd={**learned, **svd_options})
         self.seed, self.device = seed, torch.device(device)
@@ -51,7 +59,8 @@ class LearnedRoundingConverter:
             weight: (N, K) finite floating-point tensor.
 
         Returns:
-            quantized: (N, K) codes: float8_e4m3fn, int8, or uint8 from 0 to 15 for the 4-bit formats (not packed).
+            quantized: (N, K) codes: float8_e4m3fn, int8, or uint8 from 0 to 15 for the 4-bit
+                formats (not packed).
             scale: float32 in the format's stored shape (`weight_scale`, or `absmax`).
             dequantized: (N, K) float32, decoded from the two.
 
@@ -62,13 +71,20 @@ class LearnedRoundingConverter:
         layer = LayerInput((weight.shape[0], weight.shape[1]), DTYPE_NAMES[weight.dtype])
         obstacle = format.check(layer, options)
         if obstacle:
-            raise UnsupportedLayerError(f"{format.name} does not take a weight of {list(weight.shape)}: {obstacle}")
+            raise UnsupportedLayerError(
+                f"{format.name} does not take a weight of {list(weight.shape)}: {obstacle}"
+            )
         method = get_method(self.wish.method)
         prepared = format.prepare(weight.detach().to(self.device), options)
         generator = layer_generator(self.seed, NAME, self.device)
         chosen = choose(
             method,
-            Layer(prepared, format.grid(layer, options), method.configure(dict(self.wish.method_options)), generator),
+            Layer(
+                prepared,
+                format.grid(layer, options),
+                method.configure(dict(self.wish.method_options)),
+                generator,
+            ),
         )
         tensors = format.pack(chosen.codes, chosen.scale, options)
         codes = tensors["weight"] if tensors["weight"].shape == weight.shape else chosen.codes

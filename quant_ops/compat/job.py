@@ -22,7 +22,9 @@ INDEX = ".safetensors.index.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One classic run. `arguments` are those of the equal `fewbits` command; `recipe` is None where none is needed."""
+    """One classic run. `arguments` are those of the equal `fewbits` command; `recipe` is None where
+    none is needed.
+    """
 
     kind: str  # "quantize" | "analyze" | "create-template" | "convert"
     input: Path
@@ -34,7 +36,8 @@ class Job:
 
 
 def state(flags: dict[str, object]) -> Stated:
-    """Flag values by name (either spelling) -> the same by group and field; False and None count as not stated.
+    """Flag values by name (either spelling) -> the same by group and field; False and None count as
+    not stated.
 
     Raises:
         RecipeError: an unknown flag or value, with the closest one.
@@ -51,7 +54,9 @@ def state(flags: dict[str, object]) -> Stated:
         group, _, key = flag.field.partition(".")
         fields = stated.setdefault(group, {})
         read = _read(flag, value)
-        fields[key] = (*fields.get(key, ()), read) if flag.value is bool and flag.means is not True else read
+        fields[key] = (
+            (*fields.get(key, ()), read) if flag.value is bool and flag.means is not True else read
+        )
     return stated
 
 
@@ -67,7 +72,9 @@ def _read(flag: Flag, value: object) -> object:
         if value not in flag.value:
             guess = closest(str(value), flag.value)
             hint = f", did you mean {guess!r}?" if guess else ""
-            raise RecipeError(f"--{flag.name} must be one of {', '.join(flag.value)}; got {value!r}{hint}")
+            raise RecipeError(
+                f"--{flag.name} must be one of {', '.join(flag.value)}; got {value!r}{hint}"
+            )
         return value
     try:
         number = flag.value(value)
@@ -79,7 +86,8 @@ def _read(flag: Flag, value: object) -> object:
 
 
 def make_job(flags: dict[str, object]) -> Job:
-    """Everything a classic command says, checked before any file is read (the layer-config excepted).
+    """Everything a classic command says, checked before any file is read (the layer-config
+    excepted).
 
     Raises:
         RecipeError: unknown or contradicting flags, or a malformed layer-config.
@@ -118,7 +126,17 @@ def _conversion(stated: Stated, run: dict[str, object]) -> Job:
     pattern = ["--hp-filter", options["hp_filter"]] if options["hp_filter"] else []
     precise = ["--full-precision-mm"] if options["precise"] else []
     switches = _switches(run, "overwrite", "quiet", "json")
-    command = ["convert", str(run["input"]), "-o", str(output), "--from", "fp8_scaled", *pattern, *precise, *switches]
+    command = [
+        "convert",
+        str(run["input"]),
+        "-o",
+        str(output),
+        "--from",
+        "fp8_scaled",
+        *pattern,
+        *precise,
+        *switches,
+    ]
     return Job("convert", run["input"], output, None, tuple(command), options)
 
 
@@ -136,23 +154,33 @@ def _refuse_contradictions(stated: Stated) -> None:
         if key in named and need not in named:
             raise RecipeError(f"{_flag_of(key)} has no effect without {_flag_of(need)}")
     if "refused.legacy" in named:
-        raise RecipeError("--legacy: legacy scaled_fp8 files are read, never written; leave it out for comfy_quant")
+        raise RecipeError(
+            "--legacy: legacy scaled_fp8 files are read, never written; leave it out for "
+            "comfy_quant"
+        )
     if {"recipe.preset", "recipe.presets"} <= named:
         raise RecipeError("--preset and a preset's own flag say the same thing; use one of them")
     if "convert.fp8_scaled" in named:
         allowed = {"convert", "run", "accepted", "refused"}
         other = next(
-            (key for key in sorted(named) if key.split(".")[0] not in allowed and key != "primary.precise"), None
+            (
+                key
+                for key in sorted(named)
+                if key.split(".")[0] not in allowed and key != "primary.precise"
+            ),
+            None,
         )
         if other or "run.dry_run" in named:
             raise RecipeError(
-                f"--convert-fp8-scaled copies codes as they are; {_flag_of(other or 'run.dry_run')} does not apply"
+                "--convert-fp8-scaled copies codes as they are; "
+                f"{_flag_of(other or 'run.dry_run')} does not apply"
             )
     simple = "primary.simple" in named
     if simple and "svd" in stated:
         option = _flag_of(f"svd.{next(iter(stated['svd']))}")
         raise RecipeError(
-            f"{option} is an option of learned rounding, which --simple switches off; leave one of them out"
+            f"{option} is an option of learned rounding, which --simple switches off; leave one of "
+            "them out"
         )
 
 
@@ -169,13 +197,19 @@ def _recipe(stated: Stated) -> tuple[Recipe, list[Wish]]:
     rules = []
     if custom:
         rules.append(
-            Rule(_search("--custom-layers", stated["custom"]["layers"]), custom, "heuristics" in stated["custom"])
+            Rule(
+                _search("--custom-layers", stated["custom"]["layers"]),
+                custom,
+                "heuristics" in stated["custom"],
+            )
         )
     if "exclude" in recipe:
         rules.append(Rule(_search("--exclude-layers", recipe["exclude"]), None))
     config = None
     if "layer_config" in recipe:
-        config = load_layer_config(recipe["layer_config"], fullmatch="fullmatch" in recipe, unstated=primary)
+        config = load_layer_config(
+            recipe["layer_config"], fullmatch="fullmatch" in recipe, unstated=primary
+        )
     preset = "+".join(recipe.get("presets", ())) or recipe.get("preset", "auto")
     if preset != "auto":
         load_preset(preset)
@@ -188,7 +222,11 @@ def _recipe(stated: Stated) -> tuple[Recipe, list[Wish]]:
         layer_config=config,
         heuristics="heuristics" in recipe,
     )
-    entries = [entry.wish for entry in (*config.entries, config.default) if entry and entry.wish] if config else []
+    entries = (
+        [entry.wish for entry in (*config.entries, config.default) if entry and entry.wish]
+        if config
+        else []
+    )
     return made, [primary, *filter(None, (custom, fallback)), *entries]
 
 
@@ -201,12 +239,19 @@ def _wish(stated: Stated, tier: str) -> Wish:
 
 
 def wish_of(
-    fields: dict[str, object], *, tier: str = "primary", simple: bool, precise: bool = False, svd: dict[str, object]
+    fields: dict[str, object],
+    *,
+    tier: str = "primary",
+    simple: bool,
+    precise: bool = False,
+    svd: dict[str, object],
 ) -> Wish:
-    """The wish of one tier: its type, scaling, backend and block size looked up in TARGETS; method svd unless simple.
+    """The wish of one tier: its type, scaling, backend and block size looked up in TARGETS; method
+    svd unless simple.
 
     Raises:
-        RecipeError: a combination that does not exist, or an option the format or the method does not have.
+        RecipeError: a combination that does not exist, or an option the format or the method does
+            not have.
     """
     kind = fields.get("type") or "fp8"
     if isinstance(kind, tuple):
@@ -215,7 +260,9 @@ def wish_of(
         raise RecipeError(f"unknown format type {kind!r}{did_you_mean(str(kind), PRIORITY)}")
     scaling, backend, size = (fields.get(name) for name in ("scaling", "backend", "block_size"))
     target = TARGETS.get((kind, scaling or (SIZED if size is not None else None), backend))
-    if target is None or (size is not None and "block_size" not in get_format(target.format).choices):
+    if target is None or (
+        size is not None and "block_size" not in get_format(target.format).choices
+    ):
         raise RecipeError(_contradiction(tier, kind, fields))
     options = {**target.options, **({"block_size": size} if size is not None else {})}
     if "convrot_groupsize" in fields:
@@ -224,8 +271,15 @@ def wish_of(
         options["convrot_groupsize"] = fields["convrot_groupsize"]
     method, method_options = ("nearest", ()) if simple else ("svd", tuple(svd.items()))
     if simple and svd:
-        raise RecipeError(f"{next(iter(svd))} is an option of learned rounding, which is switched off")
-    return Wish(target.format, FormatOptions(**options, full_precision_matrix_mult=precise), method, method_options)
+        raise RecipeError(
+            f"{next(iter(svd))} is an option of learned rounding, which is switched off"
+        )
+    return Wish(
+        target.format,
+        FormatOptions(**options, full_precision_matrix_mult=precise),
+        method,
+        method_options,
+    )
 
 
 def _contradiction(tier: str, kind: str, fields: dict[str, object]) -> str:
@@ -235,7 +289,11 @@ def _contradiction(tier: str, kind: str, fields: dict[str, object]) -> str:
     known = {(scaling, backend) for name, scaling, backend in TARGETS if name == kind}
     modes = [mode for mode in ("tensor", "row", "block", "block2d") if (mode, None) in known]
     advice = f"its scaling modes are {', '.join(modes)}" if modes else "it has no scaling modes"
-    sized = " (block sizes go with the block modes)" if fields.get("block_size") and "block" in modes else ""
+    sized = (
+        " (block sizes go with the block modes)"
+        if fields.get("block_size") and "block" in modes
+        else ""
+    )
     return f"{' and '.join(said)} do not fit {kind}: {advice}{sized}"
 
 
@@ -252,7 +310,8 @@ def _recipe_arguments(stated: Stated, recipe: Recipe) -> list[str]:
     primary = recipe.primary
     arguments = ["--format", primary.to_text()]
     if recipe.layer_config and primary.method == get_format(primary.format).method:
-        arguments += ["--method", primary.method]  # left out of the wish's text, and meant for the layer-config too
+        # left out of the wish's text, and meant for the layer-config too
+        arguments += ["--method", primary.method]
     for rule in recipe.rules:
         arguments += ["--rule", rule.to_text()] if rule.wish else ["--keep", rule.match]
     if recipe.fallback:
@@ -298,7 +357,7 @@ def _input_scale_note(stated: Stated, wishes: list[Wish]) -> list[str]:
     needy = next((wish.format for wish in wishes if wish.format in STATIC_INPUT_SCALE), None)
     if needy:
         raise RecipeError(
-            f"--input_scale: {needy} quantizes activations with it, so it must be measured, and there is no "
-            "calibration; leave it out (activations are then scaled as they come)"
+            f"--input_scale: {needy} quantizes activations with it, so it must be measured, and "
+            "there is no calibration; leave it out (activations are then scaled as they come)"
         )
     return ["--input_scale: these formats store none; nothing is written"]

@@ -1,7 +1,7 @@
 """W4A8: 4-bit codes that decode to an INT8 grid of the rotated weight (FORMATS 3.8). Native.
 
-Despite the name `asym_w4a8_int8` the symmetric form is written, with comfy-kitchen's fixed table of levels: its fast
-decoder accepts no other.
+Despite the name `asym_w4a8_int8` the symmetric form is written, with comfy-kitchen's fixed table of
+levels: its fast decoder accepts no other.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class AsymW4A8(Format):
     def steps(self, options: FormatOptions) -> tuple[int, int]:
         return 1, max(GROUP, options.convrot_groupsize)
 
-    def tensor_specs(self, layer: LayerInput, options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def tensor_specs(
+        self, layer: LayerInput, options: FormatOptions
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
         n, k = layer.shape
         return {
             "weight": ("I8", (n, k // 2)),
@@ -79,7 +81,9 @@ class AsymW4A8(Format):
     def grid(self, layer: LayerInput, options: FormatOptions) -> W4A8Grid:
         return W4A8Grid()
 
-    def pack(self, codes: torch.Tensor, scale: W4A8Scale, options: FormatOptions) -> dict[str, torch.Tensor]:
+    def pack(
+        self, codes: torch.Tensor, scale: W4A8Scale, options: FormatOptions
+    ) -> dict[str, torch.Tensor]:
         return {
             "weight": pack_nibbles(codes, high_first=False).view(torch.int8),
             "weight_s_rel": scale.relative,
@@ -87,13 +91,22 @@ class AsymW4A8(Format):
             "weight_codebook": torch.tensor(LEVELS, dtype=torch.float32, device=codes.device),
         }
 
-    def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
+    def dequantize(
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
+    ) -> torch.Tensor:
         return self.dequantize_to(tensors, layer, options, torch.float32)
 
     def dequantize_to(
-        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions, dtype: torch.dtype
+        self,
+        tensors: dict[str, torch.Tensor],
+        layer: LayerInput,
+        options: FormatOptions,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        stored = (tensors[name] for name in ("weight", "weight_s_rel", "weight_s_channel", "weight_codebook"))
+        stored = (
+            tensors[name]
+            for name in ("weight", "weight_s_rel", "weight_s_channel", "weight_codebook")
+        )
         return dequantize_w4a8(*stored, options.convrot_groupsize, dtype)
 
 

@@ -1,4 +1,6 @@
-"""Format: names, dtypes, shapes and marker of a quantized layer on disk, all known from the input shape alone."""
+"""Format: names, dtypes, shapes and marker of a quantized layer on disk, all known from the input
+shape alone.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +24,21 @@ ALIASES = {"fp8": "float8_e4m3fn", "fp8_scaled": "float8_e4m3fn", "int8": "int8_
 class Format(ABC):
     """One on-disk format.
 
-    Side tensors are `<base>.<suffix>`; `pack` and `unpack` use the suffix alone ("weight", "weight_scale"), so a
-    format can be tested with two tensors and no file.
+    Side tensors are `<base>.<suffix>`; `pack` and `unpack` use the suffix alone ("weight",
+    "weight_scale"), so a format can be tested with two tensors and no file.
     """
 
     name: str
     min_comfyui: str
     native: bool
     method: str = "nearest"  # how codes are chosen where a wish names no method
-    embedding_min_comfyui: str | None = None  # since when ComfyUI reads it as an Embedding; None = never
+    # since when ComfyUI reads it as an Embedding; None = never
+    embedding_min_comfyui: str | None = None
     defaults = FormatOptions()
-    choices: dict[str, tuple] = {}  # option name -> allowed values; an option not named here does not apply
-    layout_options: tuple[str, ...] = ()  # options that a runtime tensor must carry to be quantized again
+    # option name -> allowed values; an option not named here does not apply
+    choices: dict[str, tuple] = {}
+    # options that a runtime tensor must carry to be quantized again
+    layout_options: tuple[str, ...] = ()
 
     def resolve(self, options: FormatOptions) -> FormatOptions:
         """Fill in defaults and refuse what does not apply.
@@ -45,21 +50,31 @@ class Format(ABC):
             if name == "full_precision_matrix_mult":
                 continue
             if name not in self.choices:
-                raise RecipeError(f"format {self.name} has no option {name!r}; it allows: {self._allowed()}")
+                raise RecipeError(
+                    f"format {self.name} has no option {name!r}; it allows: {self._allowed()}"
+                )
             if value not in self.choices[name]:
                 allowed = ", ".join(map(str, self.choices[name]))
-                raise RecipeError(f"format {self.name}: {name} must be one of {allowed}; got {value!r}")
+                raise RecipeError(
+                    f"format {self.name}: {name} must be one of {allowed}; got {value!r}"
+                )
         return replace(self.defaults, **options.stated())
 
     def _allowed(self) -> str:
         return ", ".join([*self.choices, "full_precision_matrix_mult"])
 
     def check(self, layer: LayerInput, options: FormatOptions) -> str | None:
-        """Why this (N, K) does not fit, in the exact words of FORMATS section 4; None when it does."""
+        """Why this (N, K) does not fit, in the exact words of FORMATS section 4; None when it
+        does.
+        """
         return None
 
-    def fallback(self, layer: LayerInput, options: FormatOptions) -> tuple[str, FormatOptions] | None:
-        """The next format to try when `check` refuses (FORMATS section 4), or None to keep the layer."""
+    def fallback(
+        self, layer: LayerInput, options: FormatOptions
+    ) -> tuple[str, FormatOptions] | None:
+        """The next format to try when `check` refuses (FORMATS section 4), or None to keep the
+        layer.
+        """
         return None
 
     def notes(self, layer: LayerInput, options: FormatOptions) -> tuple[str, ...]:
@@ -71,7 +86,9 @@ class Format(ABC):
         return 1, 1
 
     @abstractmethod
-    def tensor_specs(self, layer: LayerInput, options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def tensor_specs(
+        self, layer: LayerInput, options: FormatOptions
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """suffix -> (safetensors dtype, shape) of every stored tensor, the marker excepted."""
 
     @abstractmethod
@@ -98,11 +115,15 @@ class Format(ABC):
         """
         shape = specs["weight"].shape if "weight" in specs else ()
         if len(shape) != 2:
-            raise CheckpointError(f"weight is {list(shape) or 'missing'}, {self.name} stores a matrix")
+            raise CheckpointError(
+                f"weight is {list(shape) or 'missing'}, {self.name} stores a matrix"
+            )
         return shape[0], shape[1]
 
     def prepare(self, weight: torch.Tensor, options: FormatOptions) -> torch.Tensor:
-        """The matrix whose entries get codes: the weight itself, or its rotated (float32) or zero-padded version."""
+        """The matrix whose entries get codes: the weight itself, or its rotated (float32) or
+        zero-padded version.
+        """
         return weight
 
     @abstractmethod
@@ -110,26 +131,38 @@ class Format(ABC):
         """The representable values of the prepared weight, for a method to choose from."""
 
     @abstractmethod
-    def pack(self, codes: torch.Tensor, scale: Scale, options: FormatOptions) -> dict[str, torch.Tensor]:
+    def pack(
+        self, codes: torch.Tensor, scale: Scale, options: FormatOptions
+    ) -> dict[str, torch.Tensor]:
         """suffix -> stored tensor."""
 
     def quantize(
         self, prepared: torch.Tensor, grid: Grid, options: FormatOptions, seed: int = 0
     ) -> dict[str, torch.Tensor]:
-        """Prepared weight -> stored tensors with the nearest codes; rounded stochastically for a seed other than 0."""
+        """Prepared weight -> stored tensors with the nearest codes; rounded stochastically for a
+        seed other than 0.
+        """
         if not seed:
             return self.pack(*grid.nearest(prepared), options)
         scale = grid.scale(prepared)
         return self.pack(grid.encode(prepared, scale, seed), scale, options)
 
     @abstractmethod
-    def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
+    def dequantize(
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
+    ) -> torch.Tensor:
         """Stored tensors -> (N, K) float32, written apart from the encoder (FORMATS 2.6)."""
 
     def dequantize_to(
-        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions, dtype: torch.dtype
+        self,
+        tensors: dict[str, torch.Tensor],
+        layer: LayerInput,
+        options: FormatOptions,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        """`dequantize`, rounded once to `dtype`; formats with a kernel for it override this with equal results."""
+        """`dequantize`, rounded once to `dtype`; formats with a kernel for it override this with
+        equal results.
+        """
         return self.dequantize(tensors, layer, options).to(dtype)
 
     def product(
@@ -153,9 +186,13 @@ class Format(ABC):
         if product := self.product(tensors, layer, options):
             op, arguments = product
             return op(x, *arguments, bias)
-        return torch.nn.functional.linear(x, self.dequantize_to(tensors, layer, options, x.dtype), bias)
+        return torch.nn.functional.linear(
+            x, self.dequantize_to(tensors, layer, options, x.dtype), bias
+        )
 
-    def refuse_misfit(self, layer: LayerInput, options: FormatOptions, specs: dict[str, TensorSpec]) -> None:
+    def refuse_misfit(
+        self, layer: LayerInput, options: FormatOptions, specs: dict[str, TensorSpec]
+    ) -> None:
         """Compare stored tensors with `tensor_specs`.
 
         Raises:
@@ -167,13 +204,19 @@ class Format(ABC):
             got = specs[suffix]
             if (got.dtype, tuple(got.shape)) != (dtype, shape):
                 raise CheckpointError(
-                    f"{suffix} is {got.dtype} {list(got.shape)}, {self.name} allows {dtype} {list(shape)}"
+                    f"{suffix} is {got.dtype} {list(got.shape)}, {self.name} allows {dtype} "
+                    f"{list(shape)}"
                 )
 
-    def output_specs(self, base: str, layer: LayerInput, options: FormatOptions) -> tuple[TensorSpec, ...]:
+    def output_specs(
+        self, base: str, layer: LayerInput, options: FormatOptions
+    ) -> tuple[TensorSpec, ...]:
         """Every tensor written for the layer, marker included."""
         marker = marker_bytes(self.marker(layer, options))
-        specs = [TensorSpec(f"{base}.{suffix}", *spec) for suffix, spec in self.tensor_specs(layer, options).items()]
+        specs = [
+            TensorSpec(f"{base}.{suffix}", *spec)
+            for suffix, spec in self.tensor_specs(layer, options).items()
+        ]
         return (*specs, TensorSpec(f"{base}.comfy_quant", "U8", (len(marker),)))
 
 
@@ -184,10 +227,15 @@ def marker_bytes(marker: dict) -> bytes:
 
 def with_precision(marker: dict, options: FormatOptions) -> dict:
     """Append `full_precision_matrix_mult`, last and only when true (FORMATS 1.1)."""
-    return {**marker, "full_precision_matrix_mult": True} if options.full_precision_matrix_mult else marker
+    return (
+        {**marker, "full_precision_matrix_mult": True}
+        if options.full_precision_matrix_mult
+        else marker
+    )
 
 
-# How markers name the dtype a layer was made from; float64 is rounded to float32 before anything else.
+# How markers name the dtype a layer was made from; float64 is rounded to float32 before anything
+# else.
 JSON_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 
 
@@ -224,6 +272,12 @@ def get_format(name: str) -> Format:
 
 
 def own_methods(names: Iterable[str] = FORMATS) -> str:
-    """What the formats' own methods are, in words: `nearest`, or `mse_clip for bnb_fp4, else nearest`."""
-    others = [f"{FORMATS[name].method} for {name}" for name in names if FORMATS[name].method != Format.method]
+    """What the formats' own methods are, in words: `nearest`, or `mse_clip for bnb_fp4, else
+    nearest`.
+    """
+    others = [
+        f"{FORMATS[name].method} for {name}"
+        for name in names
+        if FORMATS[name].method != Format.method
+    ]
     return ", ".join([*others, f"else {Format.method}"] if others else [Format.method])

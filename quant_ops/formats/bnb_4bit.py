@@ -1,4 +1,6 @@
-"""NF4 and FP4 with bitsandbytes' tables: g consecutive elements of the flattened weight share absmax (FORMATS 3.9)."""
+"""NF4 and FP4 with bitsandbytes' tables: g consecutive elements of the flattened weight share
+absmax (FORMATS 3.9).
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,14 @@ class Bnb4Bit(Format):
     def steps(self, options: FormatOptions) -> tuple[int, int]:
         return 1, 2
 
-    def tensor_specs(self, layer: LayerInput, options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def tensor_specs(
+        self, layer: LayerInput, options: FormatOptions
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
         n, k = layer.shape
-        return {"weight": ("U8", (n, k // 2)), "absmax": ("F32", (-(-n * k // options.block_size),))}
+        return {
+            "weight": ("U8", (n, k // 2)),
+            "absmax": ("F32", (-(-n * k // options.block_size),)),
+        }
 
     def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
         size = options.block_size
@@ -65,9 +72,13 @@ class Bnb4Bit(Format):
     def options_from(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
         order = marker.get("nibble_order")
         if order not in ("high", "hi_first"):
-            raise CheckpointError(f"nibble_order is {order!r}, {self.name} stores the high nibble first")
+            raise CheckpointError(
+                f"nibble_order is {order!r}, {self.name} stores the high nibble first"
+            )
         params = marker.get("params", {})
-        size = marker.get("group_size", params.get("group_size") if isinstance(params, dict) else None)
+        size = marker.get(
+            "group_size", params.get("group_size") if isinstance(params, dict) else None
+        )
         precise = marker.get("full_precision_matrix_mult", False)
         options = self.resolve(FormatOptions(block_size=size, full_precision_matrix_mult=precise))
         self.refuse_misfit(self.stored_layer(marker, specs), options, specs)
@@ -76,7 +87,9 @@ class Bnb4Bit(Format):
     def grid(self, layer: LayerInput, options: FormatOptions) -> FlatGrid:
         return FlatGrid(self.levels, options.block_size)
 
-    def pack(self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions) -> dict[str, torch.Tensor]:
+    def pack(
+        self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions
+    ) -> dict[str, torch.Tensor]:
         return {"weight": pack_nibbles(codes, high_first=True), "absmax": scale}
 
     def quantize(
@@ -87,14 +100,22 @@ class Bnb4Bit(Format):
         codes, absmax = nearest_flat4(prepared, self.levels, options.block_size, True)
         return {"weight": codes, "absmax": absmax}
 
-    def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
+    def dequantize(
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
+    ) -> torch.Tensor:
         codes = unpack_nibbles(tensors["weight"], high_first=True)
         return FlatGrid(self.levels, options.block_size).decode(codes, tensors["absmax"])
 
     def dequantize_to(
-        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions, dtype: torch.dtype
+        self,
+        tensors: dict[str, torch.Tensor],
+        layer: LayerInput,
+        options: FormatOptions,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        return dequantize_flat4(tensors["weight"], tensors["absmax"], self.levels, options.block_size, dtype)
+        return dequantize_flat4(
+            tensors["weight"], tensors["absmax"], self.levels, options.block_size, dtype
+        )
 
     def product(
         self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
@@ -109,8 +130,8 @@ class BnbNF4(Bnb4Bit):
 
 class BnbFP4(Bnb4Bit):
     name, levels = "bnb_fp4", FP4
-    # Emoji model, mean SSIM of 8 prompts: nearest .887, mse_clip .909. bnb_nf4 has .948 and .953: not worth 2.3 times
-    # the time on a CPU.
+    # Emoji model, mean SSIM of 8 prompts: nearest .887, mse_clip .909. bnb_nf4 has .948 and .953:
+    # not worth 2.3 times the time on a CPU.
     method = "mse_clip"
 
 

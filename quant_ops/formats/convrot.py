@@ -1,4 +1,6 @@
-"""What rotated formats share: which rotation groups are written and read, and the next smaller one that fits."""
+"""What rotated formats share: which rotation groups are written and read, and the next smaller one
+that fits.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,13 @@ def smaller_group(layer: LayerInput, group: int) -> int | None:
 
 
 def refusal(layer: LayerInput, group: int) -> str | None:
-    """Why K cannot be rotated in groups of this size, and what is done instead; None when it can."""
+    """Why K cannot be rotated in groups of this size, and what is done instead; None when it
+    can.
+    """
     k = layer.shape[1]
-    return f"ConvRot {group} -> {smaller_group(layer, group) or 'none'}: K={k}" if k % group else None
+    return (
+        f"ConvRot {group} -> {smaller_group(layer, group) or 'none'}: K={k}" if k % group else None
+    )
 
 
 def stored_group(marker: dict, layer: LayerInput) -> int:
@@ -30,5 +36,7 @@ def stored_group(marker: dict, layer: LayerInput) -> int:
     nested = params.get("convrot_groupsize", 256) if isinstance(params, dict) else 256
     group = marker.get("convrot_groupsize", nested)
     if type(group) is not int or not is_group_size(group) or layer.shape[1] % group:
-        raise CheckpointError(f"convrot_groupsize is {group!r}: a power of 4 (4 to 1024) that divides K is needed")
+        raise CheckpointError(
+            f"convrot_groupsize is {group!r}: a power of 4 (4 to 1024) that divides K is needed"
+        )
     return group

@@ -16,7 +16,8 @@ from . import convrot
 from .base import register_format, with_precision
 from .tiled import TiledFormat
 
-ALIGNMENT = 64  # ComfyUI's kernel needs K in multiples of this; it is no scale granularity and not stored
+# ComfyUI's kernel needs K in multiples of this; it is no scale granularity and not stored
+ALIGNMENT = 64
 INT8_ROW = ("int8_tensorwise", FormatOptions(scaling="row"))
 
 
@@ -49,7 +50,9 @@ class ConvRotW4A4(TiledFormat):
             return INT8_ROW
         return self.name, replace(options, convrot_groupsize=ALIGNMENT)
 
-    def tensor_specs(self, layer: LayerInput, options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def tensor_specs(
+        self, layer: LayerInput, options: FormatOptions
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
         n, k = layer.shape
         return {"weight": ("I8", (n, k // 2)), "weight_scale": ("F32", (n,))}
 
@@ -66,7 +69,9 @@ class ConvRotW4A4(TiledFormat):
     def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
         linear_dtype = marker.get("linear_dtype", "int4")
         if linear_dtype not in self.choices["linear_dtype"]:
-            raise CheckpointError(f"linear_dtype is {linear_dtype!r}, {self.name} allows int4 and int8")
+            raise CheckpointError(
+                f"linear_dtype is {linear_dtype!r}, {self.name} allows int4 and int8"
+            )
         return FormatOptions(
             convrot_groupsize=convrot.stored_group(marker, self.stored_layer(marker, specs)),
             linear_dtype=linear_dtype,
@@ -76,11 +81,15 @@ class ConvRotW4A4(TiledFormat):
     def prepare(self, weight: torch.Tensor, options: FormatOptions) -> torch.Tensor:
         return rotate(weight, options.convrot_groupsize)
 
-    def pack(self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions) -> dict[str, torch.Tensor]:
+    def pack(
+        self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions
+    ) -> dict[str, torch.Tensor]:
         packed = pack_nibbles(codes, high_first=False).view(torch.int8)
         return {"weight": packed, "weight_scale": scale.reshape(-1)}
 
-    def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
+    def dequantize(
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
+    ) -> torch.Tensor:
         nibbles = unpack_nibbles(tensors["weight"], high_first=False).view(torch.int8)
         codes = (nibbles << 4) >> 4  # the upper bit of each nibble is its sign
         rotated = decode(codes, tensors["weight_scale"].view(-1, 1), INT4, self.geometry(options))

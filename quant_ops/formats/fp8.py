@@ -1,4 +1,6 @@
-"""FP8: q = cast(w / scale) with one scale per tensor, row, tile or group (FORMATS 3.1, 3.2). Scalar ones are native."""
+"""FP8: q = cast(w / scale) with one scale per tensor, row, tile or group (FORMATS 3.1, 3.2). Scalar
+ones are native.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Float8E4M3(ScalarFP8):
 
 
 class Float8E5M2(ScalarFP8):
-    """Always `full_precision_matrix_mult`: no e5m2 x e5m2 matmul exists, and e5m2 activations keep 2 mantissa bits."""
+    """Always `full_precision_matrix_mult`: no e5m2 x e5m2 matmul exists, and e5m2 activations keep
+    2 mantissa bits.
+    """
 
     name, min_comfyui = "float8_e5m2", "0.8.0"
     levels, dtype = E5M2, "F8_E5M2"

@@ -1,4 +1,5 @@
-"""INT8: q = round(w / scale) in [-127, 127], one scale per tensor, row, tile or group (FORMATS 3.3, 3.4).
+"""INT8: q = round(w / scale) in [-127, 127], one scale per tensor, row, tile or group (FORMATS 3.3,
+3.4).
 
 int8_tensorwise is native.
 """
@@ -20,15 +21,21 @@ from .tiled import BlockFormat, TiledFormat
 
 
 class Int8Tensorwise(TiledFormat):
-    """Row scales by default. A tensor scale is 0-d, rows are (N, 1): comfy-kitchen requantizes by the scale's rank.
+    """Row scales by default. A tensor scale is 0-d, rows are (N, 1): comfy-kitchen requantizes by
+    the scale's rank.
 
-    With `convrot` the codes are those of the rotated weight (kernels/hadamard.py); it needs row scales.
+    With `convrot` the codes are those of the rotated weight (kernels/hadamard.py); it needs row
+    scales.
     """
 
     name, min_comfyui, native = "int8_tensorwise", "0.27.0", True
     embedding_min_comfyui = "0.29.0"
     levels, dtype = INT8, "I8"
-    choices = {"scaling": ("row", "tensor"), "convrot": (True,), "convrot_groupsize": convrot.WRITTEN}
+    choices = {
+        "scaling": ("row", "tensor"),
+        "convrot": (True,),
+        "convrot_groupsize": convrot.WRITTEN,
+    }
     defaults = FormatOptions(scaling="row")
     layout_options = ("scaling", "convrot_groupsize")
 
@@ -37,8 +44,14 @@ class Int8Tensorwise(TiledFormat):
         if options.convrot_groupsize and not options.convrot:
             raise RecipeError(f"format {self.name}: convrot_groupsize needs convrot = true")
         if options.convrot and options.scaling != "row":
-            raise RecipeError(f"format {self.name}: convrot needs scaling row; got {options.scaling}")
-        return replace(options, convrot_groupsize=options.convrot_groupsize or 256) if options.convrot else options
+            raise RecipeError(
+                f"format {self.name}: convrot needs scaling row; got {options.scaling}"
+            )
+        return (
+            replace(options, convrot_groupsize=options.convrot_groupsize or 256)
+            if options.convrot
+            else options
+        )
 
     def steps(self, options: FormatOptions) -> tuple[int, int]:
         return 1, options.convrot_groupsize or 1
@@ -48,7 +61,9 @@ class Int8Tensorwise(TiledFormat):
 
     def fallback(self, layer: LayerInput, options: FormatOptions) -> tuple[str, FormatOptions]:
         smaller = convrot.smaller_group(layer, options.convrot_groupsize)
-        return self.name, replace(options, convrot=True if smaller else None, convrot_groupsize=smaller)
+        return self.name, replace(
+            options, convrot=True if smaller else None, convrot_groupsize=smaller
+        )
 
     def geometry(self, options: FormatOptions) -> Geometry:
         return Geometry(1, None) if options.scaling == "row" else Geometry(None, None)
@@ -65,7 +80,9 @@ class Int8Tensorwise(TiledFormat):
     def prepare(self, weight: torch.Tensor, options: FormatOptions) -> torch.Tensor:
         return rotate(weight, options.convrot_groupsize) if options.convrot else weight
 
-    def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
+    def dequantize(
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
+    ) -> torch.Tensor:
         decoded = super().dequantize(tensors, layer, options)
         return rotate(decoded, options.convrot_groupsize) if options.convrot else decoded
 
@@ -79,7 +96,9 @@ class Int8Tensorwise(TiledFormat):
         if not marker.get("convrot", nested):
             return options
         if not row:
-            raise CheckpointError("weight_scale is a single number; a rotated layer (convrot) needs one scale per row")
+            raise CheckpointError(
+                "weight_scale is a single number; a rotated layer (convrot) needs one scale per row"
+            )
         group = convrot.stored_group(marker, self.stored_layer(marker, specs))
         return replace(options, convrot=True, convrot_groupsize=group)
 

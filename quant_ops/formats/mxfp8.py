@@ -19,10 +19,14 @@ class Mxfp8(PaddedFormat):
     def grid(self, layer: LayerInput, options: FormatOptions) -> Mxfp8Grid:
         return Mxfp8Grid()
 
-    def pack(self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions) -> dict[str, torch.Tensor]:
+    def pack(
+        self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions
+    ) -> dict[str, torch.Tensor]:
         return {"weight": codes, "weight_scale": swizzle_scales(scale)}
 
-    def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
+    def dequantize(
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
+    ) -> torch.Tensor:
         codes = tensors["weight"]
         rows, cols = codes.shape
         scale = unswizzle_scales(tensors["weight_scale"].view(torch.uint8), rows, cols // BLOCK)

@@ -1,4 +1,6 @@
-"""Block formats of tensor cores: N and K are zero-padded to whole blocks, block scales are stored swizzled."""
+"""Block formats of tensor cores: N and K are zero-padded to whole blocks, block scales are stored
+swizzled.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ FLOAT8 = ("float8_e4m3fn", FormatOptions(scaling="tensor"))
 class PaddedFormat(Format):
     """Blocks of `block` along K; (N, K) is padded to multiples of `block` in both directions.
 
-    `codes_per_byte` codes share a stored byte. `weight_scale` may also be stored as `alias`, a dtype of the same bytes.
+    `codes_per_byte` codes share a stored byte. `weight_scale` may also be stored as `alias`, a
+    dtype of the same bytes.
     """
 
     native = True
@@ -47,7 +50,9 @@ class PaddedFormat(Format):
         slow = ("runs dequantized in ComfyUI",) if layer.bias and n != rows else ()
         return (f"padded {n}x{k} -> {rows}x{cols}", *slow)
 
-    def tensor_specs(self, layer: LayerInput, options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def tensor_specs(
+        self, layer: LayerInput, options: FormatOptions
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
         rows, cols = self.padded(layer.shape)
         return {
             "weight": (self.weight_dtype, (rows, cols // self.codes_per_byte)),
@@ -56,7 +61,11 @@ class PaddedFormat(Format):
 
     def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
         """`orig_dtype` and `orig_shape` are left out for a stored layer that did not say them."""
-        marker: dict = {"format": self.name, "group_size": self.block, "params": {"group_size": self.block}}
+        marker: dict = {
+            "format": self.name,
+            "group_size": self.block,
+            "params": {"group_size": self.block},
+        }
         if layer.dtype:
             marker |= {"orig_dtype": dtype_to_json(layer.dtype), "orig_shape": list(layer.shape)}
         return with_precision(marker, options)
@@ -69,12 +78,16 @@ class PaddedFormat(Format):
             return LayerInput(storage, None)
         numbers = isinstance(stated, list) and [type(size) for size in stated] == [int, int]
         if not numbers or self.padded(stated) != storage:
-            raise CheckpointError(f"orig_shape is {stated}, but the stored weight holds {list(storage)}")
+            raise CheckpointError(
+                f"orig_shape is {stated}, but the stored weight holds {list(storage)}"
+            )
         return LayerInput(tuple(stated), dtype_from_json(marker.get("orig_dtype")))
 
     def options_from(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
         options = self.resolve(
-            FormatOptions(full_precision_matrix_mult=marker.get("full_precision_matrix_mult", False))
+            FormatOptions(
+                full_precision_matrix_mult=marker.get("full_precision_matrix_mult", False)
+            )
         )
         scale = specs.get("weight_scale")
         if scale is not None and scale.dtype == self.alias:

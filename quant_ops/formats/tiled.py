@@ -1,4 +1,6 @@
-"""Formats whose scales form a grid of tiles: every FP8 and INT8 format is one `TiledFormat` with its own numbers."""
+"""Formats whose scales form a grid of tiles: every FP8 and INT8 format is one `TiledFormat` with
+its own numbers.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ MIN_GROUP = 64  # elements along K; shorter groups leave the tensor cores waitin
 
 
 class TiledFormat(Format):
-    """weight (N, K) codes plus `weight_scale` float32. Subclasses say geometry, stored scale shape and marker."""
+    """weight (N, K) codes plus `weight_scale` float32. Subclasses say geometry, stored scale shape
+    and marker.
+    """
 
     levels: Levels
     dtype: str  # safetensors dtype of the codes
@@ -38,38 +42,58 @@ class TiledFormat(Format):
                 return f"{axis}={size} not divisible by {step}"
         return None
 
-    def tensor_specs(self, layer: LayerInput, options: FormatOptions) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {"weight": (self.dtype, layer.shape), "weight_scale": ("F32", self.scale_shape(layer.shape, options))}
+    def tensor_specs(
+        self, layer: LayerInput, options: FormatOptions
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {
+            "weight": (self.dtype, layer.shape),
+            "weight_scale": ("F32", self.scale_shape(layer.shape, options)),
+        }
 
     def grid(self, layer: LayerInput, options: FormatOptions) -> TiledGrid:
         return TiledGrid(self.levels, self.geometry(options))
 
-    def pack(self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions) -> dict[str, torch.Tensor]:
-        return {"weight": codes, "weight_scale": scale.reshape(self.scale_shape(tuple(codes.shape), options))}
+    def pack(
+        self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions
+    ) -> dict[str, torch.Tensor]:
+        return {
+            "weight": codes,
+            "weight_scale": scale.reshape(self.scale_shape(tuple(codes.shape), options)),
+        }
 
-    def dequantize(self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions) -> torch.Tensor:
+    def dequantize(
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
+    ) -> torch.Tensor:
         codes, geometry = tensors["weight"], self.geometry(options)
         scale = tensors["weight_scale"].reshape(geometry.grid_shape(tuple(codes.shape)))
         return decode(codes, scale, self.levels, geometry)
 
     def dequantize_to(
-        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions, dtype: torch.dtype
+        self,
+        tensors: dict[str, torch.Tensor],
+        layer: LayerInput,
+        options: FormatOptions,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         codes, geometry = tensors["weight"], self.geometry(options)
         if tuple(codes.shape) != layer.shape or options.convrot:
-            return super().dequantize_to(tensors, layer, options, dtype)  # packed or rotated: more than codes x scales
+            # packed or rotated: more than codes x scales
+            return super().dequantize_to(tensors, layer, options, dtype)
         scale = tensors["weight_scale"].reshape(geometry.grid_shape(layer.shape))
         return dequantize_tiles(codes, scale, self.levels, geometry, dtype)
 
     def multiplies_codes(self, options: FormatOptions) -> bool:
-        """Whether `product` quantizes activations too; else it decodes the weight and leaves them as they are.
+        """Whether `product` quantizes activations too; else it decodes the weight and leaves them
+        as they are.
 
-        Not where the marker asks for full precision, the codes are of a rotated weight, products of the codes do not
-        exist (e5m2) or groups along K are shorter than a step of the tensor cores.
+        Not where the marker asks for full precision, the codes are of a rotated weight, products of
+        the codes do not exist (e5m2) or groups along K are shorter than a step of the tensor cores.
         """
         cols = self.geometry(options).cols
         asked_not_to = options.full_precision_matrix_mult or options.convrot
-        return self.levels in (INT8, E4M3) and not asked_not_to and (cols is None or cols >= MIN_GROUP)
+        return (
+            self.levels in (INT8, E4M3) and not asked_not_to and (cols is None or cols >= MIN_GROUP)
+        )
 
     def product(
         self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
@@ -87,11 +111,17 @@ class TiledFormat(Format):
 
     def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
         """Options as the marker and the scale's shape state them."""
-        return self.resolve(FormatOptions(full_precision_matrix_mult=marker.get("full_precision_matrix_mult", False)))
+        return self.resolve(
+            FormatOptions(
+                full_precision_matrix_mult=marker.get("full_precision_matrix_mult", False)
+            )
+        )
 
 
 class BlockFormat(TiledFormat):
-    """A tiled format with a block size, which the marker states twice (older readers know one place or the other)."""
+    """A tiled format with a block size, which the marker states twice (older readers know one place
+    or the other).
+    """
 
     native, min_comfyui = False, "0.8.0"
     layout_options = ("block_size",)
@@ -106,12 +136,16 @@ class BlockFormat(TiledFormat):
 
     def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
         size = options.block_size
-        return with_precision({"format": self.name, "group_size": size, "params": {"group_size": size}}, options)
+        return with_precision(
+            {"format": self.name, "group_size": size, "params": {"group_size": size}}, options
+        )
 
     def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
         (_, k), scale = self.stored_matrix(specs), specs.get("weight_scale")
         if scale is None or len(scale.shape) < 2 or not scale.shape[1]:
-            raise CheckpointError(f"weight_scale is missing or not a grid; {self.name} needs one scale per block")
+            raise CheckpointError(
+                f"weight_scale is missing or not a grid; {self.name} needs one scale per block"
+            )
         size = k // scale.shape[1]
         precise = marker.get("full_precision_matrix_mult", False)
         return self.resolve(FormatOptions(block_size=size, full_precision_matrix_mult=precise))

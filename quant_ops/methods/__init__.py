@@ -5,4 +5,14 @@ from .mse_clip import MseClip
 from .nearest import Nearest
 from .svd import Svd
 
-__all__ = ["METHODS", "Choice", "Layer", "MseClip", "Nearest", "Svd", "choose", "get_method", "layer_generator"]
+__all__ = [
+    "METHODS",
+    "Choice",
+    "Layer",
+    "MseClip",
+    "Nearest",
+    "Svd",
+    "choose",
+    "get_method",
+    "layer_generator",
+]

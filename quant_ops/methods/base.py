@@ -1,4 +1,6 @@
-"""What a method is, which options it has, and the guard: a method's codes are used only if nearest is not better."""
+"""What a method is, which options it has, and the guard: a method's codes are used only if nearest
+is not better.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ import torch
 from ...kernels.grids import Grid, Scale
 from ..errors import RecipeError, closest
 
-# Plain weight error allowed to a method whose objective is only a proxy, x nearest (PERFORMANCE section 4).
+# Plain weight error allowed to a method whose objective is only a proxy, x nearest (PERFORMANCE
+# section 4).
 WEIGHT_ERROR_LIMIT = 1.02
 
 # (codes, scale) -> what a method minimises, measured on these codes.
@@ -23,12 +26,16 @@ Objective = Callable[[torch.Tensor, Scale], float]
 
 
 class WeightError:
-    """In place of an objective: the method minimises ||Q - W||, which is measured of all codes anyway."""
+    """In place of an objective: the method minimises ||Q - W||, which is measured of all codes
+    anyway.
+    """
 
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Options of one method: fields with defaults. `choices` lists allowed values, `ranges` closed intervals."""
+    """Options of one method: fields with defaults. `choices` lists allowed values, `ranges` closed
+    intervals.
+    """
 
     choices: ClassVar[dict[str, tuple]] = {}
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
@@ -44,7 +51,9 @@ class MethodOptions:
         if type(value) is not kind:
             raise RecipeError(f"{name} must be {kind.__name__}, got {value!r}")
         if name in self.choices and value not in self.choices[name]:
-            raise RecipeError(f"{name}: unknown value {value!r}{_did_you_mean(value, self.choices[name])}")
+            raise RecipeError(
+                f"{name}: unknown value {value!r}{_did_you_mean(value, self.choices[name])}"
+            )
         low, high = self.ranges.get(name, (value, value))
         if not low <= value <= high:
             raise RecipeError(f"{name} must be from {low:g} to {high:g}, got {value!r}")
@@ -54,8 +63,9 @@ class MethodOptions:
 class Layer:
     """What a method is given.
 
-    `weight` (N, K) is the matrix that gets codes: rotated or padded where the format says so. `generator` lives on
-    the weight's device and belongs to this layer alone. `step` is called within long work and may raise to cancel.
+    `weight` (N, K) is the matrix that gets codes: rotated or padded where the format says so.
+    `generator` lives on the weight's device and belongs to this layer alone. `step` is called
+    within long work and may raise to cancel.
     """
 
     weight: torch.Tensor
@@ -66,7 +76,9 @@ class Layer:
 
     @cached_property
     def nearest_errors(self) -> tuple[Scale, torch.Tensor]:
-        """Scale of round-to-nearest, and the squared error of each of its regions; the codes are not kept."""
+        """Scale of round-to-nearest, and the squared error of each of its regions; the codes are
+        not kept.
+        """
         codes, scale = self.grid.nearest(self.weight)
         return scale, self.grid.region_errors(self.weight, codes, scale)
 
@@ -74,9 +86,9 @@ class Layer:
 class Method(ABC):
     """Chooses codes and scales for one layer; sees a grid, never a format.
 
-    `proxy`: the objective leaves out part of the weight's error, so that the guard limits that error as well.
-    `in_passes`: a few passes over the weight in cache-sized chunks and hardly any memory beside it, so that layers side
-    by side are faster than threads inside one.
+    `proxy`: the objective leaves out part of the weight's error, so that the guard limits that
+    error as well. `in_passes`: a few passes over the weight in cache-sized chunks and hardly any
+    memory beside it, so that layers side by side are faster than threads inside one.
     """
 
     name: str
@@ -93,11 +105,14 @@ class Method(ABC):
         """Defaults with the stated options in their place.
 
         Raises:
-            RecipeError: an option the method does not have, of another type or out of range; with the closest name.
+            RecipeError: an option the method does not have, of another type or out of range; with
+                the closest name.
         """
         for name in stated:
             if name not in self.options:
-                raise RecipeError(f"method {self.name} has no option {name!r}{_did_you_mean(name, self.options)}")
+                raise RecipeError(
+                    f"method {self.name} has no option {name!r}{_did_you_mean(name, self.options)}"
+                )
         try:
             return self.Options(**stated)
         except RecipeError as error:
@@ -105,15 +120,18 @@ class Method(ABC):
 
     @abstractmethod
     def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, Objective | WeightError | None]:
-        """(codes, scale, objective), the first two as the grid defines them; no objective: nothing to compare."""
+        """(codes, scale, objective), the first two as the grid defines them; no objective: nothing
+        to compare.
+        """
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Codes and scale of one layer, and how they compare; errors are sums of squares over the whole weight.
+    """Codes and scale of one layer, and how they compare; errors are sums of squares over the whole
+    weight.
 
-    `error` and `objective` belong to these codes, `*_nearest` to nearest's; None where nothing was compared.
-    `verdict` says why nearest was taken in place of the method, empty when it was not.
+    `error` and `objective` belong to these codes, `*_nearest` to nearest's; None where nothing was
+    compared. `verdict` says why nearest was taken in place of the method, empty when it was not.
     """
 
     codes: torch.Tensor
@@ -127,8 +145,9 @@ class Choice:
 
 
 def choose(method: Method, layer: Layer) -> Choice:
-    """The method's codes, or nearest's unless the method is at least as good: on its own objective, measured on
-    the codes, and for a proxy objective also within WEIGHT_ERROR_LIMIT of nearest's plain error.
+    """The method's codes, or nearest's unless the method is at least as good: on its own objective,
+    measured on the codes, and for a proxy objective also within WEIGHT_ERROR_LIMIT of nearest's
+    plain error.
     """
     weight, grid = layer.weight, layer.grid
     if not weight.numel():
@@ -137,7 +156,8 @@ def choose(method: Method, layer: Layer) -> Choice:
     error, signal = grid.squared_error(weight, codes, scale)
     if objective is None:
         return Choice(codes, scale, error, signal)
-    if isinstance(objective, WeightError):  # both as sums over regions: equal codes give equal numbers
+    # both as sums over regions: equal codes give equal numbers
+    if isinstance(objective, WeightError):
         regions = grid.region_errors(weight, codes, scale), layer.nearest_errors[1]
         error, plain_error = (float(part.sum(dtype=torch.float64)) for part in regions)
         value, plain_value = math.sqrt(error), math.sqrt(plain_error)
@@ -152,7 +172,8 @@ def choose(method: Method, layer: Layer) -> Choice:
     elif method.proxy and not error <= WEIGHT_ERROR_LIMIT**2 * plain_error:
         ratio = (error / plain_error) ** 0.5 if plain_error else float("inf")
         verdict = (
-            f"nearest was better: {method.name} had {ratio:.3f} x its weight error, {WEIGHT_ERROR_LIMIT:g} allowed"
+            f"nearest was better: {method.name} had {ratio:.3f} x its weight error, "
+            f"{WEIGHT_ERROR_LIMIT:g} allowed"
         )
     if verdict:
         plain = plain or grid.nearest(weight)
@@ -161,7 +182,9 @@ def choose(method: Method, layer: Layer) -> Choice:
 
 
 def layer_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """The layer's own random numbers, from the recipe's seed and its name: order and neighbours change nothing."""
+    """The layer's own random numbers, from the recipe's seed and its name: order and neighbours
+    change nothing.
+    """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

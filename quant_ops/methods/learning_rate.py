@@ -1,4 +1,6 @@
-"""Learning rate schedules of svd: the rate of the next step, from whether the last one improved the objective."""
+"""Learning rate schedules of svd: the rate of the next step, from whether the last one improved the
+objective.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,11 @@ class LearningRate:
     """The rate of the next step; `update` is called once per step.
 
     * exponential: x lr_gamma each step.
-    * plateau: x lr_factor after more than `lr_patience` steps in a row without improvement, then `lr_cooldown` steps
+    * plateau: x lr_factor after more than `lr_patience` steps in a row without improvement, then
+    `lr_cooldown` steps
       of rest.
-    * adaptive: x 1.25 after an improvement, up to `lr`; x lr_factor after a step without one, and once more for every
+    * adaptive: x 1.25 after an improvement, up to `lr`; x lr_factor after a step without one, and
+    once more for every
       eight of those since the last improvement ("simple-reset") or since the start ("no-reset").
     """
 

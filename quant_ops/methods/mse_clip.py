@@ -1,7 +1,8 @@
-"""mse_clip: the scale of each region that gives the smallest squared weight error, found by search. Needs no data.
+"""mse_clip: the scale of each region that gives the smallest squared weight error, found by search.
+Needs no data.
 
-scale = f * absmax / qmax with f below 1 (the largest weights are clipped, the others get finer steps) or above 1
-(floating-point and uneven grids: the levels move against the weights).
+scale = f * absmax / qmax with f below 1 (the largest weights are clipped, the others get finer
+steps) or above 1 (floating-point and uneven grids: the levels move against the weights).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .base import Layer, Method, MethodOptions, WeightError, register_method
 
 @dataclass(frozen=True)
 class MseClipOptions(MethodOptions):
-    """The search: multiples of the absmax scale from `lowest` to `highest`, `steps_per_octave` for each factor of 2.
+    """The search: multiples of the absmax scale from `lowest` to `highest`, `steps_per_octave` for
+    each factor of 2.
 
     Below 1/2, where the error changes slowly, a quarter as many steps are tried.
     """
@@ -44,8 +46,8 @@ class MseClip(Method):
 def search_scale(layer: Layer) -> Scale:
     """The best scale of every region, never worse than absmax's.
 
-    All regions try the same factors one after the other, then refine around their own best; a grid that can tell the
-    best of many factors is asked for it, in steps as fine as the refined ones.
+    All regions try the same factors one after the other, then refine around their own best; a grid
+    that can tell the best of many factors is asked for it, in steps as fine as the refined ones.
     """
     weight, grid, options = layer.weight, layer.grid, layer.options
     step = max(1 / options.steps_per_octave, grid.scale_step)

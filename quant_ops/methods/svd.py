@@ -1,10 +1,11 @@
-"""svd: learned rounding that clears the error out of the weight's leading singular directions. Needs no data.
+"""svd: learned rounding that clears the error out of the weight's leading singular directions.
+Needs no data.
 
-U, V span the k leading singular directions of W, E = Q - W is the error of the codes that will be stored, and the
-objective is ||U^T E V||. The optimizer moves a continuous shift of the weight; the codes are the nearest ones to the
-shifted weight under the `mse_clip` scale, where that is worth it, and the gradient U (U^T E V) V^T is taken at these
-codes. So weights that lie close to the middle between two codes flip first, which costs least, and what is measured
-is what is kept.
+U, V span the k leading singular directions of W, E = Q - W is the error of the codes that will be
+stored, and the objective is ||U^T E V||. The optimizer moves a continuous shift of the weight; the
+codes are the nearest ones to the shifted weight under the `mse_clip` scale, where that is worth it,
+and the gradient U (U^T E V) V^T is taken at these codes. So weights that lie close to the middle
+between two codes flip first, which costs least, and what is measured is what is kept.
 """
 
 from __future__ import annotations
@@ -20,33 +21,43 @@ from .base import Layer, Method, MethodOptions, Objective, register_method
 from .learning_rate import SCHEDULES, LearningRate
 from .mse_clip import MseClipOptions, search_scale
 
-# The searched scale is used where it brings the weight error to this or less, x nearest's. Another scale rounds every
-# weight anew, and where activations have few directions the output error then falls or rises by chance: by 4 % on the
-# emoji model's single_blocks.2.linear2 (int8 row), for a gain of 0.2 %. Under nearest's own scale its codes stay, but
-# for those that learning moves. nf4 gains 7 %, fp8 rows 8 %; int8 rows and fp8 with one scale gain under 1 %.
+# The searched scale is used where it brings the weight error to this or less, x nearest's. Another
+# scale rounds every weight anew, and where activations have few directions the output error then
+# falls or rises by chance: by 4 % on the emoji model's single_blocks.2.linear2 (int8 row), for a
+# gain of 0.2 %. Under nearest's own scale its codes stay, but for those that learning moves. nf4
+# gains 7 %, fp8 rows 8 %; int8 rows and fp8 with one scale gain under 1 %.
 WORTH_A_SCALE = 0.95
-# ... and where no row or column of the weight errs more than this many times as much. Clipping a few outliers for finer
-# steps is cheap by the weight's error, and dear where just their inputs are strong: of 22 layers of the emoji model in
-# int8 with one scale, whose weight error falls to 0.77, the output error of two rises to 2.3 and 2.7.
+# ... and where no row or column of the weight errs more than this many times as much. Clipping a
+# few outliers for finer steps is cheap by the weight's error, and dear where just their inputs are
+# strong: of 22 layers of the emoji model in int8 with one scale, whose weight error falls to 0.77,
+# the output error of two rises to 2.3 and 2.7.
 WORST_CHANNEL = 2.0
 
-# Optimizer and what `lr` 1.0 means to it: adamw and radam move every weight by about lr, whatever its gradient.
-OPTIMIZERS = {"original": (torch.optim.SGD, 1.0), "adamw": (torch.optim.AdamW, 0.1), "radam": (torch.optim.RAdam, 0.1)}
+# Optimizer and what `lr` 1.0 means to it: adamw and radam move every weight by about lr, whatever
+# its gradient.
+OPTIMIZERS = {
+    "original": (torch.optim.SGD, 1.0),
+    "adamw": (torch.optim.AdamW, 0.1),
+    "radam": (torch.optim.RAdam, 0.1),
+}
 OVERSAMPLING = 32  # extra directions of the randomized SVD
-# Its power iterations. Objective under an exact SVD after learning with the randomized one, x nearest (768 x 768,
-# int8 row, top_p 0.2): 4 passes 0.51, 8 0.43, 12 0.40. Eight take 0.1 s for 3072 x 3072 on an H200, an exact SVD 0.6.
+# Its power iterations. Objective under an exact SVD after learning with the randomized one, x
+# nearest (768 x 768, int8 row, top_p 0.2): 4 passes 0.51, 8 0.43, 12 0.40. Eight take 0.1 s for
+# 3072 x 3072 on an H200, an exact SVD 0.6.
 PASSES = 8
 PULL = 0.9  # a shift that costs more weight error than allowed shrinks by this in each step
 
 
 @dataclass(frozen=True)
 class SvdOptions(MethodOptions):
-    """Rank k = min(r, max_k, max(min_k, floor(top_p * r))), r = min(N, K); with k = r nothing is left to choose.
+    """Rank k = min(r, max_k, max(min_k, floor(top_p * r))), r = min(N, K); with k = r nothing is
+    left to choose.
 
-    `lr` is in units of the error: 1.0 moves `original` by the whole projected error, adamw and radam by a tenth of
-    the root mean square error. `lr_threshold` is the relative improvement that counts as one. Learning ends after
-    `num_iter` steps, `early_stop_stall` steps without improvement, below the rate `early_stop_lr`, or when the
-    objective is `early_stop_loss` x that of the start. `weight_error` limits ||E||, x that of the start.
+    `lr` is in units of the error: 1.0 moves `original` by the whole projected error, adamw and
+    radam by a tenth of the root mean square error. `lr_threshold` is the relative improvement that
+    counts as one. Learning ends after `num_iter` steps, `early_stop_stall` steps without
+    improvement, below the rate `early_stop_lr`, or when the objective is `early_stop_loss` x that
+    of the start. `weight_error` limits ||E||, x that of the start.
     """
 
     optimizer: str = "original"
@@ -125,13 +136,20 @@ def starting_scale(layer: Layer) -> Scale:
     weight, grid = layer.weight, layer.grid
     searching = replace(layer, options=MseClipOptions())
     (plain, _), searched = searching.nearest_errors, search_scale(searching)
-    before, after = (grid.decode(grid.encode(weight, scale), scale).sub_(weight) for scale in (plain, searched))
-    worth = after.norm() <= WORTH_A_SCALE * before.norm() and worst_channel(after, before) <= WORST_CHANNEL
+    before, after = (
+        grid.decode(grid.encode(weight, scale), scale).sub_(weight) for scale in (plain, searched)
+    )
+    worth = (
+        after.norm() <= WORTH_A_SCALE * before.norm()
+        and worst_channel(after, before) <= WORST_CHANNEL
+    )
     return searched if worth else plain
 
 
 def worst_channel(error: torch.Tensor, before: torch.Tensor) -> float:
-    """By how much the root mean square error of a row or column rises at most; small ones count as the mean."""
+    """By how much the root mean square error of a row or column rises at most; small ones count as
+    the mean.
+    """
     ratios = []
     for dim in (0, 1):
         now, was = (e.square().mean(dim).sqrt() for e in (error, before))
@@ -140,7 +158,9 @@ def worst_channel(error: torch.Tensor, before: torch.Tensor) -> float:
 
 
 def learn_codes(layer: Layer, scale: Scale, directions: Directions) -> torch.Tensor:
-    """The codes with the smallest objective of all met whose weight error is at most `weight_error` x the start's."""
+    """The codes with the smallest objective of all met whose weight error is at most `weight_error`
+    x the start's.
+    """
     weight, grid, options = layer.weight, layer.grid, layer.options
     codes = best_codes = grid.encode(weight, scale)
     error = grid.decode(codes, scale) - weight
@@ -179,15 +199,19 @@ def _norms(core: torch.Tensor, error: torch.Tensor) -> list[float]:
     return torch.stack([core.norm(), error.norm()]).tolist()  # one wait for the device
 
 
-def leading_directions(weight: torch.Tensor, k: int, exact: bool, generator: torch.Generator | None) -> Directions:
+def leading_directions(
+    weight: torch.Tensor, k: int, exact: bool, generator: torch.Generator | None
+) -> Directions:
     """The k leading singular directions of a float32 matrix, in no particular order.
 
     Args:
-        exact: use a full SVD; otherwise seeded randomized power iteration, unless the matrix is too small for it.
+        exact: use a full SVD; otherwise seeded randomized power iteration, unless the matrix is too
+            small for it.
 
     Source: Halko, Martinsson, Tropp 2011, algorithm 4.4, arXiv:0909.4061.
     """
-    weight = weight / weight.abs().amax().clamp(min=TINY)  # squares of very large or small weights leave float32
+    # squares of very large or small weights leave float32
+    weight = weight / weight.abs().amax().clamp(min=TINY)
     n, columns = weight.shape
     width = k + OVERSAMPLING
     if exact or width >= min(n, columns):

@@ -1,4 +1,6 @@
-"""Which layers gain too little from quantization to be worth its error, judged by shape alone (`--heur`)."""
+"""Which layers gain too little from quantization to be worth its error, judged by shape alone
+(`--heur`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ from ..formats import get_format
 from ..spec import LayerInput
 from .recipe import Wish
 
-# The classic command's thresholds: below them the matmul is bound by launches and memory traffic, not by arithmetic.
+# The classic command's thresholds: below them the matmul is bound by launches and memory traffic,
+# not by arithmetic.
 MOST_STRETCHED = 4  # long side / short side ...
 SHORT_SIDE = 5120  # ... matters only where the short side is below this
 SQUARE, SMALL = 2, 15_000_000  # nearly square layers with fewer elements
@@ -14,7 +17,9 @@ LONG_SIDE = 4096
 
 
 def gains_nothing(layer: LayerInput, wish: Wish) -> str | None:
-    """Why this (N, K) is not worth quantizing as wished; None when it is. An empty layer gains nothing."""
+    """Why this (N, K) is not worth quantizing as wished; None when it is. An empty layer gains
+    nothing.
+    """
     long, short = max(layer.shape), min(layer.shape)
     block = wish.options.block_size
     if block and short < block:

@@ -1,6 +1,7 @@
 """The layer-config JSON: validate it, rank its patterns (FORMATS section 7).
 
-Every problem of a file is collected before anything is refused. Settings that do not apply are warnings.
+Every problem of a file is collected before anything is refused. Settings that do not apply are
+warnings.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ LISTED = 5  # entries named when many have the same problem
 STORES = {"float8_e4m3fn": "one scale", "float8_e5m2": "one scale", "float8_e4m3fn_rowwise": "one scale per row",
           "float8_e4m3fn_blockwise": "one scale per square tile",
           "float8_e4m3fn_block3d": "one scale per block of a row", "int8_tensorwise": "one scale, or one per row",
-          "int8_blockwise": "one scale per square tile", "int8_lodewise": "one scale per block of a row"}  # fmt: skip
+          "int8_blockwise": "one scale per square tile", "int8_lodewise": "one scale per block of "
+                                                                          "a row"}  # fmt: skip
 FP8 = {"tensor": "float8_e4m3fn", "row": "float8_e4m3fn_rowwise", "block2d": "float8_e4m3fn_blockwise",
        "block": "float8_e4m3fn_block3d", "block3d": "float8_e4m3fn_block3d"}  # fmt: skip
 INT8 = {"tensor": "int8_tensorwise", "row": "int8_tensorwise", "block2d": "int8_blockwise", "block": "int8_blockwise",
@@ -52,7 +54,9 @@ class LayerConfigError(RecipeError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A pattern of the file: layers get the wish, or are kept when it is None. `position` counts through the file."""
+    """A pattern of the file: layers get the wish, or are kept when it is None. `position` counts
+    through the file.
+    """
 
     pattern: str
     wish: Wish | None
@@ -70,7 +74,8 @@ class Ranked:
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """A checked layer-config. `default` closes it: a wish, or an Entry without one to keep; None where absent.
+    """A checked layer-config. `default` closes it: a wish, or an Entry without one to keep; None
+    where absent.
 
     `stated` is the file's own object, from which `under` reads it again.
     """
@@ -86,9 +91,15 @@ class LayerConfig:
         return parse_layer_config(dict(self.stated), fullmatch=self.fullmatch, unstated=primary)
 
     def ranked(self, names: Iterable[str]) -> tuple[Ranked, ...]:
-        """All patterns as one list in which the first match wins, for a model with these base names (FORMATS 7.3)."""
+        """All patterns as one list in which the first match wins, for a model with these base names
+        (FORMATS 7.3).
+        """
         names = set(names)
-        rules = [(0, 0, 0, entry, escape(entry.pattern)) for entry in self.entries if entry.pattern in names]
+        rules = [
+            (0, 0, 0, entry, escape(entry.pattern))
+            for entry in self.entries
+            if entry.pattern in names
+        ]
         for entry in self.entries:
             match = REGEX + entry.pattern if self.fullmatch else entry.pattern
             rank, literal, wildcards = pattern_rank(entry.pattern, fullmatch=self.fullmatch)
@@ -117,12 +128,16 @@ class LayerConfig:
 
 
 def specificity(pattern: str, base: str, *, fullmatch: bool = False) -> tuple[int, int, int]:
-    """(rank, literal length, wildcards) of a pattern for one layer; lower rank, more literal, fewer wildcards win."""
+    """(rank, literal length, wildcards) of a pattern for one layer; lower rank, more literal, fewer
+    wildcards win.
+    """
     return (0, len(pattern), 0) if pattern == base else pattern_rank(pattern, fullmatch=fullmatch)
 
 
 def pattern_rank(pattern: str, *, fullmatch: bool = False) -> tuple[int, int, int]:
-    """`specificity` where the pattern is not the layer's own name: 1 numbered, 2 internal, 3 prefix, 4 catch-all."""
+    """`specificity` where the pattern is not the layer's own name: 1 numbered, 2 internal, 3
+    prefix, 4 catch-all.
+    """
     literal, wildcards, numbered = _measure_regex(pattern) if fullmatch else _measure_glob(pattern)
     if literal == 0:
         rank = 4
@@ -135,7 +150,8 @@ def pattern_rank(pattern: str, *, fullmatch: bool = False) -> tuple[int, int, in
     return rank, literal, wildcards
 
 
-GLOB_PART = re.compile(r"\[!?\]?[^\]]*\]|[*?]")  # as fnmatch reads it: an unclosed [ is a plain character
+# as fnmatch reads it: an unclosed [ is a plain character
+GLOB_PART = re.compile(r"\[!?\]?[^\]]*\]|[*?]")
 REGEX_PART = re.compile(
     r"""(?P<wild>\[\^?\]?(?:\\.|[^\]\\])*\]|\\[a-zA-Z0-9]|\.)(?:[*+?]|\{[\d,]*\})?[?+]?  # class, class escape, dot
       | (?P<literal>\\[^a-zA-Z0-9])                                                      # escaped punctuation
@@ -152,7 +168,9 @@ def _measure_glob(pattern: str) -> tuple[int, int, bool]:
 
 
 def _measure_regex(pattern: str) -> tuple[int, int, bool]:
-    """The same for a regular expression; a class, a dot or a class escape and its quantifier are one wildcard."""
+    """The same for a regular expression; a class, a dot or a class escape and its quantifier are
+    one wildcard.
+    """
     literal, wildcards = len(pattern), 0
     for part in REGEX_PART.finditer(pattern):
         literal -= len(part.group()) - (part.lastgroup == "literal")
@@ -160,7 +178,9 @@ def _measure_regex(pattern: str) -> tuple[int, int, bool]:
     return literal, wildcards, any(c.isdigit() for c in pattern) or "\\d" in pattern
 
 
-def load_layer_config(path: Path, *, fullmatch: bool = False, unstated: Wish | None = None) -> LayerConfig:
+def load_layer_config(
+    path: Path, *, fullmatch: bool = False, unstated: Wish | None = None
+) -> LayerConfig:
     """Read and check a file; see `parse_layer_config`."""
     path = Path(path)
     try:
@@ -189,18 +209,24 @@ def parse_layer_config_text(
     try:
         table = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise RecipeError(f"layer-config {name} line {error.lineno} column {error.colno}: {error.msg}") from None
+        raise RecipeError(
+            f"layer-config {name} line {error.lineno} column {error.colno}: {error.msg}"
+        ) from None
     return parse_layer_config(table, fullmatch=fullmatch, unstated=unstated, problems=twice)
 
 
 def parse_layer_config(
-    table: object, *, fullmatch: bool = False, unstated: Wish | None = None, problems: Iterable[str] = ()
+    table: object,
+    *,
+    fullmatch: bool = False,
+    unstated: Wish | None = None,
+    problems: Iterable[str] = (),
 ) -> LayerConfig:
     """Check a parsed layer-config (FORMATS 7.5).
 
     Args:
-        unstated: where an entry names no `full_precision_matrix_mult`, this wish's is used; where it names no method,
-            the method that this wish names, else the format's own.
+        unstated: where an entry names no `full_precision_matrix_mult`, this wish's is used; where
+            it names no method, the method that this wish names, else the format's own.
 
     Raises:
         LayerConfigError: with every problem found.
@@ -228,7 +254,9 @@ class _Reader:
                 if isinstance(value, dict):
                     default = Entry(DEFAULT, self._wish(key, value), len(table))
                 else:
-                    self.problems.append(f"layer-config: '{DEFAULT}' must be an object, got {_kind(value)}")
+                    self.problems.append(
+                        f"layer-config: '{DEFAULT}' must be an object, got {_kind(value)}"
+                    )
             elif key.startswith("_"):
                 self._refuse_near_miss(key)
             else:
@@ -236,14 +264,20 @@ class _Reader:
                 if isinstance(value, dict):
                     self.entries.append(Entry(key, self._wish(key, value), len(self.entries)))
                 else:
-                    self.problems.append(f"layer-config entry {key!r} must be an object, got {_kind(value)}")
+                    self.problems.append(
+                        f"layer-config entry {key!r} must be an object, got {_kind(value)}"
+                    )
         self._report_empty()
         if self.problems:
             raise LayerConfigError(self.problems)
-        return LayerConfig(tuple(self.entries), default, self.fullmatch, tuple(self.warnings), table)
+        return LayerConfig(
+            tuple(self.entries), default, self.fullmatch, tuple(self.warnings), table
+        )
 
     def _exclusions(self, value: object) -> None:
-        if not isinstance(value, list) or not all(isinstance(pattern, str) and pattern for pattern in value):
+        if not isinstance(value, list) or not all(
+            isinstance(pattern, str) and pattern for pattern in value
+        ):
             self.problems.append(f"layer-config: '{EXCLUSIONS}' must be a list of strings")
             return
         for pattern in value:
@@ -262,10 +296,14 @@ class _Reader:
             try:
                 re.compile(pattern)
             except re.error as error:
-                self.problems.append(f"layer-config entry {pattern!r}: not a regular expression: {error}")
+                self.problems.append(
+                    f"layer-config entry {pattern!r}: not a regular expression: {error}"
+                )
 
     def _wish(self, key: str, stated: dict) -> Wish | None:
-        """The entry's wish; None to keep. Problems are collected, and then the result is not used."""
+        """The entry's wish; None to keep. Problems are collected, and then the result is not
+        used.
+        """
         where = f"layer-config entry {key!r}"
         settings = {name: value for name, value in stated.items() if not name.startswith("_")}
         before = len(self.problems)
@@ -273,7 +311,9 @@ class _Reader:
             if name not in SETTINGS:
                 self.problems.append(f"{where}: unknown key {name!r}{did_you_mean(name, SETTINGS)}")
             elif not _fits(value, SETTINGS[name]):
-                self.problems.append(f"{where}: {name!r} must be {_allowed(name, settings)}, got {_shown(value)}")
+                self.problems.append(
+                    f"{where}: {name!r} must be {_allowed(name, settings)}, got {_shown(value)}"
+                )
         if settings.get("skip") is True:
             ignored = [name for name in settings if name != "skip"]
             if ignored:
@@ -290,7 +330,9 @@ class _Reader:
         elif name == "":
             self.empty.append(key)
         elif isinstance(name, str) and name in INSTEAD:
-            self.problems.append(f"{where}: format {name!r} can be read but not written; use {INSTEAD[name]}")
+            self.problems.append(
+                f"{where}: format {name!r} can be read but not written; use {INSTEAD[name]}"
+            )
         elif isinstance(name, str) and name not in FORMATS:
             try:
                 get_format(name)
@@ -302,7 +344,9 @@ class _Reader:
         text = "'format' is empty; fill it in, set \"skip\": true, or delete the entry"
         self.problems += [f"layer-config entry {key!r}: {text}" for key in self.empty[:LISTED]]
         if len(self.empty) > LISTED:
-            self.problems.append(f"layer-config: {len(self.empty) - LISTED} more entries with an empty 'format'")
+            self.problems.append(
+                f"layer-config: {len(self.empty) - LISTED} more entries with an empty 'format'"
+            )
 
     def _build(self, where: str, settings: dict) -> Wish | None:
         name = settings["format"]
@@ -315,13 +359,19 @@ class _Reader:
             if mode not in format.choices.get("scaling", ()):
                 self.problems.append(f"{where}: {_contradiction(name, mode)}")
                 return None
-            if "scaling" in format.layout_options:  # elsewhere it only repeats what the format's name says
+            # elsewhere it only repeats what the format's name says
+            if "scaling" in format.layout_options:
                 options["scaling"] = mode
         sizes = {settings[alias] for alias in ("block_size", "group_size") if alias in settings}
         if len(sizes) > 1:
-            self.problems.append(f"{where}: 'block_size' and 'group_size' are one setting and differ")
+            self.problems.append(
+                f"{where}: 'block_size' and 'group_size' are one setting and differ"
+            )
             return None
-        values = {option: settings.get(option) for option in ("convrot", "convrot_groupsize", "linear_dtype")}
+        values = {
+            option: settings.get(option)
+            for option in ("convrot", "convrot_groupsize", "linear_dtype")
+        }
         values["convrot"] = values["convrot"] or None
         values["block_size"] = next(iter(sizes), None)
         for option, value in values.items():
@@ -330,22 +380,32 @@ class _Reader:
             spelled = option if option in settings else "group_size"
             allowed = format.choices.get(option)
             if allowed is None:
-                self.warnings.append(f"{where}: {spelled!r} does not apply to {name} and is ignored")
+                self.warnings.append(
+                    f"{where}: {spelled!r} does not apply to {name} and is ignored"
+                )
             elif value not in allowed:
                 names = ", ".join(map(str, allowed))
-                self.problems.append(f"{where}: {spelled!r} must be one of {names}, got {_shown(value)}")
+                self.problems.append(
+                    f"{where}: {spelled!r} must be one of {names}, got {_shown(value)}"
+                )
                 return None
             else:
                 options[option] = value
         return self._with_method(where, settings, Wish(name), FormatOptions(**options))
 
-    def _with_method(self, where: str, settings: dict, wish: Wish, options: FormatOptions) -> Wish | None:
+    def _with_method(
+        self, where: str, settings: dict, wish: Wish, options: FormatOptions
+    ) -> Wish | None:
         method, simple = settings.get("method"), settings.get("simple", False)
         if simple and method not in (None, "nearest"):
-            self.problems.append(f"{where}: simple is true, which means method nearest, and method is {method!r}")
+            self.problems.append(
+                f"{where}: simple is true, which means method nearest, and method is {method!r}"
+            )
             return None
         if method is not None and method not in METHODS:
-            self.problems.append(f"{where}: 'method' must be one of {', '.join(sorted(METHODS))}, got {method!r}")
+            self.problems.append(
+                f"{where}: 'method' must be one of {', '.join(sorted(METHODS))}, got {method!r}"
+            )
             return None
         method = "nearest" if simple else method
         primary = self.unstated
@@ -367,7 +427,9 @@ def _contradiction(name: str, mode: str) -> str:
     if name not in STORES:
         return f"format {name} takes no scaling_mode; leave it out"
     instead = LEADS_TO[name].get(mode)
-    advice = f"for scaling_mode {mode} use {instead}" if instead else f"it has no scaling_mode {mode}"
+    advice = (
+        f"for scaling_mode {mode} use {instead}" if instead else f"it has no scaling_mode {mode}"
+    )
     return f"format {name} stores {STORES[name]}; {advice}"
 
 
@@ -383,12 +445,20 @@ def _allowed(name: str, settings: dict) -> str:
     if kind is bool:
         return "true or false"
     option = "block_size" if name == "group_size" else name
-    format = FORMATS.get(settings.get("format")) if isinstance(settings.get("format"), str) else None
+    format = (
+        FORMATS.get(settings.get("format")) if isinstance(settings.get("format"), str) else None
+    )
     formats = [format] if format and option in format.choices else FORMATS.values()
     values = sorted({value for format in formats for value in format.choices.get(option, ())})
     if name == "method":
         values = sorted(METHODS)
-    return f"one of {', '.join(map(str, values))}" if values else "a format's name" if name == "format" else "text"
+    return (
+        f"one of {', '.join(map(str, values))}"
+        if values
+        else "a format's name"
+        if name == "format"
+        else "text"
+    )
 
 
 def _shown(value: object) -> str:
@@ -404,10 +474,18 @@ def _setting(entry: Entry) -> dict:
 
 
 def _table(entry: Entry) -> dict:
-    """An entry in the file's schema; method options other than the recipe's own cannot be said there."""
+    """An entry in the file's schema; method options other than the recipe's own cannot be said
+    there.
+    """
     if entry.wish is None:
         return {"skip": True}
     options = entry.wish.options.stated()
     scaling = {"scaling_mode": options.pop("scaling")} if "scaling" in options else {}
     precise = {"full_precision_matrix_mult": options.pop("full_precision_matrix_mult", False)}
-    return {"format": entry.wish.format, **scaling, **options, "method": entry.wish.method, **precise}
+    return {
+        "format": entry.wish.format,
+        **scaling,
+        **options,
+        "method": entry.wish.method,
+        **precise,
+    }

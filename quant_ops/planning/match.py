@@ -1,7 +1,8 @@
-r"""Patterns on layer names: exact, glob (`fnmatch` syntax, `*` crosses dots), or a regular expression after a prefix.
+r"""Patterns on layer names: exact, glob (`fnmatch` syntax, `*` crosses dots), or a regular
+expression after a prefix.
 
-`re:` must match the whole base name; `search:` may match anywhere in the full key (`<base>.weight`), which is what the
-classic command's `--custom-layers` and `--exclude-layers` do.
+`re:` must match the whole base name; `search:` may match anywhere in the full key
+(`<base>.weight`), which is what the classic command's `--custom-layers` and `--exclude-layers` do.
 """
 
 from __future__ import annotations
@@ -33,18 +34,24 @@ def check_pattern(pattern: str) -> str:
         RecipeError: empty, or an invalid regular expression.
     """
     if not pattern or pattern in (REGEX, SEARCH):
-        raise RecipeError("a pattern may not be empty; write a layer name, or a glob such as 'double_blocks.*'")
+        raise RecipeError(
+            "a pattern may not be empty; write a layer name, or a glob such as 'double_blocks.*'"
+        )
     _compiled(pattern)
     return pattern
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether the pattern names this layer: equal text, or its glob or regular expression (case-sensitive)."""
+    """Whether the pattern names this layer: equal text, or its glob or regular expression
+    (case-sensitive).
+    """
     if pattern.startswith(SEARCH):
         return _compiled(pattern).search(f"{name}.weight") is not None
     return pattern == name or _compiled(pattern).fullmatch(name) is not None
 
 
 def looks_like_regex(pattern: str) -> bool:
-    """Whether a pattern that is read as a glob was probably meant as a regular expression (FORMATS 7.5)."""
+    """Whether a pattern that is read as a glob was probably meant as a regular expression (FORMATS
+    7.5).
+    """
     return ".*" in pattern or any(sign in pattern for sign in "\\^$(|")

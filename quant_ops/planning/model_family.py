@@ -1,4 +1,6 @@
-"""Recognise model families from key names, and load the preset of each; all knowledge is in recipes/*.toml."""
+"""Recognise model families from key names, and load the preset of each; all knowledge is in
+recipes/*.toml.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,10 @@ WIDTHS = "widths"  # the table of families.toml that is not a family
 class Family:
     """One entry of families.toml.
 
-    `keys` must all exist under one common prefix and none of `without`; `kind` is "diffusion", "text" or "refuse".
-    `stock` is False where stock ComfyUI would read quantized layers of this family as plain numbers. `widths` names the
-    entry of the widths table, the family's own name unless stated.
+    `keys` must all exist under one common prefix and none of `without`; `kind` is "diffusion",
+    "text" or "refuse". `stock` is False where stock ComfyUI would read quantized layers of this
+    family as plain numbers. `widths` names the entry of the widths table, the family's own name
+    unless stated.
     """
 
     name: str
@@ -73,7 +76,10 @@ def families() -> tuple[Family, ...]:
     """All families, in the order in which they are tried."""
     lists = ("keys", "without")
     return tuple(
-        Family(name=name, **{key: tuple(value) if key in lists else value for key, value in entry.items()})
+        Family(
+            name=name,
+            **{key: tuple(value) if key in lists else value for key, value in entry.items()},
+        )
         for name, entry in _load(RECIPES / "families.toml").items()
         if name != WIDTHS
     )
@@ -81,7 +87,9 @@ def families() -> tuple[Family, ...]:
 
 @cache
 def width_layers(family: str | None) -> tuple[str, ...]:
-    """Patterns of the layers whose width ComfyUI reads to recognise a family; of all families for None."""
+    """Patterns of the layers whose width ComfyUI reads to recognise a family; of all families for
+    None.
+    """
     table = _load(RECIPES / "families.toml")[WIDTHS]
     if family is not None:
         entry = next((known.widths for known in families() if known.name == family), "")
@@ -104,14 +112,20 @@ def load_preset(name: str) -> Preset:
     if "+" in name:
         parts = [load_preset(part) for part in name.split("+")]
         return Preset(
-            name, *(tuple(group for part in parts for group in getattr(part, what)) for what in ("exclude", "drop"))
+            name,
+            *(
+                tuple(group for part in parts for group in getattr(part, what))
+                for what in ("exclude", "drop")
+            ),
         )
     if name == "none":
         return Preset("none")
     if name not in preset_names():
         guess = closest(name, preset_names())
         hint = f", did you mean {guess!r}?" if guess else ";"
-        raise RecipeError(f"unknown preset {name!r}{hint} known: auto, none, {', '.join(preset_names())}")
+        raise RecipeError(
+            f"unknown preset {name!r}{hint} known: auto, none, {', '.join(preset_names())}"
+        )
     table = _load(RECIPES / f"{name}.toml")
     included = [load_preset(part) for part in table.get("include", ())]
     groups = {
@@ -127,8 +141,8 @@ def load_preset(name: str) -> Preset:
 def find_parts(names: Iterable[str]) -> tuple[Part, ...]:
     """Every recognised model part of a file, longest prefix first.
 
-    A family matches under a prefix when all its keys exist there; the prefix is read off the first key, so nested
-    checkpoints and bare files need no list of known prefixes.
+    A family matches under a prefix when all its keys exist there; the prefix is read off the first
+    key, so nested checkpoints and bare files need no list of known prefixes.
     """
     keys = set(names)
     parts = []
@@ -138,6 +152,8 @@ def find_parts(names: Iterable[str]) -> tuple[Part, ...]:
             prefix = key[: -len(first)]
             if not key.endswith(first) or (prefix and not prefix.endswith(".")):
                 continue
-            if all(prefix + k in keys for k in family.keys) and not any(prefix + k in keys for k in family.without):
+            if all(prefix + k in keys for k in family.keys) and not any(
+                prefix + k in keys for k in family.without
+            ):
                 parts.append(Part(family, prefix))
     return tuple(sorted(parts, key=lambda part: (-len(part.prefix), part.family.name)))

@@ -1,4 +1,6 @@
-"""Header + recipe -> ModelPlan: format, method, reason and exact bytes for every layer, before any weight is read."""
+"""Header + recipe -> ModelPlan: format, method, reason and exact bytes for every layer, before any
+weight is read.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from ..checkpoint.metadata import header_markers, output_metadata
 from ..errors import CheckpointError, RecipeError
 from ..formats import FORMATS, get_format
 from ..formats.base import marker_bytes
-from ..spec import FLOAT_DTYPES, FormatOptions, Header, LayerInput, LayerPlan, ModelPlan, TensorSpec, version_key
+from ..spec import (
+    FLOAT_DTYPES,
+    FormatOptions,
+    Header,
+    LayerInput,
+    LayerPlan,
+    ModelPlan,
+    TensorSpec,
+    version_key,
+)
 from ..version import VERSION
 from .match import matches
 from .model_family import Part, find_parts, load_preset, width_layers
@@ -26,12 +37,13 @@ def make_plan(header: Header, recipe: Recipe, markers: dict[str, dict] | None = 
     """Decide everything about a model from its header.
 
     Args:
-        markers: base name -> `comfy_quant` object of layers that are quantized already; the header's own entries
-            are used when it has any (ComfyUI does the same).
+        markers: base name -> `comfy_quant` object of layers that are quantized already; the
+            header's own entries are used when it has any (ComfyUI does the same).
 
     Raises:
-        RecipeError: unknown preset, or a source that must not be quantized (VAE, ControlNet, diffusers names), or
-            layers that are quantized already and would have to be quantized again.
+        RecipeError: unknown preset, or a source that must not be quantized (VAE, ControlNet,
+            diffusers names), or layers that are quantized already and would have to be quantized
+            again.
         CheckpointError: an already quantized layer whose tensors do not fit its marker.
     """
     parts = find_parts(header.tensors)
@@ -44,7 +56,9 @@ def make_plan(header: Header, recipe: Recipe, markers: dict[str, dict] | None = 
 
 
 def stored_markers_needed(header: Header) -> list[str]:
-    """Names of the `comfy_quant` tensors that must be read because the header metadata does not list the layers."""
+    """Names of the `comfy_quant` tensors that must be read because the header metadata does not
+    list the layers.
+    """
     if header_markers(header.metadata):
         return []
     return [name for name in header.tensors if name.endswith(".comfy_quant")]
@@ -57,9 +71,13 @@ class _Planner:
         self.header, self.recipe, self.markers = header, recipe, markers
         self.warnings: list[str] = list(header.warnings)
         self.parts, self.main = parts, _main_parts(parts)
-        main = [(part.prefix, self._preset(part)) for part in self.main] or [("", self._preset(None))]
+        main = [(part.prefix, self._preset(part)) for part in self.main] or [
+            ("", self._preset(None))
+        ]
         others = [part for part in parts if part not in self.main]
-        names = [name.removesuffix(".weight") for name in header.tensors if name.endswith(".weight")]
+        names = [
+            name.removesuffix(".weight") for name in header.tensors if name.endswith(".weight")
+        ]
         self.rules = RuleList(compile_rules(recipe, main, others, names, known=bool(parts)))
         if recipe.layer_config:
             self.warnings += recipe.layer_config.warnings
@@ -70,8 +88,9 @@ class _Planner:
         if part is None:
             if self.recipe.primary:
                 self.warnings.append(
-                    "model family not recognised: the generic rule keeps embeddings, norms, modulation, first and "
-                    "last projections; name a preset or keep layers with a rule if that is not enough"
+                    "model family not recognised: the generic rule keeps embeddings, norms, "
+                    "modulation, first and last projections; name a preset or keep layers with a "
+                    "rule if that is not enough"
                 )
             return load_preset("generic")
         return load_preset(part.family.preset)
@@ -81,13 +100,20 @@ class _Planner:
         quantized = [layer for layer in layers if layer.format]
         min_comfyui = max((_min_comfyui(layer) for layer in quantized), key=version_key, default="")
         unstocked = sorted(
-            {part.family.title for part in self.parts if not part.family.stock and self._has(part, quantized)}
+            {
+                part.family.title
+                for part in self.parts
+                if not part.family.stock and self._has(part, quantized)
+            }
         )
         if unstocked:
             self.warnings.append(
-                f"{', '.join(unstocked)}: stock ComfyUI reads it quantized only with FewBits installed"
+                f"{', '.join(unstocked)}: stock ComfyUI reads it quantized only with FewBits "
+                "installed"
             )
-        requires_pack = bool(unstocked) or any(not FORMATS[layer.format].native for layer in quantized)
+        requires_pack = bool(unstocked) or any(
+            not FORMATS[layer.format].native for layer in quantized
+        )
         self.warnings += self.rules.warnings()
         return ModelPlan(
             layers=layers,
@@ -102,17 +128,26 @@ class _Planner:
         )
 
     def _has(self, part: Part, layers: Iterable[LayerPlan]) -> bool:
-        return any(layer.name.startswith(part.prefix) and self._owner(layer.name) is part for layer in layers)
+        return any(
+            layer.name.startswith(part.prefix) and self._owner(layer.name) is part
+            for layer in layers
+        )
 
     def _owner(self, base: str) -> Part | None:
         return next((part for part in self.parts if base.startswith(part.prefix)), None)
 
-    def _metadata(self, quantized: list[LayerPlan], min_comfyui: str, requires_pack: bool) -> dict[str, str]:
+    def _metadata(
+        self, quantized: list[LayerPlan], min_comfyui: str, requires_pack: bool
+    ) -> dict[str, str]:
         source = self.header.metadata
         made_here = any(layer.action == "quantize" for layer in quantized)
         # A plain copy of a FewBits file keeps saying what made its codes.
         version = VERSION if made_here else source.get("fewbits.version", VERSION)
-        recipe = self.recipe.to_text() if made_here else source.get("fewbits.recipe", self.recipe.to_text())
+        recipe = (
+            self.recipe.to_text()
+            if made_here
+            else source.get("fewbits.recipe", self.recipe.to_text())
+        )
         return output_metadata(
             source,
             {layer.name: layer.marker for layer in quantized},
@@ -123,7 +158,9 @@ class _Planner:
         )
 
     def _units(self) -> Iterable[tuple[str, list[TensorSpec]]]:
-        """Tensors grouped into layers, in source order: a quantized layer owns its side tensors, all else is single."""
+        """Tensors grouped into layers, in source order: a quantized layer owns its side tensors,
+        all else is single.
+        """
         grouped: dict[str, list[TensorSpec]] = {}
         for name, spec in self.header.tensors.items():
             base, _, suffix = name.rpartition(".")
@@ -131,9 +168,13 @@ class _Planner:
                 grouped.setdefault(base, []).append(spec)
             else:
                 grouped[name] = [spec]
-        missing = next((base for base in self.markers if f"{base}.weight" not in self.header.tensors), None)
+        missing = next(
+            (base for base in self.markers if f"{base}.weight" not in self.header.tensors), None
+        )
         if missing is not None:
-            raise CheckpointError(f"layer '{missing}' is marked as quantized but has no weight; try `fewbits repair`")
+            raise CheckpointError(
+                f"layer '{missing}' is marked as quantized but has no weight; try `fewbits repair`"
+            )
         return grouped.items()
 
     def _layer(self, base: str, specs: list[TensorSpec]) -> LayerPlan:
@@ -148,18 +189,24 @@ class _Planner:
             if spec.name.endswith(".weight"):
                 self.rules.pass_by(base, self._scope(base))
             return _keep(base, spec, obstacle)
-        layer = LayerInput((spec.shape[0], spec.shape[1]), spec.dtype, f"{base}.bias" in self.header.tensors)
+        layer = LayerInput(
+            (spec.shape[0], spec.shape[1]), spec.dtype, f"{base}.bias" in self.header.tensors
+        )
         rule, reason = self.rules.first(base, self._scope(base), layer)
         if rule.wish is None:
             return replace(_keep(base, spec, reason), rule=rule.label)
         return replace(self._quantize(base, spec, layer, rule, reason), rule=rule.label)
 
     def _scope(self, base: str) -> str | None:
-        """The prefix of the part a layer belongs to; all layers of an unrecognised model are one part."""
+        """The prefix of the part a layer belongs to; all layers of an unrecognised model are one
+        part.
+        """
         owner = self._owner(base)
         return owner.prefix if owner else None if self.parts else ""
 
-    def _quantize(self, base: str, spec: TensorSpec, layer: LayerInput, rule: CompiledRule, reason: str) -> LayerPlan:
+    def _quantize(
+        self, base: str, spec: TensorSpec, layer: LayerInput, rule: CompiledRule, reason: str
+    ) -> LayerPlan:
         steps = [reason]
         wish, requested = rule.wish, rule.wish.format
         while (obstacle := get_format(wish.format).check(layer, wish.options)) is not None:
@@ -177,7 +224,9 @@ class _Planner:
         if packed and self._width_is_read(base):
             if not rule.users and self.recipe.preset != "none":
                 return self._unpacked(base, spec, layer, rule, "; ".join([*steps, READS_WIDTH]))
-            self.warnings.append(f"layer '{base}' becomes {name}, but {READS_WIDTH}; keep it with a rule")
+            self.warnings.append(
+                f"layer '{base}' becomes {name}, but {READS_WIDTH}; keep it with a rule"
+            )
         return LayerPlan(
             name=base,
             action="quantize",
@@ -195,12 +244,20 @@ class _Planner:
     def _width_is_read(self, base: str) -> bool:
         owner = self._owner(base)
         if owner is not None:
-            return any(matches(pattern, base[len(owner.prefix) :]) for pattern in width_layers(owner.family.name))
+            return any(
+                matches(pattern, base[len(owner.prefix) :])
+                for pattern in width_layers(owner.family.name)
+            )
         if self.parts:
             return False
-        return any(matches(pattern, base) or matches(f"*.{pattern}", base) for pattern in width_layers(None))
+        return any(
+            matches(pattern, base) or matches(f"*.{pattern}", base)
+            for pattern in width_layers(None)
+        )
 
-    def _unpacked(self, base: str, spec: TensorSpec, layer: LayerInput, rule: CompiledRule, reason: str) -> LayerPlan:
+    def _unpacked(
+        self, base: str, spec: TensorSpec, layer: LayerInput, rule: CompiledRule, reason: str
+    ) -> LayerPlan:
         """The recipe's fallback for a layer that may not be packed, else keep."""
         if self.recipe.fallback is None or self.recipe.fallback is rule.wish:
             return _keep(base, spec, reason, requested=rule.wish.format)
@@ -220,12 +277,20 @@ class _Planner:
         layer = format.stored_layer(marker, by_suffix)
         rule, _ = self.rules.first(base, self._scope(base), layer)
         wish = rule.wish
-        if wish is not None and (wish.format, _geometry_of(wish.options)) != (format.name, _geometry_of(options)):
+        if wish is not None and (wish.format, _geometry_of(wish.options)) != (
+            format.name,
+            _geometry_of(options),
+        ):
             raise RecipeError(
-                f"layer '{base}' is quantized already ({format.name}) and {wish.format} was asked for: rounding twice "
-                f"loses quality; start from the original model, or keep the layer with a rule"
+                f"layer '{base}' is quantized already ({format.name}) and {wish.format} was asked "
+                "for: rounding twice loses quality; start from the original model, or keep the "
+                "layer with a rule"
             )
-        extra = tuple(spec for suffix, spec in by_suffix.items() if suffix in ("input_scale", "pre_quant_scale"))
+        extra = tuple(
+            spec
+            for suffix, spec in by_suffix.items()
+            if suffix in ("input_scale", "pre_quant_scale")
+        )
         return LayerPlan(
             name=base,
             action="recode",
@@ -238,13 +303,15 @@ class _Planner:
         )
 
     def _copy_bank(self, base: str, by_suffix: dict[str, TensorSpec]) -> LayerPlan:
-        """A 3-D bank of experts, which ComfyUI quantizes by itself: every tensor as it is. Nothing here makes one."""
+        """A 3-D bank of experts, which ComfyUI quantizes by itself: every tensor as it is. Nothing
+        here makes one.
+        """
         marker = self.markers[base]
         format = FORMATS.get(marker.get("format", ""))
         if format is None or not format.native:
             raise CheckpointError(
-                f"layer '{base}' is a bank of experts in {marker.get('format')!r}, which ComfyUI does not read; "
-                "start from the original model"
+                f"layer '{base}' is a bank of experts in {marker.get('format')!r}, which ComfyUI "
+                "does not read; start from the original model"
             )
         self.rules.pass_by(base, self._scope(base))
         copied = (spec for suffix, spec in by_suffix.items() if suffix != "comfy_quant")
@@ -253,18 +320,25 @@ class _Planner:
             action="recode",
             reason=f"bank of experts, quantized already ({format.name}): copied",
             inputs=tuple(by_suffix.values()),
-            outputs=(*copied, TensorSpec(f"{base}.comfy_quant", "U8", (len(marker_bytes(marker)),))),
+            outputs=(
+                *copied,
+                TensorSpec(f"{base}.comfy_quant", "U8", (len(marker_bytes(marker)),)),
+            ),
             format=format.name,
             marker=marker,
         )
 
 
 def _geometry_of(options: FormatOptions) -> FormatOptions:
-    return FormatOptions(options.scaling, options.block_size, options.convrot, options.convrot_groupsize)
+    return FormatOptions(
+        options.scaling, options.block_size, options.convrot, options.convrot_groupsize
+    )
 
 
 def _main_parts(parts: list[Part]) -> list[Part]:
-    """What "quantize this file" means: the diffusion models of a checkpoint, or the text encoders if it has none."""
+    """What "quantize this file" means: the diffusion models of a checkpoint, or the text encoders
+    if it has none.
+    """
     return [part for part in parts if part.family.kind == "diffusion"] or parts
 
 
@@ -273,7 +347,9 @@ def _keep(base: str, spec: TensorSpec, reason: str, requested: str | None = None
 
 
 def not_a_candidate(spec: TensorSpec) -> str | None:
-    """Why a tensor can never be quantized, in the exact words of FORMATS section 4; None when it can."""
+    """Why a tensor can never be quantized, in the exact words of FORMATS section 4; None when it
+    can.
+    """
     if not spec.name.endswith(".weight"):
         return "not a weight"
     if spec.dtype.startswith("F8_"):

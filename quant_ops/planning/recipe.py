@@ -1,9 +1,10 @@
-"""Recipe: the user's wish, put together from drafts: arguments, TOML, nodes; unknown keys are errors.
+"""Recipe: the user's wish, put together from drafts: arguments, TOML, nodes; unknown keys are
+errors.
 
 preset = "auto"                      # auto | none | file names of recipes/, joined by +
 seed = 0
-heuristics = false                   # true: layers that gain nothing by their shape count as excluded
-[primary]
+heuristics = false                   # true: layers that gain nothing by their shape count as
+excluded [primary]
 format = "int8_tensorwise"
 scaling = "row"
 method = "nearest"                   # default: the format's own; the method's options follow it
@@ -44,8 +45,18 @@ __all__ = ["OPTION_TYPES", "Draft", "Recipe", "Rule", "Wish", "draft_from_table"
 
 T = TypeVar("T")
 
-KEYS = {"primary", "fallback", "rule", "preset", "seed", "heuristics", "layer_config", "layer_config_fullmatch"}
-# PATTERN=FORMAT[:option=value,...]; the pattern ends at the first = whose right side reads as a wish
+KEYS = {
+    "primary",
+    "fallback",
+    "rule",
+    "preset",
+    "seed",
+    "heuristics",
+    "layer_config",
+    "layer_config_fullmatch",
+}
+# PATTERN=FORMAT[:option=value,...]; the pattern ends at the first = whose right side reads as a
+# wish
 RULE = re.compile(r"(.+?)=(\w+(?::\w+=[^,:=]+(?:,\w+=[^,:=]+)*)?)")
 
 
@@ -65,7 +76,11 @@ class Rule:
 
     def to_json(self) -> dict:
         judged = {"heuristics": True} if self.heuristics else {}
-        return {"match": self.match, **(self.wish.to_json() if self.wish else {"keep": True}), **judged}
+        return {
+            "match": self.match,
+            **(self.wish.to_json() if self.wish else {"keep": True}),
+            **judged,
+        }
 
     def to_text(self) -> str:
         """As `parse_rule` reads it."""
@@ -114,16 +129,24 @@ class Draft:
     heuristics: bool = False
 
     def over(self, base: Draft) -> Draft:
-        """Both in one: the rules of this one come first, and where both state a value, this one's counts.
+        """Both in one: the rules of this one come first, and where both state a value, this one's
+        counts.
 
         Raises:
-            RecipeError: both have a primary wish, or both a layer-config; neither can give way in part.
+            RecipeError: both have a primary wish, or both a layer-config; neither can give way in
+                part.
         """
         for name in ("primary", "layer_config"):
             if getattr(self, name) and getattr(base, name):
-                raise RecipeError(f"two recipes are combined and both have a [{name}]; delete one of them")
+                raise RecipeError(
+                    f"two recipes are combined and both have a [{name}]; delete one of them"
+                )
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        stated = {name: value for name, value in values.items() if value is not None and value is not False}
+        stated = {
+            name: value
+            for name, value in values.items()
+            if value is not None and value is not False
+        }
         return replace(base, **{**stated, "rules": (*self.rules, *base.rules)})
 
     def finish(self) -> Recipe:
@@ -160,7 +183,8 @@ def draft_from_toml(path: Path) -> Draft:
     """Read a recipe file, of which [primary] may be missing.
 
     Raises:
-        RecipeError: unreadable, not TOML, unknown or wrongly typed keys, unknown formats or methods.
+        RecipeError: unreadable, not TOML, unknown or wrongly typed keys, unknown formats or
+            methods.
     """
     path = Path(path)
     try:
@@ -182,9 +206,15 @@ def draft_from_table(table: dict) -> Draft:
     known_keys("top level", table, KEYS)
     config = None
     if "layer_config" in table:
-        fullmatch = typed("layer_config_fullmatch", table.get("layer_config_fullmatch", False), bool)
+        fullmatch = typed(
+            "layer_config_fullmatch", table.get("layer_config_fullmatch", False), bool
+        )
         config = parse_layer_config(table["layer_config"], fullmatch=fullmatch)
-    wishes = {name: wish_from_table(name, table[name]) for name in ("primary", "fallback") if name in table}
+    wishes = {
+        name: wish_from_table(name, table[name])
+        for name in ("primary", "fallback")
+        if name in table
+    }
     return Draft(
         **wishes,
         rules=tuple(_rule(entry) for entry in typed("rule", table.get("rule", []), list)),
@@ -211,7 +241,11 @@ def recipe_to_toml(recipe: Recipe) -> str:
     """
     if recipe.primary is None:
         raise RecipeError("a recipe that keeps everything has no text form")
-    lines = [f"preset = {_toml(recipe.preset)}", f"seed = {recipe.seed}", f"heuristics = {_toml(recipe.heuristics)}"]
+    lines = [
+        f"preset = {_toml(recipe.preset)}",
+        f"seed = {recipe.seed}",
+        f"heuristics = {_toml(recipe.heuristics)}",
+    ]
     config = recipe.layer_config
     if config:
         lines.append(f"layer_config_fullmatch = {_toml(config.fullmatch)}")
@@ -226,7 +260,9 @@ def recipe_to_toml(recipe: Recipe) -> str:
 
 
 def parse_rule(text: str) -> Rule:
-    """`PATTERN=FORMAT[:option=value,...]` (the command line's --rule) -> Rule; FORMAT `keep` keeps."""
+    """`PATTERN=FORMAT[:option=value,...]` (the command line's --rule) -> Rule; FORMAT `keep`
+    keeps.
+    """
     found = RULE.fullmatch(text)
     if not found:
         raise RecipeError(f"rule {text!r}: write PATTERN=FORMAT or PATTERN=FORMAT:option=value,...")
@@ -236,9 +272,17 @@ def parse_rule(text: str) -> Rule:
 def rule_from(pattern: str, action: str) -> Rule:
     """A pattern and `FORMAT[:option=value,...]` or `keep` -> Rule."""
     name, _, options = action.partition(":")
-    kept = [item for item in options.split(",") if item not in ("", "heuristics=true", "heuristics=false")]
+    kept = [
+        item
+        for item in options.split(",")
+        if item not in ("", "heuristics=true", "heuristics=false")
+    ]
     plain = ":".join(filter(None, [name, ",".join(kept)]))
-    return Rule(pattern, None if plain == "keep" else parse_wish(plain), heuristics="heuristics=true" in action)
+    return Rule(
+        pattern,
+        None if plain == "keep" else parse_wish(plain),
+        heuristics="heuristics=true" in action,
+    )
 
 
 def _rule(entry: dict) -> Rule:
@@ -247,7 +291,9 @@ def _rule(entry: dict) -> Rule:
         raise RecipeError("a [[rule]] needs 'match'")
     match = typed("match", entry["match"], str)
     judged = typed(f"rule {match!r}: heuristics", entry.get("heuristics", False), bool)
-    rest = {key: value for key, value in entry.items() if key not in ("match", "keep", "heuristics")}
+    rest = {
+        key: value for key, value in entry.items() if key not in ("match", "keep", "heuristics")
+    }
     if typed("keep", entry.get("keep", False), bool):
         if rest:
             raise RecipeError(f"rule {match!r}: keep = true allows no {', '.join(rest)}")
@@ -263,8 +309,11 @@ def _pairs(table: dict) -> list[str]:
 
 
 def _toml(value: object) -> str:
-    """JSON's spelling is TOML's for strings, numbers, booleans and lists of them; tables are inline."""
+    """JSON's spelling is TOML's for strings, numbers, booleans and lists of them; tables are
+    inline.
+    """
     if isinstance(value, dict):
         return "{ " + ", ".join(_pairs(value)) + " }"
-    # JSON writes what is outside the basic plane as two surrogates, which TOML forbids, as it does a plain DEL.
+    # JSON writes what is outside the basic plane as two surrogates, which TOML forbids, as it does
+    # a plain DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

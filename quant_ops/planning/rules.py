@@ -1,4 +1,6 @@
-"""Compile recipe, layer-config and presets into one ordered list of rules; the first match decides (ARCHITECTURE 4)."""
+"""Compile recipe, layer-config and presets into one ordered list of rules; the first match decides
+(ARCHITECTURE 4).
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ EVERYTHING = "*"
 
 @dataclass(frozen=True)
 class CompiledRule:
-    """pattern -> action. Where it came from survives only as text: `label` names it, `why` explains it.
+    """pattern -> action. Where it came from survives only as text: `label` names it, `why` explains
+    it.
 
-    `within` are the prefixes of the model parts whose layers it may decide (None: all layers; a prefix of None: layers
-    of no part). `below` says whether the pattern speaks of names below that prefix, of full names, or of either.
+    `within` are the prefixes of the model parts whose layers it may decide (None: all layers; a
+    prefix of None: layers of no part). `below` says whether the pattern speaks of names below that
+    prefix, of full names, or of either.
     """
 
     label: str
@@ -44,10 +48,14 @@ class CompiledRule:
             return False
         if self.below != "below" and matches(self.pattern, base):
             return True
-        return self.below != "full" and owner is not None and matches(self.pattern, base[len(owner) :])
+        return (
+            self.below != "full" and owner is not None and matches(self.pattern, base[len(owner) :])
+        )
 
     def reason(self, layer: LayerInput) -> str | None:
-        """Why it speaks about a layer of this shape; None when its heuristics find the layer worth quantizing."""
+        """Why it speaks about a layer of this shape; None when its heuristics find the layer worth
+        quantizing.
+        """
         if self.judged_by is None:
             return self.why
         found = gains_nothing(layer, self.judged_by)
@@ -89,12 +97,17 @@ class RuleList:
                 hits.append((index, rule, reason))
         index, rule, reason = hits[0]
         self.won[index] += 1
-        self.overruled += rule.origin == "default" and any(hit.origin == "preset" for _, hit, _ in hits)
+        self.overruled += rule.origin == "default" and any(
+            hit.origin == "preset" for _, hit, _ in hits
+        )
         return rule, reason
 
     def uses(self) -> tuple[RuleUse, ...]:
         counts = zip(self.rules, self.matched, self.won)
-        return tuple(RuleUse(rule.label, rule.pattern, rule.action, matched, won) for rule, matched, won in counts)
+        return tuple(
+            RuleUse(rule.label, rule.pattern, rule.action, matched, won)
+            for rule, matched, won in counts
+        )
 
     def unmatched(self) -> tuple[str, ...]:
         """Patterns of the user that matched nothing, as they were written."""
@@ -108,7 +121,8 @@ class RuleList:
             if not matched:
                 hint = rule.origin == "layer-config" and looks_like_regex(rule.pattern)
                 lines.append(
-                    f"{rule.label} matched nothing" + ("; for regular expressions add --fullmatch" if hint else "")
+                    f"{rule.label} matched nothing"
+                    + ("; for regular expressions add --fullmatch" if hint else "")
                 )
             elif not self.candidates[index]:
                 lines.append(f"{rule.label} matches only tensors that cannot be quantized")
@@ -116,18 +130,26 @@ class RuleList:
                 lines.append(f"{rule.label} never decides: rules before it match the same layers")
         if self.overruled:
             lines.append(
-                f"{self.overruled} layers that the preset would keep are quantized because of the layer-config's "
-                f"{DEFAULT}; list them in _exclusions to keep them"
+                f"{self.overruled} layers that the preset would keep are quantized because of the "
+                f"layer-config's {DEFAULT}; list them in _exclusions to keep them"
             )
         return lines
 
     def _users(self) -> Iterable[tuple[CompiledRule, int]]:
         """The user's rules, heuristics apart (those may well find every layer worth quantizing)."""
-        return ((rule, n) for rule, n in zip(self.rules, self.matched) if rule.users and rule.judged_by is None)
+        return (
+            (rule, n)
+            for rule, n in zip(self.rules, self.matched)
+            if rule.users and rule.judged_by is None
+        )
 
 
 def compile_rules(
-    recipe: Recipe, main: list[tuple[str, Preset]], others: list[Part], names: Iterable[str], known: bool
+    recipe: Recipe,
+    main: list[tuple[str, Preset]],
+    others: list[Part],
+    names: Iterable[str],
+    known: bool,
 ) -> tuple[CompiledRule, ...]:
     """Every rule of one plan, in order.
 
@@ -141,7 +163,11 @@ def compile_rules(
     rest = tuple(_keep_part((part.prefix,), _inside(part)) for part in others)
     outside = (_keep_part((None,), "outside the recognised model"),) if known else ()
     return (
-        *(rule for prefix, preset in main for rule in _preset_rules(preset.name, preset.drop, prefix, "drop", None)),
+        *(
+            rule
+            for prefix, preset in main
+            for rule in _preset_rules(preset.name, preset.drop, prefix, "drop", None)
+        ),
         *_layer_config_rules(recipe, names, prefixes),
         *_custom_rules(recipe),
         *rest,
@@ -149,7 +175,9 @@ def compile_rules(
         *(
             rule
             for prefix, preset in main
-            for rule in _preset_rules(preset.name, preset.exclude, prefix, _action(recipe.fallback), recipe.fallback)
+            for rule in _preset_rules(
+                preset.name, preset.exclude, prefix, _action(recipe.fallback), recipe.fallback
+            )
         ),
         *_heuristics(recipe, prefixes),
         CompiledRule("primary", EVERYTHING, recipe.primary, "primary", _action(recipe.primary)),
@@ -163,26 +191,36 @@ def _preset_rules(
         why = f"preset {preset}: {group.why}"
         for pattern in group.match:
             label = f"preset {preset} '{pattern}'"
-            yield CompiledRule(label, pattern, wish, why, action, (prefix,), "below", origin="preset")
+            yield CompiledRule(
+                label, pattern, wish, why, action, (prefix,), "below", origin="preset"
+            )
 
 
 def _heuristics(recipe: Recipe, prefixes: tuple[str, ...]) -> Iterable[CompiledRule]:
     if recipe.heuristics and recipe.primary:
         wish, judged = recipe.fallback, recipe.primary
-        yield CompiledRule("heuristics", EVERYTHING, wish, "heuristics", _action(wish), prefixes, judged_by=judged)
+        yield CompiledRule(
+            "heuristics", EVERYTHING, wish, "heuristics", _action(wish), prefixes, judged_by=judged
+        )
 
 
-def _layer_config_rules(recipe: Recipe, names: Iterable[str], prefixes: tuple[str, ...]) -> Iterable[CompiledRule]:
+def _layer_config_rules(
+    recipe: Recipe, names: Iterable[str], prefixes: tuple[str, ...]
+) -> Iterable[CompiledRule]:
     config = recipe.layer_config
     if config is None:
         return
     for ranked in config.ranked(names):
         entry = ranked.entry
         label = f"layer-config {'_exclusions ' if entry.exclusion else ''}'{entry.pattern}'"
-        yield CompiledRule(label, ranked.match, entry.wish, label, _action(entry.wish), origin="layer-config")
+        yield CompiledRule(
+            label, ranked.match, entry.wish, label, _action(entry.wish), origin="layer-config"
+        )
     if config.default:
         label, wish = f"layer-config {DEFAULT}", config.default.wish
-        yield CompiledRule(label, EVERYTHING, wish, label, _action(wish), prefixes, origin="default")
+        yield CompiledRule(
+            label, EVERYTHING, wish, label, _action(wish), prefixes, origin="default"
+        )
 
 
 def _custom_rules(recipe: Recipe) -> Iterable[CompiledRule]:
@@ -192,8 +230,12 @@ def _custom_rules(recipe: Recipe) -> Iterable[CompiledRule]:
         below = "full" if rule.match.startswith(SEARCH) else "either"
         if rule.heuristics and rule.wish:
             judged = f"{label} heuristics"
-            yield CompiledRule(judged, rule.match, None, judged, "keep", None, below, rule.wish, "rule")
-        yield CompiledRule(label, rule.match, rule.wish, label, _action(rule.wish), None, below, origin="rule")
+            yield CompiledRule(
+                judged, rule.match, None, judged, "keep", None, below, rule.wish, "rule"
+            )
+        yield CompiledRule(
+            label, rule.match, rule.wish, label, _action(rule.wish), None, below, origin="rule"
+        )
 
 
 def _keep_part(within: tuple[str | None, ...], why: str) -> CompiledRule:

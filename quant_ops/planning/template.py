@@ -14,7 +14,9 @@ from .planner import not_a_candidate
 
 
 def template_text(header: Header) -> str:
-    """The template of a model, keys in file order; fed back unedited it is refused, naming the empty formats."""
+    """The template of a model, keys in file order; fed back unedited it is refused, naming the
+    empty formats.
+    """
     table: dict[str, object] = {DEFAULT: {"format": ""}, EXCLUSIONS: []}
     for spec in header.tensors.values():
         if not not_a_candidate(spec):

@@ -1,4 +1,6 @@
-"""Wish: a format with options and a method with options, from text or a table; checked, defaults filled in."""
+"""Wish: a format with options and a method with options, from text or a table; checked, defaults
+filled in.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ OPTION_TYPES = {"scaling": str, "block_size": int, "convrot": bool, "convrot_gro
 
 @dataclass(frozen=True)
 class Wish:
-    """What a layer shall become. `method_options` holds (name, value) pairs that differ from the method's defaults.
+    """What a layer shall become. `method_options` holds (name, value) pairs that differ from the
+    method's defaults.
 
-    `method` is None only on the way in: the format's own is meant, and stands there afterwards. `names_method` keeps
-    whether it was named, for layer-config entries that leave it to the primary; such wishes are equal otherwise.
+    `method` is None only on the way in: the format's own is meant, and stands there afterwards.
+    `names_method` keeps whether it was named, for layer-config entries that leave it to the
+    primary; such wishes are equal otherwise.
     """
 
     format: str
@@ -31,23 +35,41 @@ class Wish:
         object.__setattr__(self, "names_method", bool(self.method or self.method_options))
         if self.method is None:
             object.__setattr__(self, "method", get_format(self.format).method)
-        object.__setattr__(self, "method_options", _method_options(self.method, dict(self.method_options)))
+        object.__setattr__(
+            self, "method_options", _method_options(self.method, dict(self.method_options))
+        )
         object.__setattr__(self, "options", get_format(self.format).resolve(self.options))
 
     def to_json(self) -> dict:
-        return {"format": self.format, "method": self.method, **self.options.stated(), **dict(self.method_options)}
+        return {
+            "format": self.format,
+            "method": self.method,
+            **self.options.stated(),
+            **dict(self.method_options),
+        }
 
     def to_text(self) -> str:
         """As `parse_wish` reads it: `FORMAT[:option=value,...]`, with nothing that is a default."""
         unstated = get_format(self.format).resolve(FormatOptions()).stated()
-        options = {name: value for name, value in self.options.stated().items() if unstated.get(name) != value}
+        options = {
+            name: value
+            for name, value in self.options.stated().items()
+            if unstated.get(name) != value
+        }
         method = {"method": self.method} if self.method != get_format(self.format).method else {}
-        items = [f"{name}={_text(value)}" for name, value in (options | method | dict(self.method_options)).items()]
+        items = [
+            f"{name}={_text(value)}"
+            for name, value in (options | method | dict(self.method_options)).items()
+        ]
         return ":".join(filter(None, [self.format, ",".join(items)]))
 
     def become(self, format: str, options: FormatOptions) -> Wish:
-        """The wish where another format takes over: precision goes along, a method unless it is the format's own."""
-        options = replace(options, full_precision_matrix_mult=self.options.full_precision_matrix_mult)
+        """The wish where another format takes over: precision goes along, a method unless it is the
+        format's own.
+        """
+        options = replace(
+            options, full_precision_matrix_mult=self.options.full_precision_matrix_mult
+        )
         if format != self.format and self.method == get_format(self.format).method:
             return Wish(format, options)
         return replace(self, format=format, options=options)
@@ -66,15 +88,25 @@ def parse_wish(text: str) -> Wish:
 
 
 def wish_from_table(where: str, table: dict) -> Wish:
-    """Build a Wish from a parsed table; format options, `method` and the method's options are keys beside `format`."""
+    """Build a Wish from a parsed table; format options, `method` and the method's options are keys
+    beside `format`.
+    """
     typed(where, table, dict)
-    names = {key: typed(f"{where}: {key}", table[key], str) for key in ("format", "method") if key in table}
+    names = {
+        key: typed(f"{where}: {key}", table[key], str)
+        for key in ("format", "method")
+        if key in table
+    }
     format = get_format(names["format"]) if "format" in names else Format
     method_names = tuple(get_method(names.get("method", format.method)).options)
     known_keys(where, table, {"format", "method", *OPTION_TYPES, *method_names})
     if "format" not in table:
         raise RecipeError(f"{where}: 'format' is required")
-    options = {key: typed(f"{where}: {key}", table[key], kind) for key, kind in OPTION_TYPES.items() if key in table}
+    options = {
+        key: typed(f"{where}: {key}", table[key], kind)
+        for key, kind in OPTION_TYPES.items()
+        if key in table
+    }
     return Wish(
         names["format"],
         FormatOptions(**options),
@@ -127,7 +159,9 @@ def _method_options(method: str, stated: dict[str, object]) -> tuple[tuple[str, 
     """The stated options in the method's own order, without those that equal its defaults."""
     chosen = get_method(method)
     configured = asdict(chosen.configure(stated))
-    return tuple((name, value) for name, value in configured.items() if value != chosen.options[name])
+    return tuple(
+        (name, value) for name, value in configured.items() if value != chosen.options[name]
+    )
 
 
 def _text(value: object) -> str:

@@ -1,4 +1,6 @@
-"""Report: the plan, the measured error of every quantized layer, and how long it took; JSON first, text from it."""
+"""Report: the plan, the measured error of every quantized layer, and how long it took; JSON first,
+text from it.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ WORST = 5  # layers named in the text
 class LayerResult:
     """Measured on the stored codes: sums over all elements of (dec - w)^2 and w^2.
 
-    A method other than nearest also has its own objective, and both numbers for nearest; `verdict` says why nearest
-    was stored in its place, empty when it was not.
+    A method other than nearest also has its own objective, and both numbers for nearest; `verdict`
+    says why nearest was stored in its place, empty when it was not.
     """
 
     name: str
@@ -37,7 +39,9 @@ class LayerResult:
 
     @property
     def against_nearest(self) -> dict | None:
-        """This method's weight error and objective, x nearest's; None for nearest itself, 1.0 where both are zero."""
+        """This method's weight error and objective, x nearest's; None for nearest itself, 1.0 where
+        both are zero.
+        """
         if self.objective is None:
             return None
         error = _ratio(self.squared_error, self.squared_error_nearest)
@@ -69,7 +73,11 @@ class Report:
     def rel_l2(self) -> float:
         """Relative error of all quantized weights together."""
         signal = sum(result.squared_weight for result in self.results)
-        return math.sqrt(sum(result.squared_error for result in self.results) / signal) if signal else 0.0
+        return (
+            math.sqrt(sum(result.squared_error for result in self.results) / signal)
+            if signal
+            else 0.0
+        )
 
     def to_json(self) -> dict:
         plan = self.plan.to_json()
@@ -85,7 +93,8 @@ class Report:
             **plan,
             "rel_l2": self.rel_l2(),
             "worst": [
-                {"name": r.name, "format": r.format, "rel_l2": r.rel_l2, "sqnr_db": r.sqnr_db} for r in self.worst()
+                {"name": r.name, "format": r.format, "rel_l2": r.rel_l2, "sqnr_db": r.sqnr_db}
+                for r in self.worst()
             ],
             "seconds": self.seconds,
             "device": self.device,
@@ -105,15 +114,19 @@ class Report:
 
     def _method_lines(self) -> list[str]:
         """One line per method that is compared with nearest: medians over its layers."""
-        compared = [(result, result.against_nearest) for result in self.results if result.against_nearest]
+        compared = [
+            (result, result.against_nearest) for result in self.results if result.against_nearest
+        ]
         lines = []
         for method in sorted({result.method for result, _ in compared}):
             rows = [row for result, row in compared if result.method == method]
-            objective, error = (statistics.median(row[key] for row in rows) for key in ("objective", "rel_l2"))
+            objective, error = (
+                statistics.median(row[key] for row in rows) for key in ("objective", "rel_l2")
+            )
             kept = sum(row["stored"] == "nearest" for row in rows)
             lines.append(
-                f"{method} against nearest, median of {len(rows)} layers: objective {objective:.3f} x, "
-                f"weight error {error:.3f} x; nearest was stored for {kept}"
+                f"{method} against nearest, median of {len(rows)} layers: objective "
+                f"{objective:.3f} x, weight error {error:.3f} x; nearest was stored for {kept}"
             )
         return lines
 
@@ -128,7 +141,10 @@ def plan_lines(plan: ModelPlan) -> list[str]:
     for row in plan.summary():
         before, after = megabytes(row["bytes_before"]), megabytes(row["bytes_after"])
         lines.append(f"{row['format']:<24} {row['layers']:>6} {before:>10} {after:>10}")
-    lines.append(f"{'total':<24} {'':>6} {megabytes(plan.bytes_before):>10} {megabytes(plan.bytes_after):>10}")
+    lines.append(
+        f"{'total':<24} {'':>6} {megabytes(plan.bytes_before):>10} "
+        f"{megabytes(plan.bytes_after):>10}"
+    )
     lines.append(f"family {plan.family}; {plan.loads_in()}")
     lines += [f"note: {warning}" for warning in plan.warnings]
     return lines
@@ -140,8 +156,13 @@ def layer_lines(plan: ModelPlan) -> list[str]:
     for layer in plan.layers:
         if layer.is_layer:
             label, size = layer.format or layer.action, megabytes(layer.bytes_after)
-            lines.append(f"{label:<24} {layer.method or '':<8} {size:>10}  {layer.name}  [{layer.reason}]")
-    lines += ["", "rules, in order; the first that matches a layer decides (decided / matched layers):"]
+            lines.append(
+                f"{label:<24} {layer.method or '':<8} {size:>10}  {layer.name}  [{layer.reason}]"
+            )
+    lines += [
+        "",
+        "rules, in order; the first that matches a layer decides (decided / matched layers):",
+    ]
     for rule in plan.rules:
         unmatched = "" if rule.matched else "  (matched nothing)"
         lines.append(f"{rule.won:>6} / {rule.matched:<6} {rule.action:<9} {rule.rule}{unmatched}")

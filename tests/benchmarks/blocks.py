@@ -24,7 +24,10 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "import_shim"), str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[1] / "import_shim"),
+    str(Path(__file__).resolve().parents[1]),
+]
 
 import bench_layers as gpu
 import torch
@@ -67,14 +70,20 @@ class Model:
     def __call__(self, pixels: int, device: torch.device) -> torch.Tensor:
         """One evaluation of the denoiser on fixed noise, prompt and noise level."""
         noise, prompt, pooled, sigma, guidance = inputs(pixels, device)
-        return self.patcher.model.apply_model(noise, sigma, c_crossattn=prompt, y=pooled, guidance=guidance)
+        return self.patcher.model.apply_model(
+            noise, sigma, c_crossattn=prompt, y=pooled, guidance=guidance
+        )
 
     @contextlib.contextmanager
     def decoding_first(self) -> Iterator[None]:
         """Inside, layers run by ComfyUI's full-precision path and comfy-kitchen's fallback for ops without a handler."""
         from comfy_kitchen.tensor.base import _LAYOUT_DISPATCH_TABLE as handlers
 
-        layers = [layer for layer in self.patcher.model.modules() if getattr(layer, "layout_type", None) is not None]
+        layers = [
+            layer
+            for layer in self.patcher.model.modules()
+            if getattr(layer, "layout_type", None) is not None
+        ]
         full = [layer._full_precision_mm for layer in layers]
         taken = {op: handlers.pop(op) for op in PRODUCTS}
         for layer in layers:
@@ -123,7 +132,9 @@ def load(path: Path) -> Model:
 AHEAD_CYCLES = 100_000_000  # the GPU waits .05 s, longer than Python takes to launch one evaluation
 
 
-def timed(contenders: dict[str, tuple[Callable, Callable[[], object]]], turns: int) -> dict[str, float]:
+def timed(
+    contenders: dict[str, tuple[Callable, Callable[[], object]]], turns: int
+) -> dict[str, float]:
     """Median milliseconds of calls that take turns; the first two compile kernels.
 
     Args:
@@ -158,7 +169,9 @@ def rel_l2(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double().cpu() - b.double().cpu()).norm() / b.double().cpu().norm()).item()
 
 
-def measure(wish: str, source: Path, plain: Model, device: torch.device, args: argparse.Namespace) -> list[dict]:
+def measure(
+    wish: str, source: Path, plain: Model, device: torch.device, args: argparse.Namespace
+) -> list[dict]:
     """One row per picture size."""
     path = source.with_name("quantized.safetensors")
     begin = time.perf_counter()
@@ -172,9 +185,16 @@ def measure(wish: str, source: Path, plain: Model, device: torch.device, args: a
         own, reference = partial(model, size, device), partial(plain, size, device)
         with model.decoding_first():
             decoded = own()
-        errors = {"rel_l2": rel_l2(own(), reference()), "decoded_rel_l2": rel_l2(decoded, reference())}
+        errors = {
+            "rel_l2": rel_l2(own(), reference()),
+            "decoded_rel_l2": rel_l2(decoded, reference()),
+        }
         plainly = contextlib.nullcontext
-        contenders = {"": (plainly, own), "decoded_": (model.decoding_first, own), "bf16_": (plainly, reference)}
+        contenders = {
+            "": (plainly, own),
+            "decoded_": (model.decoding_first, own),
+            "bf16_": (plainly, reference),
+        }
         rows.append({**common, "pixels": size, **timed(contenders, args.turns), **errors})
     return rows
 
@@ -205,8 +225,12 @@ def here_and_on_cpu(path: Path, device: torch.device) -> tuple[torch.Tensor, tor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", default=",".join(FORMATS), help="with options: NAME:option=value")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--formats", default=",".join(FORMATS), help="with options: NAME:option=value"
+    )
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--pixels", type=int, nargs="+", default=list(PIXELS))
     parser.add_argument("--hidden", type=int, default=HIDDEN)
@@ -222,15 +246,24 @@ def main() -> None:
     from fewbits.nodes import bridge
 
     bridge.register()
-    print({seam: reason for seam, reason in bridge.status().items() if reason} or "all seams installed", flush=True)
+    print(
+        {seam: reason for seam, reason in bridge.status().items() if reason}
+        or "all seams installed",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(prefix="fewbits-bench-") as folder, torch.inference_mode():
         source, emoji = Path(folder) / "flux.safetensors", EMOJI / "emoji_flux.safetensors"
         write_flux(source, args.hidden, device)
         plain, emoji_plain = load(source), here_and_on_cpu(emoji, device)
-        print(f"emoji model in bf16, latents of the device to the CPU's: rel_l2 {rel_l2(*emoji_plain):.4f}", flush=True)
+        print(
+            f"emoji model in bf16, latents of the device to the CPU's: rel_l2 {rel_l2(*emoji_plain):.4f}",
+            flush=True,
+        )
         for wish in args.formats.split(","):
             path = Path(folder) / "emoji_quantized.safetensors"
-            quantize_file(emoji, path, Recipe(primary=parse_wish(wish)), device="cpu", overwrite=True)
+            quantize_file(
+                emoji, path, Recipe(primary=parse_wish(wish)), device="cpu", overwrite=True
+            )
             here, on_cpu = here_and_on_cpu(path, device)
             checked = {
                 "emoji_to_cpu": rel_l2(here, on_cpu),

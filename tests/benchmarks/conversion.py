@@ -40,7 +40,10 @@ BLOCK = {  # one Flux double block and one single block at hidden 3072: 454 M pa
 
 def flux_shapes(blocks: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a Flux-like model: 0.91 GB of bf16 per block."""
-    shapes: dict[str, tuple[int, ...]] = {"img_in.weight": (3072, 64), "vector_in.in_layer.weight": (3072, 768)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "img_in.weight": (3072, 64),
+        "vector_in.in_layer.weight": (3072, 768),
+    }
     for i in range(blocks):
         for name, shape in BLOCK.items():
             shapes[f"{name.format(i=i)}.weight"] = shape
@@ -53,7 +56,11 @@ def write_model(path: Path, shapes: dict[str, tuple[int, ...]], *, sparse: bool 
     entries, offset = {}, 0
     for name, shape in shapes.items():
         size = 2 * torch.Size(shape).numel()
-        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        entries[name] = {
+            "dtype": "BF16",
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
@@ -85,11 +92,15 @@ def command(*arguments: object) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scale", type=int, default=1, help="file size in units of 2.7 GB")
     parser.add_argument("--formats", default="float8_e4m3fn,int8_tensorwise")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to work (needs three times the file size)")
+    parser.add_argument(
+        "--folder", type=Path, help="where to work (needs three times the file size)"
+    )
     args = parser.parse_args()
     rows: list[dict] = []
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="fewbits-bench-") as folder:
@@ -136,17 +147,25 @@ def bench_format(folder: Path, model: Path, name: str, repeats: int) -> dict:
     largest = max(torch.Size(shape).numel() for shape in BLOCK.values()) * 2
     copies, runs, starts, peaks = [], [], [], []
     for _ in range(repeats + 1):  # the first round warms the page cache
-        copies.append(run_child(["cp", str(model), str(copy)])[0] if shutil.which("cp") else _python_copy(model, copy))
+        copies.append(
+            run_child(["cp", str(model), str(copy)])[0]
+            if shutil.which("cp")
+            else _python_copy(model, copy)
+        )
         copy.unlink()
         starts.append(run_child(command("quantize", "--help"))[0])
-        seconds, peak = run_child(command("quantize", model, "-o", out, "--format", name, "--quiet"))
+        seconds, peak = run_child(
+            command("quantize", model, "-o", out, "--format", name, "--quiet")
+        )
         out.unlink()
         runs.append(seconds)
         peaks.append(peak)
     ratios = [run / cp for run, cp in zip(runs[1:], copies[1:], strict=True)]
     ratio, limit = statistics.median(ratios), LIMITS.get(name, 5.0)
     start = statistics.median(starts[1:])
-    alone = statistics.median((run - start) / cp for run, cp in zip(runs[1:], copies[1:], strict=True))
+    alone = statistics.median(
+        (run - start) / cp for run, cp in zip(runs[1:], copies[1:], strict=True)
+    )
     allowed = 700e6 + 3 * largest
     print(
         f"{name}: {size / 1e9:.2f} GB in {statistics.median(runs[1:]):.2f} s, cp {statistics.median(copies[1:]):.2f} s, "

@@ -19,7 +19,10 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "import_shim"), str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[1] / "import_shim"),
+    str(Path(__file__).resolve().parents[1]),
+]
 
 import bench_layers as gpu
 import torch
@@ -57,7 +60,9 @@ def copied(host: torch.Tensor, device: torch.Tensor, there: int, back: int) -> f
     torch.cuda.synchronize()
     begin = time.perf_counter()
     streams = torch.cuda.Stream(), torch.cuda.Stream()
-    for (target, origin), size, stream in zip(((device[0], host[0]), (host[1], device[1])), (there, back), streams):
+    for (target, origin), size, stream in zip(
+        ((device[0], host[0]), (host[1], device[1])), (there, back), streams
+    ):
         with torch.cuda.stream(stream):
             for start in range(0, size, PIECE):
                 count = min(PIECE, size - start)
@@ -85,9 +90,17 @@ def resident() -> int:
 def measure(folder: Path, model: Path, wish: str, repeats: int, on: str) -> dict:
     out, size = folder / "out.safetensors", model.stat().st_size
     on_gpu = on == "cuda"
-    pageable, device = (torch.ones(2, PIECE, dtype=torch.uint8, device=where) for where in ("cpu", on))
+    pageable, device = (
+        torch.ones(2, PIECE, dtype=torch.uint8, device=where) for where in ("cpu", on)
+    )
     locked = pageable.pin_memory() if on_gpu else None
-    found: dict[str, list[float]] = {"seconds": [], "read_s": [], "write_s": [], "pcie_s": [], "pageable_s": []}
+    found: dict[str, list[float]] = {
+        "seconds": [],
+        "read_s": [],
+        "write_s": [],
+        "pcie_s": [],
+        "pageable_s": [],
+    }
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     before = resident()
@@ -102,7 +115,9 @@ def measure(folder: Path, model: Path, wish: str, repeats: int, on: str) -> dict
         if on_gpu:
             found["pcie_s"].append(copied(locked, device, size, written))
             found["pageable_s"].append(copied(pageable, device, size, written))
-    medians = {name: statistics.median(values[1:]) if values else None for name, values in found.items()}
+    medians = {
+        name: statistics.median(values[1:]) if values else None for name, values in found.items()
+    }
     bound = max(medians["write_s"], medians["pcie_s"] or 0.0)
     return {
         "on": on,
@@ -119,7 +134,9 @@ def measure(folder: Path, model: Path, wish: str, repeats: int, on: str) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--blocks", type=int, default=3, help="file size in units of 0.9 GB")
     parser.add_argument("--formats", default=",".join(FORMATS))

@@ -14,7 +14,10 @@ import platform
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "import_shim"), str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[1] / "import_shim"),
+    str(Path(__file__).resolve().parents[1]),
+]
 
 import bench_layers as gpu
 import bench_peers as peers
@@ -29,8 +32,12 @@ RESULTS = Path(__file__).parent / "results"
 def backend(name: str, layer: gpu.Layer, x: torch.Tensor) -> str:
     """Which body ran."""
     if name in gpu.FLAT:
-        return runtime.linear_flat4.choose(x, layer.codes[0], layer.scales[0], *gpu.FLAT[name], None)[0]
-    return runtime.linear_tiles.choose(x, layer.codes[0], layer.scales[0], *gpu.TILED[name], None)[0]
+        return runtime.linear_flat4.choose(
+            x, layer.codes[0], layer.scales[0], *gpu.FLAT[name], None
+        )[0]
+    return runtime.linear_tiles.choose(x, layer.codes[0], layer.scales[0], *gpu.TILED[name], None)[
+        0
+    ]
 
 
 def measure(name: str, n: int, k: int, rows: list[int]) -> tuple[list[dict], list[dict]]:
@@ -76,15 +83,26 @@ def append(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(exist_ok=True)
     new = not path.exists()
     columns = [*where, *rows[0]]
-    if not new and (found := path.read_text(encoding="utf-8").splitlines()[0].split(",")) != columns:
-        raise ValueError(f"{path.name} has the columns {found}, these rows have {columns}; move the file away")
+    if (
+        not new
+        and (found := path.read_text(encoding="utf-8").splitlines()[0].split(",")) != columns
+    ):
+        raise ValueError(
+            f"{path.name} has the columns {found}, these rows have {columns}; move the file away"
+        )
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         for row in rows:
             writer.writerow(
-                {**where, **{key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}}
+                {
+                    **where,
+                    **{
+                        key: round(value, 5) if isinstance(value, float) else value
+                        for key, value in row.items()
+                    },
+                }
             )
 
 
@@ -94,10 +112,14 @@ def size(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", action="append", help="a kind of codes; repeatable")
     parser.add_argument("--rows", type=int, nargs="+", default=list(gpu.ROWS))
-    parser.add_argument("--shapes", type=size, nargs="+", default=list(gpu.SHAPES), help="NxK of the weights")
+    parser.add_argument(
+        "--shapes", type=size, nargs="+", default=list(gpu.SHAPES), help="NxK of the weights"
+    )
     args = parser.parse_args()
     gpu.end_without_gpu()
     for reason in peers.missing():

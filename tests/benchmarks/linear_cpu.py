@@ -30,7 +30,9 @@ def main() -> None:
             packed = pack_nibbles(grid.encode(weight, absmax), high_first=True)
             for m in (1, 16, 256):
                 x = torch.randn(m, k).to(dtype)
-                ours = median_ms([partial(runtime.linear_flat4, x, packed, absmax, NF4, 64, None)], cpu)
+                ours = median_ms(
+                    [partial(runtime.linear_flat4, x, packed, absmax, NF4, 64, None)], cpu
+                )
 
                 def decoded(x=x, packed=packed, absmax=absmax):
                     whole = runtime.dequantize_flat4(packed, absmax, NF4, 64, x.dtype)

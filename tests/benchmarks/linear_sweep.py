@@ -12,7 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "import_shim"), str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[1] / "import_shim"),
+    str(Path(__file__).resolve().parents[1]),
+]
 
 import bench_layers as gpu
 import torch
@@ -29,7 +32,9 @@ WARPS = ((1, 4), (1, 8), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4), (8, 1))  # (sid
 CLUSTERS, STAGES = (1, 2, 4), (2, 3)
 
 
-def sweep_skinny(kinds: tuple[str, ...] = SKINNY, rows: tuple[int, ...] = (1, 4, 8, 16, 32, 64)) -> None:
+def sweep_skinny(
+    kinds: tuple[str, ...] = SKINNY, rows: tuple[int, ...] = (1, 4, 8, 16, 32, 64)
+) -> None:
     jobs, shared = [], torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     for name in kinds:
         levels, geometry = gpu.FLAT.get(name) or gpu.TILED[name]
@@ -58,7 +63,9 @@ def sweep_skinny(kinds: tuple[str, ...] = SKINNY, rows: tuple[int, ...] = (1, 4,
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             bf16 = gpu.graph_time(layer.plain_linears(x), 5)
             found = []
-            for _, _, work, _, group, per_scale, values in (job for job in jobs if job[:2] == (name, m)):
+            for _, _, work, _, group, per_scale, values in (
+                job for job in jobs if job[:2] == (name, m)
+            ):
                 calls = [
                     lambda c=c, s=s: skinny.multiply(x, c, s, None, group, per_scale, values, work)
                     for c, s in zip(layer.codes, layer.scales)
@@ -70,11 +77,17 @@ def sweep_skinny(kinds: tuple[str, ...] = SKINNY, rows: tuple[int, ...] = (1, 4,
 WIDE = ("nf4 64", "int8 row", "fp8 row", "int8 block 128", "fp8 block 128", "int8 group 128")
 
 
-def sweep_wide(kinds: tuple[str, ...] = WIDE, rows: tuple[int, ...] = (64, 128, 256, 512, 1024, 4608)) -> None:
+def sweep_wide(
+    kinds: tuple[str, ...] = WIDE, rows: tuple[int, ...] = (64, 128, 256, 512, 1024, 4608)
+) -> None:
     """Hopper's kernel with every tile of its table, alone and with K split: what `wide.COSTS` was fitted to."""
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     for name, (n, k), m in itertools.product(kinds, (*SHAPES, (5120, 13824)), rows):
-        layer, x, quantizer = gpu.layer(name, n, k), torch.randn(m, k, device="cuda", dtype=torch.bfloat16), 0.0
+        layer, x, quantizer = (
+            gpu.layer(name, n, k),
+            torch.randn(m, k, device="cuda", dtype=torch.bfloat16),
+            0.0,
+        )
         if name in gpu.FLAT:
             (levels, group), per_scale, kind, inputs = gpu.FLAT[name], 1, 4, (x, None)
             values = code_values(levels)
@@ -85,18 +98,26 @@ def sweep_wide(kinds: tuple[str, ...] = WIDE, rows: tuple[int, ...] = (64, 128, 
             quantize = partial(activations.quantize, x, levels.dtype, levels.qmax, group)
             inputs, quantizer = quantize(), gpu.graph_time([quantize] * 4, 3)
         x_left, found = wide._x_left(kind, group, per_scale), []
-        for tile, split in itertools.product(wide.COSTS[wide.cost_family(kind, group, x_left)], wide.SPLITS):
+        for tile, split in itertools.product(
+            wide.COSTS[wide.cost_family(kind, group, x_left)], wide.SPLITS
+        ):
             tile = tile._replace(split=split)
             if split > 1 and tile.needed(*((m, n) if x_left else (n, m))) * split > multiprocessors:
                 continue
             calls = [
-                lambda c=c, s=s: wide.multiply(*inputs, c, s, None, x.dtype, group, per_scale, values, tile)
+                lambda c=c, s=s: wide.multiply(
+                    *inputs, c, s, None, x.dtype, group, per_scale, values, tile
+                )
                 for c, s in zip(layer.codes, layer.scales)
             ]
             found.append((quantizer + gpu.graph_time(calls, 3), tile))
         chosen = wide.tile_for(kind, group, x_left, m, n, k, multiprocessors)
         lost = {tile: ms for ms, tile in found}[chosen] / min(found)[0] - 1
-        report(f"{name} {n}x{k} M={m} (chosen {lost:.0%} slower)", gpu.graph_time(layer.plain_linears(x), 3), found)
+        report(
+            f"{name} {n}x{k} M={m} (chosen {lost:.0%} slower)",
+            gpu.graph_time(layer.plain_linears(x), 3),
+            found,
+        )
 
 
 BIG = [Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 3), Tile(128, 128, 128, 4, 3), Tile(128, 128, 128, 4, 2),
@@ -119,7 +140,17 @@ CODED = ("int8 row", "int8 block 128", "int8 block 64", "fp8 row", "fp8 block 12
 
 
 def candidates(m: int, geometry) -> list[Tile]:
-    tiles = TINY if m <= 16 else SMALL if m <= 64 else MIDDLE if m <= 256 else GROUPED if geometry.cols else BIG
+    tiles = (
+        TINY
+        if m <= 16
+        else SMALL
+        if m <= 64
+        else MIDDLE
+        if m <= 256
+        else GROUPED
+        if geometry.cols
+        else BIG
+    )
     return [t._replace(k=min(t.k, geometry.cols or t.k)) for t in tiles]
 
 
@@ -135,7 +166,9 @@ def sweep_coded(part: int | None = None) -> None:
         found = []
         for tile in candidates(m, geometry):
             calls = [
-                lambda c=c, s=s: w8a8.multiply(xc, xs, c, s, None, x.dtype, geometry.cols, geometry.rows, tile)
+                lambda c=c, s=s: w8a8.multiply(
+                    xc, xs, c, s, None, x.dtype, geometry.cols, geometry.rows, tile
+                )
                 for c, s in zip(layer.codes, layer.scales)
             ]
             try:
@@ -143,31 +176,48 @@ def sweep_coded(part: int | None = None) -> None:
                     calls[0]()
                     continue
                 found.append((gpu.graph_time(calls, 3), tuple(tile)))
-            except (triton.runtime.errors.OutOfResources, triton.compiler.CompilationError, RuntimeError) as error:
+            except (
+                triton.runtime.errors.OutOfResources,
+                triton.compiler.CompilationError,
+                RuntimeError,
+            ) as error:
                 print("  ", tile, type(error).__name__, str(error)[:80], flush=True)
         if part is None:
-            quantizer = gpu.graph_time([lambda: activations.quantize(x, levels.dtype, levels.qmax, geometry.cols)] * 4)
-            report(f"{name} {n}x{k} M={m} (quantizer {quantizer:.4f})", gpu.graph_time(layer.plain_linears(x)), found)
+            quantizer = gpu.graph_time(
+                [lambda: activations.quantize(x, levels.dtype, levels.qmax, geometry.cols)] * 4
+            )
+            report(
+                f"{name} {n}x{k} M={m} (quantizer {quantizer:.4f})",
+                gpu.graph_time(layer.plain_linears(x)),
+                found,
+            )
 
 
 def sweep_library() -> None:
     """torch's own FP8 and INT8 products on ready-made codes, to compare with `coded`."""
     for (n, k), m in itertools.product(SHAPES, (16, 64, 256, 1024, 4608)):
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        row, block, int8 = gpu.layer("fp8 row", n, k), gpu.layer("fp8 block 128", n, k), gpu.layer("int8 row", n, k)
+        row, block, int8 = (
+            gpu.layer("fp8 row", n, k),
+            gpu.layer("fp8 block 128", n, k),
+            gpu.layer("int8 row", n, k),
+        )
         xc, xs = activations.quantize(x, torch.float8_e4m3fn, 448.0, None)
         gc, gs = activations.quantize(x, torch.float8_e4m3fn, 448.0, 128)
         ic, _ = activations.quantize(x, torch.int8, 127.0, None)
         scaled = torch._scaled_mm
         calls = {
             f"scaled_mm row fast={fast}": [
-                lambda c=c, s=s: scaled(xc, c.t(), xs, s.t(), out_dtype=x.dtype, use_fast_accum=fast)
+                lambda c=c, s=s: scaled(
+                    xc, c.t(), xs, s.t(), out_dtype=x.dtype, use_fast_accum=fast
+                )
                 for c, s in zip(row.codes, row.scales)
             ]
             for fast in (False, True)
         }
         calls["scaled_mm block"] = [
-            lambda c=c, s=s: scaled(gc, c.t(), gs, s.t(), out_dtype=x.dtype) for c, s in zip(block.codes, block.scales)
+            lambda c=c, s=s: scaled(gc, c.t(), gs, s.t(), out_dtype=x.dtype)
+            for c, s in zip(block.codes, block.scales)
         ]
         calls["_int_mm"] = [lambda c=c: torch._int_mm(ic, c.t()) for c in int8.codes]
         found = []
@@ -184,14 +234,24 @@ def sweep_quantizer() -> None:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         copies = [x.clone() for _ in range(max(2, int(2.5 * gpu.CACHE // x.nbytes)))]
         target = torch.empty_like(x)
-        copy = gpu.graph_time([lambda c=c: target.copy_(c) for c in copies]) * 0.75  # 3 bytes moved instead of 4
+        copy = (
+            gpu.graph_time([lambda c=c: target.copy_(c) for c in copies]) * 0.75
+        )  # 3 bytes moved instead of 4
         for dtype, most in ((torch.int8, 127.0), (torch.float8_e4m3fn, 448.0)):
             found = []
             for shape in itertools.product((1024, 2048, 4096, 8192, 16384), (4, 8, 16)):
-                calls = [lambda c=c: activations.quantize(c, dtype, most, None, shape) for c in copies]
+                calls = [
+                    lambda c=c: activations.quantize(c, dtype, most, None, shape) for c in copies
+                ]
                 found.append((gpu.graph_time(calls, 3), shape))
-            grouped = gpu.graph_time([lambda c=c: activations.quantize(c, dtype, most, 128) for c in copies])
-            report(f"quantizer {dtype} {m}x{k}, copying as many bytes {copy:.4f}, groups {grouped:.4f}", copy, found)
+            grouped = gpu.graph_time(
+                [lambda c=c: activations.quantize(c, dtype, most, 128) for c in copies]
+            )
+            report(
+                f"quantizer {dtype} {m}x{k}, copying as many bytes {copy:.4f}, groups {grouped:.4f}",
+                copy,
+                found,
+            )
 
 
 def report(title: str, bf16: float, found: list) -> None:
@@ -215,7 +275,9 @@ def main() -> None:
         sweep_quantizer()
     if "library" in wanted:
         sweep_library()
-    if "coded" in wanted:  # Triton compiles one kernel at a time; processes fill its cache side by side
+    if (
+        "coded" in wanted
+    ):  # Triton compiles one kernel at a time; processes fill its cache side by side
         parts = [subprocess.Popen([sys.executable, __file__, "compile", str(i)]) for i in range(12)]
         for process in parts:
             process.wait()

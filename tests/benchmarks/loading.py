@@ -47,7 +47,10 @@ def plan_of(size: int, format: str) -> ModelPlan:
 
     def plan(blocks: int) -> ModelPlan:
         shapes = flux_shapes(HIDDEN, 1, blocks)
-        return make_plan(Header({n: TensorSpec(n, "BF16", s) for n, s in shapes.items()}), Recipe(parse_wish(format)))
+        return make_plan(
+            Header({n: TensorSpec(n, "BF16", s) for n, s in shapes.items()}),
+            Recipe(parse_wish(format)),
+        )
 
     one, two = plan(1).bytes_after, plan(2).bytes_after
     return plan(max(1, round((size - one) / (two - one)) + 1))
@@ -55,7 +58,9 @@ def plan_of(size: int, format: str) -> ModelPlan:
 
 def write(plan: ModelPlan, path: Path) -> None:
     """The planned file with arbitrary codes: loading does not look at values."""
-    block = torch.randint(0, 128, (1 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    block = torch.randint(
+        0, 128, (1 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     sink = FileSink(path)
     sink.open(plan)
     for layer in plan.layers:
@@ -73,7 +78,9 @@ def write(plan: ModelPlan, path: Path) -> None:
 
 def remainder(plan: ModelPlan) -> int:
     """Bytes of what is not quantized, as float32."""
-    return 2 * sum(spec.nbytes for layer in plan.layers for spec in layer.outputs if spec.dtype == "BF16")
+    return 2 * sum(
+        spec.nbytes for layer in plan.layers for spec in layer.outputs if spec.dtype == "BF16"
+    )
 
 
 def child(paths: list[str], turns: int) -> None:
@@ -111,11 +118,15 @@ def child(paths: list[str], turns: int) -> None:
 
 def measure(paths: Iterable[Path], turns: int) -> list[list[tuple[float, float, int]]]:
     command = [sys.executable, __file__, "--turns", str(turns), "--child", *map(str, paths)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=int, default=600, help="size of each file")
     parser.add_argument("--formats", default=FORMATS)
     parser.add_argument("--turns", type=int, default=15, help="loads of each file")
@@ -132,8 +143,12 @@ def main() -> None:
         for name in names:
             write(plans[name], files[name])
         sizes = {name: path.stat().st_size for name, path in files.items()}
-        timed = dict(zip(names, zip(*measure(files.values(), args.turns), strict=True), strict=True))
-        grown = {name: measure([path], 2)[1][0][2] for name, path in files.items()}  # alone; lazy imports are over
+        timed = dict(
+            zip(names, zip(*measure(files.values(), args.turns), strict=True), strict=True)
+        )
+        grown = {
+            name: measure([path], 2)[1][0][2] for name, path in files.items()
+        }  # alone; lazy imports are over
     rows = [row_of(name, plans[name], sizes, timed, grown[name]) for name in names]
     new = not RESULTS.exists()
     with open(RESULTS, "a", newline="", encoding="utf-8") as file:
@@ -143,11 +158,15 @@ def main() -> None:
         writer.writerows(rows)
 
 
-def row_of(name: str, plan: ModelPlan, sizes: dict[str, int], timed: dict[str, tuple], grown: int) -> dict:
+def row_of(
+    name: str, plan: ModelPlan, sizes: dict[str, int], timed: dict[str, tuple], grown: int
+) -> dict:
     """The fastest loads of this file and of the native one, per byte; the median is that of the single turns."""
     size = sizes[name]
     scale = sizes[NATIVE] / size
-    turns = [scale * ours[0] / native[0] for ours, native in zip(timed[name], timed[NATIVE], strict=True)]
+    turns = [
+        scale * ours[0] / native[0] for ours, native in zip(timed[name], timed[NATIVE], strict=True)
+    ]
     seconds, opened = (min(load[i] for load in timed[name]) for i in (0, 1))
     ratio = scale * seconds / min(load[0] for load in timed[NATIVE])
     expected = size + remainder(plan)

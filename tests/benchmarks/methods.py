@@ -35,7 +35,9 @@ FORMATS = (
 )
 
 
-def measure(name: str, weight: torch.Tensor, inputs: torch.Tensor, wish: Wish, device: torch.device) -> dict:
+def measure(
+    name: str, weight: torch.Tensor, inputs: torch.Tensor, wish: Wish, device: torch.device
+) -> dict:
     """One layer: norms of the method's and of nearest's errors, and the seconds of the method with its guard."""
     format, options = get_format(wish.format), wish.options
     grid = format.grid(LayerInput(tuple(weight.shape), DTYPE_NAMES[weight.dtype]), options)
@@ -80,18 +82,28 @@ def summary(results: list[dict]) -> dict:
     for measure in ("objective", "weight", "output"):
         pairs = [(r[measure], r[f"{measure}_nearest"]) for r in results]
         row[f"{measure}_worst"] = max(a / b for a, b in pairs)
-        if measure == "output":  # layers count by their relative error, not by how large their outputs are
-            pairs = [(a / r["output_size"], b / r["output_size"]) for (a, b), r in zip(pairs, results)]
-        row[f"{measure}_all"] = math.sqrt(sum(a * a for a, _ in pairs) / sum(b * b for _, b in pairs))
+        if (
+            measure == "output"
+        ):  # layers count by their relative error, not by how large their outputs are
+            pairs = [
+                (a / r["output_size"], b / r["output_size"]) for (a, b), r in zip(pairs, results)
+            ]
+        row[f"{measure}_all"] = math.sqrt(
+            sum(a * a for a, _ in pairs) / sum(b * b for _, b in pairs)
+        )
     row["seconds"] = max(r["seconds"] for r in results)
     row["fell_back"] = sum(bool(r["verdict"]) for r in results)
     return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", default="3072x3072", help="synthetic layers, N x K; empty for none")
+    parser.add_argument(
+        "--sizes", default="3072x3072", help="synthetic layers, N x K; empty for none"
+    )
     parser.add_argument("--no-emoji", action="store_true")
     parser.add_argument("--formats", default=FORMATS)
     parser.add_argument("--methods", default="mse_clip,svd")
@@ -99,7 +111,9 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(f"{where}, torch {torch.__version__}, {torch.get_num_threads()} threads; ratios x nearest")
+    print(
+        f"{where}, torch {torch.__version__}, {torch.get_num_threads()} threads; ratios x nearest"
+    )
     print(
         f"{'layers':<12}{'format':<24}{'method':<10}{'objective':>15}{'weight':>17}{'output':>17}{'s/layer':>9}  nearest"
     )
@@ -114,13 +128,19 @@ def main() -> None:
                 report(size, wish, case, where)
             if activations:
                 weights = emoji_weights(wish)
-                case = [measure(layer, w, activations[layer], wish, device) for layer, w in weights.items()]
+                case = [
+                    measure(layer, w, activations[layer], wish, device)
+                    for layer, w in weights.items()
+                ]
                 report("emoji", wish, case, where)
 
 
 def report(layers: str, wish: Wish, results: list[dict], where: str) -> None:
     row = summary(results)
-    cells = [f"{row[f'{m}_worst']:.3f} ({row[f'{m}_all']:.3f})" for m in ("objective", "weight", "output")]
+    cells = [
+        f"{row[f'{m}_worst']:.3f} ({row[f'{m}_all']:.3f})"
+        for m in ("objective", "weight", "output")
+    ]
     print(f"{layers:<12}{wish.format:<24}{wish.method:<10}{cells[0]:>15}{cells[1]:>17}{cells[2]:>17}"
           f"{row['seconds']:>9.2f}  {row['fell_back']} of {len(results)}", flush=True)  # fmt: skip
     RESULTS.parent.mkdir(exist_ok=True)

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-CHROMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+CHROMES = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "msedge",
+)
 ELSEWHERE = (  # installations that are not on PATH
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
     r"C:\Program Files\Google\Chrome\Application\chrome.exe",
@@ -49,14 +56,22 @@ def new_page(chrome) -> Iterator[Callable[..., object]]:
     contexts = []
 
     def make(width: int = 1280, height: int = 900, scale: int = 1) -> object:
-        context = chrome.new_context(viewport={"width": width, "height": height}, device_scale_factor=scale)
+        context = chrome.new_context(
+            viewport={"width": width, "height": height}, device_scale_factor=scale
+        )
         contexts.append(context)
         page = context.new_page()
         page.messages = []
         page.on(
-            "console", lambda note: page.messages.append(f"{note.type}: {note.text} {note.location.get('url', '')}")
+            "console",
+            lambda note: page.messages.append(
+                f"{note.type}: {note.text} {note.location.get('url', '')}"
+            ),
         )
-        page.on("pageerror", lambda error: page.messages.append(f"pageerror: {error} {error.stack or ''}"))
+        page.on(
+            "pageerror",
+            lambda error: page.messages.append(f"pageerror: {error} {error.stack or ''}"),
+        )
         return page
 
     yield make

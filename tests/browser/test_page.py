@@ -68,7 +68,11 @@ def write_slow_model(path: Path) -> None:
     shape = (1024, 2048)
     size = 2 * shape[0] * shape[1]
     header = {
-        f"{name}.weight": {"dtype": "BF16", "shape": shape, "data_offsets": [i * size, (i + 1) * size]}
+        f"{name}.weight": {
+            "dtype": "BF16",
+            "shape": shape,
+            "data_offsets": [i * size, (i + 1) * size],
+        }
         for i, name in enumerate(LAYERS)
     }
     text = json.dumps(header).encode()
@@ -93,7 +97,9 @@ def open_page(server, new_page):
         page = new_page(**({"width": 1400, "height": 900} | size))
         pages.append(page)
         page.goto(f"http://127.0.0.1:{server.port}")
-        page.wait_for_function("window.app?.graph && window.app.canvas && window.app.extensionManager", timeout=120_000)
+        page.wait_for_function(
+            "window.app?.graph && window.app.canvas && window.app.extensionManager", timeout=120_000
+        )
         page.evaluate(COLLECT)
         return page
 
@@ -137,7 +143,10 @@ def line(panel) -> str:
 
 
 def rows(panel, table: str) -> list[list[str]]:
-    return [[c.strip() for c in row.locator("th, td").all_inner_texts()] for row in panel.locator(f"{table} tr").all()]
+    return [
+        [c.strip() for c in row.locator("th, td").all_inner_texts()]
+        for row in panel.locator(f"{table} tr").all()
+    ]
 
 
 def sizes(row: dict) -> list[str]:
@@ -148,13 +157,21 @@ def sizes(row: dict) -> list[str]:
 def in_graph(seed: int) -> dict:
     """The emoji workflow with Quantize INT8 (node 20) between LoRA and sampler."""
     workflow = emoji_workflow(seed=seed, steps=2, lora=seed / 100)
-    workflow["20"] = {"class_type": "FewBitsQuantizeINT8", "inputs": {"model": ["3", 0], "format": "int8_tensorwise"}}
+    workflow["20"] = {
+        "class_type": "FewBitsQuantizeINT8",
+        "inputs": {"model": ["3", 0], "format": "int8_tensorwise"},
+    }
     workflow["7"]["inputs"]["model"] = ["20", 0]
     return workflow
 
 
 def file_to_file(name: str, **inputs: object) -> dict:
-    wish = {"file": f"diffusion_models/{SLOW}", "format": "int8_tensorwise", "filename": name, **inputs}
+    wish = {
+        "file": f"diffusion_models/{SLOW}",
+        "format": "int8_tensorwise",
+        "filename": name,
+        **inputs,
+    }
     return {"20": {"class_type": "FewBitsQuantizeFile", "inputs": wish}}
 
 
@@ -162,7 +179,9 @@ def file_to_file(name: str, **inputs: object) -> dict:
 @pytest.mark.parametrize("renderer", RENDERERS)
 def test_a_node_in_the_graph_shows_the_plan_and_error_it_was_sent(open_page, renderer, theme):
     page = open_page(renderer, theme)
-    seed = 1 + 2 * list(RENDERERS).index(renderer) + (theme == "light")  # never answered from ComfyUI's cache
+    seed = (
+        1 + 2 * list(RENDERERS).index(renderer) + (theme == "light")
+    )  # never answered from ComfyUI's cache
     panel = load(page, in_graph(seed), "20")
     assert line(panel) == "Run the workflow to see the plan"
     width = page.evaluate("app.graph.getNodeById(20).size[0]")
@@ -173,17 +192,24 @@ def test_a_node_in_the_graph_shows_the_plan_and_error_it_was_sent(open_page, ren
     shot(page, f"{renderer}_{theme}_done")
 
     plan = page.evaluate("received['fewbits.plan'][0].plan")
-    report = page.evaluate("received.executed.find((detail) => detail.node === '20').output.fewbits_report[0]")
+    report = page.evaluate(
+        "received.executed.find((detail) => detail.node === '20').output.fewbits_report[0]"
+    )
     layers = str(sum(row["layers"] for row in plan["summary"]))
     assert rows(panel, ".fewbits-formats")[1:] == [
         *([row["format"], str(row["layers"]), *sizes(row)] for row in plan["summary"]),
         ["Total", layers, *sizes(plan)],
     ]
-    worst = [[row["name"], f"{row['rel_l2']:.4f}", f"{row['sqnr_db']:.1f} dB"] for row in report["worst"]]
+    worst = [
+        [row["name"], f"{row['rel_l2']:.4f}", f"{row['sqnr_db']:.1f} dB"] for row in report["worst"]
+    ]
     assert rows(panel, ".fewbits-worst")[1:] == worst
     assert len(worst) == 5
     before, after = sizes(plan)
-    assert panel.locator(".fewbits-value").all_inner_texts() == [f"{before} MB → {after} MB", f"{report['rel_l2']:.4f}"]
+    assert panel.locator(".fewbits-value").all_inner_texts() == [
+        f"{before} MB → {after} MB",
+        f"{report['rel_l2']:.4f}",
+    ]
     assert plan["loads_in"][1:] in panel.locator(".fewbits-loads").inner_text()
     assert page.evaluate("app.graph.getNodeById(20).size[0]") == width
     contrast, where = page.evaluate(CONTRAST)
@@ -216,7 +242,9 @@ def test_a_report_survives_a_change_of_tabs_and_an_error_shows_its_message(open_
     run(page)
     wait_for(page, "done")
     done = line(panel)
-    failing = file_to_file("kept", file="diffusion_models/emoji_flux.safetensors", format="float8_e4m3fn")
+    failing = file_to_file(
+        "kept", file="diffusion_models/emoji_flux.safetensors", format="float8_e4m3fn"
+    )
     panel = load(page, failing, "20", tab="fails")
     run(page)
     wait_for(page, "failed")
@@ -233,7 +261,10 @@ def test_the_quantized_model_draws_in_the_same_run(open_page):
     page = open_page("nodes2", width=1600, height=980, scale=2)
     workflow = emoji_workflow(lora=0.0)
     del workflow["3"]
-    workflow["20"] = {"class_type": "FewBitsQuantizeINT8", "inputs": {"model": ["1", 0], "format": "int8_tensorwise"}}
+    workflow["20"] = {
+        "class_type": "FewBitsQuantizeINT8",
+        "inputs": {"model": ["1", 0], "format": "int8_tensorwise"},
+    }
     workflow["7"]["inputs"]["model"] = ["20", 0]
     load(page, workflow, "20")
     places = {  # left, top, width, height
@@ -260,5 +291,7 @@ def test_the_quantized_model_draws_in_the_same_run(open_page):
     page.wait_for_timeout(6000)  # until ComfyUI's own notes about the finished job are gone
     shot(page, "quantize_node", clip={"x": 260, "y": 96, "width": 1080, "height": 776})
     image = Image.open(SCREENSHOTS / "quantize_node.png")
-    image.quantize(256, dither=Image.Dither.NONE).save(SCREENSHOTS / "quantize_node.png", optimize=True)
+    image.quantize(256, dither=Image.Dither.NONE).save(
+        SCREENSHOTS / "quantize_node.png", optimize=True
+    )
     assert picture.evaluate("(image) => image.naturalWidth") == 128

@@ -62,7 +62,12 @@ PLAN = {
     "bytes_before": 13_611_136,
     "bytes_after": 7_396_468,
     "summary": [
-        {"format": "int8_tensorwise", "layers": 22, "bytes_before": 12_582_912, "bytes_after": 6_368_244},
+        {
+            "format": "int8_tensorwise",
+            "layers": 22,
+            "bytes_before": 12_582_912,
+            "bytes_after": 6_368_244,
+        },
         {"format": "keep", "layers": 8, "bytes_before": 1_028_224, "bytes_after": 1_028_224},
     ],
     "layers": [
@@ -101,10 +106,19 @@ REPORT = {
 }
 
 
-def progress(done: int, total: int = 1_000_000_000, seconds: float = 2.0, node_id: str = "12") -> dict:
+def progress(
+    done: int, total: int = 1_000_000_000, seconds: float = 2.0, node_id: str = "12"
+) -> dict:
     eta = seconds * (total - done) / done if done else None
     layer = f"single_blocks.{done // 50_000_000}.linear1"
-    return {"node_id": node_id, "layer": layer, "done": done, "total": total, "seconds": seconds, "eta_seconds": eta}
+    return {
+        "node_id": node_id,
+        "layer": layer,
+        "done": done,
+        "total": total,
+        "seconds": seconds,
+        "eta_seconds": eta,
+    }
 
 
 @pytest.fixture
@@ -120,7 +134,9 @@ def page(new_page, web):
             route.fulfill(body=STUBS[path], content_type="text/javascript")
         else:
             file = web / path.removeprefix("/extensions/ComfyUI-FewBits/")
-            kind = "text/javascript" if file.suffix == ".mjs" else mimetypes.guess_type(file.name)[0]
+            kind = (
+                "text/javascript" if file.suffix == ".mjs" else mimetypes.guess_type(file.name)[0]
+            )
             route.fulfill(path=file, content_type=kind)
 
     page.route("**/*", answer)
@@ -135,7 +151,9 @@ def panel(page):
     """The panel of node 12, with the entry script running."""
     load(page)
     page.evaluate("addNode(12)")
-    page.wait_for_function("getComputedStyle(document.querySelector('.fewbits-panel')).position === 'relative'")
+    page.wait_for_function(
+        "getComputedStyle(document.querySelector('.fewbits-panel')).position === 'relative'"
+    )
     return page.locator(".fewbits-panel")
 
 
@@ -209,7 +227,10 @@ TEXTS = {
 def test_numbers_read_as_people_write_them(page):
     calls = ", ".join(f"[{json.dumps(call)}, String({call})]" for call in TEXTS)
     names = ", ".join(sorted({call.split("(")[0] for call in TEXTS}))
-    assert dict(page.evaluate(f"import('{PACK}/text.mjs').then(({{ {names} }}) => [{calls}])")) == TEXTS
+    assert (
+        dict(page.evaluate(f"import('{PACK}/text.mjs').then(({{ {names} }}) => [{calls}])"))
+        == TEXTS
+    )
 
 
 # ---- the panel's phases ----
@@ -218,7 +239,10 @@ def test_numbers_read_as_people_write_them(page):
 def test_a_new_node_has_an_empty_panel_with_room_reserved(page, panel):
     assert phase(panel) == "idle"
     assert line(panel) == "Run the workflow to see the plan"
-    assert cells(panel, ".fewbits-formats") == [["Format", "Layers", "Before", "After"], ["Total", "–", "–", "–"]]
+    assert cells(panel, ".fewbits-formats") == [
+        ["Format", "Layers", "Before", "After"],
+        ["Total", "–", "–", "–"],
+    ]
     assert page.evaluate("host.app.rootGraph.getNodeById(12).size") == [360, 464]
     widget = page.evaluate(
         "(({ options, serialize }) => [options.serialize, serialize, options.getMinHeight()])"
@@ -301,7 +325,10 @@ def test_the_layer_list_is_made_when_opened_and_filters_by_every_word(page, pane
         "655.36 kB",
         "preset flux: first projection",
     ]
-    assert layers.nth(1).locator(".fewbits-facts").inner_text().split("\n")[2] == "655.36 kB → 328.77 kB"
+    assert (
+        layers.nth(1).locator(".fewbits-facts").inner_text().split("\n")[2]
+        == "655.36 kB → 328.77 kB"
+    )
     panel.get_by_label("Filter layers").fill("linear2 PRIMARY")
     assert panel.locator(".fewbits-layers li:visible").count() == 15
     assert panel.locator(".fewbits-count").inner_text() == "15 of 30"
@@ -318,8 +345,15 @@ def test_an_open_list_keeps_filter_and_focus_when_the_report_arrives(page, panel
 
 
 def test_nothing_a_run_sends_changes_the_size_of_the_panel(page, panel):
-    long = {**REPORT, "family": "f" * 300, "warnings": ["w" * 500] * 9, "worst": [{"name": "n." * 200, "rel_l2": 1.0}]}
-    long["summary"] = [{"format": "format_" * 40, "layers": 1, "bytes_before": 10**15, "bytes_after": 1}] * 30
+    long = {
+        **REPORT,
+        "family": "f" * 300,
+        "warnings": ["w" * 500] * 9,
+        "worst": [{"name": "n." * 200, "rel_l2": 1.0}],
+    }
+    long["summary"] = [
+        {"format": "format_" * 40, "layers": 1, "bytes_before": 10**15, "bytes_after": 1}
+    ] * 30
     steps = (
         lambda: None,
         lambda: send(page, "fewbits.plan", {"node_id": "12", "plan": long}),
@@ -339,7 +373,12 @@ def test_nothing_a_run_sends_changes_the_size_of_the_panel(page, panel):
 
 def test_text_from_a_file_is_never_markup(page, panel):
     bad = "<img src=x onerror=send('hit')>"
-    finish(page, json.loads(json.dumps(REPORT).replace("single_blocks", bad).replace("int8_tensorwise", bad)))
+    finish(
+        page,
+        json.loads(
+            json.dumps(REPORT).replace("single_blocks", bad).replace("int8_tensorwise", bad)
+        ),
+    )
     panel.locator("summary").click()
     assert panel.locator("img").count() == 0
     assert bad in panel.inner_text()
@@ -429,7 +468,8 @@ def test_a_node_inside_subgraphs_is_found_by_its_path(page, panel):
     send(page, "fewbits.plan", {"node_id": "5:7", "plan": PLAN})
     assert (phase(panel), phase(inner)) == ("idle", "planned")
     page.evaluate(
-        "(report) => host.app.extensions[0].onNodeOutputsUpdated({ 'uuid-1:7': { fewbits_report: [report] } })", REPORT
+        "(report) => host.app.extensions[0].onNodeOutputsUpdated({ 'uuid-1:7': { fewbits_report: [report] } })",
+        REPORT,
     )
     assert (phase(panel), phase(inner)) == ("idle", "done")
 
@@ -449,21 +489,35 @@ def test_progress_without_a_plan_shows_progress(page, panel):
 
 
 @pytest.mark.parametrize(
-    "hook", ["loadedGraphNode(host.app.rootGraph.getNodeById(12))", "onNodeOutputsUpdated(host.app.nodeOutputs)"]
+    "hook",
+    [
+        "loadedGraphNode(host.app.rootGraph.getNodeById(12))",
+        "onNodeOutputsUpdated(host.app.nodeOutputs)",
+    ],
 )
 def test_stored_outputs_come_back(page, panel, hook):
-    page.evaluate("(report) => { host.app.nodeOutputs = { 12: { fewbits_report: [report] } }; }", REPORT)
+    page.evaluate(
+        "(report) => { host.app.nodeOutputs = { 12: { fewbits_report: [report] } }; }", REPORT
+    )
     page.evaluate(f"host.app.extensions[0].{hook}")
     assert phase(panel) == "done"
 
 
 def test_other_nodes_get_no_panel(page, panel):
-    page.evaluate("addNode(13, host.app.rootGraph, 'KSampler'); addNode(14, host.app.rootGraph, 'FewBitsInspectFile')")
+    page.evaluate(
+        "addNode(13, host.app.rootGraph, 'KSampler'); addNode(14, host.app.rootGraph, 'FewBitsInspectFile')"
+    )
     assert panel.count() == 1
 
 
 def test_messages_about_unknown_nodes_and_broken_ones_change_nothing(page, panel):
-    for event in ("fewbits.plan", "fewbits.progress", "execution_error", "execution_interrupted", "execution_cached"):
+    for event in (
+        "fewbits.plan",
+        "fewbits.progress",
+        "execution_error",
+        "execution_interrupted",
+        "execution_cached",
+    ):
         for detail in ({}, {"node_id": None}, {"node_id": "999"}, {"node_id": "5:6:7"}):
             send(page, event, detail)
     send(page, "fewbits.plan", {"node_id": "12", "plan": None})

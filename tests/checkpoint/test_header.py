@@ -15,14 +15,38 @@ from helpers import raw_file, tiny_checkpoint
 A = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
 HOSTILE = {
-    "overlapping tensors": ({"a": A, "b": {**A, "data_offsets": [8, 24]}}, 24, "tensors 'a' and 'b' overlap"),
+    "overlapping tensors": (
+        {"a": A, "b": {**A, "data_offsets": [8, 24]}},
+        24,
+        "tensors 'a' and 'b' overlap",
+    ),
     "beyond the end": ({"a": A}, 8, "truncated: tensor 'a' ends at byte"),
-    "wrong size for the shape": ({"a": {**A, "shape": [2, 3]}}, 16, "tensor 'a' F32 [2, 3] needs 24 bytes"),
+    "wrong size for the shape": (
+        {"a": {**A, "shape": [2, 3]}},
+        16,
+        "tensor 'a' F32 [2, 3] needs 24 bytes",
+    ),
     "unknown dtype": ({"a": {**A, "dtype": "F7"}}, 16, "tensor 'a' has dtype 'F7'"),
-    "negative shape": ({"a": {**A, "shape": [-2, -2]}}, 16, "tensor 'a' has a malformed header entry"),
-    "no offsets": ({"a": {"dtype": "F32", "shape": [2, 2]}}, 16, "tensor 'a' has a malformed header entry"),
-    "boolean shape": ({"a": {**A, "shape": [True, 4]}}, 16, "tensor 'a' has a malformed header entry"),
-    "metadata with numbers": ({"__metadata__": {"a": 1}}, 0, "__metadata__ must map strings to strings"),
+    "negative shape": (
+        {"a": {**A, "shape": [-2, -2]}},
+        16,
+        "tensor 'a' has a malformed header entry",
+    ),
+    "no offsets": (
+        {"a": {"dtype": "F32", "shape": [2, 2]}},
+        16,
+        "tensor 'a' has a malformed header entry",
+    ),
+    "boolean shape": (
+        {"a": {**A, "shape": [True, 4]}},
+        16,
+        "tensor 'a' has a malformed header entry",
+    ),
+    "metadata with numbers": (
+        {"__metadata__": {"a": 1}},
+        0,
+        "__metadata__ must map strings to strings",
+    ),
 }
 
 
@@ -72,11 +96,17 @@ def test_the_header_of_the_safetensors_library_reads_back_equal(tmp_path):
 
 
 def test_a_built_header_is_read_by_the_safetensors_library(tmp_path):
-    specs = (TensorSpec("wide", "F32", (3,)), TensorSpec("narrow", "U8", (5,)), TensorSpec("none", "U8", (0, 4)))
+    specs = (
+        TensorSpec("wide", "F32", (3,)),
+        TensorSpec("narrow", "U8", (5,)),
+        TensorSpec("none", "U8", (0, 4)),
+    )
     header, offsets = build_header(specs, {"b": "2", "a": "1"})
     assert len(header) % 8 == 0
     path = tmp_path / "x.safetensors"
-    path.write_bytes(header + torch.arange(3, dtype=torch.float32).numpy().tobytes() + bytes(range(5)))
+    path.write_bytes(
+        header + torch.arange(3, dtype=torch.float32).numpy().tobytes() + bytes(range(5))
+    )
     assert offsets["narrow"] == len(header) + 12
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"a": "1", "b": "2"}

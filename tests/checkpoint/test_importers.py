@@ -51,7 +51,7 @@ def native(name, weight=WIDE, **options):
     return dialects.native(name, weight, **options)
 
 
-# ---- golden vectors 9.7 --------------------------------------------------------------------------------------------
+# ---- golden vectors 9.7 ----
 
 
 def test_flat_nf4_of_december_2025_is_read_low_nibble_first():
@@ -85,7 +85,10 @@ def test_bitsandbytes_files_have_the_golden_rows_in_one_column():
     made, stored = one(tensors)
     assert (made.dialect, made.format) == ("B0", "bnb_nf4")
     assert raw(stored["weight"]).hex().startswith(NF4_ROW)
-    assert stored["weight"].untyped_storage().data_ptr() == tensors["a.weight"].untyped_storage().data_ptr()
+    assert (
+        stored["weight"].untyped_storage().data_ptr()
+        == tensors["a.weight"].untyped_storage().data_ptr()
+    )
     assert made.marker == {
         "format": "bnb_nf4", "group_size": 64, "params": {"group_size": 64}, "shape": [4, 64], "nibble_order": "high",
         "dtype": "bfloat16",
@@ -94,13 +97,17 @@ def test_bitsandbytes_files_have_the_golden_rows_in_one_column():
 
 def test_nested_absmax_is_table_times_absmax_plus_offset():
     table = (torch.arange(256) - 128) / 128
-    found = nested_absmax(torch.tensor([0, 64, 128, 255], dtype=torch.uint8), table, torch.tensor([0.5]), 256, 0.25)
+    found = nested_absmax(
+        torch.tensor([0, 64, 128, 255], dtype=torch.uint8), table, torch.tensor([0.5]), 256, 0.25
+    )
     assert found.tolist() == [-0.25, 0.0, 0.25, 0.74609375]
 
 
 def test_the_zero_layer_defect_decodes_to_zeros():
     tensors = {"weight": torch.zeros(128, 128, dtype=torch.uint8), "absmax": torch.ones(128, 2, 1)}
-    made, stored = one(dialects.under("a", tensors, {"format": "bnb_nf4", "params": {"group_size": 64}}))
+    made, stored = one(
+        dialects.under("a", tensors, {"format": "bnb_nf4", "params": {"group_size": 64}})
+    )
     assert made.format == "bnb_nf4" and made.layer.shape == (128, 128)
     assert torch.equal(decoded(made, stored), torch.zeros(128, 128))
 
@@ -113,15 +120,21 @@ def test_int8_fast_without_format_reads_as_rows():
 
 
 def test_scaled_e5m2_stays_e5m2():
-    codes = torch.frombuffer(bytearray.fromhex(A_E5M2), dtype=torch.uint8).view(torch.float8_e5m2).view(4, 8)
+    codes = (
+        torch.frombuffer(bytearray.fromhex(A_E5M2), dtype=torch.uint8)
+        .view(torch.float8_e5m2)
+        .view(4, 8)
+    )
     marker = torch.zeros(2).to(torch.float8_e5m2)
-    made, stored = one({"a.weight": codes, "a.scale_weight": floats("3b112492"), "scaled_fp8": marker})
+    made, stored = one(
+        {"a.weight": codes, "a.scale_weight": floats("3b112492"), "scaled_fp8": marker}
+    )
     assert made.marker == {"format": "float8_e5m2", "full_precision_matrix_mult": True}
     assert bits(stored["weight_scale"]) == "3b112492" and stored["weight_scale"].shape == ()
     assert raw(stored["weight"]).hex() == A_E5M2
 
 
-# ---- recognition ---------------------------------------------------------------------------------------------------
+# ---- recognition ----
 
 LOSSLESS = {
     "B0 nf4": (dialects.bitsandbytes("a", WIDE), "B0", "bnb_nf4"),
@@ -173,11 +186,15 @@ def test_4_bit_bytes_with_scales_need_a_word_from_the_user():
     assert made.dialect == "D14L" and torch.equal(found["weight"], stored["weight"])
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "text_encoders.t5xxl.transformer."])
+@pytest.mark.parametrize(
+    "prefix", ["", "model.diffusion_model.", "text_encoders.t5xxl.transformer."]
+)
 @pytest.mark.parametrize("size", [0, 1, 2])
 def test_the_marker_owns_the_layers_below_its_prefix(prefix, size):
     tensors = dialects.scaled_fp8(f"{prefix}a", WIDE)
-    source = imported({**tensors, f"{prefix}scaled_fp8": torch.zeros(size, dtype=torch.float8_e4m3fn)})
+    source = imported(
+        {**tensors, f"{prefix}scaled_fp8": torch.zeros(size, dtype=torch.float8_e4m3fn)}
+    )
     marker = source.translations[f"{prefix}a"].marker
     assert marker.get("full_precision_matrix_mult", False) is (size == 2)
     assert not any("scaled_fp8" in name for name in source.header.tensors)
@@ -185,7 +202,9 @@ def test_the_marker_owns_the_layers_below_its_prefix(prefix, size):
 
 def test_the_longest_prefix_owns_a_layer():
     tensors = {**dialects.scaled_fp8("m.te.a", WIDE), **dialects.scaled_fp8("m.b", WIDE)}
-    source = imported({**tensors, "m.scaled_fp8": torch.zeros(2), "m.te.scaled_fp8": torch.zeros(0)})
+    source = imported(
+        {**tensors, "m.scaled_fp8": torch.zeros(2), "m.te.scaled_fp8": torch.zeros(0)}
+    )
     assert "full_precision_matrix_mult" not in source.translations["m.te.a"].marker
     assert source.translations["m.b"].marker["full_precision_matrix_mult"] is True
 
@@ -197,12 +216,18 @@ def test_the_longest_prefix_owns_a_layer():
     ids=["half", "one", "vector", "infinite", "zero"],
 )  # fmt: skip
 def test_a_legacy_input_scale_is_kept_when_it_can_be_one(value, kept):
-    source = imported({**dialects.scaled_fp8("a", WIDE), "a.scale_input": value, "scaled_fp8": torch.zeros(0)})
+    source = imported(
+        {**dialects.scaled_fp8("a", WIDE), "a.scale_input": value, "scaled_fp8": torch.zeros(0)}
+    )
     assert ("input_scale" in source.translations["a"].outputs) is kept
     if kept:
-        assert source.read("a.input_scale").shape == () and source.read("a.input_scale") == value.reshape(())
+        assert source.read("a.input_scale").shape == () and source.read(
+            "a.input_scale"
+        ) == value.reshape(())
     else:
-        assert any("'a'" in text and "scale_input dropped" in text for text in source.header.warnings)
+        assert any(
+            "'a'" in text and "scale_input dropped" in text for text in source.header.warnings
+        )
 
 
 def test_high_precision_layers_lose_their_dummy_scale_and_nothing_else():
@@ -212,7 +237,9 @@ def test_high_precision_layers_lose_their_dummy_scale_and_nothing_else():
         "scaled_fp8": torch.zeros(0),
     }  # fmt: skip
     source = imported(tensors)
-    assert list(source.header.tensors) == ["a.weight"] and torch.equal(source.read("a.weight"), weight)
+    assert list(source.header.tensors) == ["a.weight"] and torch.equal(
+        source.read("a.weight"), weight
+    )
     assert any("2.0" in text for text in source.header.warnings)
 
 
@@ -225,7 +252,10 @@ def test_fp8_that_is_no_matrix_is_decoded_to_bf16():
     }  # fmt: skip
     source = imported(tensors)
     assert torch.equal(source.read("c.weight"), (conv.float() * 0.5).bfloat16())
-    assert source.read("n.weight").tolist() == [1.0, 2.0] and source.read("n.bias").dtype == torch.bfloat16
+    assert (
+        source.read("n.weight").tolist() == [1.0, 2.0]
+        and source.read("n.bias").dtype == torch.bfloat16
+    )
     assert "_quantization_metadata" not in source.header.metadata
 
 
@@ -242,12 +272,20 @@ def test_a_plain_fp8_cast_is_converted_but_left_alone_at_run_time():
 
 
 def test_orphan_scales_are_dropped_and_listed():
-    source = imported({"b.weight": WIDE, "a.weight_scale": torch.ones(()), "a.b.comfy_quant": torch.zeros(4).byte()})
+    source = imported(
+        {
+            "b.weight": WIDE,
+            "a.weight_scale": torch.ones(()),
+            "a.b.comfy_quant": torch.zeros(4).byte(),
+        }
+    )
     assert list(source.header.tensors) == ["b.weight"]
-    assert [text for text in source.header.warnings if "a.weight_scale" in text and "no weight" in text]
+    assert [
+        text for text in source.header.warnings if "a.weight_scale" in text and "no weight" in text
+    ]
 
 
-# ---- labels and side tensors of comfy_quant files ------------------------------------------------------------------
+# ---- labels and side tensors of comfy_quant files ----
 
 
 def test_a_row_scale_under_the_scalar_tag_is_relabelled_also_when_square():
@@ -256,15 +294,22 @@ def test_a_row_scale_under_the_scalar_tag_is_relabelled_also_when_square():
     made, found = one(dialects.under("a", stored, {"format": "float8_e4m3fn"}))
     assert made.format == "float8_e4m3fn_rowwise"
     assert torch.equal(
-        decoded(made, found), decoded(*one(dialects.under("a", *native("float8_e4m3fn_rowwise", square))))
+        decoded(made, found),
+        decoded(*one(dialects.under("a", *native("float8_e4m3fn_rowwise", square)))),
     )
 
 
 def test_block_scales_under_other_tags_are_relabelled():
     stored, _ = native("float8_e4m3fn_block3d", block_size=64)
-    assert one(dialects.under("a", stored, {"format": "float8_e4m3fn"}))[0].format == "float8_e4m3fn_block3d"
+    assert (
+        one(dialects.under("a", stored, {"format": "float8_e4m3fn"}))[0].format
+        == "float8_e4m3fn_block3d"
+    )
     stored, _ = native("float8_e4m3fn_rowwise")
-    assert one(dialects.under("a", stored, {"format": "float8_e4m3fn_blockwise"}))[0].format == "float8_e4m3fn_rowwise"
+    assert (
+        one(dialects.under("a", stored, {"format": "float8_e4m3fn_blockwise"}))[0].format
+        == "float8_e4m3fn_rowwise"
+    )
 
 
 def test_one_element_scales_become_0_d_and_rows_become_columns():
@@ -304,7 +349,9 @@ def test_unreadable_json_is_inferred_from_shapes_or_refused():
     assert one(tensors)[0].format == "int8_tensorwise"
     stored, _ = native("nvfp4", torch.randn(32, 32))
     with pytest.raises(CheckpointError, match="layer 'a'.*order of scales and nibbles"):
-        imported({**dialects.under("a", stored), "a.comfy_quant": torch.zeros(40, dtype=torch.uint8)})
+        imported(
+            {**dialects.under("a", stored), "a.comfy_quant": torch.zeros(40, dtype=torch.uint8)}
+        )
 
 
 def test_the_header_wins_over_the_tensor_and_both_are_written():
@@ -313,7 +360,8 @@ def test_the_header_wins_over_the_tensor_and_both_are_written():
     stored, marker = native("int8_tensorwise")
     header = json.dumps({"layers": {"a": marker}})
     source = imported(
-        dialects.under("a", stored, {"format": "int8_tensorwise"}), {"_quantization_metadata": header, "x": "y"}
+        dialects.under("a", stored, {"format": "int8_tensorwise"}),
+        {"_quantization_metadata": header, "x": "y"},
     )
     assert any("header/tensor mismatch" in text for text in source.header.warnings)
     assert json.loads(source.header.metadata["_quantization_metadata"])["layers"] == {"a": marker}
@@ -325,7 +373,9 @@ def test_header_names_without_the_prefix_are_resolved_when_one_prefix_fits_all()
 
     stored, marker = native("int8_tensorwise")
     header = json.dumps({"layers": {"a": marker}})
-    source = imported(dialects.under("model.diffusion_model.a", stored), {"_quantization_metadata": header})
+    source = imported(
+        dialects.under("model.diffusion_model.a", stored), {"_quantization_metadata": header}
+    )
     assert source.translations["model.diffusion_model.a"].marker == marker
 
 
@@ -338,13 +388,17 @@ def test_embeddings_in_formats_comfyui_cannot_look_up_are_decoded():
 
 
 def test_unknown_formats_are_named_in_files_and_left_alone_at_run_time():
-    tensors = dialects.under("a", {"weight": torch.zeros(16, 8, dtype=torch.uint8)}, {"format": "svdquant_w4a4"})
+    tensors = dialects.under(
+        "a", {"weight": torch.zeros(16, 8, dtype=torch.uint8)}, {"format": "svdquant_w4a4"}
+    )
     with pytest.raises(CheckpointError, match="layer 'a': format svdquant_w4a4 is not read"):
         imported(tensors)
     assert imported(tensors, foreign_only=True).changes_nothing
 
 
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "int8_tensorwise", "int8_blockwise", "bnb_nf4", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize(
+    "name", ["float8_e4m3fn", "int8_tensorwise", "int8_blockwise", "bnb_nf4", "nvfp4", "mxfp8"]
+)
 def test_our_own_files_stay_as_they_are(name):
     tensors = dialects.under("a", *native(name, torch.randn(128, 128)))
     made, stored = one(tensors)
@@ -353,7 +407,7 @@ def test_our_own_files_stay_as_they_are(name):
     assert imported(tensors, foreign_only=True).changes_nothing
 
 
-# ---- decoding where no format holds the codes ----------------------------------------------------------------------
+# ---- decoding where no format holds the codes ----
 
 
 def test_an_odd_width_is_decoded():
@@ -370,8 +424,17 @@ def test_an_odd_width_is_decoded():
 
 def test_af4_is_decoded_with_its_own_table():
     stored, _ = native("bnb_nf4")
-    marker = {"format": "bnb_af4", "group_size": 64, "shape": [32, 128], "params": {"group_size": 64}}
-    source = imported(dialects.under("a", {"weight": stored["weight"].reshape(-1), "absmax": stored["absmax"]}, marker))
+    marker = {
+        "format": "bnb_af4",
+        "group_size": 64,
+        "shape": [32, 128],
+        "params": {"group_size": 64},
+    }
+    source = imported(
+        dialects.under(
+            "a", {"weight": stored["weight"].reshape(-1), "absmax": stored["absmax"]}, marker
+        )
+    )
     assert source.translations["a"].format is None
     first = int(stored["weight"].reshape(-1)[0]) & 15
     from fewbits.quant_ops.checkpoint.importers.four_bit import AF4_VALUES
@@ -398,23 +461,35 @@ def test_asymmetric_w4a8_without_a_codebook(six_bits, corrected):
     low = (codes[:, 0::2] & 15) | (codes[:, 1::2] & 15) << 4
     top = sum((codes[:, i::4] >> 4) << 2 * i for i in range(4))
     packed = torch.cat([low, top], 1) if six_bits else low
-    relative, channel = torch.rand(n, k // group, generator=generator) * 4, torch.rand(n, generator=generator)
+    relative, channel = (
+        torch.rand(n, k // group, generator=generator) * 4,
+        torch.rand(n, generator=generator),
+    )
     correction = torch.randn(k // group, n, generator=generator)
-    tensors = {"weight": packed.to(torch.uint8).view(torch.int8), "weight_s_rel": relative, "weight_s_channel": channel}
+    tensors = {
+        "weight": packed.to(torch.uint8).view(torch.int8),
+        "weight_s_rel": relative,
+        "weight_s_channel": channel,
+    }
     if corrected:
         tensors["weight_correction"] = correction
     marker = {"format": "asym_w4a8_int8", "group_size": group, "convrot_groupsize": 64}
     made, stored = one(dialects.under("a", tensors, marker))
     assert made.dialect == "C5" and made.format is None
     levels = codes.float() - (32 if six_bits else 8)
-    grid = (levels * relative.repeat_interleave(group, 1)).round().clamp(-127, 127) * channel[:, None]
+    grid = (levels * relative.repeat_interleave(group, 1)).round().clamp(-127, 127) * channel[
+        :, None
+    ]
     if corrected:
         grid += correction.t().repeat_interleave(group, 1)
     assert torch.equal(stored["weight"], rotate(grid, 64).bfloat16())
 
 
 def test_a_pre_quant_scale_is_multiplied_into_a_decoded_weight():
-    tensors = {**dialects.bitsandbytes("shared", WIDE), "shared.pre_quant_scale": torch.arange(1.0, 129.0)}
+    tensors = {
+        **dialects.bitsandbytes("shared", WIDE),
+        "shared.pre_quant_scale": torch.arange(1.0, 129.0),
+    }
     source = imported(tensors)
     plain = imported(dialects.bitsandbytes("a", WIDE))
     weight = get_format("bnb_nf4").dequantize(
@@ -423,17 +498,24 @@ def test_a_pre_quant_scale_is_multiplied_into_a_decoded_weight():
     assert torch.equal(source.read("shared.weight"), (weight * torch.arange(1.0, 129.0)).bfloat16())
 
 
-# ---- nibble order and shape, never guessed -------------------------------------------------------------------------
+# ---- nibble order and shape, never guessed ----
 
 
 def test_without_any_evidence_the_high_nibble_comes_first_and_says_so():
     tensors = dialects.bitsandbytes("a", WIDE)
-    tensors["a.weight.quant_state.bitsandbytes__nf4"] = dialects.json_tensor({"shape": [32, 128], "blocksize": 64})
+    tensors["a.weight.quant_state.bitsandbytes__nf4"] = dialects.json_tensor(
+        {"shape": [32, 128], "blocksize": 64}
+    )
     source = imported(tensors)
     assert source.translations["a"].nibbles == "high"
     assert any("--nibble-order low" in text for text in source.header.warnings)
     assert imported(tensors, nibble_order="low").translations["a"].nibbles == "low"
-    assert imported({**tensors}, {"_quantization_metadata": '{"formats": {}}'}).translations["a"].nibbles == "low"
+    assert (
+        imported({**tensors}, {"_quantization_metadata": '{"formats": {}}'})
+        .translations["a"]
+        .nibbles
+        == "low"
+    )
     tensors["a.weight.absmax"][3] = 1e-12
     assert imported(tensors).translations["a"].nibbles == "low"
 

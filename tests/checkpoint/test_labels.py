@@ -22,10 +22,17 @@ READ = {
         None: [(128,)],
     },
 }
-CASES = [(dtype, shape, label) for dtype, rows in READ.items() for label, shapes in rows.items() for shape in shapes]
+CASES = [
+    (dtype, shape, label)
+    for dtype, rows in READ.items()
+    for label, shapes in rows.items()
+    for shape in shapes
+]
 
 
-@pytest.mark.parametrize("dtype, shape, label", CASES, ids=[f"{d} {s} {n or 'refused'}" for d, s, n in CASES])
+@pytest.mark.parametrize(
+    "dtype, shape, label", CASES, ids=[f"{d} {s} {n or 'refused'}" for d, s, n in CASES]
+)
 def test_every_shape_has_one_reading_or_none(dtype, shape, label):
     if label is None:
         with pytest.raises(CheckpointError, match="weight_scale is .* 256x128 allows"):
@@ -42,7 +49,10 @@ def test_rows_and_the_whole_tensor_are_one_int8_format_with_two_scalings():
 
 def test_a_single_block_is_one_only_when_the_tag_says_so():
     assert label_of("F8_E4M3", (64, 64), (1, 1), "float8_e4m3fn_blockwise", 64).size == 64
-    assert label_of("F8_E4M3", (64, 64), (1, 1), "float8_e4m3fn_blockwise", 32).format == "float8_e4m3fn"
+    assert (
+        label_of("F8_E4M3", (64, 64), (1, 1), "float8_e4m3fn_blockwise", 32).format
+        == "float8_e4m3fn"
+    )
     assert label_of("F8_E4M3", (64, 64), (), "int8_blockwise", 64).format == "float8_e4m3fn"
 
 

@@ -24,17 +24,28 @@ def test_every_dtype_reads_the_same_bytes_as_the_safetensors_library(tmp_path):
             got = source.read(name)
             assert got.dtype == tensor.dtype and got.shape == tensor.shape
             assert (
-                got.view(torch.uint8).tolist() == tensor.view(torch.uint8).tolist() if tensor.dim() else got == tensor
+                got.view(torch.uint8).tolist() == tensor.view(torch.uint8).tolist()
+                if tensor.dim()
+                else got == tensor
             )
 
 
 def shards(folder, tensors):
     names = sorted(tensors)
-    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    halves = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for i, (file, keys) in enumerate(halves.items()):
-        save_file({key: tensors[key] for key in keys}, folder / file, metadata={"format": "pt", "part": str(i)})
+        save_file(
+            {key: tensors[key] for key in keys},
+            folder / file,
+            metadata={"format": "pt", "part": str(i)},
+        )
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {key: file for file, keys in halves.items() for key in keys}}))
+    index.write_text(
+        json.dumps({"weight_map": {key: file for file, keys in halves.items() for key in keys}})
+    )
     return index
 
 
@@ -66,7 +77,9 @@ def test_a_shard_outside_the_folder_is_refused(tmp_path):
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
     for name in ("one", "two"):
         save_file({"a": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(CheckpointError, match="tensor 'a' is in one.safetensors and in two.safetensors"):
+    with pytest.raises(
+        CheckpointError, match="tensor 'a' is in one.safetensors and in two.safetensors"
+    ):
         FileSource(tmp_path)
 
 
@@ -86,7 +99,9 @@ def test_a_large_tensor_cut_short_says_how_many_bytes_its_readers_found(tmp_path
     with FileSource(path, short_lived=True, for_gpu=True) as source:
         with open(path, "r+b") as file:
             file.truncate(path.stat().st_size - LOCKED[0] // 2)
-        with pytest.raises(CheckpointError, match=f"reading tensor 't': {LOCKED[0] // 2} of {LOCKED[0]} bytes"):
+        with pytest.raises(
+            CheckpointError, match=f"reading tensor 't': {LOCKED[0] // 2} of {LOCKED[0]} bytes"
+        ):
             source.read("t")
 
 
@@ -97,7 +112,11 @@ def test_a_slow_disk_is_read_by_one_thread(tmp_path, monkeypatch):
     fill = FileSource._fill
     monkeypatch.setattr(FileSource, "_fill", lambda *args: calls.append(args[2]) or fill(*args))
     with FileSource(path, short_lived=True, for_gpu=True) as source:
-        for name, speed, lanes in (("a", float("inf"), READERS), ("b", 0.0, 1), ("c", 0.0, READERS)):
+        for name, speed, lanes in (
+            ("a", float("inf"), READERS),
+            ("b", 0.0, 1),
+            ("c", 0.0, READERS),
+        ):
             monkeypatch.setattr(reader, "FAST", speed)  # of the last tensor: decides about the next
             calls.clear()
             assert torch.equal(source.read(name), tensors[name])

@@ -62,7 +62,9 @@ def nvfp4_with_nan():
 
 def conv_with_marker():
     codes = torch.randn(4, 4, 3, 3).to(torch.float8_e4m3fn)
-    return dialects.under("a", {"weight": codes, "weight_scale": torch.tensor(1.0)}, {"format": "float8_e4m3fn"})
+    return dialects.under(
+        "a", {"weight": codes, "weight_scale": torch.tensor(1.0)}, {"format": "float8_e4m3fn"}
+    )
 
 
 def full_range_without_scale():
@@ -109,7 +111,9 @@ SHOWN = {
 def test_a_mistake_is_found_by_its_id(case):
     found = verify_source(MemorySource(SHOWN[case]))
     assert case.split()[0] in {finding.id for finding in found.findings}, found.to_text()
-    assert not found.ok and all(finding.to_text() and finding.id in MISTAKES for finding in found.findings)
+    assert not found.ok and all(
+        finding.to_text() and finding.id in MISTAKES for finding in found.findings
+    )
 
 
 REPAIRABLE = [
@@ -129,7 +133,9 @@ def test_what_can_be_repaired_is_and_decodes_as_it_should(case, tmp_path):
 
 
 def test_a_repaired_file_is_repaired_to_itself(tmp_path):
-    broken, fixed, again = (tmp_path / f"{name}.safetensors" for name in ("broken", "fixed", "again"))
+    broken, fixed, again = (
+        tmp_path / f"{name}.safetensors" for name in ("broken", "fixed", "again")
+    )
     save_file(SHOWN["M04"], broken)
     repair_file(broken, fixed)
     done = repair_file(fixed, again)
@@ -139,7 +145,10 @@ def test_a_repaired_file_is_repaired_to_itself(tmp_path):
 HEADERS = {
     "M05": ({"layers": {"a": {"format": "int8_tensorwise"}}}, "a"),
     "M35 names": ({"layers": {"b": {"format": "int8_tensorwise"}}}, "a"),
-    "M35 prefix": ({"layers": {"a": {"format": "int8_tensorwise", "per_row": True}}}, "model.diffusion_model.a"),
+    "M35 prefix": (
+        {"layers": {"a": {"format": "int8_tensorwise", "per_row": True}}},
+        "model.diffusion_model.a",
+    ),
     "M35 layers": ({"format_version": "1.0"}, "a"),
 }
 
@@ -167,7 +176,9 @@ def test_our_own_files_have_no_problems_and_small_errors(tmp_path, wish):
 
 
 @pytest.mark.parametrize(
-    "make", [dialects.bitsandbytes, dialects.nested, dialects.d19, dialects.d19_legacy], ids=lambda m: m.__name__
+    "make",
+    [dialects.bitsandbytes, dialects.nested, dialects.d19, dialects.d19_legacy],
+    ids=lambda m: m.__name__,
 )
 def test_foreign_files_that_are_right_have_no_problems(make):
     original = MemorySource({"a.weight": WIDE})
@@ -176,12 +187,14 @@ def test_foreign_files_that_are_right_have_no_problems(make):
 
 
 def test_two_nibble_orders_in_one_file_are_a_problem():
-    found = verify_source(MemorySource({**dialects.bitsandbytes("a", WIDE), **dialects.d19("b", WIDE)}))
+    found = verify_source(
+        MemorySource({**dialects.bitsandbytes("a", WIDE), **dialects.d19("b", WIDE)})
+    )
     assert any("low nibble first, others the high" in finding.what for finding in found.findings)
     assert "bnb_nf4 (B0, high nibble first)" in found.to_text()
 
 
-# ---- against the original ------------------------------------------------------------------------------------------
+# ---- against the original ----
 
 
 def against(tensors, original=WIDE, metadata=None):
@@ -192,7 +205,9 @@ def against(tensors, original=WIDE, metadata=None):
 def test_truncated_int8_is_told_from_rounded():
     scale = WIDE.abs().amax(1, keepdim=True) / 127
     codes = {"weight": (WIDE / scale).to(torch.int8), "weight_scale": scale}
-    assert set(against(dialects.under("a", codes, {"format": "int8_tensorwise", "per_row": True}))) == {"M06"}
+    assert set(
+        against(dialects.under("a", codes, {"format": "int8_tensorwise", "per_row": True}))
+    ) == {"M06"}
     assert not against(native("int8_tensorwise"))
 
 
@@ -224,7 +239,9 @@ def test_clipped_blocks_are_found():
 def test_unswizzled_block_scales_are_found():
     weight = WIDE * torch.logspace(-3, 3, 64)[:, None]
     tensors = native("nvfp4", weight)
-    tensors["a.weight_scale"] = tensors["a.weight_scale"].view(torch.uint8).flip(1).roll(3, 0).view(torch.float8_e4m3fn)
+    tensors["a.weight_scale"] = (
+        tensors["a.weight_scale"].view(torch.uint8).flip(1).roll(3, 0).view(torch.float8_e4m3fn)
+    )
     assert set(against(tensors, weight)) & {"M14"}
 
 
@@ -232,7 +249,7 @@ def test_lost_metadata_is_found():
     assert set(against(native("int8_tensorwise"), metadata={"config": "{}"})) == {"M21"}
 
 
-# ---- the commands --------------------------------------------------------------------------------------------------
+# ---- the commands ----
 
 
 def test_the_command_exits_1_on_problems_and_0_without(tmp_path, capsys):
@@ -258,6 +275,8 @@ def test_a_file_that_is_none_exits_2(tmp_path, capsys):
 
 def test_a_file_with_diffusers_names_is_reported(tmp_path):
     path = tmp_path / "diffusers.safetensors"
-    tensors = dialects.under("single_transformer_blocks.0.attn.to_q", *dialects.native("int8_tensorwise", WIDE))
+    tensors = dialects.under(
+        "single_transformer_blocks.0.attn.to_q", *dialects.native("int8_tensorwise", WIDE)
+    )
     save_file({**tensors, "x_embedder.weight": WIDE}, path)
     assert "M36" in {finding.id for finding in verify_file(path).findings}

@@ -47,7 +47,10 @@ def test_kept_tensors_are_copied_bit_for_bit(model, out):
     before, after = load_file(model), load_file(out)
     kept = [name for name in before if not name.endswith(".weight") or f"{name}_scale" not in after]
     assert len(kept) > 30
-    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in kept)
+    assert all(
+        torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype
+        for name in kept
+    )
 
 
 def test_an_existing_output_is_refused_and_untouched(model, out):
@@ -87,7 +90,11 @@ def test_a_cancelled_run_leaves_an_empty_folder(model, out):
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("missing/q.safetensors", "no such folder"), ("q.ckpt", "must end in .safetensors"), ("in", "must end in")],
+    [
+        ("missing/q.safetensors", "no such folder"),
+        ("q.ckpt", "must end in .safetensors"),
+        ("in", "must end in"),
+    ],
     ids=["missing folder", "wrong suffix", "a folder"],
 )
 def test_an_impossible_target_is_refused_before_any_work(tmp_path, model, target, message):
@@ -107,7 +114,9 @@ def test_a_full_disk_is_noticed_before_the_first_byte(model, out, monkeypatch):
 
     usage = shutil.disk_usage(out.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match="the disk is full: .* bytes are needed in .*, 1000 are free"):
+    with pytest.raises(
+        CheckpointError, match="the disk is full: .* bytes are needed in .*, 1000 are free"
+    ):
         pipeline.quantize_file(model, out, INT8)
     assert os.listdir(out.parent) == []
 
@@ -120,10 +129,16 @@ def test_a_disk_that_fills_up_while_writing_names_the_tensor(model, out):
         "from fewbits.quant_ops.cli.__main__ import main;"
         f"sys.exit(main(['quantize', {str(model)!r}, '-o', {str(out)!r}, '--format', 'int8_tensorwise']))"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 200_000
     assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and "the disk is full" in result.stderr and "q.safetensors" in result.stderr
+    assert (
+        result.stderr.count("\n") == 1
+        and "the disk is full" in result.stderr
+        and "q.safetensors" in result.stderr
+    )
     assert os.listdir(out.parent) == []
 
 

@@ -18,7 +18,9 @@ def test_the_report_names_a_kernel_and_a_reason_for_every_format():
     for entry in report:
         assert entry["text"].startswith(f"{entry['format']}: ") and tuple(entry["rows"]) == ROWS
         assert all(row["backend"] in WORDS for row in entry["rows"].values())
-    assert kernel_report(["bnb_nf4"])[0]["text"] == "bnb_nf4: eager PyTorch, because tensor is on cpu"
+    assert (
+        kernel_report(["bnb_nf4"])[0]["text"] == "bnb_nf4: eager PyTorch, because tensor is on cpu"
+    )
 
 
 def test_a_kernel_by_rows_is_said_in_one_line(monkeypatch):
@@ -26,27 +28,48 @@ def test_a_kernel_by_rows_is_said_in_one_line(monkeypatch):
     monkeypatch.setattr(dispatch.Op, "choose", choose)
     (entry,) = kernel_report(["int8_blockwise"])
     assert entry["text"] == "int8_blockwise: native CUDA up to 16 rows, native Triton above"
-    assert entry["native_since"] is None and kernel_report(["float8_e4m3fn"])[0]["native_since"] == "0.4.0"
+    assert (
+        entry["native_since"] is None
+        and kernel_report(["float8_e4m3fn"])[0]["native_since"] == "0.4.0"
+    )
 
 
 def test_every_linear_is_timed_against_bf16_and_decoding():
     seen = []
-    rows = bench_linears(torch.device("cpu"), ["int8_blockwise", "bnb_nf4"], (1, 3), (128, 128), on_row=seen.append)
+    rows = bench_linears(
+        torch.device("cpu"), ["int8_blockwise", "bnb_nf4"], (1, 3), (128, 128), on_row=seen.append
+    )
     assert rows == seen and [(row["format"], row["M"]) for row in rows] == [
         ("int8_blockwise", 1), ("int8_blockwise", 3), ("bnb_nf4", 1), ("bnb_nf4", 3)]  # fmt: skip
     assert all(row["ms"] > 0 and row["bf16_ms"] > 0 and row["decoded_ms"] > 0 for row in rows)
 
 
 def test_the_command_prints_reasons_or_json():
-    arguments = ("bench", "--device", "cpu", "--format", "int8_lodewise", "--size", "128x256", "--rows", "2")
+    arguments = (
+        "bench",
+        "--device",
+        "cpu",
+        "--format",
+        "int8_lodewise",
+        "--size",
+        "128x256",
+        "--rows",
+        "2",
+    )
     text = fewbits(*arguments)
-    assert text.returncode == 0 and "int8_lodewise: eager PyTorch" in text.stdout and "128x256" in text.stdout
+    assert (
+        text.returncode == 0
+        and "int8_lodewise: eager PyTorch" in text.stdout
+        and "128x256" in text.stdout
+    )
     found = json.loads(fewbits(*arguments, "--json").stdout)
     assert found["device"] == "cpu" and [row["M"] for row in found["linears"]] == [2]
     assert "milliseconds" not in fewbits(*arguments, "--reasons").stdout
 
 
-@pytest.mark.parametrize(("argument", "value"), [("--size", "128"), ("--rows", "0"), ("--format", "nf4")])
+@pytest.mark.parametrize(
+    ("argument", "value"), [("--size", "128"), ("--rows", "0"), ("--format", "nf4")]
+)
 def test_the_command_refuses_in_one_line(argument, value):
     run = fewbits("bench", "--device", "cpu", argument, value)
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and value in run.stderr

@@ -21,7 +21,11 @@ MARKER = torch.zeros(0, dtype=torch.float8_e4m3fn)
 def write(tmp_path):
     def run(tensors, **metadata):
         path = tmp_path / "in.safetensors"
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata=metadata or None)
+        save_file(
+            {name: tensor.clone() for name, tensor in tensors.items()},
+            path,
+            metadata=metadata or None,
+        )
         return path
 
     return run
@@ -69,7 +73,9 @@ def mixed_fp8():
 
 def test_scaled_fp8_becomes_comfy_quant_table_by_table(convert):
     tensors = mixed_fp8()
-    status, output, text = convert(tensors, "--to", "comfy_quant", config="{}", **{"modelspec.title": "x"})
+    status, output, text = convert(
+        tensors, "--to", "comfy_quant", config="{}", **{"modelspec.title": "x"}
+    )
     assert status == 0
     out = load_file(output)
     assert markers(output) == {
@@ -79,15 +85,24 @@ def test_scaled_fp8_becomes_comfy_quant_table_by_table(convert):
         "bare": {"format": "float8_e4m3fn"},
     }
     for base in ("scalar", "rows", "wide", "bare"):
-        assert torch.equal(out[f"{base}.weight"].view(torch.uint8), tensors[f"{base}.weight"].view(torch.uint8))
+        assert torch.equal(
+            out[f"{base}.weight"].view(torch.uint8), tensors[f"{base}.weight"].view(torch.uint8)
+        )
     assert out["scalar.weight_scale"].shape == () and out["scalar.weight_scale"] == 0.5
     assert torch.equal(out["rows.weight_scale"], tensors["rows.scale_weight"])
     assert out["wide.weight_scale"] == 0.25 and out["bare.weight_scale"] == 1.0
     assert out["scalar.input_scale"].shape == () and out["scalar.input_scale"] == 1.0
-    assert torch.equal(out["scalar.bias"], tensors["scalar.bias"]) and out["scalar.bias"].dtype == torch.float16
+    assert (
+        torch.equal(out["scalar.bias"], tensors["scalar.bias"])
+        and out["scalar.bias"].dtype == torch.float16
+    )
     assert torch.equal(out["precise.weight"], tensors["precise.weight"])
     assert out["norm.weight"].dtype == torch.bfloat16
-    assert not [name for name in out if "scale_weight" in name or "scaled_fp8" in name or name.startswith("gone")]
+    assert not [
+        name
+        for name in out
+        if "scale_weight" in name or "scaled_fp8" in name or name.startswith("gone")
+    ]
     with safe_open(output, "pt") as file:
         assert file.metadata()["config"] == "{}" and file.metadata()["modelspec.title"] == "x"
         assert file.metadata()["fewbits.requires_pack"] == "true"
@@ -132,7 +147,9 @@ def test_export_to_bitsandbytes_and_back_gives_the_same_bytes(tmp_path):
         assert not [key for key in (file.metadata() or {}) if key.startswith(("fewbits", "_quant"))]
     assert main(["convert", str(theirs), "-o", str(back), "--quiet"]) == 0
     first, second = load_file(ours), load_file(back)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -147,24 +164,39 @@ def test_bitsandbytes_itself_decodes_what_we_export(tmp_path, kind, group):
     stored, marker = dialects.native(f"bnb_{kind}", weight, block_size=group)
     save_file(dialects.under("a", stored, marker), ours)
     assert main(["convert", str(ours), "-o", str(theirs), "--to", "bnb", "--quiet"]) == 0
-    pieces = {name.removeprefix("a.weight."): t for name, t in load_file(theirs).items() if name != "a.weight"}
+    pieces = {
+        name.removeprefix("a.weight."): t
+        for name, t in load_file(theirs).items()
+        if name != "a.weight"
+    }
     state = oracle.QuantState.from_dict(pieces, torch.device("cpu"))
     decoded = oracle.dequantize_4bit(load_file(theirs)["a.weight"], state)
     format = get_format(f"bnb_{kind}")
     specs = {name: spec_of(name, tensor) for name, tensor in stored.items()}
-    ours = format.dequantize(stored, format.stored_layer(marker, specs), format.options_from(marker, specs))
+    ours = format.dequantize(
+        stored, format.stored_layer(marker, specs), format.options_from(marker, specs)
+    )
     assert decoded.shape == weight.shape and torch.equal(decoded, ours)
 
 
 def test_other_layers_are_decoded_to_their_own_dtype_for_bitsandbytes(convert):
-    tensors = {**dialects.bitsandbytes("a", WIDE), **dialects.under("b", *dialects.native("int8_tensorwise", WIDE))}
+    tensors = {
+        **dialects.bitsandbytes("a", WIDE),
+        **dialects.under("b", *dialects.native("int8_tensorwise", WIDE)),
+    }
     status, output, _ = convert(tensors, "--to", "bnb")
     assert status == 0
     out = load_file(output)
-    assert out["b.weight"].dtype == torch.bfloat16 and "b.weight_scale" not in out and out["a.weight"].shape[1] == 1
+    assert (
+        out["b.weight"].dtype == torch.bfloat16
+        and "b.weight_scale" not in out
+        and out["a.weight"].shape[1] == 1
+    )
 
 
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "int8_tensorwise", "bnb_nf4", "mxfp8", "nvfp4", "convrot_w4a4"])
+@pytest.mark.parametrize(
+    "name", ["float8_e4m3fn", "int8_tensorwise", "bnb_nf4", "mxfp8", "nvfp4", "convrot_w4a4"]
+)
 def test_bf16_is_the_decoder_rounded_once(convert, name):
     from fewbits.quant_ops.formats import get_format
 
@@ -174,18 +206,24 @@ def test_bf16_is_the_decoder_rounded_once(convert, name):
     assert status == 0
     format = get_format(name)
     specs = {suffix: spec_of(suffix, tensor) for suffix, tensor in stored.items()}
-    decoded = format.dequantize(stored, format.stored_layer(marker, specs), format.options_from(marker, specs))
+    decoded = format.dequantize(
+        stored, format.stored_layer(marker, specs), format.options_from(marker, specs)
+    )
     out = load_file(output)
     assert list(out) == ["a.weight"] and torch.equal(out["a.weight"], decoded.bfloat16())
 
 
-# ---- options and refusals ------------------------------------------------------------------------------------------
+# ---- options and refusals ----
 
 
 def test_the_filter_refuses_and_writes_nothing(convert, tmp_path):
     status, output, text = convert(mixed_fp8(), "--hp-filter", "scalar|wide|precise")
     assert status == 2
-    assert "scalar (F8_E4M3)" in text.err and "wide (F8_E5M2)" in text.err and "precise" not in text.err
+    assert (
+        "scalar (F8_E4M3)" in text.err
+        and "wide (F8_E5M2)" in text.err
+        and "precise" not in text.err
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.safetensors"]
 
 
@@ -201,14 +239,23 @@ def test_a_filter_that_matches_nothing_warns(convert, caplog):
 
 def test_an_invalid_filter_is_refused_before_the_file_is_read(tmp_path, capsys):
     status = main(
-        ["convert", str(tmp_path / "absent.safetensors"), "-o", str(tmp_path / "o.safetensors"), "--hp-filter", "("]
+        [
+            "convert",
+            str(tmp_path / "absent.safetensors"),
+            "-o",
+            str(tmp_path / "o.safetensors"),
+            "--hp-filter",
+            "(",
+        ]
     )
     assert status == 2 and "not a regular expression" in capsys.readouterr().err
 
 
 def test_full_precision_is_asked_for_every_fp8_layer(convert):
     status, output, _ = convert(mixed_fp8(), "--full-precision-mm")
-    assert status == 0 and all(marker["full_precision_matrix_mult"] for marker in markers(output).values())
+    assert status == 0 and all(
+        marker["full_precision_matrix_mult"] for marker in markers(output).values()
+    )
 
 
 def test_only_scaled_fp8_files_when_asked(convert):
@@ -224,7 +271,9 @@ def test_a_missing_marker_is_a_warning(convert):
 
 
 def test_a_row_scale_of_e5m2_is_refused(convert):
-    status, output, text = convert({"a.weight": WIDE.to(torch.float8_e5m2), "a.scale_weight": torch.rand(32)})
+    status, output, text = convert(
+        {"a.weight": WIDE.to(torch.float8_e5m2), "a.scale_weight": torch.rand(32)}
+    )
     assert status == 2 and "layer 'a'" in text.err and not output.exists()
 
 
@@ -246,7 +295,12 @@ def test_unsaid_4_bit_types_and_rotations_come_from_the_user(convert):
     assert markers(convert(tensors, "--assume", "fp4")[1])["a"]["format"] == "bnb_fp4"
     rotated = dialects.int8_fast("a", WIDE, 64)
     del rotated["a.comfy_quant"]
-    assert markers(convert(rotated, "--assume-convrot", "64", "--overwrite")[1])["a"]["convrot_groupsize"] == 64
+    assert (
+        markers(convert(rotated, "--assume-convrot", "64", "--overwrite")[1])["a"][
+            "convrot_groupsize"
+        ]
+        == 64
+    )
 
 
 def test_the_command_prints_json_and_leaves_an_existing_output_alone(write, tmp_path):
@@ -255,21 +309,34 @@ def test_the_command_prints_json_and_leaves_an_existing_output_alone(write, tmp_
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["origins"] == {"B0: bitsandbytes": 1}
     again = fewbits("convert", path, "-o", output)
-    assert again.returncode == 2 and "exists already" in again.stderr and len(again.stderr.splitlines()) == 1
+    assert (
+        again.returncode == 2
+        and "exists already" in again.stderr
+        and len(again.stderr.splitlines()) == 1
+    )
 
 
-# ---- the other commands on foreign files ---------------------------------------------------------------------------
+# ---- the other commands on foreign files ----
 
 
 def test_inspect_says_dialect_and_problems(write, capsys):
     assert main(["inspect", str(write(dialects.int8_fast("a", WIDE)))]) == 0
     text = capsys.readouterr().out
-    assert "1 layers  in dialect R1: INT8-Fast: format added" in text and "M04" in text and "needs FewBits" in text
+    assert (
+        "1 layers  in dialect R1: INT8-Fast: format added" in text
+        and "M04" in text
+        and "needs FewBits" in text
+    )
 
 
-def test_quantize_refuses_to_round_a_foreign_layer_again_and_copies_its_codes(write, tmp_path, capsys):
+def test_quantize_refuses_to_round_a_foreign_layer_again_and_copies_its_codes(
+    write, tmp_path, capsys
+):
     path, output = write(dialects.bitsandbytes("a", WIDE)), tmp_path / "out.safetensors"
-    assert main(["quantize", str(path), "-o", str(output), "--format", "int8_tensorwise", "--quiet"]) == 2
+    assert (
+        main(["quantize", str(path), "-o", str(output), "--format", "int8_tensorwise", "--quiet"])
+        == 2
+    )
     assert "quantized already (bnb_nf4)" in capsys.readouterr().err
     assert main(["quantize", str(path), "-o", str(output), "--format", "bnb_nf4", "--quiet"]) == 0
     assert torch.equal(load_file(output)["a.weight"], dialects.native("bnb_nf4", WIDE)[0]["weight"])

@@ -37,7 +37,9 @@ def test_a_file_is_quantized_and_the_report_says_what_was_done(tmp_path):
 
 
 def test_json_report_states_plan_and_measured_errors(tmp_path):
-    result = fewbits("quantize", EMOJI, "-o", tmp_path / "q.safetensors", "--format", "float8_e4m3fn", "--json")
+    result = fewbits(
+        "quantize", EMOJI, "-o", tmp_path / "q.safetensors", "--format", "float8_e4m3fn", "--json"
+    )
     report = json.loads(result.stdout)
     assert report["min_comfyui"] == "0.4.0" and report["requires_pack"] is False
     layer = next(row for row in report["layers"] if row["name"] == "single_blocks.0.linear1")
@@ -84,7 +86,9 @@ def test_a_nan_weight_names_file_tensor_and_count(tmp_path):
     tensors["single_blocks.0.linear1.weight"][3, :2] = torch.tensor([float("nan"), float("inf")])
     save_file(tensors, tmp_path / "nan.safetensors")
     out = tmp_path / "q.safetensors"
-    result = fewbits("quantize", tmp_path / "nan.safetensors", "-o", out, "--format", "float8_e4m3fn")
+    result = fewbits(
+        "quantize", tmp_path / "nan.safetensors", "-o", out, "--format", "float8_e4m3fn"
+    )
     refused(result, "nan.safetensors", "single_blocks.0.linear1.weight", "1 NaN and 1 infinite")
     assert sorted(os.listdir(tmp_path)) == ["nan.safetensors"]
 
@@ -107,8 +111,12 @@ def test_a_scale_of_the_wrong_dtype_is_refused_by_layer_and_a_narrow_one_is_wide
     for dtype, stored in ((torch.int32, "I32"), (torch.uint8, "U8")):
         save_file({**tensors, key: whole.to(dtype)}, tmp_path / "bad.safetensors")
         result = fewbits("quantize", tmp_path / "bad.safetensors", *copy)
-        refused(result, "bad.safetensors", "single_blocks.0.linear1", f"weight_scale is {stored}", "F32")
-        assert f"weight_scale is {stored}" in fewbits("inspect", tmp_path / "bad.safetensors").stdout
+        refused(
+            result, "bad.safetensors", "single_blocks.0.linear1", f"weight_scale is {stored}", "F32"
+        )
+        assert (
+            f"weight_scale is {stored}" in fewbits("inspect", tmp_path / "bad.safetensors").stdout
+        )
     save_file({**tensors, key: whole.bfloat16()}, tmp_path / "narrow.safetensors")
     assert fewbits("quantize", tmp_path / "narrow.safetensors", *copy).returncode == 0
     assert torch.equal(load_file(tmp_path / "x.safetensors")[key], whole.bfloat16().float())
@@ -118,7 +126,8 @@ def test_quantizing_twice_is_refused_and_copying_is_not(tmp_path):
     out = tmp_path / "q.safetensors"
     fewbits("quantize", EMOJI, "-o", out, "--format", "int8_tensorwise")
     refused(
-        fewbits("quantize", out, "-o", tmp_path / "x.safetensors", "--format", "float8_e4m3fn"), "quantized already"
+        fewbits("quantize", out, "-o", tmp_path / "x.safetensors", "--format", "float8_e4m3fn"),
+        "quantized already",
     )
     again = tmp_path / "again.safetensors"
     assert fewbits("quantize", out, "-o", again, "--format", "int8_tensorwise").returncode == 0
@@ -129,7 +138,10 @@ def test_quantizing_twice_is_refused_and_copying_is_not(tmp_path):
     ("arguments", "message"),
     [
         (["--format", "fp8"], "did you mean 'float8_e4m3fn'"),
-        (["--format", "int8_tensorwise", "--scaling", "rows"], "scaling must be one of row, tensor"),
+        (
+            ["--format", "int8_tensorwise", "--scaling", "rows"],
+            "scaling must be one of row, tensor",
+        ),
         (["--format", "float8_e4m3fn", "--method", "gtpq"], "unknown method 'gtpq'"),
         (["--format", "float8_e4m3fn", "--preset", "fluks"], "unknown preset 'fluks'"),
         (["--format", "float8_e4m3fn:block_size=64"], "has no option 'block_size'"),
@@ -145,7 +157,9 @@ def test_a_wish_that_cannot_be_fulfilled_is_refused_before_work(tmp_path, argume
 
 def test_killing_the_process_at_random_moments_never_leaves_an_output(tmp_path):
     """20 kills spread over the whole run; a fork server with torch loaded makes them land inside it."""
-    model = tiny_checkpoint(tmp_path / "m.safetensors", flux_shapes(hidden=1024, double=2, single=2))
+    model = tiny_checkpoint(
+        tmp_path / "m.safetensors", flux_shapes(hidden=1024, double=2, single=2)
+    )
     folder = tmp_path / "out"
     folder.mkdir()
     out = folder / "q.safetensors"
@@ -171,7 +185,9 @@ def test_killing_the_process_at_random_moments_never_leaves_an_output(tmp_path):
         leftovers = list(folder.iterdir())
         interrupted += any(path.suffix == ".part" for path in leftovers)
         for path in leftovers:
-            assert path.suffix == ".part" or path.read_bytes() == complete  # only a finished run leaves the output
+            assert (
+                path.suffix == ".part" or path.read_bytes() == complete
+            )  # only a finished run leaves the output
             path.unlink()
     assert interrupted >= 5  # most kills did land while the file was being written
 
@@ -185,7 +201,9 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(tmp_path):
         "pipeline._convert = interrupt\n"
         f"sys.exit(main(['quantize', {str(model)!r}, '-o', {str(tmp_path / 'q.safetensors')!r}, '--format', 'int8_tensorwise']))"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 130
     assert os.listdir(tmp_path) == ["m.safetensors"]
 
@@ -193,7 +211,9 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(tmp_path):
 def test_a_recipe_file_may_leave_the_primary_to_the_format_argument(tmp_path):
     (tmp_path / "r.toml").write_text('preset = "none"\n[[rule]]\nmatch = "img_in"\nkeep = true\n')
     plan = ("plan", EMOJI, "--recipe", tmp_path / "r.toml", "--json")
-    rows = {row["name"]: row for row in json.loads(fewbits(*plan, "--format", "mxfp8").stdout)["layers"]}
+    rows = {
+        row["name"]: row for row in json.loads(fewbits(*plan, "--format", "mxfp8").stdout)["layers"]
+    }
     assert rows["img_in"]["rule"] == "rule 'img_in'" and rows["txt_in"]["format"] == "mxfp8"
     refused(fewbits(*plan), "say --format", "[primary]")
     refused(fewbits(*plan, "--scaling", "row"), "say --format")

@@ -37,7 +37,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("command", ["quantize", "plan"])
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.items(), ids=REFUSED)
-def test_a_wish_that_makes_no_sense_is_one_line_and_status_2(command, arguments, message, tmp_path, capsys):
+def test_a_wish_that_makes_no_sense_is_one_line_and_status_2(
+    command, arguments, message, tmp_path, capsys
+):
     files = {
         "bad.json": json.dumps({"a": {"format": "int8"}}), "syntax.json": '{"a": }', "bad.toml": "presets = 'flux'",
         "syntax.toml": "preset flux", "good.toml": "[primary]\nformat='mxfp8'\n[layer_config]\na={skip=true}",
@@ -63,11 +65,23 @@ def test_a_wish_that_makes_no_sense_is_one_line_and_status_2(command, arguments,
             ["plan", "m", "--fromat", "x"],
             "unrecognized arguments: --fromat x, did you mean --format?; see fewbits plan --help",
         ),
-        (["quantize", "m", "--overwite"], "unrecognized arguments: --overwite, did you mean --overwrite?"),
-        (["plan", "m", "--metod=svd"], "unrecognized arguments: --metod=svd, did you mean --method?"),
+        (
+            ["quantize", "m", "--overwite"],
+            "unrecognized arguments: --overwite, did you mean --overwrite?",
+        ),
+        (
+            ["plan", "m", "--metod=svd"],
+            "unrecognized arguments: --metod=svd, did you mean --method?",
+        ),
         (["verify", "m", "extra"], "unrecognized arguments: extra; see fewbits verify --help"),
-        (["--verzion", "plan", "m"], "unrecognized arguments: --verzion, did you mean --version?; see fewbits --help"),
-        (["plan", "m", "--seed", "x"], "argument --seed: invalid int value: 'x'; see fewbits plan --help"),
+        (
+            ["--verzion", "plan", "m"],
+            "unrecognized arguments: --verzion, did you mean --version?; see fewbits --help",
+        ),
+        (
+            ["plan", "m", "--seed", "x"],
+            "argument --seed: invalid int value: 'x'; see fewbits plan --help",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -12,7 +12,8 @@ from helpers import flux_shapes, tiny_checkpoint
 @pytest.fixture
 def model(tmp_path):
     return tiny_checkpoint(
-        tmp_path / "m.x.safetensors", {**flux_shapes(), "conv.weight": (32, 32, 3, 3), "thin.weight": (8, 64)}
+        tmp_path / "m.x.safetensors",
+        {**flux_shapes(), "conv.weight": (32, 32, 3, 3), "thin.weight": (8, 64)},
     )
 
 
@@ -29,7 +30,9 @@ def test_the_template_lists_every_candidate_in_file_order_with_its_shape(model, 
     size = int.from_bytes(model.read_bytes()[:8], "little")
     header = json.loads(model.read_bytes()[8 : 8 + size])
     weights = [name.removesuffix(".weight") for name in header if name.endswith(".weight")]
-    candidates = [n for n in weights if len(s := header[f"{n}.weight"]["shape"]) == 2 and min(s) >= 16]
+    candidates = [
+        n for n in weights if len(s := header[f"{n}.weight"]["shape"]) == 2 and min(s) >= 16
+    ]
     assert list(table)[2:] == candidates and "thin" not in table and "conv" not in table
 
 
@@ -60,11 +63,21 @@ def test_an_unedited_template_is_refused_with_the_way_out(model, tmp_path, capsy
     main(["plan", str(model), "--template"])
     template = model.with_name("m.x_layer_config_template.json")
     out = tmp_path / "q.safetensors"
-    arguments = ["quantize", str(model), "-o", str(out), "--format", "int8_tensorwise", "--layer-config", str(template)]
+    arguments = [
+        "quantize",
+        str(model),
+        "-o",
+        str(out),
+        "--format",
+        "int8_tensorwise",
+        "--layer-config",
+        str(template),
+    ]
     assert main(arguments) == 2
     shown = capsys.readouterr().err
     assert (
-        "layer-config entry '_default': 'format' is empty; fill it in, set \"skip\": true, or delete the entry" in shown
+        "layer-config entry '_default': 'format' is empty; fill it in, set \"skip\": true, or delete the entry"
+        in shown
     )
     assert "more entries with an empty 'format'" in shown and shown.count("\n") == 1
     assert not out.exists()
@@ -72,15 +85,31 @@ def test_an_unedited_template_is_refused_with_the_way_out(model, tmp_path, capsy
 
 def test_layer_config_and_heuristics_show_in_the_plan(model, tmp_path, capsys):
     config = tmp_path / "c.json"
-    config.write_text(json.dumps({"img_in": {"format": "float8_e4m3fn"}, "nothing": {"skip": True}}))
+    config.write_text(
+        json.dumps({"img_in": {"format": "float8_e4m3fn"}, "nothing": {"skip": True}})
+    )
     assert (
-        main(["plan", str(model), "--format", "int8_tensorwise", "--layer-config", str(config), "--heur", "--json"])
+        main(
+            [
+                "plan",
+                str(model),
+                "--format",
+                "int8_tensorwise",
+                "--layer-config",
+                str(config),
+                "--heur",
+                "--json",
+            ]
+        )
         == 0
     )
     shown = capsys.readouterr()
     plan = json.loads(shown.out)
     rows = {row["name"]: row for row in plan["layers"]}
-    assert (rows["img_in"]["format"], rows["img_in"]["rule"]) == ("float8_e4m3fn", "layer-config 'img_in'")
+    assert (rows["img_in"]["format"], rows["img_in"]["rule"]) == (
+        "float8_e4m3fn",
+        "layer-config 'img_in'",
+    )
     assert rows["double_blocks.0.img_attn.qkv"]["reason"].startswith("heuristics: ")
     assert plan["unmatched"] == ["nothing"]
     assert "warning: layer-config 'nothing' matched nothing\n" in shown.err
@@ -105,7 +134,9 @@ def test_a_layer_config_that_is_not_there_is_refused(model, arguments, message, 
 
 def test_a_recipe_with_a_layer_config_takes_no_second_one(model, tmp_path, capsys):
     recipe, config = tmp_path / "r.toml", tmp_path / "c.json"
-    recipe.write_text('[primary]\nformat = "bnb_nf4"\n[layer_config]\nimg_in = { format = "float8_e4m3fn" }\n')
+    recipe.write_text(
+        '[primary]\nformat = "bnb_nf4"\n[layer_config]\nimg_in = { format = "float8_e4m3fn" }\n'
+    )
     config.write_text("{}")
     assert main(["plan", str(model), "--recipe", str(recipe), "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["layers"]}

@@ -86,7 +86,9 @@ def test_the_example_commands_give_the_documented_formats(arguments, formats, tm
     if "int8_blockwise" in formats:
         assert by_name["double_blocks.0.txt_attn.proj"] == "int8_blockwise"
         assert markers["double_blocks.0.txt_attn.proj"]["group_size"] == 128
-        assert by_name["txt_in"] == "float8_e4m3fn" and by_name["single_blocks.0.linear1"] == "bnb_fp4"
+        assert (
+            by_name["txt_in"] == "float8_e4m3fn" and by_name["single_blocks.0.linear1"] == "bnb_fp4"
+        )
     again = tmp_path / "again.safetensors"
     equal = shlex.split(shown.splitlines()[0].removeprefix("+ fewbits "))
     assert fewbits_main([str(again) if part == str(out) else part for part in equal]) == 0
@@ -113,18 +115,25 @@ def test_a_filled_template_decides_every_layer(tmp_path):
     template["_default"] = {"skip": True}
     names = [name for name in template if not name.startswith("_")]
     for name in names:
-        template[name]["format"] = "int8_tensorwise" if "single" in name else "float8_e4m3fn_rowwise"
+        template[name]["format"] = (
+            "int8_tensorwise" if "single" in name else "float8_e4m3fn_rowwise"
+        )
     path.write_text(json.dumps(template))
     run("-i", model, "--layer-config", path, "--simple")
     markers = stored(tmp_path / "emoji_float8_e4m3fn_mixed.safetensors")
-    assert {name: marker["format"] for name, marker in markers.items()} == {n: template[n]["format"] for n in names}
+    assert {name: marker["format"] for name, marker in markers.items()} == {
+        n: template[n]["format"] for n in names
+    }
 
 
 @pytest.mark.parametrize("flag", [["--dry-run"], ["--dry-run", "analyze"]], ids=["bare", "analyze"])
 def test_a_dry_run_prints_the_plan_and_converts_nothing(flag, tmp_path, capsys):
     run("-i", EMOJI, "-o", tmp_path / "q.safetensors", "--int8", *flag)
     shown = capsys.readouterr().out
-    assert "rules, in order; the first that matches a layer decides" in shown and "int8_tensorwise" in shown
+    assert (
+        "rules, in order; the first that matches a layer decides" in shown
+        and "int8_tensorwise" in shown
+    )
     assert os.listdir(tmp_path) == []
 
 
@@ -159,7 +168,9 @@ SCALES = {  # flags -> (scale's suffix, shape for a weight of 256 x 128)
     ("flags", "scale"), SCALES.items(), ids=lambda value: value if isinstance(value, str) else None
 )
 def test_a_label_agrees_with_the_stored_scale(flags, scale, tmp_path):
-    model = tiny_checkpoint(tmp_path / "m.safetensors", {"a.weight": (256, 128), "odd.weight": (100, 70)})
+    model = tiny_checkpoint(
+        tmp_path / "m.safetensors", {"a.weight": (256, 128), "odd.weight": (100, 70)}
+    )
     out = tmp_path / "q.safetensors"
     run("-i", model, "-o", out, "--simple", *flags.split())
     tensors, (suffix, shape) = load_file(out), scale
@@ -178,7 +189,9 @@ FORMAT_FLAGS = ["", "--scaling_mode row", "--scaling_mode block", "--scaling_mod
 @pytest.mark.parametrize("flags", FORMAT_FLAGS, ids=FORMAT_FLAGS)
 def test_odd_and_zero_layers_convert_in_every_format(flags, tmp_path):
     """An odd shape never aborts a run, and zeros stay zeros."""
-    tensors = random_tensors({"odd.weight": (100, 70), "odder.weight": (17, 129), "even.weight": (256, 128)})
+    tensors = random_tensors(
+        {"odd.weight": (100, 70), "odder.weight": (17, 129), "even.weight": (256, 128)}
+    )
     tensors["zero.weight"] = torch.zeros(128, 128, dtype=torch.bfloat16)
     save_file(tensors, tmp_path / "m.safetensors")
     out = tmp_path / "q.safetensors"
@@ -192,7 +205,14 @@ def test_int8_rounds_to_nearest_and_does_not_truncate(tmp_path):
     weight[0, :6] = torch.tensor([127.0, 63.5, -63.5, 1.9, -1.9, 0.5])
     save_file({"a.weight": weight}, tmp_path / "m.safetensors")
     run("-i", tmp_path / "m.safetensors", "-o", tmp_path / "q.safetensors", "--int8", "--simple")
-    assert load_file(tmp_path / "q.safetensors")["a.weight"][0, :6].tolist() == [127, 64, -64, 2, -2, 0]
+    assert load_file(tmp_path / "q.safetensors")["a.weight"][0, :6].tolist() == [
+        127,
+        64,
+        -64,
+        2,
+        -2,
+        0,
+    ]
 
 
 @pytest.fixture
@@ -217,8 +237,12 @@ def test_convert_fp8_scaled_keeps_codes_and_scales_e5m2_too(scaled_file, tmp_pat
     run("-i", scaled_file, "--convert-fp8-scaled", "--hp-filter", "norm")
     out, old = load_file(tmp_path / "old_comfy_quant.safetensors"), load_file(scaled_file)
     for base, label, scale in (("a", "float8_e4m3fn", 0.5), ("b", "float8_e5m2", 0.25)):
-        assert torch.equal(out[f"{base}.weight"].view(torch.uint8), old[f"{base}.weight"].view(torch.uint8))
-        assert out[f"{base}.weight_scale"].item() == scale and out[f"{base}.weight_scale"].shape == ()
+        assert torch.equal(
+            out[f"{base}.weight"].view(torch.uint8), old[f"{base}.weight"].view(torch.uint8)
+        )
+        assert (
+            out[f"{base}.weight_scale"].item() == scale and out[f"{base}.weight_scale"].shape == ()
+        )
         assert stored(tmp_path / "old_comfy_quant.safetensors")[base]["format"] == label
     assert out["norm_out.weight"].dtype == torch.bfloat16
 
@@ -256,9 +280,16 @@ def test_an_existing_output_needs_overwrite(tmp_path):
 def test_quantize_takes_the_flags_as_keywords(tmp_path):
     model = tiny_checkpoint(tmp_path / "m.safetensors")
     report = quantize(
-        input=model, output=tmp_path / "f.safetensors", int8=True, scaling_mode="row", simple=True, heur=False
+        input=model,
+        output=tmp_path / "f.safetensors",
+        int8=True,
+        scaling_mode="row",
+        simple=True,
+        heur=False,
     )
-    run("-i", model, "-o", tmp_path / "c.safetensors", "--int8", "--scaling_mode", "row", "--simple")
+    run(
+        "-i", model, "-o", tmp_path / "c.safetensors", "--int8", "--scaling_mode", "row", "--simple"
+    )
     assert (tmp_path / "f.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
     assert report.plan.family == "flux"
     assert isinstance(quantize(input=model, nf4=True, dry_run="analyze"), ModelPlan)
@@ -276,7 +307,8 @@ def test_convert_to_fp8_scaled_quantizes_as_the_classic_function_did(tmp_path):
                           int8=True, no_learned_rounding=True, custom_layers="img_in", custom_type="fp8")  # fmt: skip
     markers = stored(out)
     assert (
-        markers["img_in"]["format"] == "float8_e4m3fn" and markers["final_layer.linear"]["format"] == "int8_tensorwise"
+        markers["img_in"]["format"] == "float8_e4m3fn"
+        and markers["final_layer.linear"]["format"] == "int8_tensorwise"
     )
     with pytest.raises(QuantError, match="never written"):
         convert_to_fp8_scaled(str(model), str(out), comfy_quant=False, simple=True)
@@ -300,7 +332,9 @@ def test_the_converter_returns_codes_scale_and_the_decoded_weight(name):
     assert (codes.shape, codes.dtype) == (weight.shape, CODES[name])
     assert scale.dtype == torch.float32 and decoded_weight.shape == weight.shape
     assert (decoded_weight - weight.float()).norm() / weight.float().norm() < 0.15
-    assert all(torch.equal(a, b) for a, b in zip(converter.convert(weight), (codes, scale, decoded_weight)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(converter.convert(weight), (codes, scale, decoded_weight))
+    )
 
 
 def test_the_converter_stores_what_the_command_stores(tmp_path):
@@ -329,7 +363,10 @@ def test_the_converter_refuses_what_does_not_exist_or_fit():
     with pytest.raises(RecipeError, match="no option 'num_iters', did you mean 'num_iter'"):
         LearnedRoundingConverter(num_iters=3)
     with pytest.raises(
-        QuantError, match=re.escape("int8_blockwise does not take a weight of [100, 128]: N=100 not divisible by 64")
+        QuantError,
+        match=re.escape(
+            "int8_blockwise does not take a weight of [100, 128]: N=100 not divisible by 64"
+        ),
     ):
         LearnedRoundingConverter(target_format="int8", block_size=64).convert(torch.zeros(100, 128))
 

@@ -20,7 +20,9 @@ from helpers import random_tensors, tiny_checkpoint
 
 LAYER = "double_blocks.0.img_mlp.0"  # an ordinary layer, (512, 128)
 KEPT = "img_in"  # one that Flux's preset keeps
-LEARNING = "--int8 --num_iter 40 --preset none"  # a base under which learned rounding has something to do
+LEARNING = (
+    "--int8 --num_iter 40 --preset none"  # a base under which learned rounding has something to do
+)
 
 
 @dataclass
@@ -37,7 +39,10 @@ class Outcome:
 
     @property
     def codes(self) -> list[bytes]:
-        return [bytes(value.contiguous().view(-1).view(torch.uint8).tolist()) for value in self.tensors.values()]
+        return [
+            bytes(value.contiguous().view(-1).view(torch.uint8).tolist())
+            for value in self.tensors.values()
+        ]
 
     def format(self, name: str) -> str | None:
         return self.markers.get(name, {}).get("format")
@@ -86,9 +91,14 @@ def becomes(name: str, **wanted: object):
 
     def check(without: Outcome, with_it: Outcome) -> None:
         def fits(outcome: Outcome) -> bool:
-            return all(outcome.markers.get(name, {}).get(key) == value for key, value in wanted.items())
+            return all(
+                outcome.markers.get(name, {}).get(key) == value for key, value in wanted.items()
+            )
 
-        assert fits(with_it) and not fits(without), (without.markers.get(name), with_it.markers.get(name))
+        assert fits(with_it) and not fits(without), (
+            without.markers.get(name),
+            with_it.markers.get(name),
+        )
 
     return check
 
@@ -121,7 +131,9 @@ def other_codes(without: Outcome, with_it: Outcome) -> None:
 
 
 def nothing_changes(without: Outcome, with_it: Outcome) -> None:
-    assert without.codes == with_it.codes and without.recipe == with_it.recipe and with_it.status == 0
+    assert (
+        without.codes == with_it.codes and without.recipe == with_it.recipe and with_it.status == 0
+    )
 
 
 def refused(message: str):
@@ -137,11 +149,15 @@ def check_input(without: Outcome, with_it: Outcome) -> None:
 
 
 def check_output(without: Outcome, with_it: Outcome) -> None:
-    assert without.files == ["m_float8_e4m3fn.safetensors"] and with_it.files == ["named.safetensors"]
+    assert without.files == ["m_float8_e4m3fn.safetensors"] and with_it.files == [
+        "named.safetensors"
+    ]
 
 
 def check_json(without: Outcome, with_it: Outcome) -> None:
-    assert json.loads(with_it.out)["family"] == "flux" and without.out.startswith("+ fewbits quantize ")
+    assert json.loads(with_it.out)["family"] == "flux" and without.out.startswith(
+        "+ fewbits quantize "
+    )
 
 
 def check_quiet(without: Outcome, with_it: Outcome) -> None:
@@ -162,12 +178,16 @@ def check_seed(without: Outcome, with_it: Outcome) -> None:
 
 
 def check_heur(without: Outcome, with_it: Outcome) -> None:
-    assert LAYER in without.markers and not with_it.markers  # every layer of the tiny model is too small to gain
+    assert (
+        LAYER in without.markers and not with_it.markers
+    )  # every layer of the tiny model is too small to gain
 
 
 def check_custom_heur(without: Outcome, with_it: Outcome) -> None:
     assert without.format(LAYER) == "int8_tensorwise" and LAYER not in with_it.markers
-    assert with_it.format("double_blocks.0.txt_mlp.0") == "float8_e4m3fn"  # the other tiers are not judged
+    assert (
+        with_it.format("double_blocks.0.txt_mlp.0") == "float8_e4m3fn"
+    )  # the other tiers are not judged
 
 
 def check_preset(without: Outcome, with_it: Outcome) -> None:
@@ -175,17 +195,26 @@ def check_preset(without: Outcome, with_it: Outcome) -> None:
 
 
 def check_fullmatch(without: Outcome, with_it: Outcome) -> None:
-    assert without.format(LAYER) == "float8_e4m3fn" and "matched nothing; for regular expressions" in without.err
+    assert (
+        without.format(LAYER) == "float8_e4m3fn"
+        and "matched nothing; for regular expressions" in without.err
+    )
     assert with_it.format(LAYER) == "bnb_nf4"
 
 
 def check_convert(without: Outcome, with_it: Outcome) -> None:
-    assert without.status == 2 and "quantized already" in without.err  # quantizing would round the codes again
-    assert with_it.format("a") == "float8_e4m3fn" and with_it.tensors["a.weight_scale"].item() == 0.5
+    assert (
+        without.status == 2 and "quantized already" in without.err
+    )  # quantizing would round the codes again
+    assert (
+        with_it.format("a") == "float8_e4m3fn" and with_it.tensors["a.weight_scale"].item() == 0.5
+    )
 
 
 def check_hp_filter(without: Outcome, with_it: Outcome) -> None:
-    assert without.files and with_it.status == 2 and not with_it.files and "a (F8_E4M3)" in with_it.err
+    assert (
+        without.files and with_it.status == 2 and not with_it.files and "a (F8_E4M3)" in with_it.err
+    )
 
 
 CUSTOM = r"--simple --custom-layers img_mlp\.0 --custom-type int8"
@@ -294,20 +323,27 @@ def test_a_flag_changes_the_outcome_it_names(flag, run, tmp_path):
 @pytest.mark.parametrize("flag", PRESET_FLAGS)
 def test_a_preset_flag_brings_the_rules_of_its_preset(flag, run):
     plans = [json.loads(run(f"--simple --dry-run --json {more}").out) for more in ("", f"--{flag}")]
-    named = [{rule["rule"] for rule in plan["rules"] if rule["rule"].startswith(f"preset {flag} ")} for plan in plans]
+    named = [
+        {rule["rule"] for rule in plan["rules"] if rule["rule"].startswith(f"preset {flag} ")}
+        for plan in plans
+    ]
     assert named[1] and (flag == "flux") == bool(named[0])
 
 
 def test_other_values_of_a_choice_change_the_outcome_too(run, tmp_path):
     """Flags with a list of values: each of them, not only the one in CASES."""
     formats = {
-        mode: run(f"--simple --scaling_mode {mode}").format(LAYER) for mode in ("tensor", "row", "block", "block2d")
+        mode: run(f"--simple --scaling_mode {mode}").format(LAYER)
+        for mode in ("tensor", "row", "block", "block2d")
     }
     assert len(set(formats.values())) == 4
     assert run("--simple --int8 --kernel_backend blockwise").format(LAYER) == "int8_blockwise"
     codes = [run(f"{LEARNING} --optimizer {name}").codes for name in ("original", "adamw", "radam")]
     assert codes[0] != codes[1] != codes[2] != codes[0]
-    codes = [run(f"{LEARNING} --lr_schedule {name}").codes for name in ("adaptive", "exponential", "plateau")]
+    codes = [
+        run(f"{LEARNING} --lr_schedule {name}").codes
+        for name in ("adaptive", "exponential", "plateau")
+    ]
     assert codes[0] != codes[1] != codes[2] != codes[0]
     template = run("--dry-run create-template")
     assert template.files == ["m_layer_config_template.json"]

@@ -86,7 +86,9 @@ FORMAT_CASES = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "wish"), FORMAT_CASES.items(), ids=lambda value: value or "nothing")
+@pytest.mark.parametrize(
+    ("arguments", "wish"), FORMAT_CASES.items(), ids=lambda value: value or "nothing"
+)
 def test_format_flags_choose_the_primary(arguments, wish):
     assert primary(*arguments.split()) == learned(wish)
     assert primary("--simple", *arguments.split()) == simple(wish)
@@ -98,7 +100,11 @@ def test_the_format_table_reaches_every_classic_format_and_only_real_ones():
 
 
 def test_several_formats_are_decided_by_priority_and_said():
-    assert job("--int8", "--nf4").notes[0].startswith("several formats were named; nf4 is used (nf4 > fp4 >")
+    assert (
+        job("--int8", "--nf4")
+        .notes[0]
+        .startswith("several formats were named; nf4 is used (nf4 > fp4 >")
+    )
     assert not job("--int8", "--convrot").notes
 
 
@@ -113,7 +119,9 @@ SVD = {
 def test_options_of_learned_rounding_reach_the_method(name, value):
     assert dict(primary(f"--{name}", value).method_options) == {name: value}
     assert dict(primary(f"--{dashed(name)}={value}").method_options) == {name: value}
-    with pytest.raises(RecipeError, match="is an option of learned rounding, which --simple switches off"):
+    with pytest.raises(
+        RecipeError, match="is an option of learned rounding, which --simple switches off"
+    ):
         recipe("--simple", f"--{name}", value)
 
 
@@ -174,7 +182,9 @@ def test_custom_heur_judges_the_custom_tier_alone():
 
 
 def test_exclude_layers_keeps_after_the_custom_tier():
-    custom, excluded = recipe("--exclude-layers", "b", "--custom-layers", "a", "--custom-type", "int8").rules
+    custom, excluded = recipe(
+        "--exclude-layers", "b", "--custom-layers", "a", "--custom-type", "int8"
+    ).rules
     assert (excluded.match, excluded.wish, custom.match) == ("search:b", None, "search:a")
 
 
@@ -182,7 +192,9 @@ def test_heur_marks_layers_that_gain_nothing():
     assert recipe("--heur").heuristics and not recipe().heuristics
 
 
-@pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag.field == "recipe.presets"], ids=lambda flag: flag.name)
+@pytest.mark.parametrize(
+    "flag", [flag for flag in FLAGS if flag.field == "recipe.presets"], ids=lambda flag: flag.name
+)
 def test_a_preset_flag_names_its_preset(flag):
     assert recipe(f"--{flag.name}").preset == flag.name
     assert recipe("--preset", flag.name).preset == flag.name
@@ -195,7 +207,8 @@ def test_presets_are_automatic_and_add_up():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "seed"), [("", 0), ("--manual_seed -1", 0), ("--manual_seed 5", 5), ("--seed 6", 6)]
+    ("arguments", "seed"),
+    [("", 0), ("--manual_seed -1", 0), ("--manual_seed 5", 5), ("--seed 6", 6)],
 )
 def test_the_seed_is_the_recipes(arguments, seed):
     assert recipe(*arguments.split()).seed == seed
@@ -203,7 +216,11 @@ def test_the_seed_is_the_recipes(arguments, seed):
 
 def test_layer_config_is_read_with_the_primarys_method(tmp_path):
     path = tmp_path / "c.json"
-    path.write_text(json.dumps({r"a\.\d": {"format": "bnb_nf4"}, "b": {"format": "float8_e4m3fn", "simple": True}}))
+    path.write_text(
+        json.dumps(
+            {r"a\.\d": {"format": "bnb_nf4"}, "b": {"format": "float8_e4m3fn", "simple": True}}
+        )
+    )
     config = recipe("--layer-config", path, "--num_iter", "3").layer_config
     assert [entry.wish.method for entry in config.entries] == ["svd", "nearest"]
     assert dict(config.entries[0].wish.method_options) == {"num_iter": 3} and not config.fullmatch
@@ -212,9 +229,14 @@ def test_layer_config_is_read_with_the_primarys_method(tmp_path):
 
 def test_simple_reaches_the_entries_of_a_layer_config_and_the_equal_command_says_so(tmp_path):
     path = tmp_path / "c.json"
-    path.write_text(json.dumps({"a": {"format": "bnb_fp4"}, "b": {"format": "bnb_fp4", "method": "mse_clip"}}))
+    path.write_text(
+        json.dumps({"a": {"format": "bnb_fp4"}, "b": {"format": "bnb_fp4", "method": "mse_clip"}})
+    )
     made = job("--simple", "--layer-config", path, "-o", "x.safetensors")
-    assert [entry.wish.method for entry in made.recipe.layer_config.entries] == ["nearest", "mse_clip"]
+    assert [entry.wish.method for entry in made.recipe.layer_config.entries] == [
+        "nearest",
+        "mse_clip",
+    ]
     assert recipe_from(build_parser().parse_args(made.arguments)) == made.recipe
 
 
@@ -225,7 +247,9 @@ def test_dry_run_analyzes_unless_told_to_make_a_template():
 
 
 def test_conversion_flags_become_fewbits_convert():
-    made = job("--convert-fp8-scaled", "--hp-filter", "norm", "--full-precision-mm", "-o", "x.safetensors")
+    made = job(
+        "--convert-fp8-scaled", "--hp-filter", "norm", "--full-precision-mm", "-o", "x.safetensors"
+    )
     assert made.arguments == ("convert", "m.safetensors", "-o", "x.safetensors", "--from", "fp8_scaled",
                               "--hp-filter", "norm", "--full-precision-mm")  # fmt: skip
     assert job("--convert-fp8-scaled").output.name == "m_comfy_quant.safetensors"
@@ -236,7 +260,9 @@ def test_common_flags_are_passed_on():
     assert set(arguments) >= {"--device", "cpu", "--overwrite", "--quiet", "--json"}
 
 
-@pytest.mark.parametrize("flag", ["--comfy_quant", "--low-memory", "--save-quant-metadata", "--calib_samples=99"])
+@pytest.mark.parametrize(
+    "flag", ["--comfy_quant", "--low-memory", "--save-quant-metadata", "--calib_samples=99"]
+)
 def test_flags_accepted_for_old_scripts_change_nothing_and_say_so(flag):
     assert job(flag) == job()
     entry = next(entry for entry in FLAGS if flag.split("=")[0] in entry.spellings)
@@ -309,15 +335,21 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.items(), ids=REFUSED)
-def test_wrong_or_contradicting_flags_are_one_line_and_status_2_before_any_file_is_read(arguments, message, capsys):
+def test_wrong_or_contradicting_flags_are_one_line_and_status_2_before_any_file_is_read(
+    arguments, message, capsys
+):
     assert main(arguments.split()) == 2
     shown = capsys.readouterr()
-    assert shown.err.startswith("convert_to_quant: ") and shown.err.count("\n") == 1 and not shown.out
+    assert (
+        shown.err.startswith("convert_to_quant: ") and shown.err.count("\n") == 1 and not shown.out
+    )
     assert message in shown.err
 
 
 def test_input_scale_without_effect_is_a_note():
-    assert job("--int8", "--input_scale").notes == ("--input_scale: these formats store none; nothing is written",)
+    assert job("--int8", "--input_scale").notes == (
+        "--input_scale: these formats store none; nothing is written",
+    )
 
 
 COMMANDS = [
@@ -334,7 +366,11 @@ COMMANDS = [
 @pytest.mark.parametrize("arguments", COMMANDS, ids=COMMANDS)
 def test_the_printed_command_describes_the_same_recipe(arguments, tmp_path):
     path = tmp_path / "layers.json"
-    path.write_text(json.dumps({"a.*": {"format": "bnb_nf4"}, "_default": {"format": "float8_e4m3fn", "simple": True}}))
+    path.write_text(
+        json.dumps(
+            {"a.*": {"format": "bnb_nf4"}, "_default": {"format": "float8_e4m3fn", "simple": True}}
+        )
+    )
     made = job(*arguments.replace("LAYERS", str(path)).split())
     args = build_parser().parse_args(list(made.arguments))
     assert recipe_from(args) == made.recipe
@@ -343,5 +379,15 @@ def test_the_printed_command_describes_the_same_recipe(arguments, tmp_path):
 
 def test_the_table_names_each_field_of_the_recipe_it_writes():
     groups = {flag.field.partition(".")[0] for flag in FLAGS}
-    assert groups == {"run", "primary", "fallback", "custom", "recipe", "svd", "convert", "refused", "accepted"}
+    assert groups == {
+        "run",
+        "primary",
+        "fallback",
+        "custom",
+        "recipe",
+        "svd",
+        "convert",
+        "refused",
+        "accepted",
+    }
     assert all(re.fullmatch(r"[a-z]\w*\.\w+", flag.field) for flag in FLAGS)

@@ -10,7 +10,9 @@ from harness.quality import sample
 def server(comfyui, tmp_path_factory):
     """ComfyUI with FewBits, the emoji nodes and the emoji model."""
     base = tmp_path_factory.mktemp("with_pack")
-    with ComfyServer(base, custom_nodes=[PACK, EMOJI_NODES], models=emoji_models(), tree=comfyui) as running:
+    with ComfyServer(
+        base, custom_nodes=[PACK, EMOJI_NODES], models=emoji_models(), tree=comfyui
+    ) as running:
         yield running
 
 
@@ -18,7 +20,9 @@ def server(comfyui, tmp_path_factory):
 def stock(comfyui, tmp_path_factory):
     """ComfyUI without FewBits."""
     base = tmp_path_factory.mktemp("stock")
-    with ComfyServer(base, custom_nodes=[EMOJI_NODES], models=emoji_models(), tree=comfyui) as running:
+    with ComfyServer(
+        base, custom_nodes=[EMOJI_NODES], models=emoji_models(), tree=comfyui
+    ) as running:
         yield running
 
 

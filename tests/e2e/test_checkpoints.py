@@ -24,13 +24,18 @@ CASES = {
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """A random SD3 of depth 2 with a CLIP-L of real size and the emoji model's VAE."""
-    shapes = sd3_shapes() | {"context_embedder.weight": (128, 4096), "y_embedder.mlp.0.weight": (128, 2048)}
+    shapes = sd3_shapes() | {
+        "context_embedder.weight": (128, 4096),
+        "y_embedder.mlp.0.weight": (128, 2048),
+    }
     parts = {
         "model.diffusion_model.": random_tensors(shapes),
         CLIP: random_tensors(clip_shapes()),
         "first_stage_model.": load_file(EMOJI / "emoji_vae.safetensors"),
     }
-    tensors = {f"{prefix}{name}": tensor for prefix, part in parts.items() for name, tensor in part.items()}
+    tensors = {
+        f"{prefix}{name}": tensor for prefix, part in parts.items() for name, tensor in part.items()
+    }
     path = tmp_path_factory.mktemp("checkpoint") / "original.safetensors"
     save_file(tensors, path)
     return path
@@ -72,12 +77,16 @@ def converted(original, folder, model, clip):
     rules = (Rule(f"{CLIP}text_model.encoder.*", parse_wish(clip)),) if clip else ()
     if model is None:
         rules = (*rules, Rule("*", None))
-    report = quantize_file(original, path, Recipe(parse_wish(model or "int8_tensorwise"), rules=rules))
+    report = quantize_file(
+        original, path, Recipe(parse_wish(model or "int8_tensorwise"), rules=rules)
+    )
     return path, report
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_both_loaders_open_all_three_parts_and_draw_nearly_the_same(server, original, tmp_path, case):
+def test_both_loaders_open_all_three_parts_and_draw_nearly_the_same(
+    server, original, tmp_path, case
+):
     model, clip, least = CASES[case]
     path, report = converted(original, tmp_path, model, clip)
     quantized = {name for name in (model, clip) if name}
@@ -89,11 +98,15 @@ def test_both_loaders_open_all_three_parts_and_draw_nearly_the_same(server, orig
     assert run.images()[0].tobytes() == got.tobytes()
     assert set(run.history["outputs"]["c"]["fewbits_inspection"][0]["formats"]) == quantized
     quality = psnr(got, wanted)
-    print(f"{case}: PSNR {quality:.1f} dB, {path.stat().st_size / original.stat().st_size:.2f} of the size")
+    print(
+        f"{case}: PSNR {quality:.1f} dB, {path.stat().st_size / original.stat().st_size:.2f} of the size"
+    )
     assert least < quality
 
 
-def test_parts_quantized_in_the_graph_are_saved_as_one_checkpoint_that_draws_the_same(server, original):
+def test_parts_quantized_in_the_graph_are_saved_as_one_checkpoint_that_draws_the_same(
+    server, original
+):
     nodes = {
         "qm": node("FewBitsQuantizeINT8", model=["c", 0], format="int8_blockwise"),
         "qc": node("FewBitsQuantizeTextEncoder", clip=["c", 1], format="bnb_nf4"),
@@ -112,4 +125,6 @@ def test_parts_quantized_in_the_graph_are_saved_as_one_checkpoint_that_draws_the
         got = draw(server, node(loader, **{key: path.name})).images()[0]
         assert psnr(got, wanted) is None or psnr(got, wanted) > 50
     state = load_file(path)
-    assert torch.uint8 in {tensor.dtype for name, tensor in state.items() if name.endswith("fc1.weight")}
+    assert torch.uint8 in {
+        tensor.dtype for name, tensor in state.items() if name.endswith("fc1.weight")
+    }

@@ -26,7 +26,9 @@ def every_matrix(make, path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_stock_loader_opens_a_file_with_every_matrix_in_a_foreign_dialect(server, reference, tmp_path, case):
+def test_the_stock_loader_opens_a_file_with_every_matrix_in_a_foreign_dialect(
+    server, reference, tmp_path, case
+):
     make, least = CASES[case]
     path = every_matrix(make, tmp_path / f"emoji_{case}.safetensors")
     server.add_model("diffusion_models", path)

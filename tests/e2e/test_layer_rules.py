@@ -9,11 +9,17 @@ from harness.metrics import ssim
 from helpers import fewbits
 
 EMOJI_FILE = "diffusion_models/emoji_flux.safetensors"
-LAYER_CONFIG = {"double_blocks.0.txt_attn.*": {"format": "bnb_nf4"}, "_exclusions": ["single_blocks.3.modulation.lin"]}
+LAYER_CONFIG = {
+    "double_blocks.0.txt_attn.*": {"format": "bnb_nf4"},
+    "_exclusions": ["single_blocks.3.modulation.lin"],
+}
 # What the rules below make of the emoji model; every other layer keeps its preset or becomes the primary.
 DECIDED = {
     "double_blocks.0.txt_attn.qkv": ("bnb_nf4", "layer-config 'double_blocks.0.txt_attn.*'"),
-    "single_blocks.3.modulation.lin": (None, "layer-config _exclusions 'single_blocks.3.modulation.lin'"),
+    "single_blocks.3.modulation.lin": (
+        None,
+        "layer-config _exclusions 'single_blocks.3.modulation.lin'",
+    ),
     "single_blocks.0.linear1": (None, "rule 'single_blocks.0.*'"),
     "single_blocks.0.linear2": ("float8_e4m3fn", "rule 'single_blocks.0.linear2'"),
     "single_blocks.1.linear1": ("int8_tensorwise", "primary"),
@@ -88,7 +94,9 @@ def test_a_saved_recipe_pasted_into_another_graph_writes_the_same_bytes(server, 
         "q": node("FewBitsQuantizeFile", file=EMOJI_FILE, filename="rules/pasted", format="mxfp8", recipe=["r", 0]),
     })  # fmt: skip
     assert run.status == "success", run.error
-    assert (folder / "pasted.safetensors").read_bytes() == (folder / "file.safetensors").read_bytes()
+    assert (folder / "pasted.safetensors").read_bytes() == (
+        folder / "file.safetensors"
+    ).read_bytes()
 
 
 def test_the_plan_is_shown_before_anything_is_converted(server):
@@ -107,7 +115,9 @@ def test_the_plan_is_shown_before_anything_is_converted(server):
     (line,) = [line for line in lines if " double_blocks.0.txt_attn.qkv " in line]
     assert line.startswith("bnb_nf4") and "[layer-config 'double_blocks.0.txt_attn.*'" in line
     assert any(line.endswith("rule 'nothing.*'  (matched nothing)") for line in lines)
-    assert '[[rule]]\nmatch = "single_blocks.0.linear2"' in "".join(run.history["outputs"]["toml"]["text"])
+    assert '[[rule]]\nmatch = "single_blocks.0.linear2"' in "".join(
+        run.history["outputs"]["toml"]["text"]
+    )
     assert sorted(server.output.rglob("*")) == before
 
 
@@ -118,7 +128,11 @@ def test_wrong_rules_are_refused_by_their_own_node(server):
         return server.run({**rules, "i": inspected})
 
     refused(run(pattern="re:("), "r", "pattern 're:(' is not a regular expression")
-    refused(run(text='{"img_in": {"format": "fp8"}}'), "r", "unknown format 'fp8', did you mean 'float8_e4m3fn'?")
+    refused(
+        run(text='{"img_in": {"format": "fp8"}}'),
+        "r",
+        "unknown format 'fp8', did you mean 'float8_e4m3fn'?",
+    )
     refused(run(text="[primary]\nformat = 'int9'"), "r", "recipe pasted: unknown format 'int9'")
     refused(run(pattern="img_in"), "i", "no [primary] table; choose in preview")
     refused(run(pattern="x", preset="none", inspect={"preview": "none"}), "i", "choose in preview")
@@ -127,6 +141,12 @@ def test_wrong_rules_are_refused_by_their_own_node(server):
 def test_a_node_refuses_a_recipe_for_another_format(server):
     workflow = emoji_workflow()
     workflow["r"] = node("FewBitsLayerRules", text='[primary]\nformat = "int8_tensorwise"')
-    workflow["q"] = node("FewBitsQuantizeFP8", model=["3", 0], format="float8_e4m3fn", recipe=["r", 0])
+    workflow["q"] = node(
+        "FewBitsQuantizeFP8", model=["3", 0], format="float8_e4m3fn", recipe=["r", 0]
+    )
     workflow["7"]["inputs"]["model"] = ["q", 0]
-    refused(server.run(workflow), "q", "primary format is int8_tensorwise, Quantize FP8 makes float8_e4m3fn")
+    refused(
+        server.run(workflow),
+        "q",
+        "primary format is int8_tensorwise, Quantize FP8 makes float8_e4m3fn",
+    )

@@ -22,7 +22,9 @@ FORMATS = {"FewBitsQuantizeFP8": "float8_e4m3fn", "FewBitsQuantizeINT8": "int8_t
            "FewBitsQuantizeNF4": "bnb_nf4", "FewBitsQuantizeFP4": "nvfp4"}  # fmt: skip
 EXAMPLES = ["quantize_int8_emoji", "quantize_text_encoder"]
 EMOJI_FILE = "diffusion_models/emoji_flux.safetensors"
-SAME_PICTURE = 0.985  # SSIM of one prompt against the original's; two prompts of unlike emoji: below 0.8
+SAME_PICTURE = (
+    0.985  # SSIM of one prompt against the original's; two prompts of unlike emoji: below 0.8
+)
 LIKE_PICTURE = {"bnb_nf4": 0.90, "nvfp4": 0.90}
 
 
@@ -33,13 +35,17 @@ def node(kind, **inputs):
 def quantize_and_sample(kind="FewBitsQuantizeINT8", *, lora=0.0, after=False, **wish):
     """loader 1 -> LoRA 3 -> quantize -> sampler 7; with `after`, the LoRA goes between quantize and sampler."""
     workflow = emoji_workflow(lora=lora)
-    workflow["quantize"] = node(kind, model=["1", 0] if after else ["3", 0], format=FORMATS[kind], **wish)
+    workflow["quantize"] = node(
+        kind, model=["1", 0] if after else ["3", 0], format=FORMATS[kind], **wish
+    )
     workflow["3" if after else "7"]["inputs"]["model"] = ["quantize", 0]
     return workflow
 
 
 def save(workflow, filename, source=("quantize", 0), **inputs):
-    workflow["save"] = node("FewBitsSaveComfyQuant", model=list(source), filename=filename, **inputs)
+    workflow["save"] = node(
+        "FewBitsSaveComfyQuant", model=list(source), filename=filename, **inputs
+    )
     return workflow
 
 
@@ -81,7 +87,9 @@ def test_the_page_learns_names_tooltips_and_options(server, name):
         assert not (options.get("advanced") and key in info["input"]["required"]), key
     assert len(info["output_tooltips"]) == len(info["output"]) and all(info["output_tooltips"])
     if "file" in inputs and name not in ("FewBitsLoadTextEncoder", "FewBitsLoadCheckpoint"):
-        assert any(choice.endswith("emoji_flux.safetensors") for choice in inputs["file"][1]["options"])
+        assert any(
+            choice.endswith("emoji_flux.safetensors") for choice in inputs["file"][1]["options"]
+        )
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -97,17 +105,25 @@ def test_a_quantized_model_draws_the_original_picture(server, original, kind):
 def test_plan_and_progress_arrive_over_the_websocket_before_the_report(server):
     workflow = {
         "1": node("UNETLoader", unet_name="emoji_flux.safetensors", weight_dtype="default"),
-        "q": node("FewBitsQuantizeFP8", model=["1", 0], format="float8_e4m3fn", keep="single_blocks.3.*"),
+        "q": node(
+            "FewBitsQuantizeFP8", model=["1", 0], format="float8_e4m3fn", keep="single_blocks.3.*"
+        ),
     }
     run = server.run(save(workflow, "events/model", ("q", 0)))
     assert run.status == "success", run.error
-    order = [(m["type"], m["data"]["node_id"]) for m in run.messages if m["type"].startswith("fewbits.")]
+    order = [
+        (m["type"], m["data"]["node_id"]) for m in run.messages if m["type"].startswith("fewbits.")
+    ]
     for name in ("q", "save"):
         mine = [kind for kind, node_id in order if node_id == name]
         assert mine[0] == "fewbits.plan" and set(mine[1:]) == {"fewbits.progress"}
     plan = next(data["plan"] for data in run.events("fewbits.plan") if data["node_id"] == "q")
     kept = [row["name"] for row in plan["layers"] if row["reason"] == "rule 'single_blocks.3.*'"]
-    assert kept == ["single_blocks.3.linear1", "single_blocks.3.linear2", "single_blocks.3.modulation.lin"]
+    assert kept == [
+        "single_blocks.3.linear1",
+        "single_blocks.3.linear2",
+        "single_blocks.3.modulation.lin",
+    ]
     last = [data for data in run.events("fewbits.progress") if data["node_id"] == "q"][-1]
     assert last["done"] == last["total"] == plan["bytes_before"] and last["eta_seconds"] == 0
     executed = {data["node"]: data["output"] for data in run.events("executed")}
@@ -116,11 +132,15 @@ def test_plan_and_progress_arrive_over_the_websocket_before_the_report(server):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_saved_model_draws_the_same_pixels_from_the_stock_loader_with_and_without_the_pack(server, stock, kind):
+def test_a_saved_model_draws_the_same_pixels_from_the_stock_loader_with_and_without_the_pack(
+    server, stock, kind
+):
     name = f"saved_{kind}"
     run = server.run(save(quantize_and_sample(kind), f"diffusion_models/{name}"))
     wanted = picture(run)
-    with_pack = picture(server.run(emoji_workflow(f"{name}.safetensors")))  # it is in the loader's list at once
+    with_pack = picture(
+        server.run(emoji_workflow(f"{name}.safetensors"))
+    )  # it is in the loader's list at once
     assert with_pack.tobytes() == wanted.tobytes()
     report = run.history["outputs"]["save"]["fewbits_report"][0]
     stock.add_model("diffusion_models", server.output / "diffusion_models" / f"{name}.safetensors")
@@ -136,7 +156,9 @@ def test_a_lora_before_quantizing_is_baked_and_one_after_it_works_too(server, or
     wanted = picture(server.run(emoji_workflow(lora=1.0)))
     assert ssim(wanted, original) < 0.9
     before = picture(server.run(save(quantize_and_sample(lora=1.0), "lora/before")))
-    after = picture(server.run(save(quantize_and_sample(lora=1.0, after=True), "lora/after", source=("3", 0))))
+    after = picture(
+        server.run(save(quantize_and_sample(lora=1.0, after=True), "lora/after", source=("3", 0)))
+    )
     assert ssim(before, wanted) > SAME_PICTURE
     assert ssim(after, wanted) > 0.95
     for name, drawn in (("before", before), ("after", after)):
@@ -171,7 +193,9 @@ def test_inspecting_shows_what_is_inside_and_previews_a_conversion(server):
 @pytest.fixture(scope="module")
 def big_file(server, tmp_path_factory):
     """1.07 GB in layers of up to 132 MB, as in a large model."""
-    block = (torch.randn(3072 * 64) * 0.02).bfloat16()  # repeated: random numbers would take longer than the test
+    block = (
+        torch.randn(3072 * 64) * 0.02
+    ).bfloat16()  # repeated: random numbers would take longer than the test
 
     def weight(shape):
         count = torch.Size(shape).numel()
@@ -203,7 +227,11 @@ def test_a_cancelled_conversion_ends_within_two_seconds_and_leaves_nothing(serve
 
     def cancel(message):
         data = message["data"]
-        if message["type"] == "fewbits.progress" and data["done"] > 0.2 * data["total"] and not asked:
+        if (
+            message["type"] == "fewbits.progress"
+            and data["done"] > 0.2 * data["total"]
+            and not asked
+        ):
             asked.append(time.monotonic())
             server.interrupt()
 
@@ -225,7 +253,13 @@ def test_an_existing_file_is_kept_and_named_unless_overwriting_is_asked_for(serv
     target = server.output / "existing" / "file.safetensors"
     target.parent.mkdir()
     target.write_bytes(b"mine")
-    refused(run(), "q", "file.safetensors", "exists already", "choose another filename or turn overwrite on")
+    refused(
+        run(),
+        "q",
+        "file.safetensors",
+        "exists already",
+        "choose another filename or turn overwrite on",
+    )
     assert target.read_bytes() == b"mine"
     assert run(overwrite=True).status == "success"
     assert target.stat().st_size > 7e6
@@ -241,7 +275,9 @@ def test_a_name_outside_the_output_folder_is_refused(server, door, filename):
     else:
         workflow = {"1": node("UNETLoader", unet_name="emoji_flux.safetensors", weight_dtype="default"),
                     "q": node("FewBitsSaveComfyQuant", model=["1", 0], filename=filename)}  # fmt: skip
-    refused(server.run(workflow), "q", "is not allowed", "write a name inside ComfyUI's output folder")
+    refused(
+        server.run(workflow), "q", "is not allowed", "write a name inside ComfyUI's output folder"
+    )
     assert not list(server.base.rglob("escaped*"))
 
 
@@ -256,8 +292,13 @@ def test_nan_in_a_weight_is_reported_by_name_by_both_doors_and_nothing_is_writte
     save_file(tensors, tmp_path / "nan.safetensors")
     server.add_model("diffusion_models", tmp_path / "nan.safetensors")
     before = files(server)
-    told = ("nan.safetensors: tensor 'single_blocks.0.linear1.weight' has 1 NaN", "nothing was written")
-    refused(server.run(convert("int8_tensorwise", file="diffusion_models/nan.safetensors")), "q", *told)
+    told = (
+        "nan.safetensors: tensor 'single_blocks.0.linear1.weight' has 1 NaN",
+        "nothing was written",
+    )
+    refused(
+        server.run(convert("int8_tensorwise", file="diffusion_models/nan.safetensors")), "q", *told
+    )
     workflow = {"1": node("UNETLoader", unet_name="nan.safetensors", weight_dtype="default"),
                 "q": node("FewBitsQuantizeINT8", model=["1", 0], format="int8_tensorwise")}  # fmt: skip
     refused(server.run(save(workflow, "nan/model", ("q", 0))), "q", *told)
@@ -266,7 +307,11 @@ def test_nan_in_a_weight_is_reported_by_name_by_both_doors_and_nothing_is_writte
 
 def test_wishes_that_cannot_be_fulfilled_say_why(server):
     workflow = quantize_and_sample("FewBitsQuantizeINT8", block_size="64")
-    refused(server.run(workflow), "quantize", "format int8_tensorwise has no option 'block_size'; it allows: scaling")
+    refused(
+        server.run(workflow),
+        "quantize",
+        "format int8_tensorwise has no option 'block_size'; it allows: scaling",
+    )
     workflow = quantize_and_sample("FewBitsQuantizeINT8", keep="re:(")
     refused(server.run(workflow), "quantize", "pattern 're:(' is not a regular expression")
     workflow = quantize_and_sample("FewBitsQuantizeINT8", device="cuda")
@@ -274,11 +319,18 @@ def test_wishes_that_cannot_be_fulfilled_say_why(server):
     workflow = quantize_and_sample("FewBitsQuantizeINT8")
     workflow["again"] = node("FewBitsQuantizeFP8", model=["quantize", 0], format="float8_e4m3fn")
     workflow["7"]["inputs"]["model"] = ["again", 0]
-    refused(server.run(workflow), "again", "quantized already (int8_tensorwise, 22 layers)", "connect the original")
+    refused(
+        server.run(workflow),
+        "again",
+        "quantized already (int8_tensorwise, 22 layers)",
+        "connect the original",
+    )
 
 
 def test_a_checkpoint_keeps_everything_but_its_diffusion_model(server, tmp_path):
-    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(ORIGINAL).items()}
+    tensors = {
+        f"model.diffusion_model.{name}": tensor for name, tensor in load_file(ORIGINAL).items()
+    }
     tensors["first_stage_model.decoder.conv_in.weight"] = torch.ones(4, 4, 3, 3)
     save_file(tensors, tmp_path / "whole.safetensors", metadata={"title": "whole"})
     server.add_model("checkpoints", tmp_path / "whole.safetensors")
@@ -293,7 +345,9 @@ def test_a_checkpoint_keeps_everything_but_its_diffusion_model(server, tmp_path)
     assert torch.equal(got.pop("first_stage_model.decoder.conv_in.weight"), torch.ones(4, 4, 3, 3))
     wanted = load_file(tmp_path / "inner.safetensors")
     assert {name.removeprefix("model.diffusion_model.") for name in got} == set(wanted)
-    assert all(torch.equal(got[f"model.diffusion_model.{name}"], tensor) for name, tensor in wanted.items())
+    assert all(
+        torch.equal(got[f"model.diffusion_model.{name}"], tensor) for name, tensor in wanted.items()
+    )
 
 
 def test_the_page_gets_help_translations_and_the_example_workflow(server):
@@ -310,7 +364,9 @@ def test_the_page_gets_help_translations_and_the_example_workflow(server):
 
 
 def test_the_example_workflow_runs_as_it_is(server, original):
-    graph = json.loads((PACK / "example_workflows" / "quantize_int8_emoji.json").read_text(encoding="utf-8"))
+    graph = json.loads(
+        (PACK / "example_workflows" / "quantize_int8_emoji.json").read_text(encoding="utf-8")
+    )
     run = server.run(prompt_of(server, graph))
     assert ssim(picture(run), original) > SAME_PICTURE
     assert (server.output / "diffusion_models" / "emoji_flux_int8.safetensors").is_file()

@@ -9,7 +9,10 @@ from harness.metrics import ssim
 # With LoRAs ComfyUI rounds every patched layer a second time, and this is one prompt. Measured below the promise for
 # eight prompts without LoRAs: nothing in 8 bits, at most 0.006 in W4A8 and W4A4, 0.052 in NF4 and FP4, 0.135 in nvfp4.
 MARGIN = 0.03
-BELOW = {"nvfp4": 0.16, **dict.fromkeys(("bnb_nf4", "bnb_nf4, mse_clip", "bnb_fp4", "bnb_fp4, nearest"), 0.08)}
+BELOW = {
+    "nvfp4": 0.16,
+    **dict.fromkeys(("bnb_nf4", "bnb_nf4, mse_clip", "bnb_fp4", "bnb_fp4, nearest"), 0.08),
+}
 
 
 def with_loras(model):
@@ -46,8 +49,12 @@ def test_stacked_loras_and_saving(server, wanted, tmp_path_factory, label):
     like_the_original, without_loras, reopened = (
         ssim(*pair) for pair in ((picture, wanted), (plain, wanted), (again.images()[0], picture))
     )
-    print(f"{label}: {like_the_original:.3f}, without LoRAs {without_loras:.3f}, reopened {reopened:.3f}")
+    print(
+        f"{label}: {like_the_original:.3f}, without LoRAs {without_loras:.3f}, reopened {reopened:.3f}"
+    )
     assert like_the_original >= least_ssim(label) - BELOW.get(label, MARGIN)
     assert without_loras < like_the_original - 0.03  # they do something
     assert reopened >= 0.995
-    assert saved.stat().st_size < path.stat().st_size + 1.1e6  # codes stay; the other layers are float32 on a CPU
+    assert (
+        saved.stat().st_size < path.stat().st_size + 1.1e6
+    )  # codes stay; the other layers are float32 on a CPU

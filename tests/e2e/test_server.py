@@ -28,12 +28,18 @@ def test_starting_leaves_nothing_in_comfyui_or_in_the_pack(comfyui, tmp_path):
     assert before == (contents(comfyui), contents(PACK / "nodes"), contents(PACK / "quant_ops"))
 
 
-def test_a_server_killed_in_mid_conversion_leaves_no_result_and_can_go_on_afterwards(comfyui, tmp_path):
+def test_a_server_killed_in_mid_conversion_leaves_no_result_and_can_go_on_afterwards(
+    comfyui, tmp_path
+):
     model = tiny_checkpoint(tmp_path / "big.safetensors", BIG)
     workflow = {
         "q": {
             "class_type": "FewBitsQuantizeFile",
-            "inputs": {"file": "diffusion_models/big.safetensors", "format": "int8_tensorwise", "filename": "result"},
+            "inputs": {
+                "file": "diffusion_models/big.safetensors",
+                "format": "int8_tensorwise",
+                "filename": "result",
+            },
         }
     }
 
@@ -42,7 +48,9 @@ def test_a_server_killed_in_mid_conversion_leaves_no_result_and_can_go_on_afterw
             server.process.kill()
 
     models = {"diffusion_models": [model]}
-    with ComfyServer(tmp_path / "comfyui", custom_nodes=[PACK], models=models, tree=comfyui) as server:
+    with ComfyServer(
+        tmp_path / "comfyui", custom_nodes=[PACK], models=models, tree=comfyui
+    ) as server:
         with pytest.raises(RuntimeError, match="hung up"):
             server.run(workflow, on_message=kill)
         result = server.output / "result.safetensors"
@@ -56,7 +64,9 @@ def test_a_server_killed_in_mid_conversion_leaves_no_result_and_can_go_on_afterw
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_an_interrupted_parent_takes_the_server_with_it():
     command = [sys.executable, "-m", "harness.serve", "0"]
-    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    listen = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # a shell's background jobs ignore it
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=listen) as parent:
         line = parent.stdout.readline()
         address = re.search(r"http://127\.0\.0\.1:\d+", line)[0]

@@ -29,7 +29,9 @@ def opens_in(format):
 
 
 @pytest.mark.parametrize("label", WISHES)
-def test_the_stock_loader_opens_the_file_and_the_picture_stays(server, originals, measured, tmp_path_factory, label):
+def test_the_stock_loader_opens_the_file_and_the_picture_stays(
+    server, originals, measured, tmp_path_factory, label
+):
     wish = parse_wish(WISHES[label])
     path = write_emoji(tmp_path_factory.mktemp("written"), label)
     server.add_model("diffusion_models", path)
@@ -57,7 +59,11 @@ def test_the_readme_says_what_was_measured(measured):
     for stated, found in zip(rows, measured.values(), strict=True):
         for column, a, b in zip(HEADER, stated, found, strict=True):
             if column in TOLERANCE:
-                assert abs(float(a.split()[0]) - float(b.split()[0])) <= TOLERANCE[column], (column, a, b)
+                assert abs(float(a.split()[0]) - float(b.split()[0])) <= TOLERANCE[column], (
+                    column,
+                    a,
+                    b,
+                )
             else:
                 assert a == b
 

@@ -25,7 +25,10 @@ EACH = pytest.mark.parametrize("encoder", ENCODERS)
 # embedding errors of 0.024 (INT8 rows), 0.028 (INT8 blocks), 0.078 (FP8) and 0.29 (NF4).
 MARGIN = 1.3
 WIDTH = 768
-POOLED, CONDITIONING = slice(-WIDTH, None), slice(-WIDTH)  # of what `embed` returns for CLIP-L with another encoder
+POOLED, CONDITIONING = (
+    slice(-WIDTH, None),
+    slice(-WIDTH),
+)  # of what `embed` returns for CLIP-L with another encoder
 # Writes a conditioning to a file of the output folder; T5-XXL is as small as T5_SMALL.
 PROBE = """
 import os
@@ -63,7 +66,11 @@ NODE_CLASS_MAPPINGS = {"EmbeddingsOut": EmbeddingsOut}
 """
 
 
-SHAPES = {"clip_l": clip_shapes, "t5_base": t5_shapes, "t5_small": lambda: gated_t5_shapes(**T5_SMALL)}
+SHAPES = {
+    "clip_l": clip_shapes,
+    "t5_base": t5_shapes,
+    "t5_small": lambda: gated_t5_shapes(**T5_SMALL),
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +86,9 @@ def files(tmp_path_factory):
             elif format.startswith("noise-"):
                 save_file(noisy(load_file(path_of(encoder)), reports[encoder, format[6:]]), path)
             else:
-                reports[encoder, format] = quantize_file(path_of(encoder), path, Recipe(parse_wish(format)))
+                reports[encoder, format] = quantize_file(
+                    path_of(encoder), path, Recipe(parse_wish(format))
+                )
             made[encoder, format] = path
         return made[encoder, format]
 
@@ -92,7 +101,9 @@ def original(encoder):
     tensors = random_tensors(SHAPES[encoder]())
     for name in tensors:
         if name.endswith("SelfAttention.q.weight"):
-            tensors[name] = tensors[name] / 8  # T5 does not divide by sqrt(64) in attention; its weights do
+            tensors[name] = (
+                tensors[name] / 8
+            )  # T5 does not divide by sqrt(64) in attention; its weights do
     return tensors
 
 
@@ -103,7 +114,9 @@ def noisy(tensors, report):
     for result in report.results:
         weight = tensors[f"{result.name}.weight"].float()
         noise = torch.randn(weight.shape, generator=generator)
-        out[f"{result.name}.weight"] = (weight + noise * (result.rel_l2 * weight.norm() / noise.norm())).bfloat16()
+        out[f"{result.name}.weight"] = (
+            weight + noise * (result.rel_l2 * weight.norm() / noise.norm())
+        ).bfloat16()
     return out
 
 
@@ -114,7 +127,9 @@ def server(comfyui, tmp_path_factory):
     probe = tmp_path_factory.mktemp("nodes") / "embeddings_out"
     probe.mkdir()
     (probe / "__init__.py").write_text(f"T5_SMALL = {T5_SMALL}\n{PROBE}", encoding="utf-8")
-    with ComfyServer(base, custom_nodes=[PACK, probe], tree=comfyui, arguments=["--cache-none"]) as running:
+    with ComfyServer(
+        base, custom_nodes=[PACK, probe], tree=comfyui, arguments=["--cache-none"]
+    ) as running:
         yield running
 
 
@@ -162,13 +177,17 @@ def error(got, wanted):
 
 @EACH
 @pytest.mark.parametrize("format", FORMATS)
-def test_both_loaders_open_the_file_and_the_error_is_what_the_format_predicts(server, embed, files, encoder, format):
+def test_both_loaders_open_the_file_and_the_error_is_what_the_format_predicts(
+    server, embed, files, encoder, format
+):
     kind = ENCODERS[encoder]
     wanted = embed(stock(server, files(encoder), kind))
     got = embed(stock(server, files(encoder, format), kind))
     predicted = error(embed(stock(server, files(encoder, f"noise-{format}"), kind)), wanted)
     report = files.reports[encoder, format]
-    print(f"{encoder} {format}: weights {report.rel_l2():.4f}, predicted {predicted:.4f}, got {error(got, wanted):.4f}")
+    print(
+        f"{encoder} {format}: weights {report.rel_l2():.4f}, predicted {predicted:.4f}, got {error(got, wanted):.4f}"
+    )
     assert 0 < error(got, wanted) < MARGIN * predicted
     assert torch.equal(embed(ours(server, files(encoder, format), kind)), got)
     (inspection,) = embed.outputs["loader"]["fewbits_inspection"]
@@ -214,11 +233,15 @@ def test_two_different_encoders_together(embed, flux, clip, t5):
             assert torch.equal(got[part], wanted[part])
         else:
             predicted = error(embed(flux(**{encoder: f"noise-{format}"}))[part], wanted[part])
-            print(f"{encoder} {format}: predicted {predicted:.4f}, got {error(got[part], wanted[part]):.4f}")
+            print(
+                f"{encoder} {format}: predicted {predicted:.4f}, got {error(got[part], wanted[part]):.4f}"
+            )
             assert 0 < error(got[part], wanted[part]) < MARGIN * predicted
     assert torch.equal(embed(flux(clip, t5, swap=True)), got)
     names = flux(clip, t5)["inputs"]
-    ours = node("FewBitsLoadTextEncoder", file=names["clip_name1"], file2=names["clip_name2"], type="flux")
+    ours = node(
+        "FewBitsLoadTextEncoder", file=names["clip_name1"], file2=names["clip_name2"], type="flux"
+    )
     assert torch.equal(embed(ours), got)
 
 
@@ -231,7 +254,9 @@ def test_quantizing_both_in_the_graph_gives_the_embeddings_of_their_files(embed,
 
 @EACH
 @pytest.mark.parametrize("format", ["int8_tensorwise", "bnb_nf4"])
-def test_quantizing_in_the_graph_gives_the_embeddings_of_the_file(server, embed, files, encoder, format):
+def test_quantizing_in_the_graph_gives_the_embeddings_of_the_file(
+    server, embed, files, encoder, format
+):
     kind = ENCODERS[encoder]
     quantize = node("FewBitsQuantizeTextEncoder", clip=["loader", 0], format=format)
     got = embed(stock(server, files(encoder), kind), then={"quantize": quantize})
@@ -261,7 +286,9 @@ def test_clip_save_and_the_stock_loader_round_trip(server, embed, files, encoder
     (report,) = done.history["outputs"]["quantize"]["fewbits_report"]
     assert report["kernels"][0].endswith("decoded, then multiplied at full precision")
     (path,) = (server.output / "clip").glob(f"{encoder}*.safetensors")
-    got = embed(node("CLIPLoader", clip_name=path.name, type=kind))  # the output folder is in the loader's list
+    got = embed(
+        node("CLIPLoader", clip_name=path.name, type=kind)
+    )  # the output folder is in the loader's list
     assert error(got, embed(stock(server, files(encoder, "bnb_nf4"), kind))) < 1e-5
     assert path.stat().st_size < 0.75 * files(encoder).stat().st_size  # the embedding table stays
 
@@ -270,9 +297,14 @@ def test_the_example_workflow_runs_as_it_is(server, embed, files, tmp_path):
     path = tmp_path / "clip_l.safetensors"
     path.write_bytes(files("clip_l").read_bytes())
     server.add_model("text_encoders", path)
-    graph = json.loads((PACK / "example_workflows" / "quantize_text_encoder.json").read_text(encoding="utf-8"))
+    graph = json.loads(
+        (PACK / "example_workflows" / "quantize_text_encoder.json").read_text(encoding="utf-8")
+    )
     done = server.run(prompt_of(server, graph))
     assert done.status == "success", done.error
     (saved,) = (server.output / "clip").glob("clip_l_int8*.safetensors")
     got = embed(node("CLIPLoader", clip_name=saved.name, type="stable_diffusion"))
-    assert error(got, embed(stock(server, files("clip_l", "int8_tensorwise"), "stable_diffusion"))) < 1e-5
+    assert (
+        error(got, embed(stock(server, files("clip_l", "int8_tensorwise"), "stable_diffusion")))
+        < 1e-5
+    )

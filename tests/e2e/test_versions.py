@@ -9,7 +9,9 @@ from e2e.wishes import WISHES, least_ssim, write_emoji
 from harness import EMOJI_NODES, PACK, PROMPTS, ComfyServer, emoji_models, readme
 from harness.quality import compare, sample
 
-OLDER = dict(line.split("=", 1) for line in os.environ.get("FEWBITS_OLDER_COMFYUI", "").splitlines())
+OLDER = dict(
+    line.split("=", 1) for line in os.environ.get("FEWBITS_OLDER_COMFYUI", "").splitlines()
+)
 PINNED = "0.30.0"
 VERSIONS = [*OLDER, PINNED]
 STOCK, PACKED, NEITHER = "stock", "FewBits", "-"
@@ -55,15 +57,20 @@ def opened(server, files, originals):
 def test_what_opens_where(comfyui, files, originals, found, ours, tmp_path, version):
     tree = Path(OLDER.get(version, comfyui))
     models = emoji_models(*files.values())
-    with ComfyServer(tmp_path / "pack", custom_nodes=[PACK, EMOJI_NODES], models=models, tree=tree) as server:
+    with ComfyServer(
+        tmp_path / "pack", custom_nodes=[PACK, EMOJI_NODES], models=models, tree=tree
+    ) as server:
         assert server.stats["system"]["comfyui_version"] == version
         with_pack = opened(server, files, originals)
         assert not server.log_problems()
-    with ComfyServer(tmp_path / "stock", custom_nodes=[EMOJI_NODES], models=models, tree=tree) as server:
+    with ComfyServer(
+        tmp_path / "stock", custom_nodes=[EMOJI_NODES], models=models, tree=tree
+    ) as server:
         without = opened(server, files, originals)
     assert set(without) <= set(with_pack)
     found[version] = {
-        label: STOCK if label in without else PACKED if label in with_pack else NEITHER for label in files
+        label: STOCK if label in without else PACKED if label in with_pack else NEITHER
+        for label in files
     }
     for label, samples in with_pack.items():
         if found[version][label] == PACKED:  # our own code on every version: the same numbers
@@ -73,10 +80,13 @@ def test_what_opens_where(comfyui, files, originals, found, ours, tmp_path, vers
 
 def test_the_readme_says_what_was_found(found):
     if set(found) != set(VERSIONS) or not OLDER:
-        pytest.fail("needs the rows of the test above, on all versions: run the whole file with dev.py")
+        pytest.fail(
+            "needs the rows of the test above, on all versions: run the whole file with dev.py"
+        )
     header = ["format", *(f"ComfyUI {version}" for version in VERSIONS)]
     names = {
-        label: f"`{wish.split(':')[0]}`" + label.removeprefix(wish.split(":")[0]) for label, wish in WISHES.items()
+        label: f"`{wish.split(':')[0]}`" + label.removeprefix(wish.split(":")[0])
+        for label, wish in WISHES.items()
     }
     rows = [[names[label], *(found[version][label] for version in VERSIONS)] for label in WISHES]
     if readme.WRITE:

@@ -57,7 +57,9 @@ def encode(
     prepared = format.prepare(weight, options)
     chosen = get_method(method)
     generator = layer_generator(0, name, prepared.device)
-    choice = choose(chosen, Layer(prepared, format.grid(layer, options), chosen.configure({}), generator))
+    choice = choose(
+        chosen, Layer(prepared, format.grid(layer, options), chosen.configure({}), generator)
+    )
     return format.pack(choice.codes, choice.scale, options), format.marker(layer, options)
 
 

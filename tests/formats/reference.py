@@ -69,7 +69,9 @@ def _logical_scales(stored: np.ndarray, rows: int, cols: int) -> np.ndarray:
     """Undo the swizzle by its offset formula, one index at a time."""
     flat, quarter = stored.reshape(-1), stored.shape[1] // 4
     r, c = np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij")
-    return flat[((r // 128) * quarter + c // 4) * 512 + (r % 32) * 16 + ((r % 128) // 32) * 4 + c % 4]
+    return flat[
+        ((r // 128) * quarter + c // 4) * 512 + (r % 32) * 16 + ((r % 128) // 32) * 4 + c % 4
+    ]
 
 
 def hadamard(group: int) -> np.ndarray:
@@ -99,7 +101,9 @@ def decode(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
         return _array(weight) * _array(tensors["weight_scale"])[:, None]
     if name in ("float8_e4m3fn_blockwise", "int8_blockwise"):
         size = marker["group_size"]
-        return _tiles(_array(weight).astype(np.float32), _array(tensors["weight_scale"]), size, size)
+        return _tiles(
+            _array(weight).astype(np.float32), _array(tensors["weight_scale"]), size, size
+        )
     if name in ("float8_e4m3fn_block3d", "int8_lodewise"):
         scale = _array(tensors["weight_scale"]).reshape(weight.shape[0], -1)
         return _tiles(_array(weight).astype(np.float32), scale, 1, marker["group_size"])
@@ -123,14 +127,20 @@ def decode(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
         codes = _nibbles(weight, high_first=True).reshape(-1)
         absmax = _array(tensors["absmax"])
         values = (NF4 if name == "bnb_nf4" else FP4)[codes]
-        return (values * absmax[np.arange(len(codes)) // marker["group_size"]]).reshape(marker["shape"])
+        return (values * absmax[np.arange(len(codes)) // marker["group_size"]]).reshape(
+            marker["shape"]
+        )
     raise ValueError(name)
 
 
 def _mxfp8(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
     codes = _array(tensors["weight"])
-    exponents = _logical_scales(_array(tensors["weight_scale"]), codes.shape[0], codes.shape[1] // 32)
-    scale = np.where(exponents == 0, 0.0, 2.0 ** (exponents.astype(np.float64) - 127)).astype(np.float32)
+    exponents = _logical_scales(
+        _array(tensors["weight_scale"]), codes.shape[0], codes.shape[1] // 32
+    )
+    scale = np.where(exponents == 0, 0.0, 2.0 ** (exponents.astype(np.float64) - 127)).astype(
+        np.float32
+    )
     n, k = marker["orig_shape"]
     return _tiles(codes, scale, 1, 32)[:n, :k]
 
@@ -144,7 +154,9 @@ def _nvfp4(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
 
 def _w4a8(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
     levels = _array(tensors["weight_codebook"])[_nibbles(tensors["weight"], high_first=False)]
-    grid = np.clip(np.rint(_tiles(levels, _array(tensors["weight_s_rel"]), 1, marker["group_size"])), -127, 127)
+    grid = np.clip(
+        np.rint(_tiles(levels, _array(tensors["weight_s_rel"]), 1, marker["group_size"])), -127, 127
+    )
     return rotate(grid * _array(tensors["weight_s_channel"])[:, None], marker["convrot_groupsize"])
 
 
@@ -162,6 +174,10 @@ def decode_file(path: Path) -> dict[str, np.ndarray]:
     layers = {}
     for base, marker in json.loads(metadata["_quantization_metadata"])["layers"].items():
         assert json.loads(stored[f"{base}.comfy_quant"].data) == marker
-        own = {name[len(base) + 1 :]: entry for name, entry in stored.items() if name.startswith(f"{base}.")}
+        own = {
+            name[len(base) + 1 :]: entry
+            for name, entry in stored.items()
+            if name.startswith(f"{base}.")
+        }
         layers[base] = decode(marker, own)
     return layers

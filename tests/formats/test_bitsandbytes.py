@@ -20,7 +20,9 @@ def weights(seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def theirs(weight: torch.Tensor, kind: str, group: int) -> tuple[torch.Tensor, object]:
-    return functional.quantize_4bit(weight, blocksize=group, quant_type=kind, compress_statistics=False)
+    return functional.quantize_4bit(
+        weight, blocksize=group, quant_type=kind, compress_statistics=False
+    )
 
 
 def codes_of(packed: torch.Tensor) -> torch.Tensor:
@@ -47,7 +49,10 @@ def test_fp4_codes_equal_bitsandbytes_but_for_zeros_and_rare_last_bits(group, se
     packed, state = theirs(weight, "fp4", group)
     assert torch.equal(stored["absmax"], state.absmax)
     ours, other = codes_of(stored["weight"]), codes_of(packed)
-    ours, other = ours.masked_fill(ours == 8, 0), other.masked_fill(other == 8, 0)  # 8 and 0 are both zero
+    ours, other = (
+        ours.masked_fill(ours == 8, 0),
+        other.masked_fill(other == 8, 0),
+    )  # 8 and 0 are both zero
     assert int((ours != other).sum()) <= weight.numel() * 1e-5
 
 
@@ -88,4 +93,6 @@ def test_a_partial_last_block_decodes_alike(kind):
     ours = decode(f"bnb_{kind}", stored, marker)
     other = functional.dequantize_4bit(packed, state).reshape(weight.shape)
     assert torch.equal(stored["absmax"], state.absmax)
-    assert int((ours != other).sum()) <= 1  # they divide the last block, we multiply by the reciprocal
+    assert (
+        int((ours != other).sum()) <= 1
+    )  # they divide the last block, we multiply by the reciprocal

@@ -9,7 +9,9 @@ from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.spec import FormatOptions, Header, LayerPlan, TensorSpec
 
 
-def plan(wish: str, shape: tuple[int, int], bias: bool = False, name: str = "blocks.0.mlp") -> LayerPlan:
+def plan(
+    wish: str, shape: tuple[int, int], bias: bool = False, name: str = "blocks.0.mlp"
+) -> LayerPlan:
     specs = [TensorSpec(f"{name}.weight", "BF16", shape)]
     if bias:
         specs.append(TensorSpec(f"{name}.bias", "BF16", shape[:1]))
@@ -66,9 +68,13 @@ CHAIN = [
 
 
 @pytest.mark.parametrize(
-    ("wish", "shape", "chosen", "options", "reason"), CHAIN, ids=[f"{case[0]} {case[1]}" for case in CHAIN]
+    ("wish", "shape", "chosen", "options", "reason"),
+    CHAIN,
+    ids=[f"{case[0]} {case[1]}" for case in CHAIN],
 )
-def test_a_layer_walks_the_chain_to_the_nearest_format_that_fits(wish, shape, chosen, options, reason):
+def test_a_layer_walks_the_chain_to_the_nearest_format_that_fits(
+    wish, shape, chosen, options, reason
+):
     layer = plan(wish, shape)
     assert (layer.action, layer.format) == ("quantize", chosen)
     assert layer.options.stated() == options
@@ -91,16 +97,24 @@ METHODS = [
 @pytest.mark.parametrize(("wish", "fitting", "changed"), METHODS, ids=[case[0] for case in METHODS])
 def test_a_method_goes_along_the_chain_unless_it_is_the_formats_own(wish, fitting, changed):
     assert plan(wish, (64, 128)).method == fitting
-    assert (plan(wish, (64, 33)).format, plan(wish, (64, 33)).method) == ("int8_tensorwise", changed)
+    assert (plan(wish, (64, 33)).format, plan(wish, (64, 33)).method) == (
+        "int8_tensorwise",
+        changed,
+    )
 
 
 def test_options_of_the_method_and_precision_go_along_the_chain():
     layer = plan("bnb_nf4:method=svd,num_iter=7,full_precision_matrix_mult=true", (64, 33))
-    assert layer.method_options == (("num_iter", 7),) and layer.marker["full_precision_matrix_mult"] is True
+    assert (
+        layer.method_options == (("num_iter", 7),)
+        and layer.marker["full_precision_matrix_mult"] is True
+    )
 
 
 def test_padding_may_add_up_to_a_quarter():
-    assert plan("mxfp8", (128, 77)).reason == "primary; padded 128x77 -> 128x96"  # 1.247 times the elements
+    assert (
+        plan("mxfp8", (128, 77)).reason == "primary; padded 128x77 -> 128x96"
+    )  # 1.247 times the elements
     assert plan("mxfp8", (128, 76)).format == "float8_e4m3fn"  # 1.263
     assert plan("nvfp4", (52, 64)).format == "nvfp4"  # 1.231
     assert plan("nvfp4", (51, 64)).format == "float8_e4m3fn"  # 1.255
@@ -122,7 +136,9 @@ def test_an_embedding_table_is_quantized_only_where_comfyui_reads_it(name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("shape", [(100, 70), (16, 17), (1000, 1001), (17, 129), (16, 16), (4096, 30)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(100, 70), (16, 17), (1000, 1001), (17, 129), (16, 16), (4096, 30)], ids=str
+)
 def test_no_shape_stops_a_plan(name, shape):
     layer = plan(name, shape, bias=True)
     assert layer.action == "quantize"
@@ -146,15 +162,29 @@ REFUSED = [
     ("mxfp8", FormatOptions(block_size=32), "format mxfp8 has no option 'block_size'"),
     ("bnb_nf4", FormatOptions(block_size=48), "block_size must be one of 32, 64, 128"),
     ("bnb_nf4", FormatOptions(scaling="row"), "has no option 'scaling'"),
-    ("convrot_w4a4", FormatOptions(convrot_groupsize=1024), "convrot_groupsize must be one of 256, 64, 16"),
+    (
+        "convrot_w4a4",
+        FormatOptions(convrot_groupsize=1024),
+        "convrot_groupsize must be one of 256, 64, 16",
+    ),
     ("convrot_w4a4", FormatOptions(linear_dtype="fp8"), "linear_dtype must be one of int4, int8"),
-    ("int8_tensorwise", FormatOptions(convrot_groupsize=64), "convrot_groupsize needs convrot = true"),
-    ("int8_tensorwise", FormatOptions(scaling="tensor", convrot=True), "convrot needs scaling row; got tensor"),
+    (
+        "int8_tensorwise",
+        FormatOptions(convrot_groupsize=64),
+        "convrot_groupsize needs convrot = true",
+    ),
+    (
+        "int8_tensorwise",
+        FormatOptions(scaling="tensor", convrot=True),
+        "convrot needs scaling row; got tensor",
+    ),
     ("float8_e4m3fn", FormatOptions(convrot=True), "has no option 'convrot'"),
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "message"), REFUSED, ids=[f"{case[0]}: {case[2]}" for case in REFUSED])
+@pytest.mark.parametrize(
+    ("name", "options", "message"), REFUSED, ids=[f"{case[0]}: {case[2]}" for case in REFUSED]
+)
 def test_options_that_do_not_apply_are_refused(name, options, message):
     with pytest.raises(RecipeError, match=message):
         get_format(name).resolve(options)

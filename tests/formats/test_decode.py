@@ -60,14 +60,18 @@ def fitting() -> list[tuple[str, tuple[int, int]]]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "shape"), fitting(), ids=lambda value: str(value).replace(" ", ""))
+@pytest.mark.parametrize(
+    ("case", "shape"), fitting(), ids=lambda value: str(value).replace(" ", "")
+)
 def test_the_decoder_equals_the_reference_and_shapes_are_as_promised(case, shape, dtype):
     name, options = wish(case)
     weight = random_weight(shape, dtype)
     layer = layer_of(weight)
     tensors, marker = encode(name, weight, options)
     promised = get_format(name).tensor_specs(layer, options)
-    assert {suffix: (spec.dtype, spec.shape) for suffix, spec in specs_of(tensors).items()} == promised
+    assert {
+        suffix: (spec.dtype, spec.shape) for suffix, spec in specs_of(tensors).items()
+    } == promised
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     assert_decodes_alike(case, tensors, marker)
 
@@ -75,11 +79,19 @@ def test_the_decoder_equals_the_reference_and_shapes_are_as_promised(case, shape
 @pytest.mark.parametrize("case", CANONICAL)
 def test_a_zero_layer_decodes_to_exact_zeros(case):
     name, options = wish(case)
-    for weight in (torch.zeros(64, 256), torch.full((64, 256), -0.0), torch.full((64, 256), -(2.0**-90))):
+    for weight in (
+        torch.zeros(64, 256),
+        torch.full((64, 256), -0.0),
+        torch.full((64, 256), -(2.0**-90)),
+    ):
         tensors, marker = encode(name, weight, options)
         assert not decode(name, tensors, marker).any()
         assert not reference_decode(marker, tensors).any()
-        assert all(value.float().isfinite().all() for suffix, value in tensors.items() if suffix != "weight")
+        assert all(
+            value.float().isfinite().all()
+            for suffix, value in tensors.items()
+            if suffix != "weight"
+        )
 
 
 @pytest.mark.parametrize("case", CANONICAL)
@@ -126,7 +138,9 @@ def test_the_weight_is_not_changed_and_equal_weights_give_equal_bytes(case):
     before = weight.clone()
     first, second = encode(name, weight, options)[0], encode(name, weight, options)[0]
     assert torch.equal(weight, before)
-    assert {suffix: raw(value) for suffix, value in first.items()} == {s: raw(value) for s, value in second.items()}
+    assert {suffix: raw(value) for suffix, value in first.items()} == {
+        s: raw(value) for s, value in second.items()
+    }
 
 
 def test_every_registered_format_is_covered():

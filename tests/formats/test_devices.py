@@ -18,8 +18,12 @@ pytestmark = [
 def edges() -> torch.Tensor:
     """Powers of two, ties, subnormals of the codes, huge and tiny values, signed zeros, zero rows and blocks."""
     powers = [2.0**-90, -(2.0**-81), 2.0**-79]
-    values = torch.tensor([0.0, -0.0, *powers, 1e-8, -1e-8, 0.5, 1.5, 2.5, 3.5, 5.0, 6.0, 448.0, 1e30])
-    weight = values[torch.randint(0, len(values), (128, 512), generator=torch.Generator().manual_seed(0))]
+    values = torch.tensor(
+        [0.0, -0.0, *powers, 1e-8, -1e-8, 0.5, 1.5, 2.5, 3.5, 5.0, 6.0, 448.0, 1e30]
+    )
+    weight = values[
+        torch.randint(0, len(values), (128, 512), generator=torch.Generator().manual_seed(0))
+    ]
     weight *= torch.randint(-3, 4, weight.shape, generator=torch.Generator().manual_seed(1))
     weight[::7] = 0
     weight[1::7, 64:128] = 0
@@ -30,7 +34,9 @@ def edges() -> torch.Tensor:
 
 INPUTS = {
     "float32": lambda: torch.randn(512, 1024, generator=torch.Generator().manual_seed(2)) * 0.03,
-    "bfloat16": lambda: (torch.randn(512, 1024, generator=torch.Generator().manual_seed(3)) * 0.03).bfloat16(),
+    "bfloat16": lambda: (
+        torch.randn(512, 1024, generator=torch.Generator().manual_seed(3)) * 0.03
+    ).bfloat16(),
     "float16": lambda: torch.randn(256, 512, generator=torch.Generator().manual_seed(4)).half(),
     "float64": lambda: torch.randn(128, 512, generator=torch.Generator().manual_seed(5)).double(),
     "large": lambda: torch.randn(2048, 4096, generator=torch.Generator().manual_seed(6)).bfloat16(),
@@ -58,12 +64,18 @@ def test_cuda_writes_the_bytes_of_the_cpu_and_decodes_them_to_the_same_values(ca
 
 
 @pytest.mark.parametrize(
-    "round_", [round_nf4, round_fp4, round_e2m1, round_level], ids=["nf4", "fp4", "e2m1", "w4a8 level"]
+    "round_",
+    [round_nf4, round_fp4, round_e2m1, round_level],
+    ids=["nf4", "fp4", "e2m1", "w4a8 level"],
 )
 def test_the_cpu_table_equals_the_rounding_function_for_every_float32(round_):
     """All 2^32 bit patterns but infinities and NaN, 2^26 at a time."""
     for start in range(-(2**31), 2**31, 2**26):
-        x = torch.arange(start, start + 2**26, dtype=torch.int64, device="cuda").to(torch.int32).view(torch.float32)
+        x = (
+            torch.arange(start, start + 2**26, dtype=torch.int64, device="cuda")
+            .to(torch.int32)
+            .view(torch.float32)
+        )
         expected = round_(x).to(torch.uint8)
         finite = x.isfinite()
         found = fast_codes(x.cpu(), round_).cuda()

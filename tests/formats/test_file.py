@@ -19,9 +19,16 @@ from helpers import EMOJI
 def model() -> dict[str, torch.Tensor]:
     """Layers with whole blocks, padding, odd K, zeros; with and without bias."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"whole": (256, 512), "padded": (250, 490), "odd": (64, 33), "small": (16, 16), "tall": (1000, 64)}
+    shapes = {
+        "whole": (256, 512),
+        "padded": (250, 490),
+        "odd": (64, 33),
+        "small": (16, 16),
+        "tall": (1000, 64),
+    }
     tensors = {
-        f"blocks.{name}.weight": torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()
+        f"blocks.{name}.weight": torch.randn(shape, generator=generator).bfloat16()
+        for name, shape in shapes.items()
     }
     tensors["blocks.zeros.weight"] = torch.zeros(64, 256, dtype=torch.bfloat16)
     tensors["blocks.padded.bias"] = torch.randn(250, generator=generator).bfloat16()
@@ -37,7 +44,9 @@ def recipe(case: str) -> Recipe:
 def test_every_planned_tensor_is_written_as_planned_and_layers_decode_to_the_weights(case):
     source, sink = MemorySource(model()), MemorySink()
     report = quantize(source, sink, recipe(case))
-    assert [spec_of(name, tensor) for name, tensor in sink.tensors.items()] == list(report.plan.outputs)
+    assert [spec_of(name, tensor) for name, tensor in sink.tensors.items()] == list(
+        report.plan.outputs
+    )
     markers = json.loads(sink.metadata["_quantization_metadata"])["layers"]
     assert len(markers) == len(model()) - 1
     measured = {result.name: result.rel_l2 for result in report.results}
@@ -85,10 +94,14 @@ def test_quantizing_to_another_geometry_again_is_refused(case, other):
     weights = {"blocks.whole.weight": model()["blocks.whole.weight"]}
     quantize(MemorySource(weights), sink, recipe(case))
     with pytest.raises(RecipeError, match="is quantized already"):
-        plan_source(MemorySource(sink.tensors, sink.metadata), Recipe(parse_wish(other), preset="none"))
+        plan_source(
+            MemorySource(sink.tensors, sink.metadata), Recipe(parse_wish(other), preset="none")
+        )
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("mxfp8", torch.float8_e8m0fnu), ("nvfp4", torch.uint8)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("mxfp8", torch.float8_e8m0fnu), ("nvfp4", torch.uint8)]
+)
 def test_block_scales_under_comfyui_s_other_dtype_keep_their_bytes(name, dtype):
     """ComfyUI saves E8M0 exponents as F8_E8M0 and reads block scales from either dtype."""
     sink, copy = MemorySink(), MemorySink()
@@ -103,15 +116,23 @@ def test_block_scales_under_comfyui_s_other_dtype_keep_their_bytes(name, dtype):
 
 def test_side_tensors_that_change_what_a_layer_computes_are_copied_with_it():
     sink, copy = MemorySink(), MemorySink()
-    quantize(MemorySource({"blocks.whole.weight": model()["blocks.whole.weight"]}), sink, recipe("nvfp4"))
-    extra = {"blocks.whole.input_scale": torch.tensor(0.5), "blocks.whole.pre_quant_scale": torch.ones(512)}
+    quantize(
+        MemorySource({"blocks.whole.weight": model()["blocks.whole.weight"]}), sink, recipe("nvfp4")
+    )
+    extra = {
+        "blocks.whole.input_scale": torch.tensor(0.5),
+        "blocks.whole.pre_quant_scale": torch.ones(512),
+    }
     quantize(MemorySource({**sink.tensors, **extra}, sink.metadata), copy, Recipe(primary=None))
     assert set(copy.tensors) == {*sink.tensors, *extra}
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2.0**121], ids=["nan", "inf", "huge"])
 @pytest.mark.parametrize(
-    "case", ["nvfp4", "mxfp8", "bnb_nf4", "convrot_w4a4", "asym_w4a8_int8", "int8_tensorwise:convrot"]
+    "value", [float("nan"), float("inf"), 2.0**121], ids=["nan", "inf", "huge"]
+)
+@pytest.mark.parametrize(
+    "case",
+    ["nvfp4", "mxfp8", "bnb_nf4", "convrot_w4a4", "asym_w4a8_int8", "int8_tensorwise:convrot"],
 )
 def test_a_weight_that_is_not_finite_stops_the_run(case, value):
     tensors = model()

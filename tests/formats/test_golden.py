@@ -19,13 +19,20 @@ ROTATED = FormatOptions(scaling="row", convrot=True, convrot_groupsize=64)
 G64 = FormatOptions(convrot_groupsize=64, linear_dtype="int4")
 
 
-def store(name: str, weight: torch.Tensor, options: FormatOptions = TENSOR) -> dict[str, torch.Tensor]:
+def store(
+    name: str, weight: torch.Tensor, options: FormatOptions = TENSOR
+) -> dict[str, torch.Tensor]:
     return encode(name, weight, options)[0]
 
 
 @pytest.mark.parametrize(
     ("vector", "expected"),
-    [(A, "e2d3eff026ce19e5"), (B, "5392bc48301f2fae"), (C, "17eb7fde387d1308"), (D, "e1ec43b02ad1ddd3")],
+    [
+        (A, "e2d3eff026ce19e5"),
+        (B, "5392bc48301f2fae"),
+        (C, "17eb7fde387d1308"),
+        (D, "e1ec43b02ad1ddd3"),
+    ],
     ids=["A", "B", "C", "D"],
 )
 def test_the_inputs_are_those_of_the_format_page(vector, expected):
@@ -52,7 +59,9 @@ FP8 = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "options", "shape", "scale", "codes"), FP8, ids=[case[0] for case in FP8])
+@pytest.mark.parametrize(
+    ("name", "options", "shape", "scale", "codes"), FP8, ids=[case[0] for case in FP8]
+)
 def test_fp8_of_a_is_the_golden_vector(name, options, shape, scale, codes):
     stored = store(name, A, options)
     assert tuple(stored["weight_scale"].shape) == shape
@@ -83,7 +92,9 @@ INT8 = [
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "shape", "scale", "codes"), INT8, ids=["tensor", "row", "blockwise", "lodewise"]
+    ("name", "options", "shape", "scale", "codes"),
+    INT8,
+    ids=["tensor", "row", "blockwise", "lodewise"],
 )
 def test_int8_of_a_is_the_golden_vector(name, options, shape, scale, codes):
     stored = store(name, A, options)
@@ -94,7 +105,10 @@ def test_int8_of_a_is_the_golden_vector(name, options, shape, scale, codes):
 
 def test_int8_rows_below_tiny_are_zero_blocks_and_rows_above_are_not():
     stored = store("int8_tensorwise", torch.tensor([[2.0**-81, -(2.0**-90)], [2.0**-79, 0.0]]), ROW)
-    assert stored["weight_scale"].flatten().tolist() == [1.0, float(torch.tensor(2.0**-79) / torch.tensor(127.0))]
+    assert stored["weight_scale"].flatten().tolist() == [
+        1.0,
+        float(torch.tensor(2.0**-79) / torch.tensor(127.0)),
+    ]
     assert stored["weight"].tolist() == [[0, 0], [127, 0]]
 
 
@@ -122,8 +136,14 @@ class TestMxfp8:
         assert tuple(stored["weight"].shape) == (32, 32)
         assert sha(stored["weight"]) == "1f4aaba7baef3268"
         assert sha(stored["weight_scale"]) == "05c97d84c7231319"
-        assert [int(stored["weight_scale"].flatten()[16 * row]) for row in range(3)] == [121, 119, 121]
-        assert raw(stored["weight"][0]).hex() == "f7f6f6f6f5f4f4f4f3f2f2f2f1f0f0efeeedeceb" + 12 * "00"
+        assert [int(stored["weight_scale"].flatten()[16 * row]) for row in range(3)] == [
+            121,
+            119,
+            121,
+        ]
+        assert (
+            raw(stored["weight"][0]).hex() == "f7f6f6f6f5f4f4f4f3f2f2f2f1f0f0efeeedeceb" + 12 * "00"
+        )
 
 
 class TestNvfp4:
@@ -138,7 +158,12 @@ class TestNvfp4:
         assert tuple(stored["weight_scale"].shape) == (128, 4)
         assert sha(stored["weight_scale"]) == "5d18d700474954ee"
         flat = raw(stored["weight_scale"])
-        assert [flat[16 * r : 16 * r + 4].hex() for r in range(4)] == ["71717171", "69696969", "7e7e7e7e", "51515151"]
+        assert [flat[16 * r : 16 * r + 4].hex() for r in range(4)] == [
+            "71717171",
+            "69696969",
+            "7e7e7e7e",
+            "51515151",
+        ]
         assert [raw(row).hex() for row in stored["weight"][:4]] == [
             "fb5fa6e06e27d37c4fa5e96e16d27c4fb5fa6e06e27d37c4fa5e96e16d27c4fb",
             "e27d37c4fa5e96e16d27c4fb5fa6e06e27d37c4fa5e96e16d27c4fb5fa6e06e2",
@@ -171,8 +196,42 @@ class TestConvRot:
         assert tuple(stored["weight_scale"].shape) == (4, 1)
         assert bits(stored["weight_scale"]) == "3c62c58b 3bc68d1a 3d2d1a34 3a52a54b"
         assert sha(stored["weight"]) == "f0e253a63551376b"
-        assert stored["weight"][0, :16].tolist() == [-50, -1, -21, -6, 8, -12, 38, -17, 32, 12, -8, 6, 56, -34, 15, 30]
-        assert stored["weight"][3, :16].tolist() == [-4, -26, 27, -32, 21, -1, -22, -7, 47, -50, 3, 19, -41, 13, -9, 7]
+        assert stored["weight"][0, :16].tolist() == [
+            -50,
+            -1,
+            -21,
+            -6,
+            8,
+            -12,
+            38,
+            -17,
+            32,
+            12,
+            -8,
+            6,
+            56,
+            -34,
+            15,
+            30,
+        ]
+        assert stored["weight"][3, :16].tolist() == [
+            -4,
+            -26,
+            27,
+            -32,
+            21,
+            -1,
+            -22,
+            -7,
+            47,
+            -50,
+            3,
+            19,
+            -41,
+            13,
+            -9,
+            7,
+        ]
 
     def test_w4a4_of_b_is_the_golden_vector(self):
         stored = store("convrot_w4a4", B, G64)
@@ -190,7 +249,12 @@ class TestConvRot:
     def test_w4a8_of_b_is_the_golden_vector(self):
         stored = store("asym_w4a8_int8", B, G64)
         assert stored["weight_s_rel"].dtype == torch.float8_e4m3fn
-        assert [raw(row).hex() for row in stored["weight_s_rel"]] == ["66707065", "69706f65", "68706d67", "65706f66"]
+        assert [raw(row).hex() for row in stored["weight_s_rel"]] == [
+            "66707065",
+            "69706f65",
+            "68706d67",
+            "65706f66",
+        ]
         assert bits(stored["weight_s_channel"]) == "3c60a5de 3bc03f4c 3d2a5614 3a4a9c24"
         assert stored["weight"].dtype == torch.int8
         assert sha(stored["weight"]) == "012bf5fb5e69d9eb"
@@ -232,8 +296,20 @@ class TestBitsandbytes:
     @pytest.mark.parametrize(
         ("name", "rows"),
         [
-            ("bnb_nf4", ["2d4f70a1d3e6091c3e5f81b2d4f70a1d3e6091c3", "6796857857968a685796796805d17e2af4c06e18"]),
-            ("bnb_fp4", ["d2f30b7a5c2eb6a5d2e36a4d2f30b7a5c2eb6a5d", "e16e1e96e06e1696e96e16e1bf5a02d73c5be2a6"]),
+            (
+                "bnb_nf4",
+                [
+                    "2d4f70a1d3e6091c3e5f81b2d4f70a1d3e6091c3",
+                    "6796857857968a685796796805d17e2af4c06e18",
+                ],
+            ),
+            (
+                "bnb_fp4",
+                [
+                    "d2f30b7a5c2eb6a5d2e36a4d2f30b7a5c2eb6a5d",
+                    "e16e1e96e06e1696e96e16e1bf5a02d73c5be2a6",
+                ],
+            ),
         ],
         ids=["nf4", "fp4"],
     )
@@ -242,15 +318,21 @@ class TestBitsandbytes:
         assert bits(stored["absmax"]) == "3fb00000 3e900000"
         assert [raw(row).hex() for row in stored["weight"]] == rows
 
-    @pytest.mark.parametrize(("name", "byte"), [("bnb_nf4", "77"), ("bnb_fp4", "00")], ids=["nf4", "fp4"])
-    @pytest.mark.parametrize("value", [0.0, -0.0, -(2.0**-81)], ids=["zeros", "negative zeros", "tiny"])
+    @pytest.mark.parametrize(
+        ("name", "byte"), [("bnb_nf4", "77"), ("bnb_fp4", "00")], ids=["nf4", "fp4"]
+    )
+    @pytest.mark.parametrize(
+        "value", [0.0, -0.0, -(2.0**-81)], ids=["zeros", "negative zeros", "tiny"]
+    )
     def test_a_zero_block_has_absmax_one_and_the_code_of_zero(self, name, byte, value):
         stored = store(name, torch.full((1, 64), value), G)
         assert bits(stored["absmax"]) == "3f800000"
         assert raw(stored["weight"]).hex() == 32 * byte
 
     def test_decoded_nf4_of_b_starts_as_the_format_page_says(self):
-        decoded = get_format("bnb_nf4").dequantize(store("bnb_nf4", B, G), LayerInput((4, 64), None), G)
+        decoded = get_format("bnb_nf4").dequantize(
+            store("bnb_nf4", B, G), LayerInput((4, 64), None), G
+        )
         assert torch.equal(decoded[0, :4], floats("bf700000 be888828 3ed38a6c bf700000"))
 
 
@@ -262,7 +344,9 @@ RELATIVE_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "error"), RELATIVE_ERRORS, ids=[case[0] for case in RELATIVE_ERRORS])
+@pytest.mark.parametrize(
+    ("name", "options", "error"), RELATIVE_ERRORS, ids=[case[0] for case in RELATIVE_ERRORS]
+)
 def test_relative_decode_error_of_b_is_the_golden_one(name, options, error):
     format, layer = get_format(name), LayerInput((4, 64), None)
     decoded = format.dequantize(store(name, B, options), layer, options)
@@ -282,7 +366,9 @@ MARKERS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "length", "digest"), MARKERS, ids=[case[0] for case in MARKERS])
+@pytest.mark.parametrize(
+    ("name", "options", "length", "digest"), MARKERS, ids=[case[0] for case in MARKERS]
+)
 def test_marker_bytes_are_the_golden_ones(name, options, length, digest):
     format = get_format(name)
     text = marker_bytes(format.marker(LayerInput((4, 64), "BF16"), format.resolve(options)))

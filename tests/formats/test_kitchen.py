@@ -36,7 +36,9 @@ def differing(a: torch.Tensor, b: torch.Tensor) -> float:
 
 W4A8 = "comfy_kitchen.backends.eager.w4a8_int8"
 each_seed = pytest.mark.parametrize("seed", SEEDS)
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 
 
 @each_seed
@@ -45,7 +47,9 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, to
 def test_fp8_equals_comfy_kitchen_bit_for_bit(name, dtype, seed):
     weight = weights(seed, dtype)
     stored, _ = encode(name, weight, wish(name)[1])
-    expected = kitchen.quantize_per_tensor_fp8(weight, stored["weight_scale"], stored["weight"].dtype)
+    expected = kitchen.quantize_per_tensor_fp8(
+        weight, stored["weight_scale"], stored["weight"].dtype
+    )
     assert raw(stored["weight"]) == raw(expected)
 
 
@@ -55,7 +59,9 @@ def test_fp8_equals_comfy_kitchen_bit_for_bit(name, dtype, seed):
 def test_int8_equals_comfy_kitchen_bit_for_bit(scaling, dtype, seed):
     weight = weights(seed, dtype)
     stored, _ = encode("int8_tensorwise", weight, FormatOptions(scaling=scaling))
-    quantize = kitchen.quantize_int8_rowwise if scaling == "row" else kitchen.quantize_int8_tensorwise
+    quantize = (
+        kitchen.quantize_int8_rowwise if scaling == "row" else kitchen.quantize_int8_tensorwise
+    )
     codes, scale = quantize(weight)
     assert torch.equal(stored["weight_scale"], scale)
     assert raw(stored["weight"]) == raw(codes)
@@ -108,7 +114,9 @@ def test_rotated_int8_is_within_rounding_of_comfy_kitchen(group, seed):
 @pytest.mark.parametrize("group", [256, 64, 16])
 def test_w4a4_is_within_rounding_of_comfy_kitchen(group, seed):
     weight = weights(seed, torch.bfloat16)
-    stored, _ = encode("convrot_w4a4", weight, FormatOptions(convrot_groupsize=group, linear_dtype="int4"))
+    stored, _ = encode(
+        "convrot_w4a4", weight, FormatOptions(convrot_groupsize=group, linear_dtype="int4")
+    )
     codes, scale = kitchen_w4a4.quantize_convrot_w4a4_weight(weight, group)
     assert ulps(stored["weight_scale"], scale) <= 16
     assert differing(stored["weight"], codes) <= 1e-4
@@ -138,7 +146,9 @@ def kitchen_decode(name: str, stored: dict[str, torch.Tensor], marker: dict) -> 
         return kitchen.dequantize_per_tensor_fp8(weight, scale, torch.float32)
     if name == "int8_tensorwise":
         if marker.get("convrot"):
-            return kitchen.dequantize_int8_convrot_weight(weight, scale, marker["convrot_groupsize"])
+            return kitchen.dequantize_int8_convrot_weight(
+                weight, scale, marker["convrot_groupsize"]
+            )
         return kitchen.dequantize_int8_simple(weight, scale)
     if name == "mxfp8":
         return kitchen.dequantize_mxfp8(weight, scale.view(torch.float8_e8m0fnu), torch.float32)
@@ -172,7 +182,9 @@ if find_spec(W4A8):
             stored["weight"], stored["weight_s_rel"], stored["weight_s_channel"], stored["weight_codebook"],
             convrot_groupsize=64, output_dtype=torch.float32,
         )  # fmt: skip
-        assert (decode("asym_w4a8_int8", stored, marker) - theirs).abs().max() <= 1e-6 * weight.abs().max()
+        assert (
+            decode("asym_w4a8_int8", stored, marker) - theirs
+        ).abs().max() <= 1e-6 * weight.abs().max()
 
 
 def test_comfy_kitchen_finds_our_block_scales_where_it_looks():

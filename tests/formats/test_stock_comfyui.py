@@ -52,7 +52,9 @@ assert "fewbits" not in sys.modules
 def too_old(comfyui: Path, wish: str) -> bool:
     scope: dict = {}
     exec((comfyui / "comfyui_version.py").read_text(encoding="utf-8"), scope)
-    return version_key(scope["__version__"]) < version_key(get_format(wish.partition(":")[0]).min_comfyui)
+    return version_key(scope["__version__"]) < version_key(
+        get_format(wish.partition(":")[0]).min_comfyui
+    )
 
 
 def load(comfyui: Path, folder: Path) -> subprocess.CompletedProcess:
@@ -62,7 +64,9 @@ def load(comfyui: Path, folder: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("original") / "flux.safetensors", flux_shapes(128))
+    return tiny_checkpoint(
+        tmp_path_factory.mktemp("original") / "flux.safetensors", flux_shapes(128)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +90,10 @@ def test_comfyui_decodes_what_the_reference_decodes_or_is_too_old_and_says_so(
         run = load(comfyui, tmp_path)
         assert run.returncode and WISHES[label].partition(":")[0] in run.stderr.splitlines()[-1]
         return
-    loaded, expected = np.load(opened / f"{label}.npz"), reference.decode_file(opened / f"{label}.safetensors")
+    loaded, expected = (
+        np.load(opened / f"{label}.npz"),
+        reference.decode_file(opened / f"{label}.safetensors"),
+    )
     assert set(loaded.files) == set(expected)
     assert len(expected) > 10
     for name, truth in expected.items():
@@ -95,7 +102,9 @@ def test_comfyui_decodes_what_the_reference_decodes_or_is_too_old_and_says_so(
 
 def test_the_header_of_a_native_file_says_so(tmp_path):
     target = tmp_path / "quantized.safetensors"
-    quantize_file(tiny_checkpoint(tmp_path / "flux.safetensors"), target, Recipe(parse_wish("nvfp4")))
+    quantize_file(
+        tiny_checkpoint(tmp_path / "flux.safetensors"), target, Recipe(parse_wish("nvfp4"))
+    )
     data = target.read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     layers = json.loads(header["__metadata__"]["_quantization_metadata"])

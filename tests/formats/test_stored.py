@@ -19,7 +19,9 @@ STATES_DTYPE = ("mxfp8", "nvfp4", "bnb_nf4", "bnb_fp4")
 @pytest.mark.parametrize("case", CANONICAL)
 def test_options_shape_and_marker_are_read_back(case, precise):
     name, options = wish(case)
-    options = dataclasses.replace(options, full_precision_matrix_mult=precise or options.full_precision_matrix_mult)
+    options = dataclasses.replace(
+        options, full_precision_matrix_mult=precise or options.full_precision_matrix_mult
+    )
     rows = 128 if name.endswith("_blockwise") else 130
     weight = torch.randn(rows, 512).bfloat16()
     tensors, marker = encode(name, weight, options)
@@ -70,23 +72,41 @@ def test_the_default_marker_has_the_keys_of_the_format_page_in_its_order(name):
     marker = format.marker(LayerInput((100, 70), "BF16"), format.defaults)
     assert list(marker.items()) == list(MARKERS[name].items())
     precise = dataclasses.replace(format.defaults, full_precision_matrix_mult=True)
-    assert list(format.marker(LayerInput((100, 70), "BF16"), precise))[-1] == "full_precision_matrix_mult"
+    assert (
+        list(format.marker(LayerInput((100, 70), "BF16"), precise))[-1]
+        == "full_precision_matrix_mult"
+    )
 
 
 def test_markers_state_tensor_scales_rotation_and_activations_when_asked():
-    int8, w4a4, layer = get_format("int8_tensorwise"), get_format("convrot_w4a4"), LayerInput((64, 256), "F32")
-    assert int8.marker(layer, int8.resolve(FormatOptions(scaling="tensor"))) == {"format": "int8_tensorwise"}
+    int8, w4a4, layer = (
+        get_format("int8_tensorwise"),
+        get_format("convrot_w4a4"),
+        LayerInput((64, 256), "F32"),
+    )
+    assert int8.marker(layer, int8.resolve(FormatOptions(scaling="tensor"))) == {
+        "format": "int8_tensorwise"
+    }
     rotated = int8.marker(layer, int8.resolve(FormatOptions(convrot=True, convrot_groupsize=16)))
     assert list(rotated.items()) == [
         ("format", "int8_tensorwise"), ("convrot", True), ("convrot_groupsize", 16), ("per_row", True),
     ]  # fmt: skip
     asked = w4a4.marker(layer, w4a4.resolve(FormatOptions(linear_dtype="int8")))
-    assert list(asked.items()) == [("format", "convrot_w4a4"), ("convrot_groupsize", 256), ("linear_dtype", "int8")]
+    assert list(asked.items()) == [
+        ("format", "convrot_w4a4"),
+        ("convrot_groupsize", 256),
+        ("linear_dtype", "int8"),
+    ]
 
 
 @pytest.mark.parametrize(
     ("dtype", "stated"),
-    [(torch.bfloat16, "bfloat16"), (torch.float16, "float16"), (torch.float32, "float32"), (torch.float64, "float32")],
+    [
+        (torch.bfloat16, "bfloat16"),
+        (torch.float16, "float16"),
+        (torch.float32, "float32"),
+        (torch.float64, "float32"),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("name", STATES_DTYPE)
@@ -151,7 +171,10 @@ def damaged(name: str, marker: dict | None = None, without: str = "", **specs: T
     """Read a 64 x 256 layer of a format with some tensors or marker entries replaced."""
     case = {"int8_tensorwise": "int8_tensorwise:convrot"}.get(name, name)
     tensors, good = encode(name, torch.randn(64, 256), wish(case)[1])
-    found = {**specs_of(tensors), **{key: dataclasses.replace(spec, name=key) for key, spec in specs.items()}}
+    found = {
+        **specs_of(tensors),
+        **{key: dataclasses.replace(spec, name=key) for key, spec in specs.items()},
+    }
     found.pop(without, None)
     get_format(name).options_from({**good, **(marker or {})}, found)
 
@@ -161,21 +184,49 @@ def spec(dtype: str, *shape: int) -> TensorSpec:
 
 
 DAMAGE = {
-    "a row scale under the scalar name": ("float8_e4m3fn", {"weight_scale": spec("F32", 64)}, "weight_scale"),
+    "a row scale under the scalar name": (
+        "float8_e4m3fn",
+        {"weight_scale": spec("F32", 64)},
+        "weight_scale",
+    ),
     "a scalar stored as (1,)": ("float8_e4m3fn", {"weight_scale": spec("F32", 1)}, "weight_scale"),
-    "a row scale without its second dimension": ("int8_tensorwise", {"weight_scale": spec("F32", 64)}, "weight_scale"),
+    "a row scale without its second dimension": (
+        "int8_tensorwise",
+        {"weight_scale": spec("F32", 64)},
+        "weight_scale",
+    ),
     "a bf16 scale": ("int8_tensorwise", {"weight_scale": spec("BF16", 64, 1)}, "weight_scale"),
     "a rotated layer with one scale": ("int8_tensorwise", {"weight_scale": spec("F32")}, "convrot"),
-    "an nvfp4 scale that is not padded": ("nvfp4", {"weight_scale": spec("F8_E4M3", 64, 16)}, "weight_scale"),
-    "an nvfp4 tensor scale with a dimension": ("nvfp4", {"weight_scale_2": spec("F32", 1)}, "weight_scale_2"),
+    "an nvfp4 scale that is not padded": (
+        "nvfp4",
+        {"weight_scale": spec("F8_E4M3", 64, 16)},
+        "weight_scale",
+    ),
+    "an nvfp4 tensor scale with a dimension": (
+        "nvfp4",
+        {"weight_scale_2": spec("F32", 1)},
+        "weight_scale_2",
+    ),
     "an mxfp8 scale in float32": ("mxfp8", {"weight_scale": spec("F32", 128, 8)}, "weight_scale"),
     "absmax of another group size": ("bnb_nf4", {"absmax": spec("F32", 128)}, "absmax"),
     "absmax as (N, K/g)": ("bnb_nf4", {"absmax": spec("F32", 64, 4)}, "absmax"),
     "a flat 4-bit weight": ("bnb_nf4", {"weight": spec("U8", 8192)}, "stores a matrix"),
-    "a group scale in float32": ("asym_w4a8_int8", {"weight_s_rel": spec("F32", 64, 16)}, "weight_s_rel"),
-    "a correction term": ("asym_w4a8_int8", {"weight_correction": spec("BF16", 16, 64)}, "weight_correction"),
+    "a group scale in float32": (
+        "asym_w4a8_int8",
+        {"weight_s_rel": spec("F32", 64, 16)},
+        "weight_s_rel",
+    ),
+    "a correction term": (
+        "asym_w4a8_int8",
+        {"weight_correction": spec("BF16", 16, 64)},
+        "weight_correction",
+    ),
     "six-bit rows": ("asym_w4a8_int8", {"weight": spec("I8", 64, 192)}, "weight_s_rel"),
-    "a w4a4 scale per row and column": ("convrot_w4a4", {"weight_scale": spec("F32", 64, 1)}, "weight_scale"),
+    "a w4a4 scale per row and column": (
+        "convrot_w4a4",
+        {"weight_scale": spec("F32", 64, 1)},
+        "weight_scale",
+    ),
 }
 
 
@@ -192,9 +243,21 @@ WRONG_MARKERS = {
     "a group size as text": ("bnb_nf4", {"group_size": "64"}, "block_size must be one of"),
     "a shape that does not pad to the weight": ("nvfp4", {"orig_shape": [20, 40]}, "orig_shape is"),
     "a shape that is no pair": ("mxfp8", {"orig_shape": 64}, "orig_shape is 64"),
-    "a rotation that is no power of four": ("int8_tensorwise", {"convrot_groupsize": 128}, "convrot_groupsize is 128"),
-    "a rotation that does not divide K": ("convrot_w4a4", {"convrot_groupsize": 1024}, "convrot_groupsize is 1024"),
-    "a rotation as text": ("asym_w4a8_int8", {"convrot_groupsize": "256"}, "convrot_groupsize is '256'"),
+    "a rotation that is no power of four": (
+        "int8_tensorwise",
+        {"convrot_groupsize": 128},
+        "convrot_groupsize is 128",
+    ),
+    "a rotation that does not divide K": (
+        "convrot_w4a4",
+        {"convrot_groupsize": 1024},
+        "convrot_groupsize is 1024",
+    ),
+    "a rotation as text": (
+        "asym_w4a8_int8",
+        {"convrot_groupsize": "256"},
+        "convrot_groupsize is '256'",
+    ),
     "unknown activations": ("convrot_w4a4", {"linear_dtype": "fp8"}, "linear_dtype is 'fp8'"),
 }
 
@@ -207,7 +270,11 @@ def test_markers_that_contradict_the_tensors_are_refused(name, marker, message):
 
 @pytest.mark.parametrize(
     ("name", "suffix"),
-    [(name, suffix) for name, format in FORMATS.items() for suffix in format.tensor_specs(ANY, format.defaults)],
+    [
+        (name, suffix)
+        for name, format in FORMATS.items()
+        for suffix in format.tensor_specs(ANY, format.defaults)
+    ],
     ids=lambda value: value,
 )
 def test_a_missing_tensor_is_named(name, suffix):

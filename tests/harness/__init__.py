@@ -7,4 +7,13 @@ with ComfyServer(tmp_path, custom_nodes=[PACK, EMOJI_NODES], models={"diffusion_
 from .emoji import EMOJI, EMOJI_NODES, PACK, PROMPTS, emoji_models, emoji_workflow
 from .server import ComfyServer, Run
 
-__all__ = ["EMOJI", "EMOJI_NODES", "PACK", "PROMPTS", "ComfyServer", "Run", "emoji_models", "emoji_workflow"]
+__all__ = [
+    "EMOJI",
+    "EMOJI_NODES",
+    "PACK",
+    "PROMPTS",
+    "ComfyServer",
+    "Run",
+    "emoji_models",
+    "emoji_workflow",
+]

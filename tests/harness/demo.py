@@ -23,14 +23,29 @@ FORMATS = {"fp8": "float8_e4m3fn", "int8": "int8_tensorwise"}
 def main() -> None:
     output = Path(sys.argv[1])
     output.mkdir(exist_ok=True)
-    rows = [{"format": "bfloat16 (original)", "file": EMOJI / ORIGINAL, "min_comfyui": None, "label": "original"}]
+    rows = [
+        {
+            "format": "bfloat16 (original)",
+            "file": EMOJI / ORIGINAL,
+            "min_comfyui": None,
+            "label": "original",
+        }
+    ]
     for label, name in FORMATS.items():
-        rows.append({"format": name, "label": label, **quantize(name, output / f"emoji_{label}.safetensors")})
+        rows.append(
+            {
+                "format": name,
+                "label": label,
+                **quantize(name, output / f"emoji_{label}.safetensors"),
+            }
+        )
     with tempfile.TemporaryDirectory(prefix="fewbits-demo-") as folder:
         say("start ComfyUI")
         models = emoji_models(*(row["file"] for row in rows[1:]))
         with ComfyServer(Path(folder), custom_nodes=[PACK, EMOJI_NODES], models=models) as server:
-            say(f"ComfyUI {server.stats['system']['comfyui_version']}: {len(PROMPTS)} prompts x {len(rows)} models")
+            say(
+                f"ComfyUI {server.stats['system']['comfyui_version']}: {len(PROMPTS)} prompts x {len(rows)} models"
+            )
             for row in rows:
                 started = time.perf_counter()
                 row["samples"] = sample(server, row["file"].name)
@@ -41,7 +56,9 @@ def main() -> None:
         row["ssim"] = round(quality.ssim, 5)
         row["psnr"] = None if quality.psnr is None else round(quality.psnr, 2)
     keys = ("format", "bytes", "min_comfyui", "ssim", "psnr", "seconds")
-    (output / "summary.json").write_text(json.dumps([{key: row[key] for key in keys} for row in rows], indent=2) + "\n")
+    (output / "summary.json").write_text(
+        json.dumps([{key: row[key] for key in keys} for row in rows], indent=2) + "\n"
+    )
     draw(output / "compare.png", rows)
     print_table(rows)
     print(f"pictures: {output / 'compare.png'}")
@@ -53,7 +70,15 @@ def say(text: str) -> None:
 
 def quantize(name: str, path: Path) -> dict:
     """Run `fewbits quantize` as a user would."""
-    command = [sys.executable, "-m", "fewbits.quant_ops.cli", "quantize", str(EMOJI / ORIGINAL), "-o", str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "fewbits.quant_ops.cli",
+        "quantize",
+        str(EMOJI / ORIGINAL),
+        "-o",
+        str(path),
+    ]
     command += ["--format", name, "--overwrite", "--json"]
     say(f"fewbits quantize {ORIGINAL} -o {path.name} --format {name}")
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -63,12 +88,16 @@ def quantize(name: str, path: Path) -> dict:
 
 
 def print_table(rows: list[dict]) -> None:
-    print(f"\n{'format':<20} {'file size':>12} {'min ComfyUI':>12} {'SSIM':>8} {'PSNR':>8} {'seconds':>8}")
+    print(
+        f"\n{'format':<20} {'file size':>12} {'min ComfyUI':>12} {'SSIM':>8} {'PSNR':>8} {'seconds':>8}"
+    )
     for row in rows:
         decibels = "-" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
         size = f"{row['bytes'] / 1e6:.2f} MB"
         version = row["min_comfyui"] or "-"
-        print(f"{row['format']:<20} {size:>12} {version:>12} {row['ssim']:>8.4f} {decibels:>8} {row['seconds']:>8.1f}")
+        print(
+            f"{row['format']:<20} {size:>12} {version:>12} {row['ssim']:>8.4f} {decibels:>8} {row['seconds']:>8.1f}"
+        )
 
 
 def draw(path: Path, rows: list[dict]) -> None:
@@ -78,7 +107,9 @@ def draw(path: Path, rows: list[dict]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, grid = pyplot.subplots(len(rows), len(PROMPTS), figsize=(1.5 * len(PROMPTS) + 1.6, 1.72 * len(rows) + 0.35))
+    figure, grid = pyplot.subplots(
+        len(rows), len(PROMPTS), figsize=(1.5 * len(PROMPTS) + 1.6, 1.72 * len(rows) + 0.35)
+    )
     for row, axes in zip(rows, grid, strict=True):
         for axis, (prompt, found) in zip(axes, row["samples"].items(), strict=True):
             axis.imshow(found.image)

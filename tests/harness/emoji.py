@@ -24,7 +24,12 @@ def emoji_models(*diffusion_models: Path) -> dict[str, list[Path]]:
 
 
 def emoji_workflow(
-    model: str = "emoji_flux.safetensors", prompt: str = "panda", *, seed: int = 1, steps: int = 16, lora: float = 0.0
+    model: str = "emoji_flux.safetensors",
+    prompt: str = "panda",
+    *,
+    seed: int = 1,
+    steps: int = 16,
+    lora: float = 0.0,
 ) -> dict:
     """The API workflow: node 1 UNETLoader, 3 LoRA, 4 prompt, 7 KSampler, 8 VAEDecode, 9 SaveImage.
 

@@ -48,11 +48,19 @@ def linear_table() -> str:
     counts = sorted({int(row["M"]) for row in rows})
     found: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
-        speeds = (float(row["bf16_ms"]) / float(row["ms"]), float(row["bf16_plain_ms"]) / float(row["plain_ms"]))
+        speeds = (
+            float(row["bf16_ms"]) / float(row["ms"]),
+            float(row["bf16_plain_ms"]) / float(row["plain_ms"]),
+        )
         found[row["kind"], int(row["M"])].append(speeds)
-    lines = ["| format | " + " | ".join(f"M = {m}" for m in counts) + " |", "|---|" + "---|" * len(counts)]
+    lines = [
+        "| format | " + " | ".join(f"M = {m}" for m in counts) + " |",
+        "|---|" + "---|" * len(counts),
+    ]
     for kind, name in FORMATS.items():
-        cells = [" / ".join(f"{mean(list(part)):.2f}" for part in zip(*found[kind, m])) for m in counts]
+        cells = [
+            " / ".join(f"{mean(list(part)):.2f}" for part in zip(*found[kind, m])) for m in counts
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     where = rows[0]
     head = (
@@ -74,12 +82,18 @@ def peers_table() -> str:
             plain = float(row["plain_ms"]) / float(row["ours_plain_ms"])
             found[row["kind"], row["peer"]][int(row["M"])].append((captured, plain))
     counts = sorted({m for ratios in found.values() for m in ratios})
-    lines = ["| ours | against | " + " | ".join(f"M = {m}" for m in counts) + " |", "|---|---|" + "---|" * len(counts)]
+    lines = [
+        "| ours | against | " + " | ".join(f"M = {m}" for m in counts) + " |",
+        "|---|---|" + "---|" * len(counts),
+    ]
     for kind, peer in sorted(found, key=lambda key: list(FORMATS).index(key[0])):
         cells = []
         for m in counts:
             parts = zip(*found[kind, peer][m])
-            cells.append(" / ".join("-" if None in part else f"{mean(list(part)):.2f}" for part in parts) or "-")
+            cells.append(
+                " / ".join("-" if None in part else f"{mean(list(part)):.2f}" for part in parts)
+                or "-"
+            )
         lines.append(f"| {FORMATS[kind]} | {label(peer)} | " + " | ".join(cells) + " |")
     head = (
         "The same layers run by other libraries, measured in the same process right after ours: their time over ours, "
@@ -90,14 +104,22 @@ def peers_table() -> str:
 
 
 def encode_table() -> str:
-    found = {row["what"]: row for row in rows_of("encode.csv") if f"{row['N']}x{row['K']}" == WEIGHT}
+    found = {
+        row["what"]: row for row in rows_of("encode.csv") if f"{row['N']}x{row['K']}" == WEIGHT
+    }
     others = {tuple(what.split(" by ")): row for what, row in found.items() if " by " in what}
     lines = ["| codes | quantize, ms | decode, ms |", "|---|---|---|"]
     for kind, name in FORMATS.items():
         cells = [f"{float(found[f'{what} {kind}']['ms']):.3f}" for what in ("quantize", "decode")]
         for i, what in enumerate(("quantize", "decode")):
-            peers = {peer.rpartition(", ")[2]: row for (done, peer), row in others.items() if done == f"{what} {kind}"}
-            cells[i] += "".join(f" ({library}: {float(row['ms']):.3f})" for library, row in peers.items())
+            peers = {
+                peer.rpartition(", ")[2]: row
+                for (done, peer), row in others.items()
+                if done == f"{what} {kind}"
+            }
+            cells[i] += "".join(
+                f" ({library}: {float(row['ms']):.3f})" for library, row in peers.items()
+            )
         lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
     return (
         f"Quantizing and decoding a {WEIGHT} bf16 weight; copying it takes {float(found['copy']['ms']):.3f} ms.\n\n"
@@ -111,7 +133,12 @@ PEERS = ("bf16_", "decoded_")
 def named(wish: str) -> str:
     """`int8_blockwise:block_size=64` -> "`int8_blockwise`, block size 64"; a rotation or a method by its name alone."""
     name, _, options = wish.partition(":")
-    words = options.replace("convrot=true", "ConvRot").replace("method=", "").replace("=", " ").replace("_", " ")
+    words = (
+        options.replace("convrot=true", "ConvRot")
+        .replace("method=", "")
+        .replace("=", " ")
+        .replace("_", " ")
+    )
     return f"`{name}`" + (f", {words}" if words else "")
 
 
@@ -120,14 +147,19 @@ def blocks_table() -> str:
     sizes = sorted({int(row["pixels"]) for row in rows})
     found = {(row["format"], int(row["pixels"])): row for row in rows}
     kinds = {"ms": ", GPU alone", "plain_ms": ""}
-    header = ["format", "memory / file", *(f"{size}x{size}{name}" for name in kinds.values() for size in sizes)]
+    header = [
+        "format",
+        "memory / file",
+        *(f"{size}x{size}{name}" for name in kinds.values() for size in sizes),
+    ]
     header += ["latents", "decoded"]
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---|" * (len(header) - 1)]
     for wish in dict.fromkeys(row["format"] for row in rows):
         last = found[wish, sizes[-1]]
         cells = [
             " / ".join(
-                f"{float(found[wish, size][peer + kind]) / float(found[wish, size][kind]):.2f}" for peer in PEERS
+                f"{float(found[wish, size][peer + kind]) / float(found[wish, size][kind]):.2f}"
+                for peer in PEERS
             )
             for kind in kinds
             for size in sizes
@@ -153,7 +185,9 @@ def conversion_table() -> str:
     lines = ["| format | seconds | writing the output alone | GPU memory |", "|---|---|---|---|"]
     for row in rows:
         seconds, alone = (f"{float(row[key]):.2f}" for key in ("seconds", "write_s"))
-        lines.append(f"| {named(row['format'])} | {seconds} | {alone} | {int(row['gpu_peak_bytes']) / 1e9:.2f} GB |")
+        lines.append(
+            f"| {named(row['format'])} | {seconds} | {alone} | {int(row['gpu_peak_bytes']) / 1e9:.2f} GB |"
+        )
     head = (
         f"Converting a bf16 file of {int(rows[0]['bytes']) / 1e9:.1f} GB on the GPU, from the page cache to the disk, "
         "against writing the output with nothing to compute, in seconds. `bnb_fp4` chooses its scales by `mse_clip` "
@@ -170,5 +204,8 @@ def text() -> str:
     if (RESULTS / "blocks.csv").exists():
         tables.append(blocks_table())
     tables += [encode_table(), conversion_table()]
-    scripts = ", ".join(f"`python3 dev.py bench {name}`" for name in ("linear", "encode", "blocks", "conversion_gpu"))
+    scripts = ", ".join(
+        f"`python3 dev.py bench {name}`"
+        for name in ("linear", "encode", "blocks", "conversion_gpu")
+    )
     return "\n\n".join(tables) + f"\n\nReproduce: {scripts}.\nOn your machine: `fewbits bench`.\n"

@@ -46,7 +46,9 @@ def sample(server: ComfyServer, model: str, prompts: list[str] = PROMPTS) -> dic
         if run.status != "success":
             raise RuntimeError(f"{model}: {prompt}: {run.error and run.error['exception_message']}")
         (latent,) = run.history["outputs"]["10"]["latents"]
-        samples[prompt] = Sample(run.images()[0], load(server.view(latent))["latent_tensor"].float())
+        samples[prompt] = Sample(
+            run.images()[0], load(server.view(latent))["latent_tensor"].float()
+        )
     return samples
 
 
@@ -54,7 +56,9 @@ def compare(samples: dict[str, Sample], reference: dict[str, Sample]) -> Quality
     pairs = [(found, reference[prompt]) for prompt, found in samples.items()]
     decibels = [psnr(found.image, wanted.image) for found, wanted in pairs]
     decibels = [value for value in decibels if value is not None]
-    cosines = [torch.cosine_similarity(a.latent.flatten(), b.latent.flatten(), dim=0) for a, b in pairs]
+    cosines = [
+        torch.cosine_similarity(a.latent.flatten(), b.latent.flatten(), dim=0) for a, b in pairs
+    ]
     return Quality(
         sum(ssim(found.image, wanted.image) for found, wanted in pairs) / len(pairs),
         sum(decibels) / len(decibels) if decibels else None,

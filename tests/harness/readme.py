@@ -26,14 +26,20 @@ def block(name: str) -> str:
 def write_block(name: str, text: str) -> None:
     whole = README.read_text(encoding="utf-8")
     README.write_text(
-        _pattern(name).sub(lambda match: match[1] + text + match[3], whole), encoding="utf-8", newline="\n"
+        _pattern(name).sub(lambda match: match[1] + text + match[3], whole),
+        encoding="utf-8",
+        newline="\n",
     )
 
 
 def table(name: str) -> list[list[str]]:
     """The cells of a table, header first, without the line of dashes."""
     lines = block(name).strip().splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for i, line in enumerate(lines) if i != 1]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for i, line in enumerate(lines)
+        if i != 1
+    ]
 
 
 def write(name: str, header: list[str], rows: list[list[str]]) -> None:

@@ -13,7 +13,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fewbits-comfy-") as folder:
         nodes, port = [PACK, EMOJI_NODES], int(sys.argv[1])
         try:
-            with ComfyServer(Path(folder), custom_nodes=nodes, models=emoji_models(), port=port) as server:
+            with ComfyServer(
+                Path(folder), custom_nodes=nodes, models=emoji_models(), port=port
+            ) as server:
                 print(
                     f"ComfyUI with FewBits: http://127.0.0.1:{server.port}   (Ctrl-C ends it; log: {server.log_path})"
                 )

@@ -24,7 +24,9 @@ READY_SECONDS = 180  # the first start compiles bytecode; 15 s on two cores when
 PORTS_TRIED = 5  # another program may take a free port before ComfyUI does
 # The slim environment leaves out the templates; ComfyUI says so in one block at every start.
 HARMLESS = ("comfyui-workflow-templates", "comfyui-embedded-docs")
-_http = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the machine's proxy cannot reach 127.0.0.1
+_http = urllib.request.build_opener(
+    urllib.request.ProxyHandler({})
+)  # the machine's proxy cannot reach 127.0.0.1
 
 
 @dataclass
@@ -42,11 +44,20 @@ class Run:
     @property
     def error(self) -> dict | None:
         """The execution_error message (node_id, exception_message, ...), if there was one."""
-        return next((data for name, data in self.history["status"]["messages"] if name == "execution_error"), None)
+        return next(
+            (
+                data
+                for name, data in self.history["status"]["messages"]
+                if name == "execution_error"
+            ),
+            None,
+        )
 
     @property
     def interrupted(self) -> bool:
-        return any(name == "execution_interrupted" for name, _ in self.history["status"]["messages"])
+        return any(
+            name == "execution_interrupted" for name, _ in self.history["status"]["messages"]
+        )
 
     def events(self, kind: str) -> list[dict]:
         """Data of all websocket messages of one type, e.g. `fewbits.progress`."""
@@ -56,7 +67,9 @@ class Run:
         """All saved images as PIL images, in node order."""
         from PIL import Image
 
-        outputs = [image for node in self.history["outputs"].values() for image in node.get("images", [])]
+        outputs = [
+            image for node in self.history["outputs"].values() for image in node.get("images", [])
+        ]
         return [Image.open(io.BytesIO(self.server.view(image))).convert("RGB") for image in outputs]
 
 
@@ -90,7 +103,9 @@ class ComfyServer:
             (self.base / name).mkdir(parents=True, exist_ok=True)
         self.names = [self._place_nodes(Path(folder)) for folder in custom_nodes]
         # ComfyUI's log (app/logger.py) fails on a progress bar that nothing was written before.
-        (self.base / "custom_nodes" / "first_word.py").write_text('NODE_CLASS_MAPPINGS = {}\nprint("starting")\n')
+        (self.base / "custom_nodes" / "first_word.py").write_text(
+            'NODE_CLASS_MAPPINGS = {}\nprint("starting")\n'
+        )
         for folder, files in (models or {}).items():
             for file in files:
                 self.add_model(folder, Path(file))
@@ -99,8 +114,14 @@ class ComfyServer:
 
     def _place_nodes(self, folder: Path) -> str:
         is_pack = (folder / "quant_ops").is_dir()
-        name = "ComfyUI-FewBits" if is_pack else {"comfy_nodes": "emoji_nodes"}.get(folder.name, folder.name)
-        ignore = shutil.ignore_patterns(".*", "__pycache__", "demo_output", "tests") if is_pack else None
+        name = (
+            "ComfyUI-FewBits"
+            if is_pack
+            else {"comfy_nodes": "emoji_nodes"}.get(folder.name, folder.name)
+        )
+        ignore = (
+            shutil.ignore_patterns(".*", "__pycache__", "demo_output", "tests") if is_pack else None
+        )
         target = self.base / "custom_nodes" / name
         if not target.exists():
             shutil.copytree(folder, target, ignore=ignore)
@@ -159,7 +180,16 @@ class ComfyServer:
         raise RuntimeError(f"no port for ComfyUI in {PORTS_TRIED} attempts:\n{self.log[-3000:]}")
 
     def _spawn(self) -> None:
-        kept = ("PATH", "HOME", "LANG", "TMPDIR", "SYSTEMROOT", "TEMP", "USERPROFILE", "PYTHONPYCACHEPREFIX")
+        kept = (
+            "PATH",
+            "HOME",
+            "LANG",
+            "TMPDIR",
+            "SYSTEMROOT",
+            "TEMP",
+            "USERPROFILE",
+            "PYTHONPYCACHEPREFIX",
+        )
         variables = {name: os.environ[name] for name in kept if name in os.environ} | {
             "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1",
             "PYTHONNOUSERSITE": "1", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1",
@@ -167,7 +197,11 @@ class ComfyServer:
             "OMP_WAIT_POLICY": "PASSIVE",
         }  # fmt: skip
         windows = os.name == "nt"  # a group of its own: Ctrl-C is for us, and we stop the server
-        group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if windows else {"start_new_session": True}
+        group = (
+            {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+            if windows
+            else {"start_new_session": True}
+        )
         streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
@@ -183,13 +217,17 @@ class ComfyServer:
                 if self.process.poll() is not None:
                     if "address already in use" in self.log:
                         return False
-                    raise RuntimeError(f"ComfyUI ended with status {self.process.returncode}:\n{self.log[-3000:]}")
+                    raise RuntimeError(
+                        f"ComfyUI ended with status {self.process.returncode}:\n{self.log[-3000:]}"
+                    )
                 with contextlib.suppress(OSError):
                     self.stats = self.get("/system_stats")
                     undo.pop_all()
                     return True
                 time.sleep(0.1)
-            raise RuntimeError(f"ComfyUI did not answer within {READY_SECONDS} s:\n{self.log[-3000:]}")
+            raise RuntimeError(
+                f"ComfyUI did not answer within {READY_SECONDS} s:\n{self.log[-3000:]}"
+            )
 
     def stop(self) -> None:
         if self.process is None:
@@ -212,7 +250,9 @@ class ComfyServer:
             with _http.open(request, timeout=60) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
-            raise RuntimeError(f"{path}: HTTP {error.code}: {error.read().decode(errors='replace')}") from None
+            raise RuntimeError(
+                f"{path}: HTTP {error.code}: {error.read().decode(errors='replace')}"
+            ) from None
 
     def get(self, path: str) -> dict:
         return json.loads(self.request(path))
@@ -235,7 +275,9 @@ class ComfyServer:
     def connect(self) -> tuple[str, websocket.WebSocket]:
         """A client id and its websocket."""
         client = uuid.uuid4().hex
-        connection = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=300)
+        connection = websocket.create_connection(
+            f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=300
+        )
         return client, connection
 
     def run(self, workflow: dict, *, on_message: object = None, timeout: float = 300) -> Run:
@@ -261,7 +303,11 @@ class ComfyServer:
                 messages.append(message)
                 if on_message:
                     on_message(message)
-                ended = message["type"] in ("execution_success", "execution_error", "execution_interrupted")
+                ended = message["type"] in (
+                    "execution_success",
+                    "execution_error",
+                    "execution_interrupted",
+                )
                 if ended and message["data"].get("prompt_id") == prompt_id:
                     return Run(self, self._history(prompt_id), messages)
 
@@ -272,7 +318,9 @@ class ComfyServer:
         except websocket.WebSocketTimeoutException:
             raise TimeoutError(f"the prompt did not end in time:\n{self.log[-2000:]}") from None
         except (websocket.WebSocketException, OSError) as error:
-            raise RuntimeError(f"ComfyUI hung up during the prompt ({error}):\n{self.log[-2000:]}") from None
+            raise RuntimeError(
+                f"ComfyUI hung up during the prompt ({error}):\n{self.log[-2000:]}"
+            ) from None
         return None if isinstance(text, bytes) else json.loads(text)
 
     def _history(self, prompt_id: str) -> dict:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-WIDGETS = {"COMBO", "STRING", "INT", "FLOAT", "BOOLEAN"}  # types that the page gives a widget; the others are sockets
+WIDGETS = {
+    "COMBO",
+    "STRING",
+    "INT",
+    "FLOAT",
+    "BOOLEAN",
+}  # types that the page gives a widget; the others are sockets
 
 
 def prompt_of(server: object, graph: dict) -> dict:

@@ -15,7 +15,9 @@ import os
 import sys
 from collections.abc import Iterator
 
-os.environ["TRITON_INTERPRET"] = "0" if sys.argv[1:] == ["compile"] else "1"  # read when a kernel is defined
+os.environ["TRITON_INTERPRET"] = (
+    "0" if sys.argv[1:] == ["compile"] else "1"
+)  # read when a kernel is defined
 
 import numpy
 import torch
@@ -27,7 +29,15 @@ from triton.runtime.jit import mangle_type
 
 from fewbits.kernels.codebook4 import E2M1, FP4, NF4, lowest_error, nearest_flat4
 from fewbits.kernels.dispatch import use_backend
-from fewbits.kernels.grids import E4M3, E5M2, INT8, nearest_codes, nearest_tiles, squared_error, tile_errors
+from fewbits.kernels.grids import (
+    E4M3,
+    E5M2,
+    INT8,
+    nearest_codes,
+    nearest_tiles,
+    squared_error,
+    tile_errors,
+)
 from fewbits.kernels.hadamard import rotate
 from fewbits.kernels.packing import packed_nibbles
 from fewbits.kernels.scales import Geometry, tile_absmax
@@ -56,7 +66,9 @@ def complete_the_interpreter() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    def convert_float(data: numpy.ndarray, source: object, target: object, rounding: object) -> numpy.ndarray:
+    def convert_float(
+        data: numpy.ndarray, source: object, target: object, rounding: object
+    ) -> numpy.ndarray:
         if (source, target) == (tl.bfloat16, tl.float32):
             return (data.view(numpy.uint16).astype(numpy.uint32) << 16).view(numpy.float32)
         if (source, target) == (tl.float32, tl.bfloat16):
@@ -74,12 +86,18 @@ def complete_the_interpreter() -> None:
         return tl.load(table + strip.to(tl.int32))
 
     interpreter.InterpreterBuilder.create_fma = fma
-    interpreter._patch_lang_tensor, interpreter._convert_float, encode.fetch = patch_tensor, convert_float, fetch
+    interpreter._patch_lang_tensor, interpreter._convert_float, encode.fetch = (
+        patch_tensor,
+        convert_float,
+        fetch,
+    )
 
 
 def weights(n: int, k: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Wide range of magnitudes, zero blocks of both signs, numbers below TINY, subnormal ones, the largest of a row last."""
-    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)) * torch.logspace(-8, 4, k)
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)) * torch.logspace(
+        -8, 4, k
+    )
     weight[0] = 0
     weight[1 % n, : k // 2] = -0.0
     weight[2 % n] *= 1e-30
@@ -95,11 +113,19 @@ def cases() -> Iterator[tuple[str, object, tuple]]:
         for name, geometry in GEOMETRIES.items():
             for n, k in ((256, 512),) if "256" in name else ((64, 192), (64, 64)):
                 for kind, weight in weights(n, k):
-                    yield f"{levels.name} {name} {n}x{k} {kind}", nearest_tiles, (weight, levels, geometry)
+                    yield (
+                        f"{levels.name} {name} {n}x{k} {kind}",
+                        nearest_tiles,
+                        (weight, levels, geometry),
+                    )
         for n, k in ((1, 1), (3, 130), (2, 20000)):
             for name in ("tensor", "row"):
                 weight = dict(weights(n, k))["bfloat16"]
-                yield f"{levels.name} {name} {n}x{k}", nearest_tiles, (weight, levels, GEOMETRIES[name])
+                yield (
+                    f"{levels.name} {name} {n}x{k}",
+                    nearest_tiles,
+                    (weight, levels, GEOMETRIES[name]),
+                )
         weight = torch.randn(64, 192)
         for name, geometry in list(GEOMETRIES.items())[:5]:
             scale = torch.rand(geometry.grid_shape((64, 192))) / 99  # some codes are clamped
@@ -111,9 +137,18 @@ def cases() -> Iterator[tuple[str, object, tuple]]:
             scale = torch.ones(geometry.grid_shape((256, 512)))
             codes = levels.round_(torch.randint(-6, 7, (256, 512)).float()).to(levels.dtype)
             for op in (squared_error, tile_errors):
-                yield f"{op.name} {levels.name} {name}", op, (weight, codes, scale, levels, geometry)
+                yield (
+                    f"{op.name} {levels.name} {name}",
+                    op,
+                    (weight, codes, scale, levels, geometry),
+                )
     codes, scale = torch.randint(0, 16, (17, 144), dtype=torch.uint8), torch.full((17,), 2.0)
-    stored = torch.randint(-9, 9, (17, 144)).half(), codes, scale, torch.full((17, 9), 8.0).to(torch.float8_e4m3fn)
+    stored = (
+        torch.randint(-9, 9, (17, 144)).half(),
+        codes,
+        scale,
+        torch.full((17, 9), 8.0).to(torch.float8_e4m3fn),
+    )
     for op in (squared_error_w4a8, group_errors_w4a8):
         yield op.name, op, stored
     for levels in (NF4, FP4):
@@ -128,7 +163,11 @@ def cases() -> Iterator[tuple[str, object, tuple]]:
                 scale = groups.float().abs().amax(1, keepdim=True).clamp(min=1e-20)
                 table = torch.randint(0, 1 << 18, (300, 13)).float()
                 table[:, 7:9] = 0  # equal sums: the first wins
-                yield f"errors {levels.name} {n}x{count} {kind}", lowest_error, (groups, scale, levels, table)
+                yield (
+                    f"errors {levels.name} {n}x{count} {kind}",
+                    lowest_error,
+                    (groups, scale, levels, table),
+                )
         bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
         for scale in (1.0, 3e-3, 1e30):
             every = bits[bits.isfinite()].view(-1, 64)
@@ -136,13 +175,21 @@ def cases() -> Iterator[tuple[str, object, tuple]]:
                 every, torch.full((1, 1), scale), levels, Geometry(None, None), 0,
             )  # fmt: skip
         near = torch.tensor(levels.kernel)
-        near = torch.stack([near, near.nextafter(torch.tensor(-2.0)), near.nextafter(torch.tensor(2.0))])
+        near = torch.stack(
+            [near, near.nextafter(torch.tensor(-2.0)), near.nextafter(torch.tensor(2.0))]
+        )
         near = torch.cat([near, -near]).view(1, -1)
-        yield f"ties {levels.name}", nearest_codes, (near, torch.ones(1, 1), levels, Geometry(1, None), 0)
+        yield (
+            f"ties {levels.name}",
+            nearest_codes,
+            (near, torch.ones(1, 1), levels, Geometry(1, None), 0),
+        )
     for span in SPANS:
         for n, dtype in ((65, torch.float32), (3, torch.float16), (3, torch.bfloat16)):
             packed = torch.randint(-128, 128, (n, span), dtype=torch.int8)
-            relative = torch.arange(n * span // 8).byte().view(torch.float8_e4m3fn).view(n, -1)  # NaN and -448 too
+            relative = (
+                torch.arange(n * span // 8).byte().view(torch.float8_e4m3fn).view(n, -1)
+            )  # NaN and -448 too
             stored = (packed, relative, torch.rand(n), torch.tensor(LEVELS))
             yield f"w4a8 {span} {n} {dtype}", dequantize_w4a8, (*stored, span, dtype)
     for group in (4, 16, 64, 256, 1024):
@@ -155,8 +202,15 @@ def cases() -> Iterator[tuple[str, object, tuple]]:
             yield f"w4a8 fit {n}x{k} {kind}", fit_groups, (weight,)
             channel, relative = W4A8Grid().scale(weight)
             yield f"w4a8 codes {n}x{k} {kind}", nearest_w4a8, (weight, channel, relative)
-            steps = (torch.arange(relative.numel()) % 127).byte().view(torch.float8_e4m3fn).view(relative.shape)
-            halves = (torch.arange(n * k).view(n, k) % 255 - 127) / 2 * channel[:, None]  # between two INT8 values
+            steps = (
+                (torch.arange(relative.numel()) % 127)
+                .byte()
+                .view(torch.float8_e4m3fn)
+                .view(relative.shape)
+            )
+            halves = (
+                (torch.arange(n * k).view(n, k) % 255 - 127) / 2 * channel[:, None]
+            )  # between two INT8 values
             yield f"w4a8 ties {n}x{k} {kind}", nearest_w4a8, (halves, channel, steps)
     for order in (True, False):
         codes = torch.randint(0, 16, (5, 34), dtype=torch.uint8)
@@ -174,20 +228,31 @@ def same(got: object, expected: object) -> bool:
         if not torch.equal(nan, expected_nan):
             return False
         got, expected = got.masked_fill(nan, 0), expected.masked_fill(nan, 0)
-    return got.shape == expected.shape and torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+    return got.shape == expected.shape and torch.equal(
+        got.view(torch.uint8), expected.view(torch.uint8)
+    )
 
 
 def compile_in_place_of_a_launch() -> None:
     compiled, original = set(), launch.launch
 
     def compile_once(
-        kernel: triton.JITFunction, grid: tuple, tensors: tuple, *numbers: object, num_warps: int, num_stages: int = 3
+        kernel: triton.JITFunction,
+        grid: tuple,
+        tensors: tuple,
+        *numbers: object,
+        num_warps: int,
+        num_stages: int = 3,
     ) -> None:
         constants, signature = {}, {}
-        for index, (parameter, value) in enumerate(zip(kernel.params, (*tensors, *numbers), strict=True)):
+        for index, (parameter, value) in enumerate(
+            zip(kernel.params, (*tensors, *numbers), strict=True)
+        ):
             if parameter.is_constexpr:
                 constants[(index,)] = value
-            signature[parameter.name] = "constexpr" if parameter.is_constexpr else mangle_type(value)
+            signature[parameter.name] = (
+                "constexpr" if parameter.is_constexpr else mangle_type(value)
+            )
         key = (kernel, *signature.values(), *constants.values())
         if key not in compiled:
             compiled.add(key)
@@ -197,7 +262,10 @@ def compile_in_place_of_a_launch() -> None:
             print("compiled", kernel.fn.__qualname__, flush=True)
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("fewbits.kernels.triton.") and getattr(module, "launch", None) is original:
+        if (
+            name.startswith("fewbits.kernels.triton.")
+            and getattr(module, "launch", None) is original
+        ):
             module.launch = compile_once
 
 

@@ -20,7 +20,15 @@ from fewbits.kernels import choice, runtime
 from fewbits.kernels.activations import quantize_activations, quantize_gelu
 from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid, lowest_error, nearest_flat4
 from fewbits.kernels.dispatch import Op, use_backend
-from fewbits.kernels.grids import E4M3, INT8, Levels, TiledGrid, nearest_codes, nearest_tiles, tile_errors
+from fewbits.kernels.grids import (
+    E4M3,
+    INT8,
+    Levels,
+    TiledGrid,
+    nearest_codes,
+    nearest_tiles,
+    tile_errors,
+)
 from fewbits.kernels.hadamard import rotate
 from fewbits.kernels.packing import pack_nibbles, packed_nibbles
 from fewbits.kernels.scales import Geometry, tile_absmax
@@ -38,7 +46,11 @@ GEOMETRIES = {
     "tensor": Geometry(None, None), "row": Geometry(1, None), "tile 128": Geometry(128, 128),
     "tile 64": Geometry(64, 64), "group 128": Geometry(1, 128), "group 64": Geometry(1, 64),
 }  # fmt: skip
-ROWS = {torch.bfloat16: (1, 17, 132), torch.float16: (17,), torch.float32: (17,)}  # each compiles kernels of its own
+ROWS = {
+    torch.bfloat16: (1, 17, 132),
+    torch.float16: (17,),
+    torch.float32: (17,),
+}  # each compiles kernels of its own
 FEW = {torch.bfloat16: (17,)}
 APART = 0.08  # rel_l2 of two bodies of one op; rounding activations to FP8 alone is 0.03
 
@@ -52,8 +64,16 @@ def cases() -> Iterator[tuple[str, Op, tuple]]:
         for group in (None, 64, 128):
             for k in (1152, 13056):  # each way of walking a row
                 x = torch.randn(17, k, device="cuda").bfloat16()
-                yield f"{levels.name} {group or 'row'} K={k}", quantize_activations, (x, levels, group)
-                yield f"{levels.name} {group or 'row'} K={k}", quantize_gelu, (x, levels, group, "tanh")
+                yield (
+                    f"{levels.name} {group or 'row'} K={k}",
+                    quantize_activations,
+                    (x, levels, group),
+                )
+                yield (
+                    f"{levels.name} {group or 'row'} K={k}",
+                    quantize_gelu,
+                    (x, levels, group, "tanh"),
+                )
     for levels in (NF4, FP4):
         yield from flat(levels)
     for group in (16, 256, 1024):
@@ -67,7 +87,12 @@ def cases() -> Iterator[tuple[str, Op, tuple]]:
     for span in SPANS:
         packed = torch.randint(-128, 128, (65, 3 * span // 2), dtype=torch.int8, device="cuda")
         relative = torch.rand(65, 3 * span // 16, device="cuda").mul(127).to(torch.float8_e4m3fn)
-        stored = (packed, relative, torch.rand(65, device="cuda"), torch.tensor(LEVELS, device="cuda"))
+        stored = (
+            packed,
+            relative,
+            torch.rand(65, device="cuda"),
+            torch.tensor(LEVELS, device="cuda"),
+        )
         yield str(span), dequantize_w4a8, (*stored, span, torch.bfloat16)
 
 
@@ -84,8 +109,15 @@ def tiled(name: str, levels: Levels, geometry: Geometry) -> Iterator[tuple[str, 
     for dtype, rows in (FEW if name.endswith(("tensor", "group 64")) else ROWS).items():
         yield f"{name} {dtype}", runtime.dequantize_tiles, (codes, scale, levels, geometry, dtype)
         for m in rows:
-            x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
-            yield f"{name} M={m} {dtype}", runtime.linear_tiles, (x, codes, scale, levels, geometry, bias)
+            x, bias = (
+                torch.randn(m, k, device="cuda").to(dtype),
+                torch.randn(n, device="cuda").to(dtype),
+            )
+            yield (
+                f"{name} M={m} {dtype}",
+                runtime.linear_tiles,
+                (x, codes, scale, levels, geometry, bias),
+            )
 
 
 def flat(levels: Levels) -> Iterator[tuple[str, Op, tuple]]:
@@ -100,14 +132,29 @@ def flat(levels: Levels) -> Iterator[tuple[str, Op, tuple]]:
         table = torch.randint(0, 1 << 17, (2048, 88), device="cuda").float()
         yield name, lowest_error, (runs, absmax.view(-1, 1), levels, table)
         codes = grid.encode(weight, absmax)
-        yield name, tile_errors, (runs, codes.view(-1, group), absmax.view(-1, 1), levels, Geometry(1, None))
+        yield (
+            name,
+            tile_errors,
+            (runs, codes.view(-1, group), absmax.view(-1, 1), levels, Geometry(1, None)),
+        )
         yield name, packed_nibbles, (codes, True)
         packed = pack_nibbles(codes, high_first=True)
         for dtype, rows in ROWS.items():
-            yield f"{name} {dtype}", runtime.dequantize_flat4, (packed, absmax, levels, group, dtype)
+            yield (
+                f"{name} {dtype}",
+                runtime.dequantize_flat4,
+                (packed, absmax, levels, group, dtype),
+            )
             for m in rows:
-                x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
-                yield f"{name} M={m} {dtype}", runtime.linear_flat4, (x, packed, absmax, levels, group, bias)
+                x, bias = (
+                    torch.randn(m, k, device="cuda").to(dtype),
+                    torch.randn(n, device="cuda").to(dtype),
+                )
+                yield (
+                    f"{name} M={m} {dtype}",
+                    runtime.linear_flat4,
+                    (x, packed, absmax, levels, group, bias),
+                )
 
 
 def difference(got: object, expected: object) -> float:
@@ -123,8 +170,12 @@ def main() -> None:
         print("sanitize: needs an NVIDIA GPU; nothing was checked")
         return
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
-        sys.exit("sanitize: set PYTORCH_NO_CUDA_MEMORY_CACHING=1; torch's own pool hides accesses next to a tensor")
-    choice.limits = lambda family, device: choice.Limits(None, None, library=(0, 0), hopper=((0, 1, None),))
+        sys.exit(
+            "sanitize: set PYTORCH_NO_CUDA_MEMORY_CACHING=1; torch's own pool hides accesses next to a tensor"
+        )
+    choice.limits = lambda family, device: choice.Limits(
+        None, None, library=(0, 0), hopper=((0, 1, None),)
+    )
     ran, wrong, words = 0, [], sys.argv[1:]
     for name, op, arguments in cases():
         if words and not any(word in f"{op.name} {name}" for word in words):

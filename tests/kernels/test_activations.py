@@ -13,7 +13,9 @@ from fewbits.kernels.scales import Geometry
 
 by_form = pytest.mark.parametrize("form", ["tanh", "none"])
 by_levels = pytest.mark.parametrize("levels", [INT8, E4M3], ids=lambda levels: levels.name)
-by_group = pytest.mark.parametrize("group", [None, 64, 128], ids=lambda group: f"group {group or 'row'}")
+by_group = pytest.mark.parametrize(
+    "group", [None, 64, 128], ids=lambda group: f"group {group or 'row'}"
+)
 
 
 def decoded(codes, scale, levels, group):
@@ -27,8 +29,13 @@ def test_gelu_is_taken_in_float32_and_quantized_once(group, levels, form):
     x = (3 * torch.randn(5, 256)).bfloat16()
     x[0], x[1, 7] = 0, float("nan")
     codes, scale = quantize_gelu(x, levels, group, form)
-    expected, expected_scale = quantize_activations(gelu(x.float(), approximate=form), levels, group)
-    assert torch.equal(scale.nan_to_num(7), expected_scale.nan_to_num(7)) and codes.dtype == levels.dtype
+    expected, expected_scale = quantize_activations(
+        gelu(x.float(), approximate=form), levels, group
+    )
+    assert (
+        torch.equal(scale.nan_to_num(7), expected_scale.nan_to_num(7))
+        and codes.dtype == levels.dtype
+    )
     assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
     assert (scale[0] == 1).all() and not codes[0].view(torch.uint8).any()
     assert not scale[1, 0].isfinite() and scale[2:].isfinite().all()
@@ -80,8 +87,12 @@ def test_triton_is_asked_again_only_when_it_would_compile_anew(monkeypatch):
         return how
 
     assert start(x) == "Triton" and start(x) == "direct" == start(torch.ones(64))
-    assert start(x[1:]) == "Triton" and start(x[1:]) == "direct" == start(x[5:])  # not a multiple of 16 bytes
-    assert start(x.half()) == "Triton" == start(x, number=16) == start(x, num_warps=8) == start(x, x)
+    assert start(x[1:]) == "Triton" and start(x[1:]) == "direct" == start(
+        x[5:]
+    )  # not a multiple of 16 bytes
+    assert (
+        start(x.half()) == "Triton" == start(x, number=16) == start(x, num_warps=8) == start(x, x)
+    )
     assert start(x) == "direct" == start(x, number=16)
 
 
@@ -100,7 +111,8 @@ def test_a_first_use_that_takes_long_is_logged_once(monkeypatch, caplog):
                 launch.launch(slow, (1, 1, 1), (torch.zeros(4),), num_warps=4)
     (record,) = caplog.records
     assert re.fullmatch(
-        r"first use of the Triton kernel test_activations.twice took 0.0 s: compiled, then cached", record.getMessage()
+        r"first use of the Triton kernel test_activations.twice took 0.0 s: compiled, then cached",
+        record.getMessage(),
     )
     assert [how for how, *_ in slow.log] == ["Triton"] * 3 + ["direct"] * 3
 
@@ -112,7 +124,9 @@ def test_a_first_use_that_takes_long_is_logged_once(monkeypatch, caplog):
 @by_form
 @by_levels
 @by_group
-@pytest.mark.parametrize("shape", [(1, 128), (3, 1152), (17, 3200), (300, 13056)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize(
+    "shape", [(1, 128), (3, 1152), (17, 3200), (300, 13056)], ids=lambda s: f"{s[0]}x{s[1]}"
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_fused_gelu_errs_at_most_twice_as_much_as_eager(dtype, shape, group, levels, form):
     m, k = shape
@@ -125,7 +139,9 @@ def test_the_fused_gelu_errs_at_most_twice_as_much_as_eager(dtype, shape, group,
     assert (got - truth).abs().max() <= 2 * (reference - truth).abs().max()
     assert scale.shape == eager[1].shape and scale.stride(0) == 1
     again = quantize_gelu(x, levels, group, form)
-    assert torch.equal(again[0].view(torch.uint8), codes.view(torch.uint8)) and torch.equal(again[1], scale)
+    assert torch.equal(again[0].view(torch.uint8), codes.view(torch.uint8)) and torch.equal(
+        again[1], scale
+    )
 
 
 @pytest.mark.gpu
@@ -139,7 +155,11 @@ def test_zeros_nan_and_extremes_come_through_the_fused_gelu(group, levels, form)
     assert (scale[0] == 1).all() and not codes[0].view(torch.uint8).any()
     assert not scale[1, 0].isfinite()
     values = decoded(codes, scale, levels, group)
-    assert not values[2].any() and torch.allclose(values[3], x[3].double(), rtol=1e-2) and values[5].isfinite().all()
+    assert (
+        not values[2].any()
+        and torch.allclose(values[3], x[3].double(), rtol=1e-2)
+        and values[5].isfinite().all()
+    )
 
 
 @pytest.mark.gpu
@@ -150,4 +170,7 @@ def test_an_address_of_another_alignment_is_not_taken_for_the_remembered_one():
         with use_backend("eager"):
             expected = quantize_activations(x, INT8, None)
         for _ in range(2):
-            assert all(torch.equal(a, b) for a, b in zip(quantize_activations(x, INT8, None), expected, strict=True))
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(quantize_activations(x, INT8, None), expected, strict=True)
+            )

@@ -33,8 +33,24 @@ def up(value: float) -> float:
 
 @pytest.mark.parametrize(
     ("absmax", "exponent"),
-    [(448, 127), (up(448), 128), (up(224), 127), (0.4375, 117), (up(0.4375), 118), (3.5, 120), (up(3.5), 121)],
-    ids=["448", "next above 448", "next above 224", ".4375", "next above .4375", "3.5", "next above 3.5"],
+    [
+        (448, 127),
+        (up(448), 128),
+        (up(224), 127),
+        (0.4375, 117),
+        (up(0.4375), 118),
+        (3.5, 120),
+        (up(3.5), 121),
+    ],
+    ids=[
+        "448",
+        "next above 448",
+        "next above 224",
+        ".4375",
+        "next above .4375",
+        "3.5",
+        "next above 3.5",
+    ],
 )
 def test_exponent_bytes_are_the_golden_ones(absmax, exponent):
     block = torch.zeros(1, 32)
@@ -103,14 +119,23 @@ def stored_w4a8(n: int, k: int, device: str = "cpu") -> tuple[torch.Tensor, ...]
     """Every group scale but NaN, and codes of both signs."""
     packed = torch.randint(-128, 128, (n, k // 2), dtype=torch.int8)
     relative = (torch.arange(n * k // GROUP) % 127).byte().view(torch.float8_e4m3fn).view(n, -1)
-    return tuple(tensor.to(device) for tensor in (packed, relative, torch.rand(n) + 1e-6, torch.tensor(LEVELS)))
+    return tuple(
+        tensor.to(device)
+        for tensor in (packed, relative, torch.rand(n) + 1e-6, torch.tensor(LEVELS))
+    )
 
 
 @pytest.mark.parametrize("span", [4, 16, 64, 256, 1024])
 def test_w4a8_is_decoded_with_the_rounding_of_its_two_factors_alone(span):
     packed, relative, channel, levels = stored_w4a8(7, 2048)
     codes = torch.stack([packed & 15, packed >> 4 & 15], 2).view(7, -1).long()
-    q8 = (levels[codes].view(7, -1, GROUP) * relative.float()[..., None]).round().clamp(-127, 127).view(7, -1).double()
+    q8 = (
+        (levels[codes].view(7, -1, GROUP) * relative.float()[..., None])
+        .round()
+        .clamp(-127, 127)
+        .view(7, -1)
+        .double()
+    )
     exact = (q8.view(7, -1, span) @ rotate(torch.eye(span), span).double()).view(7, -1)
     got = dequantize_w4a8(packed, relative, channel, levels, span, torch.float32)
     assert torch.equal(got, exact.float() * channel[:, None])
@@ -142,20 +167,26 @@ def test_the_kernel_decodes_w4a8_to_the_bits_of_eager(span, shape, dtype):
         got = dequantize_w4a8(*stored, span, dtype)
         apart = dequantize_w4a8(stored[0].t().contiguous().t(), *stored[1:], span, dtype)
     assert int(got.isnan().sum()) == span
-    assert torch.equal(got.nan_to_num(), expected.nan_to_num()) and torch.equal(apart.nan_to_num(), got.nan_to_num())
+    assert torch.equal(got.nan_to_num(), expected.nan_to_num()) and torch.equal(
+        apart.nan_to_num(), got.nan_to_num()
+    )
 
 
 def test_w4a8_says_why_its_kernels_do_not_run():
     why = {"triton": "tensor is on cpu"}
     assert dequantize_w4a8.reasons(*stored_w4a8(2, 64), 64, torch.float32) == why
     weight = torch.zeros(2, 64)
-    assert fit_groups.reasons(weight) == nearest_w4a8.reasons(weight, *W4A8Grid().scale(weight)) == why
+    assert (
+        fit_groups.reasons(weight) == nearest_w4a8.reasons(weight, *W4A8Grid().scale(weight)) == why
+    )
 
 
 def test_thresholds_are_the_last_floats_of_their_levels():
     last = torch.tensor(level_thresholds())
     codes = torch.arange(15, dtype=torch.int32)
-    assert torch.equal(round_level(last), codes) and torch.equal(round_level(last.nextafter(INFINITY)), codes + 1)
+    assert torch.equal(round_level(last), codes) and torch.equal(
+        round_level(last.nextafter(INFINITY)), codes + 1
+    )
     x = torch.randn(1 << 16, generator=torch.Generator().manual_seed(6))
     assert torch.equal((x[:, None] > last).sum(1), round_level(x).long())
 
@@ -176,7 +207,11 @@ def test_the_kernels_quantize_w4a8_to_the_bits_of_eager_and_of_the_cpu(shape):
     weight = rough_weight(*shape, "cuda")
     rows = torch.arange(shape[0], device="cuda")[:, None] % 9
     halves = (torch.arange(weight.numel(), device="cuda").view(shape) % 255 - 127) / 2 * (rows + 1)
-    steps = (torch.arange(weight.numel() // GROUP, device="cuda") % 127).byte().view(torch.float8_e4m3fn)
+    steps = (
+        (torch.arange(weight.numel() // GROUP, device="cuda") % 127)
+        .byte()
+        .view(torch.float8_e4m3fn)
+    )
     for w in (weight, weight.t().contiguous().t(), halves):  # the last between two INT8 values
         with use_backend("eager"):
             fitted, scale = fit_groups(w), W4A8Grid().scale(w)
@@ -188,7 +223,9 @@ def test_the_kernels_quantize_w4a8_to_the_bits_of_eager_and_of_the_cpu(shape):
             assert torch.equal(nearest_w4a8(w, *scale), codes)
             assert torch.equal(nearest_w4a8(w, rows[:, 0] + 1.0, steps.view(len(w), -1)), ties)
         here = W4A8Grid().scale(w.cpu())
-        assert raw(here.channel) == raw(scale.channel.cpu()) and raw(here.relative) == raw(scale.relative.cpu())
+        assert raw(here.channel) == raw(scale.channel.cpu()) and raw(here.relative) == raw(
+            scale.relative.cpu()
+        )
         assert torch.equal(W4A8Grid().encode(w.cpu(), here), codes.cpu())
 
 
@@ -202,11 +239,15 @@ def test_nan_in_a_weight_reaches_the_scales_of_its_group_and_row():
         got = fit_groups(weight)
         channel = W4A8Grid().scale(weight).channel
     assert got[0].isnan().nonzero().tolist() == got[1].isnan().nonzero().tolist() == [[7, 1]]
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got, expected, strict=True))
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got, expected, strict=True)
+    )
     assert channel.isnan().nonzero().tolist() == [[7]]
 
 
-@pytest.mark.parametrize("grid", [Mxfp8Grid(), Nvfp4Grid(), W4A8Grid()], ids=["mxfp8", "nvfp4", "w4a8"])
+@pytest.mark.parametrize(
+    "grid", [Mxfp8Grid(), Nvfp4Grid(), W4A8Grid()], ids=["mxfp8", "nvfp4", "w4a8"]
+)
 class TestEveryGrid:
     def test_rows_do_not_depend_on_their_neighbours_or_on_chunks(self, grid):
         weight = torch.randn(600, 1024, generator=torch.Generator().manual_seed(1))
@@ -221,7 +262,9 @@ class TestEveryGrid:
         scale = grid.scale(weight)
         codes = grid.encode(weight, scale)
         error, signal = grid.squared_error(weight, codes, scale)
-        assert error == pytest.approx(float((grid.decode(codes, scale) - weight.float()).square().sum()), rel=1e-5)
+        assert error == pytest.approx(
+            float((grid.decode(codes, scale) - weight.float()).square().sum()), rel=1e-5
+        )
         assert signal == pytest.approx(float(weight.float().square().sum()), rel=1e-5)
 
     def test_stochastic_rounding_is_seeded_and_centred(self, grid):
@@ -240,4 +283,6 @@ class TestEveryGrid:
         for dtype in (torch.float16, torch.bfloat16, torch.float64):
             weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(4)).to(dtype)
             wide = weight.float()
-            assert raw(grid.encode(weight, grid.scale(weight))) == raw(grid.encode(wide, grid.scale(wide)))
+            assert raw(grid.encode(weight, grid.scale(weight))) == raw(
+                grid.encode(wide, grid.scale(wide))
+            )

@@ -59,7 +59,11 @@ def test_decoded_tables_have_the_golden_bits():
 def test_nf4_takes_the_upper_code_only_strictly_above_a_threshold():
     for index, threshold in enumerate(floats(NF4_BITS)):
         below, above = torch.nextafter(threshold, -INFINITY), torch.nextafter(threshold, INFINITY)
-        assert nf4_codes([float(below), float(threshold), float(above), 1.0])[:3] == [index, index, index + 1]
+        assert nf4_codes([float(below), float(threshold), float(above), 1.0])[:3] == [
+            index,
+            index,
+            index + 1,
+        ]
 
 
 def test_fp4_takes_the_larger_magnitude_only_strictly_above_a_threshold_on_both_sides():
@@ -85,7 +89,11 @@ def test_e2m1_ties_go_to_the_even_code_and_keep_the_sign_of_zero():
 def test_every_value_of_a_table_is_its_own_code():
     codes = torch.arange(16, dtype=torch.uint8)
     assert nf4_codes(NF4.widen(codes).tolist()) == list(range(16))
-    assert fp4_codes(FP4.widen(codes).tolist()) == [*range(8), 0, *range(9, 16)]  # -0.0 is not below zero
+    assert fp4_codes(FP4.widen(codes).tolist()) == [
+        *range(8),
+        0,
+        *range(9, 16),
+    ]  # -0.0 is not below zero
     assert fast_codes(E2M1.widen(codes), round_e2m1).tolist() == list(range(16))
     assert fast_codes(torch.tensor(LEVELS), round_level).tolist() == list(range(16))
 
@@ -93,12 +101,24 @@ def test_every_value_of_a_table_is_its_own_code():
 @pytest.mark.parametrize("round_", ROUNDINGS, ids=IDS)
 def test_the_cpu_table_equals_the_rounding_function_on_all_kinds_of_floats(round_):
     generator = torch.Generator().manual_seed(0)
-    patterns = torch.randint(-(2**31), 2**31 - 1, (1 << 20,), generator=generator, dtype=torch.int32)
+    patterns = torch.randint(
+        -(2**31), 2**31 - 1, (1 << 20,), generator=generator, dtype=torch.int32
+    )
     patterns = patterns.view(torch.float32)
-    tables = torch.cat([torch.tensor(LEVELS), NF4.widen(torch.arange(16)), floats(NF4_BITS), floats(FP4_BITS)])
-    near = torch.cat([tables, torch.nextafter(tables, INFINITY), torch.nextafter(tables, -INFINITY)])
+    tables = torch.cat(
+        [torch.tensor(LEVELS), NF4.widen(torch.arange(16)), floats(NF4_BITS), floats(FP4_BITS)]
+    )
+    near = torch.cat(
+        [tables, torch.nextafter(tables, INFINITY), torch.nextafter(tables, -INFINITY)]
+    )
     tiny = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-38, -1e-38, 3e38, -3e38])
-    for x in (patterns[patterns.isfinite()], torch.randn(1 << 18, generator=generator), near, -near, tiny):
+    for x in (
+        patterns[patterns.isfinite()],
+        torch.randn(1 << 18, generator=generator),
+        near,
+        -near,
+        tiny,
+    ):
         assert torch.equal(fast_codes(x.contiguous(), round_), round_(x).to(torch.uint8))
 
 
@@ -117,7 +137,9 @@ def test_no_other_level_is_nearer_than_the_chosen_one(levels):
     codes = FlatGrid(levels, 4096).encode(x, torch.ones(1))
     chosen = (levels.widen(codes) - x).abs()
     best = (levels.widen(torch.arange(16, dtype=torch.uint8))[:, None] - x).abs().amin(0)
-    assert (chosen - best).max() <= 2.0**-19  # FP4's published thresholds are midpoints to five digits
+    assert (
+        chosen - best
+    ).max() <= 2.0**-19  # FP4's published thresholds are midpoints to five digits
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 34), (17, 130), (5, 64)], ids=str)

@@ -32,7 +32,12 @@ def doubled():
 
 def test_a_decision_is_made_once_for_equal_shapes_dtypes_devices_and_numbers(doubled):
     memory = torch.arange(100.0)
-    same = torch.ones(4, 8), memory[:32].view(4, 8), memory[1:33].view(4, 8), memory.as_strided((4, 8), (1, 4))
+    same = (
+        torch.ones(4, 8),
+        memory[:32].view(4, 8),
+        memory[1:33].view(4, 8),
+        memory.as_strided((4, 8), (1, 4)),
+    )
     assert [doubled(x, 1, None) for x in same] == ["few"] * 4 and doubled.asked == 1
 
 
@@ -63,7 +68,10 @@ def test_a_forced_backend_neither_uses_what_is_remembered_nor_is_remembered(doub
     assert doubled(few, 1, None) == "few" and doubled(many, 1, None) == "eager"
     with use_backend("eager"):
         assert doubled(few, 1, None) == "eager"
-        with use_backend("few"), pytest.raises(RuntimeError, match="doubled: backend few cannot run: too many rows"):
+        with (
+            use_backend("few"),
+            pytest.raises(RuntimeError, match="doubled: backend few cannot run: too many rows"),
+        ):
             doubled(many, 1, None)
         assert doubled(few, 1, None) == "eager"
     assert doubled(few, 1, None) == "few" and doubled(many, 1, None) == "eager"
@@ -92,11 +100,15 @@ def test_what_is_remembered_has_a_bound_and_holds_no_tensor(doubled, monkeypatch
 def hopper(monkeypatch):
     """Every backend believes that it runs on an H200, where our tensors have no storage."""
     for module in (runtime, scaled_mm):
-        monkeypatch.setattr(module, "why_not_triton", lambda tensor: None if tensor.numel() else "tensor is empty")
+        monkeypatch.setattr(
+            module, "why_not_triton", lambda tensor: None if tensor.numel() else "tensor is empty"
+        )
     monkeypatch.setattr(runtime, "why_not_cuda", lambda tensor: None)
     monkeypatch.setattr(choice, "_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9)
+    )
 
 
 @pytest.mark.parametrize("m", [1, 16, 64, 256, 300, 1024, 4608])
@@ -113,10 +125,13 @@ def test_no_linear_chooses_by_strides_or_addresses(hopper, m, dtype):
             rest = scale, levels, geometry, None
             wanted = runtime.linear_tiles.reasons(whole, codes, *rest)
             assert wanted == runtime.linear_tiles.reasons(odd, codes, *rest)
-            assert wanted == runtime.linear_tiles.reasons(whole, torch.empty_like(codes.t()).t(), *rest)
+            assert wanted == runtime.linear_tiles.reasons(
+                whole, torch.empty_like(codes.t()).t(), *rest
+            )
             assert any(reason is None for reason in wanted.values())
     packed, absmax = (
-        torch.empty(s, dtype=d, device="meta") for s, d in (((n, k // 2), torch.uint8), (n * k // 64, None))
+        torch.empty(s, dtype=d, device="meta")
+        for s, d in (((n, k // 2), torch.uint8), (n * k // 64, None))
     )
     wanted = runtime.linear_flat4.reasons(whole, packed, absmax, NF4, 64, None)
     assert wanted == runtime.linear_flat4.reasons(odd, packed, absmax, NF4, 64, None)

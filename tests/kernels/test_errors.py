@@ -19,7 +19,11 @@ GRIDS = {
     for levels in (INT8, INT4, E4M3, E5M2, NF4, FP4, E2M1)
     for name, geometry in GEOMETRIES.items()
 }
-GRIDS |= {f"{levels.name} {group}": FlatGrid(levels, group) for levels in (NF4, FP4) for group in (32, 64, 4096)}
+GRIDS |= {
+    f"{levels.name} {group}": FlatGrid(levels, group)
+    for levels in (NF4, FP4)
+    for group in (32, 64, 4096)
+}
 GRIDS |= {"mxfp8": Mxfp8Grid(), "nvfp4": Nvfp4Grid(), "w4a8": W4A8Grid()}
 # Relative errors met in 5 x 3 weights: sums of everything 1.2e-5 (eager on a CPU; the kernels 3e-8), of regions 4e-7.
 WHOLE, REGION = 5e-5, 2e-6
@@ -30,7 +34,9 @@ def check(grid, weight: torch.Tensor) -> None:
     codes = grid.encode(weight, scale)
     exact = (grid.decode(codes, scale).double() - weight.float().double()).square()
     error, signal = grid.squared_error(weight, codes, scale)
-    assert (error, signal) == pytest.approx((float(exact.sum()), float(weight.double().square().sum())), rel=WHOLE)
+    assert (error, signal) == pytest.approx(
+        (float(exact.sum()), float(weight.double().square().sum())), rel=WHOLE
+    )
     errors = grid.region_errors(weight, codes, scale)
     assert errors.dtype == torch.float32
     if isinstance(grid, FlatGrid):
@@ -42,14 +48,18 @@ def check(grid, weight: torch.Tensor) -> None:
     torch.testing.assert_close(errors.double(), expected, rtol=REGION, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
+)
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_errors_are_those_of_the_decoded_weight(grid, dtype):
     check(grid, torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
+)
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_the_kernels_measure_them_too(grid, dtype):
     weight = torch.randn(SHAPE, device="cuda").to(dtype)
@@ -70,7 +80,8 @@ def test_odd_shapes_and_nan(shape):
     with use_backend("triton"):
         found = tile_errors(weight, codes, scale, INT8, geometry)
         assert (
-            found.isnan().nonzero().tolist() == [[0, 0]] and squared_error(weight, codes, scale, INT8, geometry)[1] > 0
+            found.isnan().nonzero().tolist() == [[0, 0]]
+            and squared_error(weight, codes, scale, INT8, geometry)[1] > 0
         )
 
 

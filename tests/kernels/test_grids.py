@@ -13,7 +13,21 @@ ONE = torch.ones(1, 1)
 
 
 def test_casts_to_e4m3_at_the_edges_are_the_golden_bytes():
-    x = [0, 2**-10, 1.5 * 2**-10, 2**-9, 1.5 * 2**-9, 2.5 * 2**-9, 17, 19, 448, 463.9, 1e6, -0.0, -1e-9]
+    x = [
+        0,
+        2**-10,
+        1.5 * 2**-10,
+        2**-9,
+        1.5 * 2**-9,
+        2.5 * 2**-9,
+        17,
+        19,
+        448,
+        463.9,
+        1e6,
+        -0.0,
+        -1e-9,
+    ]
     assert raw(encode(torch.tensor([x]), ONE, E4M3, TENSOR)).hex() == "000001010202585a7e7e7e8080"
 
 
@@ -28,7 +42,9 @@ def test_integers_round_half_to_even_and_the_lowest_code_is_never_used(levels, l
     assert encode(x, ONE, levels, TENSOR).tolist() == [[0, 2, 2, 0, -2, -2, limit, -limit]]
 
 
-@pytest.mark.parametrize(("levels", "table"), [(E4M3, reference.E4M3), (E5M2, reference.E5M2)], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize(
+    ("levels", "table"), [(E4M3, reference.E4M3), (E5M2, reference.E5M2)], ids=["e4m3", "e5m2"]
+)
 def test_every_code_decodes_to_its_exact_value(levels, table):
     codes = torch.arange(256, dtype=torch.uint8).view(levels.dtype).view(1, 256)
     decoded = decode(codes, ONE, levels, TENSOR)[0]
@@ -47,7 +63,9 @@ def test_a_zero_block_has_scale_one_and_only_zero_bytes(levels):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    "geometry", [TENSOR, ROW, Geometry(4, 4), Geometry(1, 8)], ids=["tensor", "row", "tile", "group"]
+    "geometry",
+    [TENSOR, ROW, Geometry(4, 4), Geometry(1, 8)],
+    ids=["tensor", "row", "tile", "group"],
 )
 def test_codes_of_any_dtype_are_those_of_the_weight_widened_to_float32(dtype, geometry):
     weight = torch.randn(8, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -58,7 +76,9 @@ def test_codes_of_any_dtype_are_those_of_the_weight_widened_to_float32(dtype, ge
         assert raw(grid.encode(weight, scale)) == raw(grid.encode(weight.float(), wide))
 
 
-@pytest.mark.parametrize("geometry", [TENSOR, ROW, Geometry(1, 128)], ids=["tensor", "row", "group"])
+@pytest.mark.parametrize(
+    "geometry", [TENSOR, ROW, Geometry(1, 128)], ids=["tensor", "row", "group"]
+)
 def test_a_weight_of_several_chunks_has_the_codes_of_its_rows(geometry):
     rows = CHUNK_ELEMENTS // 1024 + 5
     weight = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -102,5 +122,9 @@ def test_stochastic_rounding_is_seeded_and_gives_the_weight_on_average(levels):
     ones = torch.ones(4, 1)
     once, again = (encode(weight, ones, levels, ROW, seed=3) for _ in range(2))
     assert raw(once) == raw(again)
-    step = 1.0 if levels.dtype == torch.int8 else targets.abs().log2().floor().exp2() / (8 if levels is E4M3 else 4)
+    step = (
+        1.0
+        if levels.dtype == torch.int8
+        else targets.abs().log2().floor().exp2() / (8 if levels is E4M3 else 4)
+    )
     assert ((decode(once, ones, levels, ROW).mean(1) - targets).abs() < 0.014 * step).all()

@@ -12,7 +12,9 @@ GROUPS = (4, 16, 64, 256, 1024)
 def test_a_unit_vector_becomes_its_golden_row():
     e5 = torch.zeros(1, 16)
     e5[0, 5] = 1
-    assert (rotate(e5, 16) * 4).int().tolist() == [[1, 1, -1, 1, 1, 1, -1, 1, -1, -1, 1, -1, 1, 1, -1, 1]]
+    assert (rotate(e5, 16) * 4).int().tolist() == [
+        [1, 1, -1, 1, 1, 1, -1, 1, -1, -1, 1, -1, 1, 1, -1, 1]
+    ]
 
 
 def test_a_ramp_is_a_fixed_point_of_the_smallest_rotation():
@@ -54,7 +56,8 @@ def test_a_slice_of_a_larger_matrix_and_one_in_several_chunks_are_rotated_alike(
 
 
 @pytest.mark.parametrize(
-    ("size", "allowed"), [(4, True), (64, True), (1024, True), (2, False), (32, False), (4096, False)]
+    ("size", "allowed"),
+    [(4, True), (64, True), (1024, True), (2, False), (32, False), (4096, False)],
 )
 def test_group_sizes_are_powers_of_four_from_4_to_1024(size, allowed):
     assert is_group_size(size) is allowed
@@ -65,7 +68,11 @@ def test_group_sizes_are_powers_of_four_from_4_to_1024(size, allowed):
 @pytest.mark.parametrize("shape", [(1, 1024), (9, 3072), (257, 5120)], ids=str)
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_kernel_gives_the_bits_of_eager_and_of_the_cpu(group, shape, dtype):
-    x = torch.randn(shape, device="cuda").mul_(torch.logspace(-8, 4, shape[1], device="cuda")).to(dtype)
+    x = (
+        torch.randn(shape, device="cuda")
+        .mul_(torch.logspace(-8, 4, shape[1], device="cuda"))
+        .to(dtype)
+    )
     x[0, :4] = -0.0
     with use_backend("eager"):
         expected = rotate(x, group)

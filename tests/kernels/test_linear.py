@@ -28,7 +28,11 @@ by_geometry = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOME
 
 
 def tiled(n, k, levels, geometry, device="cpu", spread=1.0):
-    weight = torch.randn(n, k, device=device) / k**0.5 * torch.logspace(-spread, spread, k, device=device)
+    weight = (
+        torch.randn(n, k, device=device)
+        / k**0.5
+        * torch.logspace(-spread, spread, k, device=device)
+    )
     weight[: geometry.rows or 1, : geometry.cols or 1] = 0
     grid = TiledGrid(levels, geometry)
     scale = grid.scale(weight)
@@ -47,7 +51,9 @@ def exact(x, codes, scale, levels, geometry, bias, rounded):
     with use_backend("eager"):
         weight = decode(codes, scale, levels, geometry).double()
         if rounded:
-            x = decode(*quantize_activations(x, levels, geometry.cols), levels, Geometry(1, geometry.cols))
+            x = decode(
+                *quantize_activations(x, levels, geometry.cols), levels, Geometry(1, geometry.cols)
+            )
     return x.double() @ weight.t() + (0 if bias is None else bias.double())
 
 
@@ -64,7 +70,9 @@ def test_eager_multiplies_quantized_activations(levels, geometry, dtype):
     assert (out.double() - truth).abs().max() <= step * truth.abs().max()
     plain = exact(x, codes, scale, levels, geometry, bias, rounded=False)
     error = (truth - plain).norm() / plain.norm()
-    assert 1e-3 < error < 0.04  # 8 bits of activations: about 0.008 (INT8) and 0.027 (FP8), and never nothing
+    assert (
+        1e-3 < error < 0.04
+    )  # 8 bits of activations: about 0.008 (INT8) and 0.027 (FP8), and never nothing
 
 
 @by_name
@@ -88,10 +96,21 @@ def test_a_four_bit_linear_on_the_cpu_is_the_decoded_product_in_pieces():
 def test_every_op_says_why_a_kernel_does_not_run():
     codes, scale = tiled(64, 64, INT8, Geometry(1, None))
     arguments = (torch.randn(2, 64), codes, scale, INT8, Geometry(1, None), None)
-    assert list_backends()["linear_tiles"] == ["torch", "hopper", "cuda", "triton", "dequantize", "eager"]
+    assert list_backends()["linear_tiles"] == [
+        "torch",
+        "hopper",
+        "cuda",
+        "triton",
+        "dequantize",
+        "eager",
+    ]
     assert set(runtime.linear_tiles.reasons(*arguments).values()) == {"tensor is on cpu"}
     assert choice.why_not_rows(65, 64, "another path") == "M=65 > 64: another path is faster"
-    assert choice.why_not_rows(64, 64, "another path") is None is choice.why_not_rows(9999, None, "another path")
+    assert (
+        choice.why_not_rows(64, 64, "another path")
+        is None
+        is choice.why_not_rows(9999, None, "another path")
+    )
 
 
 def test_amd_gpus_get_no_kernel_of_ours(monkeypatch):
@@ -108,7 +127,9 @@ def test_small_and_large_weights_are_decoded_from_fewer_rows_on():
     why = lambda m, n, k, limit=limit: choice.why_not_skinny(m, n, k, limit, "decoding")  # noqa: E731
     assert why(64, 12288, 3072) is None and why(65, 12288, 3072) == "M=65 > 64: decoding is faster"
     assert why(33, 1280, 1280) == why(33, 5120, 13824) == "M=33 > 32: decoding is faster"
-    assert why(32, 1280, 1280) is None and why(33, 1280, 1280, choice.HOPPER["int8 row"]) is not None
+    assert (
+        why(32, 1280, 1280) is None and why(33, 1280, 1280, choice.HOPPER["int8 row"]) is not None
+    )
 
 
 def test_hoppers_own_kernel_is_taken_where_it_was_faster():
@@ -117,10 +138,16 @@ def test_hoppers_own_kernel_is_taken_where_it_was_faster():
     assert why("4-bit", 32, 12288, 3072) == "M=32, 12288x3072: decoding is faster"
     assert why("4-bit", 256, 5120, 13824) is None and why("4-bit", 257, 5120, 13824)
     assert why("int8 128", 768, 12288, 3072) is None is why("int8 128", 4608, 12288, 3072)
-    assert why("int8 128", 1024, 12288, 3072) and why("int8 row", 256, 1280, 1280) and why("int8 64", 256, 12288, 3072)
+    assert (
+        why("int8 128", 1024, 12288, 3072)
+        and why("int8 row", 256, 1280, 1280)
+        and why("int8 64", 256, 12288, 3072)
+    )
 
 
-@pytest.mark.parametrize(("kind", "group", "rows"), [(4, 64, 1), (8, None, 1), (9, 128, 128), (8, 64, 64), (9, 64, 1)])
+@pytest.mark.parametrize(
+    ("kind", "group", "rows"), [(4, 64, 1), (8, None, 1), (9, 128, 128), (8, 64, 64), (9, 64, 1)]
+)
 def test_tiles_for_hopper_fit_and_share_out_all_multiprocessors(kind, group, rows):
     x_left = wide._x_left(kind, group, rows)
     for m in (33, 256, 300, 4608):
@@ -138,7 +165,11 @@ def test_tiles_for_hopper_fit_and_share_out_all_multiprocessors(kind, group, row
 @pytest.mark.parametrize(("m", "groups"), [(129, 3), (128, 1), (1, 4), (6, 1)])
 def test_scales_of_x_lie_where_the_copy_engine_can_read_them(m, groups):
     scale = torch.rand(groups, m).t()
-    for given in (scale, scale.contiguous(), torch.rand(groups, m + -m % 4)[:, :m].copy_(scale.t()).t()):
+    for given in (
+        scale,
+        scale.contiguous(),
+        torch.rand(groups, m + -m % 4)[:, :m].copy_(scale.t()).t(),
+    ):
         got, pitch = wide._in_columns(given)
         assert torch.equal(got, scale) and pitch % 4 == 0 and pitch >= m
         assert torch.equal(got.as_strided((groups, m), (pitch, 1)), scale.t())
@@ -146,9 +177,16 @@ def test_scales_of_x_lie_where_the_copy_engine_can_read_them(m, groups):
 
 def test_hoppers_kernel_says_which_shapes_it_takes():
     why = wide.why_not_shape
-    assert why(264, 192, torch.uint8, 64, torch.bfloat16) is None is why(8, 128, torch.int8, 128, torch.float16)
+    assert (
+        why(264, 192, torch.uint8, 64, torch.bfloat16)
+        is None
+        is why(8, 128, torch.int8, 128, torch.float16)
+    )
     assert why(8, 16, torch.float8_e4m3fn, None, torch.bfloat16) is None
-    assert why(257, 192, torch.uint8, 64, torch.bfloat16) == "257x192 is not made of multiples of 8 and 32"
+    assert (
+        why(257, 192, torch.uint8, 64, torch.bfloat16)
+        == "257x192 is not made of multiples of 8 and 32"
+    )
     assert why(8, 96, torch.uint8, 32, torch.bfloat16) == "groups of 32 in K=96"
     assert why(8, 192, torch.int8, 128, torch.bfloat16) == "groups of 128 in K=192"
     assert why(8, 64, torch.int8, None, torch.float32) == "float32 input: only 16-bit floats"
@@ -164,7 +202,11 @@ def test_the_skinny_kernel_fits_every_gpu(kilobytes, major, codes, monkeypatch):
     for m in (1, 3, 8, 16, 32, 33, 64, 500):
         for n in (64, 3072, 12288):
             work = skinny.work_for(skinny.tokens_for(m), n, codes, 0)
-            assert skinny.shared_bytes(codes, work) <= kilobytes * 1024 and min(work) >= 1 and work.stages >= 2
+            assert (
+                skinny.shared_bytes(codes, work) <= kilobytes * 1024
+                and min(work) >= 1
+                and work.stages >= 2
+            )
             assert work.tokens == skinny.tokens_for(m) or kilobytes < 227
             assert work.rows * work.split <= 16 and (work.cluster == 1 or major >= 9)
     skinny.work_for.cache_clear()
@@ -187,7 +229,9 @@ ROUNDED = ("torch", "hopper", "triton")  # backends that quantize x
 
 
 def hopper_cannot(x, codes, group):
-    return wide.why_not_device(x) or wide.why_not_shape(len(codes), x.shape[1], codes.dtype, group, x.dtype)
+    return wide.why_not_device(x) or wide.why_not_shape(
+        len(codes), x.shape[1], codes.dtype, group, x.dtype
+    )
 
 
 def close(got, truth, eager, dtype):
@@ -200,15 +244,24 @@ def close(got, truth, eager, dtype):
 @by_geometry
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 @pytest.mark.parametrize("backend", ["torch", "hopper", "cuda", "triton", "dequantize"])
-def test_8_bit_linears_err_at_most_twice_as_much_as_eager(backend, size, geometry, levels, monkeypatch):
+def test_8_bit_linears_err_at_most_twice_as_much_as_eager(
+    backend, size, geometry, levels, monkeypatch
+):
     m, n, k = size
-    n, k = -(-n // (geometry.rows or 1)) * (geometry.rows or 1), -(-k // (geometry.cols or 1)) * (geometry.cols or 1)
+    n, k = (
+        -(-n // (geometry.rows or 1)) * (geometry.rows or 1),
+        -(-k // (geometry.cols or 1)) * (geometry.cols or 1),
+    )
     monkeypatch.setattr(choice, "limits", lambda family, device: EVERYWHERE)
     codes, scale = tiled(n, k, levels, geometry, "cuda")
-    if backend == "torch" and why_not_scaled_mm(torch.ones(m, k, device="cuda", dtype=torch.bfloat16), codes, geometry):
+    if backend == "torch" and why_not_scaled_mm(
+        torch.ones(m, k, device="cuda", dtype=torch.bfloat16), codes, geometry
+    ):
         return  # INT8, other blocks or odd sizes: torch has no product for them
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        if dtype == torch.float32 and (backend in ("cuda", "hopper") or (backend == "triton" and levels is E4M3)):
+        if dtype == torch.float32 and (
+            backend in ("cuda", "hopper") or (backend == "triton" and levels is E4M3)
+        ):
             continue
         if backend == "torch" and dtype != torch.bfloat16:
             continue
@@ -235,11 +288,21 @@ def test_8_bit_linears_err_at_most_twice_as_much_as_eager(backend, size, geometr
 @pytest.mark.parametrize("m", [1, 2, 7, 16, 17, 40, 64, 100])
 @pytest.mark.parametrize(
     ("n", "k", "group"),
-    [(64, 64, 64), (1, 64, 64), (257, 192, 64), (264, 192, 64), (3072, 1152, 128), (768, 12288, 64), (65, 96, 32)],
+    [
+        (64, 64, 64),
+        (1, 64, 64),
+        (257, 192, 64),
+        (264, 192, 64),
+        (3072, 1152, 128),
+        (768, 12288, 64),
+        (65, 96, 32),
+    ],
 )
 @pytest.mark.parametrize("levels", [NF4, FP4], ids=lambda levels: levels.name)
 @pytest.mark.parametrize("backend", ["hopper", "cuda"])
-def test_4_bit_linears_err_at_most_twice_as_much_as_eager(backend, levels, n, k, group, m, dtype, monkeypatch):
+def test_4_bit_linears_err_at_most_twice_as_much_as_eager(
+    backend, levels, n, k, group, m, dtype, monkeypatch
+):
     monkeypatch.setattr(choice, "limits", lambda family, device: EVERYWHERE)
     packed, absmax = four_bit(n, k, levels, group)
     x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
@@ -253,7 +316,9 @@ def test_4_bit_linears_err_at_most_twice_as_much_as_eager(backend, levels, n, k,
         for b, expected in ((bias, truth), (None, truth - bias.double())):
             got = runtime.linear_flat4(x, packed, absmax, levels, group, b)
             assert close(got, expected, eager, dtype)
-            assert torch.equal(got, runtime.linear_flat4(x, packed, absmax, levels, group, b))  # no atomics
+            assert torch.equal(
+                got, runtime.linear_flat4(x, packed, absmax, levels, group, b)
+            )  # no atomics
 
 
 @pytest.mark.gpu
@@ -268,7 +333,10 @@ def test_every_tile_of_hoppers_kernel_multiplies(split, family):
     for levels, group, rows in formats[family]:
         n = 384 if family == "tiles" else 264
         for m, k in ((1, 128), (75, 384), (300, 2176), (530, 512)):
-            x, bias = torch.randn(m, k, device="cuda").bfloat16(), torch.randn(n, device="cuda").bfloat16()
+            x, bias = (
+                torch.randn(m, k, device="cuda").bfloat16(),
+                torch.randn(n, device="cuda").bfloat16(),
+            )
             if hopper_cannot(x, torch.empty(n, 0, dtype=levels.dtype), group):
                 return
             geometry = Geometry(None if rows == n else rows, group)
@@ -286,7 +354,9 @@ def test_every_tile_of_hoppers_kernel_multiplies(split, family):
                 inputs = *quantized, codes, scale, bias, x.dtype, group, rows, values, tile
                 got = wide.multiply(*inputs)
                 # bfloat16's own rounding, and what FP8 tensor cores drop of each addend
-                assert (got.double() - truth).abs().max() <= 1.5 * torch.finfo(x.dtype).eps * truth.abs().max()
+                assert (got.double() - truth).abs().max() <= 1.5 * torch.finfo(
+                    x.dtype
+                ).eps * truth.abs().max()
 
 
 @pytest.mark.gpu

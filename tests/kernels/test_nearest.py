@@ -33,7 +33,9 @@ def weights(n: int, k: int, dtype: torch.dtype, device: str) -> torch.Tensor:
 
 
 def equal(got: tuple[torch.Tensor, torch.Tensor], codes: torch.Tensor, scale: torch.Tensor) -> bool:
-    return torch.equal(got[0].view(torch.uint8), codes.view(torch.uint8)) and torch.equal(got[1], scale)
+    return torch.equal(got[0].view(torch.uint8), codes.view(torch.uint8)) and torch.equal(
+        got[1], scale
+    )
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -44,13 +46,17 @@ def test_nearest_is_encode_under_the_scale_of_the_grid(dtype):
             grid = TiledGrid(levels, geometry)
             scale = grid.scale(weight)
             assert equal(grid.nearest(weight), grid.encode(weight, scale), scale)
-            assert equal(grid.nearest(weight.t().contiguous().t()), grid.encode(weight, scale), scale)
+            assert equal(
+                grid.nearest(weight.t().contiguous().t()), grid.encode(weight, scale), scale
+            )
     for levels in (NF4, FP4):
         grid = FlatGrid(levels, 64)
         scale = grid.scale(weight)
         codes = grid.encode(weight, scale)
         assert equal(grid.nearest(weight), codes, scale)
-        assert equal(nearest_flat4(weight, levels, 64, True), pack_nibbles(codes, high_first=True), scale)
+        assert equal(
+            nearest_flat4(weight, levels, 64, True), pack_nibbles(codes, high_first=True), scale
+        )
 
 
 def test_nearest_says_why_a_kernel_does_not_run():
@@ -59,15 +65,22 @@ def test_nearest_says_why_a_kernel_does_not_run():
     assert why(INT8, Geometry(48, 48)) == "tiles of 48 x 48"
     assert why(E5M2, Geometry(1, None)) == "no kernel rounds to e5m2"
     assert why(INT8, Geometry(1, 32)) == "tensor is on cpu"
-    assert nearest_tiles.reasons(weight.double(), INT8, Geometry(1, None)) == {"triton": "float64 weight"}
+    assert nearest_tiles.reasons(weight.double(), INT8, Geometry(1, None)) == {
+        "triton": "float64 weight"
+    }
     assert nearest_flat4.reasons(weight, E2M1, 64, True) == {"triton": "no kernel rounds to e2m1"}
 
 
 def lines_of_interpreted(*arguments: str) -> list[str]:
-    pytest.importorskip("triton", minversion="3.6", reason="the interpreter of older Tritons lacks what they need")
+    pytest.importorskip(
+        "triton", minversion="3.6", reason="the interpreter of older Tritons lacks what they need"
+    )
     script = Path(__file__).with_name("interpreted.py")
     run = subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, script, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
@@ -80,7 +93,17 @@ def test_the_kernels_give_the_bits_of_eager_in_tritons_interpreter():
 
 def test_the_kernels_compile_for_a_gpu_that_is_not_here():
     kernels = {line.removeprefix("compiled ") for line in lines_of_interpreted("compile")}
-    assert kernels >= {"_rows", "_tiles", "_groups", "_encode", "_pack", "_dequantize", "_patches", "_fit", "_rotate"}
+    assert kernels >= {
+        "_rows",
+        "_tiles",
+        "_groups",
+        "_encode",
+        "_pack",
+        "_dequantize",
+        "_patches",
+        "_fit",
+        "_rotate",
+    }
 
 
 @pytest.mark.gpu
@@ -99,7 +122,9 @@ def test_tiles_get_the_scales_and_codes_of_eager(levels, geometry, shape, dtype)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(1, 1), (9, 130), (8, 4097), (5, 33333)], ids=str)
-@pytest.mark.parametrize("geometry", [Geometry(None, None), Geometry(1, None)], ids=["tensor", "row"])
+@pytest.mark.parametrize(
+    "geometry", [Geometry(None, None), Geometry(1, None)], ids=["tensor", "row"]
+)
 @pytest.mark.parametrize("levels", [INT8, E4M3], ids=lambda levels: levels.name)
 def test_odd_sizes_get_the_scales_and_codes_of_eager(levels, geometry, shape):
     weight = torch.randn(shape, device="cuda").bfloat16()
@@ -130,7 +155,9 @@ def test_a_region_with_nan_has_a_nan_scale_and_spoils_no_other():
     spoilt[3, 200] = float("nan")
     for geometry in (Geometry(None, None), Geometry(1, None), Geometry(1, 64), Geometry(64, 64)):
         with use_backend("triton"):
-            (codes, scale), (expected, whole) = (nearest_tiles(w, INT8, geometry) for w in (spoilt, weight))
+            (codes, scale), (expected, whole) = (
+                nearest_tiles(w, INT8, geometry) for w in (spoilt, weight)
+            )
         nan = scale.isnan()
         assert nan.sum() == 1 and torch.equal(scale[~nan], whole[~nan])
         rows, cols = 128 // scale.shape[0], 256 // scale.shape[1]

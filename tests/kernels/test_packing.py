@@ -14,7 +14,9 @@ from fewbits.kernels.packing import (
 )
 
 
-@pytest.mark.parametrize(("high_first", "expected"), [(True, [0x12, 0xF0]), (False, [0x21, 0x0F])], ids=["high", "low"])
+@pytest.mark.parametrize(
+    ("high_first", "expected"), [(True, [0x12, 0xF0]), (False, [0x21, 0x0F])], ids=["high", "low"]
+)
 def test_two_codes_share_a_byte_in_the_stated_order(high_first, expected):
     codes = torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8)
     assert pack_nibbles(codes, high_first).tolist() == [expected]
@@ -26,7 +28,9 @@ def test_signed_codes_are_packed_as_twos_complement_nibbles():
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 20), half=st.integers(1, 40), high_first=st.booleans(), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 20), half=st.integers(1, 40), high_first=st.booleans(), seed=st.integers(0, 99)
+)
 def test_unpacking_returns_the_codes_that_were_packed(n, half, high_first, seed):
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (n, 2 * half), generator=generator, dtype=torch.uint8)
@@ -63,7 +67,9 @@ def test_every_swizzled_offset_follows_the_formula_and_unswizzles(rows, cols):
     assert torch.equal(unswizzle_scales(stored, rows, cols), grid)
 
 
-@pytest.mark.parametrize(("size", "step", "expected"), [(1, 32, 32), (32, 32, 32), (33, 32, 64), (0, 16, 0)])
+@pytest.mark.parametrize(
+    ("size", "step", "expected"), [(1, 32, 32), (32, 32, 32), (33, 32, 64), (0, 16, 0)]
+)
 def test_sizes_are_rounded_up(size, step, expected):
     assert round_up(size, step) == expected
 

@@ -24,10 +24,16 @@ def test_ops_list_their_backends_and_say_why_one_does_not_run():
     packed = torch.zeros(4, 32, dtype=torch.uint8)
     reasons = runtime.dequantize_flat4.reasons(packed, torch.ones(4), NF4, 64, torch.float32)
     assert reasons == {"triton": "tensor is on cpu"}
-    with use_backend("triton"), pytest.raises(RuntimeError, match="backend triton cannot run: tensor is on cpu"):
+    with (
+        use_backend("triton"),
+        pytest.raises(RuntimeError, match="backend triton cannot run: tensor is on cpu"),
+    ):
         runtime.dequantize_flat4(packed, torch.ones(4), NF4, 64, torch.float32)
     with use_backend("eager"):
-        assert runtime.dequantize_flat4(packed, torch.ones(4), NF4, 64, torch.float32).shape == (4, 64)
+        assert runtime.dequantize_flat4(packed, torch.ones(4), NF4, 64, torch.float32).shape == (
+            4,
+            64,
+        )
 
 
 @pytest.mark.gpu
@@ -48,9 +54,13 @@ def test_tiles_dequantize_equal_to_eager(levels, geometry, shape, dtype):
 
 @pytest.mark.gpu
 def test_nan_codes_stay_nan():
-    codes = torch.tensor([[0x7F, 0xFF, 0x38, 0x00]], dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+    codes = torch.tensor([[0x7F, 0xFF, 0x38, 0x00]], dtype=torch.uint8, device="cuda").view(
+        torch.float8_e4m3fn
+    )
     with use_backend("triton"):
-        out = runtime.dequantize_tiles(codes, torch.ones(1, 1, device="cuda"), E4M3, Geometry(1, None), torch.float32)
+        out = runtime.dequantize_tiles(
+            codes, torch.ones(1, 1, device="cuda"), E4M3, Geometry(1, None), torch.float32
+        )
     assert out.isnan().tolist() == [[True, True, False, False]]
 
 
@@ -76,7 +86,9 @@ def test_four_bit_codes_dequantize_equal_to_eager(levels, n, k, group, dtype):
         assert torch.equal(got, runtime.dequantize_flat4(*arguments))
 
 
-WEIGHTS = {name: case for name, case in TILED.items() if case[0] is not E5M2}  # no kernel rounds to e5m2
+WEIGHTS = {
+    name: case for name, case in TILED.items() if case[0] is not E5M2
+}  # no kernel rounds to e5m2
 
 
 @pytest.mark.gpu
@@ -115,7 +127,9 @@ def test_four_bit_weights_get_the_bytes_of_eager(levels, group, shape):
 @pytest.mark.gpu
 def test_every_float_rounds_to_the_code_that_eager_gives():
     """All 65536 bfloat16 weights but NaN and infinities, under one scale."""
-    bits = torch.arange(1 << 16, dtype=torch.int32, device="cuda").to(torch.int16).view(torch.bfloat16)
+    bits = (
+        torch.arange(1 << 16, dtype=torch.int32, device="cuda").to(torch.int16).view(torch.bfloat16)
+    )
     weight = bits[bits.isfinite()].view(-1, 64)
     for levels in (INT8, E4M3, NF4, FP4):
         for scale in (1.0, 3e-3, 1e30):
@@ -123,7 +137,10 @@ def test_every_float_rounds_to_the_code_that_eager_gives():
             got = encode(weight, grid, levels, Geometry(None, None))
             with use_backend("eager"):
                 expected = encode(weight, grid, levels, Geometry(None, None))
-            assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), (levels.name, scale)
+            assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), (
+                levels.name,
+                scale,
+            )
 
 
 @pytest.mark.gpu
@@ -152,7 +169,9 @@ def test_activations_get_the_codes_of_eager(levels, group, shape, dtype):
             codes, scale = quantize_activations(tokens, levels, group)
         with use_backend("eager"):
             expected, expected_scale = quantize_activations(tokens, levels, group)
-        assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8)) and torch.equal(scale, expected_scale)
+        assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8)) and torch.equal(
+            scale, expected_scale
+        )
 
 
 @pytest.mark.gpu

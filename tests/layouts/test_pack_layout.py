@@ -21,7 +21,9 @@ SHAPES = [(1, 1), (17, 129), (64, 256), (256, 64), (0, 64)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(params=WISHES, ids=lambda wish: "-".join([wish[0], *map(str, wish[1].stated().values())]))
+@pytest.fixture(
+    params=WISHES, ids=lambda wish: "-".join([wish[0], *map(str, wish[1].stated().values())])
+)
 def layout(request):
     name, options = request.param
     return register_layout(name, get_format(name).resolve(options))
@@ -50,7 +52,10 @@ def close(a, b, dtype=torch.float32):
 def test_a_weight_keeps_shape_dtype_and_most_of_its_value(layout, weight, dtype):
     qt = quantized(weight.to(dtype), layout)
     values = qt.dequantize()
-    assert (qt.shape, qt.dtype) == (weight.shape, dtype) and (values.shape, values.dtype) == (weight.shape, dtype)
+    assert (qt.shape, qt.dtype) == (weight.shape, dtype) and (values.shape, values.dtype) == (
+        weight.shape,
+        dtype,
+    )
     assert (values.float() - weight).norm() <= 0.2 * weight.norm() + 1e-6
 
 
@@ -96,7 +101,11 @@ def rounds_activations(layout):
     """The largest error of an activation in units of its token's absmax; 0 where the layout leaves it alone."""
     cls = get_layout_class(layout)
     rounds = getattr(cls.FORMAT, "multiplies_codes", lambda options: False)(cls.OPTIONS)
-    return {torch.int8: 0.5 / 127, torch.float8_e4m3fn: 2.0**-4}[cls.FORMAT.levels.dtype] if rounds else 0
+    return (
+        {torch.int8: 0.5 / 127, torch.float8_e4m3fn: 2.0**-4}[cls.FORMAT.levels.dtype]
+        if rounds
+        else 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,11 +123,15 @@ def test_linear_takes_any_leading_dimensions_dtype_and_bias(layout, weight, mode
             out = torch.nn.functional.linear(x, qt, b)
             expected = torch.nn.functional.linear(x.float(), plain, b)
             assert (out.shape, out.dtype) == ((*leading, n), dtype)
-            terms = torch.nn.functional.linear(x.float().abs(), plain.abs(), None if b is None else b.abs())
+            terms = torch.nn.functional.linear(
+                x.float().abs(), plain.abs(), None if b is None else b.abs()
+            )
             step = 2 * torch.finfo(dtype).eps
             allowed = 2 * step * terms + 1e-6  # weight, bias and result rounded
             if rounding := rounds_activations(layout):
-                allowed = allowed + rounding * x.float().abs().amax(-1, keepdim=True) * plain.abs().sum(1)
+                allowed = allowed + rounding * x.float().abs().amax(
+                    -1, keepdim=True
+                ) * plain.abs().sum(1)
             assert ((out.float() - expected).abs() <= allowed).all()
 
 
@@ -129,10 +142,15 @@ def test_our_linear_gives_the_bits_of_torchs_and_gradients_where_they_are_record
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
         with mode():
             assert torch.equal(linear(x, qt, bias), wanted)
-            assert torch.equal(linear(x.half(), qt, bias), torch.nn.functional.linear(x.half(), qt, bias))
+            assert torch.equal(
+                linear(x.half(), qt, bias), torch.nn.functional.linear(x.half(), qt, bias)
+            )
     with torch.no_grad():
         assert torch.equal(linear(x, qt.t().t(), bias), wanted)
-        assert torch.equal(linear(weight.t()[None], qt.t(), None), torch.nn.functional.linear(weight.t()[None], qt.t()))
+        assert torch.equal(
+            linear(weight.t()[None], qt.t(), None),
+            torch.nn.functional.linear(weight.t()[None], qt.t()),
+        )
     assert torch.equal(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
     x.requires_grad_()
     linear(x, qt, bias).sum().backward()
@@ -165,7 +183,9 @@ def test_what_a_product_needs_is_made_once_and_never_outlives_its_weight(layout,
         assert torch.equal(result(changed), wanted)
         changed = qt.clone()
         result(changed)
-        changed._qdata = qt._qdata.clone()  # the same side tensors, so the same `product` to look at
+        changed._qdata = (
+            qt._qdata.clone()
+        )  # the same side tensors, so the same `product` to look at
         assert torch.equal(result(changed), first) and product_of(changed).qdata is changed._qdata
 
 
@@ -202,8 +222,16 @@ def test_transposing_moves_the_scales_or_dequantizes(layout, weight):
 def test_what_is_done_to_a_transposed_weight_has_the_right_values(layout, weight, mode):
     with mode():
         qt, plain = quantized(weight, layout).t(), quantized(weight, layout).dequantize().t()
-        for copied in (qt.clone(), qt.contiguous(), qt.detach(), qt.to(torch.float32, copy=True), qt.T.T):
-            assert torch.equal(copied.dequantize() if isinstance(copied, QuantizedTensor) else copied, plain)
+        for copied in (
+            qt.clone(),
+            qt.contiguous(),
+            qt.detach(),
+            qt.to(torch.float32, copy=True),
+            qt.T.T,
+        ):
+            assert torch.equal(
+                copied.dequantize() if isinstance(copied, QuantizedTensor) else copied, plain
+            )
         for again in (
             lambda w: w.flatten(),
             lambda w: w.reshape(-1),
@@ -222,12 +250,16 @@ def test_what_is_done_to_a_transposed_weight_has_the_right_values(layout, weight
 
 def test_views_and_slices_have_the_right_values(layout, weight):
     qt, plain = quantized(weight, layout), quantized(weight, layout).dequantize()
-    assert torch.equal(qt.reshape(-1), plain.reshape(-1)) and torch.equal(qt.contiguous().dequantize(), plain)
+    assert torch.equal(qt.reshape(-1), plain.reshape(-1)) and torch.equal(
+        qt.contiguous().dequantize(), plain
+    )
     assert all(torch.equal(a, b) for a, b in zip(qt.chunk(2), plain.chunk(2)))
     if plain.shape[0]:
         rows = torch.tensor([0, plain.shape[0] - 1])
         assert torch.equal(torch.nn.functional.embedding(rows, qt), plain[rows])
-    assert torch.equal(qt.view(plain.shape[1], plain.shape[0]), plain.view(plain.shape[1], plain.shape[0]))
+    assert torch.equal(
+        qt.view(plain.shape[1], plain.shape[0]), plain.view(plain.shape[1], plain.shape[0])
+    )
     assert torch.equal(qt[:1], plain[:1])
     assert torch.equal(torch.nn.functional.gelu(qt), torch.nn.functional.gelu(plain))
 
@@ -246,7 +278,9 @@ IN_PLACE = {
 
 
 @pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad], ids=lambda mode: mode.__name__
+)
 def test_changing_a_weight_in_place_is_refused_instead_of_lost(layout, change, mode):
     with mode():
         qt = quantized(torch.ones(16, 32), layout)
@@ -269,7 +303,9 @@ def test_requantizing_keeps_options_shapes_and_the_stored_size(layout, weight, s
         qt.dequantize() + 0.01, scale="recalculate", stochastic_rounding=seed, inplace_ops=True
     )
     assert again._layout_cls == qt._layout_cls
-    assert [(t.shape, t.dtype) for t in tensors_of(again)] == [(t.shape, t.dtype) for t in tensors_of(qt)]
+    assert [(t.shape, t.dtype) for t in tensors_of(again)] == [
+        (t.shape, t.dtype) for t in tensors_of(qt)
+    ]
 
 
 def test_stochastic_rounding_is_seeded_and_its_mean_is_the_weight(layout):
@@ -302,7 +338,9 @@ def test_flattening_and_gathering_gives_the_same_tensor(layout, weight):
     inner = {name: getattr(qt, name) for name in names}
     assert all(tensor.is_contiguous() for tensor in inner.values())
     buffers = {
-        name: torch.empty(t.numel() * t.element_size(), dtype=torch.uint8).view(t.dtype).view(t.shape)
+        name: torch.empty(t.numel() * t.element_size(), dtype=torch.uint8)
+        .view(t.dtype)
+        .view(t.shape)
         for name, t in inner.items()
     }
     rebuilt = QuantizedTensor.__tensor_unflatten__(buffers, context, qt.shape, qt.stride())
@@ -316,18 +354,26 @@ def test_state_dict_pieces_are_the_stored_tensors(layout, weight):
     stored = cls.stored(qt._qdata, qt._params)
     pieces = qt.state_dict("w.weight")
     assert len(pieces) == len(stored) and pieces["w.weight"] is qt._qdata
-    again = QuantizedTensor(stored["weight"], layout, cls.params_of(stored, qt.dtype, tuple(qt.shape)))
+    again = QuantizedTensor(
+        stored["weight"], layout, cls.params_of(stored, qt.dtype, tuple(qt.shape))
+    )
     assert torch.equal(again.dequantize(), qt.dequantize())
 
 
-@pytest.mark.parametrize("name", ["int8_blockwise", "int8_lodewise", "int8_tensorwise", "float8_e4m3fn_rowwise"])
+@pytest.mark.parametrize(
+    "name", ["int8_blockwise", "int8_lodewise", "int8_tensorwise", "float8_e4m3fn_rowwise"]
+)
 def test_full_precision_in_the_marker_leaves_activations_alone(name):
     format = get_format(name)
     rounding = register_layout(name, format.defaults)
-    precise = register_layout(name, dataclasses.replace(format.defaults, full_precision_matrix_mult=True))
+    precise = register_layout(
+        name, dataclasses.replace(format.defaults, full_precision_matrix_mult=True)
+    )
     assert precise == f"{rounding}Precise"
     weight, x = torch.randn(256, 256), torch.randn(7, 256)
-    results = [torch.nn.functional.linear(x, quantized(weight, layout)) for layout in (rounding, precise)]
+    results = [
+        torch.nn.functional.linear(x, quantized(weight, layout)) for layout in (rounding, precise)
+    ]
     expected = x @ quantized(weight, precise).dequantize().t()
     assert torch.allclose(results[1], expected, rtol=1e-5, atol=1e-4)
     assert 1e-3 < (results[0] - expected).norm() / expected.norm() < 0.04
@@ -335,7 +381,11 @@ def test_full_precision_in_the_marker_leaves_activations_alone(name):
 
 def test_the_name_carries_the_options_and_registers_once():
     a = register_layout("int8_blockwise", FormatOptions(block_size=64))
-    assert a == "FewBitsInt8Blockwise64" == register_layout("int8_blockwise", FormatOptions(block_size=64))
+    assert (
+        a
+        == "FewBitsInt8Blockwise64"
+        == register_layout("int8_blockwise", FormatOptions(block_size=64))
+    )
     assert get_layout_class(a) is get_layout_class(a)
     assert not get_layout_class(a).supports_fast_matmul()
     assert dataclasses.is_dataclass(get_layout_class(a).Params)
@@ -346,7 +396,9 @@ def test_the_name_carries_the_options_and_registers_once():
 def test_a_compiled_linear_has_no_graph_breaks(name, dtype):
     layout = register_layout(name, get_format(name).defaults)
     module = torch.nn.Linear(256, 128, dtype=dtype)
-    module.weight = torch.nn.Parameter(quantized(module.weight.detach(), layout), requires_grad=False)
+    module.weight = torch.nn.Parameter(
+        quantized(module.weight.detach(), layout), requires_grad=False
+    )
     x = torch.randn(4, 256, dtype=dtype)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -63,7 +63,9 @@ class Run:
         """Codes and scales as bytes."""
         scale = self.choice.scale
         parts = [scale] if isinstance(scale, torch.Tensor) else list(scale)
-        return [part.contiguous().view(-1).view(torch.uint8) for part in (self.choice.codes, *parts)]
+        return [
+            part.contiguous().view(-1).view(torch.uint8) for part in (self.choice.codes, *parts)
+        ]
 
 
 def run(

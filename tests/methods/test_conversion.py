@@ -6,7 +6,11 @@ from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, Rule, parse_wish
 from helpers import tiny_checkpoint
 
-SHAPES = {"blocks.0.proj.weight": (64, 96), "blocks.0.proj.bias": (64,), "blocks.1.proj.weight": (96, 64)}
+SHAPES = {
+    "blocks.0.proj.weight": (64, 96),
+    "blocks.0.proj.bias": (64,),
+    "blocks.1.proj.weight": (96, 64),
+}
 WISH = "int8_tensorwise:method=svd,num_iter=20,min_k=8"
 
 

@@ -24,17 +24,30 @@ class Claims(Method):
     def quantize(self, layer):
         coarse = layer.grid.scale(layer.weight) * 2
         codes = layer.grid.encode(layer.weight, coarse)
-        return codes, coarse, lambda codes, scale: self.own if torch.equal(scale, coarse) else self.nearest
+        return (
+            codes,
+            coarse,
+            lambda codes, scale: self.own if torch.equal(scale, coarse) else self.nearest,
+        )
 
 
 @pytest.mark.parametrize(
     ("own", "nearest", "taken"),
-    [(1.0, 2.0, True), (2.0, 2.0, True), (2.1, 2.0, False), (NAN, 2.0, False), (1.0, NAN, False), (0.0, 0.0, True)],
+    [
+        (1.0, 2.0, True),
+        (2.0, 2.0, True),
+        (2.1, 2.0, False),
+        (NAN, 2.0, False),
+        (1.0, NAN, False),
+        (0.0, 0.0, True),
+    ],
     ids=["better", "equal", "worse", "nan", "nan of nearest", "both zero"],
 )
 def test_a_method_is_taken_only_if_it_is_at_least_as_good(own, nearest, taken):
     weight = heavy_weight(8, 64)
-    choice = choose(Claims(own, nearest), Layer(weight, GRID, None, layer_generator(0, "layer", weight.device)))
+    choice = choose(
+        Claims(own, nearest), Layer(weight, GRID, None, layer_generator(0, "layer", weight.device))
+    )
     codes, scale = GRID.nearest(weight)
     assert torch.equal(choice.codes, codes) is not taken
     assert torch.equal(choice.scale, scale) is not taken
@@ -59,7 +72,9 @@ ADVERSARIAL = {
     "huge": heavy_weight(64, 128) * 2.0**100,
     "tiny": heavy_weight(64, 128) * 2.0**-60,
     "zero rows": heavy_weight(64, 128) * (torch.arange(64) % 3 == 0)[:, None],
-    "on the grid": torch.randint(-127, 128, (64, 128), generator=torch.Generator().manual_seed(2)).float(),
+    "on the grid": torch.randint(
+        -127, 128, (64, 128), generator=torch.Generator().manual_seed(2)
+    ).float(),
     "rank one": torch.outer(torch.linspace(-1, 1, 64), torch.linspace(0, 1, 128)),
 }
 
@@ -102,7 +117,11 @@ def test_codes_are_those_of_the_weight_widened_to_float32(name, dtype):
     [
         ("svd", {"num_iters": 3}, "method svd has no option 'num_iters', did you mean 'num_iter'?"),
         ("nearest", {"top_p": 0.1}, "method nearest has no option 'top_p'; it allows: none"),
-        ("svd", {"optimizer": "adam"}, "method svd: optimizer: unknown value 'adam', did you mean 'radam'?"),
+        (
+            "svd",
+            {"optimizer": "adam"},
+            "method svd: optimizer: unknown value 'adam', did you mean 'radam'?",
+        ),
         ("svd", {"lr_schedule": "cosine"}, "it allows: adaptive, exponential, plateau"),
         ("svd", {"num_iter": 1.5}, "num_iter must be int, got 1.5"),
         ("svd", {"full_matrix": 1}, "full_matrix must be bool, got 1"),
@@ -126,6 +145,9 @@ def test_an_integer_is_a_fine_float_and_options_have_defaults():
 
 def test_a_layers_generator_depends_on_seed_and_name_alone():
     cpu = torch.device("cpu")
-    draws = [torch.rand(4, generator=layer_generator(*key, cpu)) for key in ((0, "a"), (0, "a"), (0, "b"), (1, "a"))]
+    draws = [
+        torch.rand(4, generator=layer_generator(*key, cpu))
+        for key in ((0, "a"), (0, "a"), (0, "b"), (1, "a"))
+    ]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[3])

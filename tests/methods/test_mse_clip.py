@@ -44,7 +44,8 @@ def test_nf4_weight_error_is_at_most_0_94_of_nearest(seed):
 def test_nf4_weight_error_is_at_most_0_94_of_nearest_on_every_layer_of_a_trained_model():
     """Measured over 22 layers, CPU, torch 2.11: .927 - .931."""
     ratios = [
-        run(weight, "bnb_nf4", "mse_clip").weight_ratio for weight in emoji_weights(parse_wish("bnb_nf4")).values()
+        run(weight, "bnb_nf4", "mse_clip").weight_ratio
+        for weight in emoji_weights(parse_wish("bnb_nf4")).values()
     ]
     assert len(ratios) == 22 and max(ratios) <= 0.94
 
@@ -84,12 +85,17 @@ def flat_weight(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> torch.Te
     return weight.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
+)
 @pytest.mark.parametrize("group", [32, 64, 4096])
 @pytest.mark.parametrize("levels", [NF4, FP4], ids=lambda levels: levels.name)
 def test_the_factor_told_by_a_table_is_about_the_best_tried(levels, group, dtype):
     """Measured, squared errors: at most 1.00002 x the best of all factors in sum, 1.0034 x in a group."""
-    weight, grid = flat_weight(48, 130, torch.float32).to(dtype), FlatGrid(levels, group)  # the last group is shorter
+    weight, grid = (
+        flat_weight(48, 130, torch.float32).to(dtype),
+        FlatGrid(levels, group),
+    )  # the last group is shorter
     weight[2] = 1
     start = grid.scale(weight)
     errors = lambda scale: grid.region_errors(weight, grid.encode(weight, scale), scale)  # noqa: E731
@@ -106,7 +112,9 @@ def test_the_factors_do_not_depend_on_how_many_groups_are_looked_at_together(mon
     monkeypatch.setattr(codebook4, "CHUNK_ELEMENTS", 1 << 10)
     assert torch.equal(grid.best_factors(weight, grid.scale(weight), FACTORS), together)
     whole = weight[:32]  # rows of 130 make no whole groups: one group more or less changes no other
-    assert torch.equal(grid.best_factors(whole, grid.scale(whole), FACTORS), together[: len(grid.scale(whole))])
+    assert torch.equal(
+        grid.best_factors(whole, grid.scale(whole), FACTORS), together[: len(grid.scale(whole))]
+    )
 
 
 def test_the_search_says_why_a_kernel_does_not_run():
@@ -141,7 +149,10 @@ def test_shared_scales_stay_storable():
     assert mx.dtype == torch.uint8 and not mx[3].any() and mx[:3].min() >= 1 and mx.max() <= 254
     nv = run(weight, "nvfp4", "mse_clip")
     assert nv.choice.scale.block.dtype == torch.float8_e4m3fn
-    assert nv.choice.scale.block.float().isfinite().all() and not nv.choice.scale.block[3].float().any()
+    assert (
+        nv.choice.scale.block.float().isfinite().all()
+        and not nv.choice.scale.block[3].float().any()
+    )
     assert torch.equal(nv.choice.scale.per_tensor, nv.grid.scale(nv.weight).per_tensor)
 
 
@@ -157,5 +168,8 @@ def test_each_option_changes_the_search():
     coarse = run(weight, four_bits, "mse_clip", steps_per_octave=1)
     assert default.choice.error < narrow.choice.error
     assert coarse.steps < default.steps
-    fp8 = [run(weight, "float8_e4m3fn_rowwise", "mse_clip", highest=limit).choice.error for limit in (1.0, 2.0)]
+    fp8 = [
+        run(weight, "float8_e4m3fn_rowwise", "mse_clip", highest=limit).choice.error
+        for limit in (1.0, 2.0)
+    ]
     assert fp8[1] < fp8[0]

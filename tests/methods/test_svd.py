@@ -6,7 +6,13 @@ from layers import correlated_rows, emoji_activations, emoji_weights, heavy_weig
 from methods.cases import FORMATS, run, same
 
 from fewbits.quant_ops.methods.learning_rate import LearningRate
-from fewbits.quant_ops.methods.svd import WORST_CHANNEL, WORTH_A_SCALE, SvdOptions, leading_directions, worst_channel
+from fewbits.quant_ops.methods.svd import (
+    WORST_CHANNEL,
+    WORTH_A_SCALE,
+    SvdOptions,
+    leading_directions,
+    worst_channel,
+)
 from fewbits.quant_ops.planning.wish import parse_wish
 
 PROMISED = ("float8_e4m3fn", "int8_tensorwise", "bnb_nf4")
@@ -50,7 +56,9 @@ def test_the_promise_holds_on_heavy_tailed_layers(text, seed):
     found = run(weight, text, "svd")
     k = SvdOptions().rank(tuple(weight.shape))
     x = correlated_rows(weight.shape[1])
-    projected = exact_projection(weight, k, found.error) / exact_projection(weight, k, found.error_nearest)
+    projected = exact_projection(weight, k, found.error) / exact_projection(
+        weight, k, found.error_nearest
+    )
     output = float((x @ found.error.T).norm() / (x @ found.error_nearest.T).norm())
     assert not found.choice.verdict
     assert projected <= 0.7
@@ -81,8 +89,14 @@ def test_the_promise_holds_on_every_layer_of_a_trained_model(text, activations):
     for name, weight in layers.items():
         found, x = run(weight, text, "svd", name=name), activations[name]
         output = float((x @ found.error.T).norm() / (x @ found.error_nearest.T).norm())
-        if found.choice.verdict or found.objective_ratio > 0.7 or max(found.weight_ratio, output) > 1.02:
-            broken.append((name, found.objective_ratio, found.weight_ratio, output, found.choice.verdict))
+        if (
+            found.choice.verdict
+            or found.objective_ratio > 0.7
+            or max(found.weight_ratio, output) > 1.02
+        ):
+            broken.append(
+                (name, found.objective_ratio, found.weight_ratio, output, found.choice.verdict)
+            )
     assert len(layers) == 22 and not broken
 
 
@@ -104,7 +118,9 @@ def with_outliers():
     ],
     ids=["fp8", "int8 rows", "nf4", "fp8 rows", "int8 that would clip one input"],
 )
-def test_a_searched_scale_is_taken_only_where_it_gains_enough_and_no_channel_pays(text, weight, searched):
+def test_a_searched_scale_is_taken_only_where_it_gains_enough_and_no_channel_pays(
+    text, weight, searched
+):
     found, clipped, plain = (run(weight, text, method) for method in ("svd", "mse_clip", "nearest"))
     gain = (clipped.choice.error / plain.choice.error) ** 0.5
     channel = worst_channel(clipped.error, plain.error)
@@ -118,16 +134,22 @@ def test_outliers_are_not_clipped_where_their_inputs_may_be_strong():
     x = torch.randn(512, 320, generator=torch.Generator().manual_seed(3))
     x[:, 17] *= 10
     clipped, found = (run(weight, text, method) for method in ("mse_clip", "svd"))
-    outputs = [float((x @ r.error.T).norm() / (x @ r.error_nearest.T).norm()) for r in (clipped, found)]
+    outputs = [
+        float((x @ r.error.T).norm() / (x @ r.error_nearest.T).norm()) for r in (clipped, found)
+    ]
     assert clipped.weight_ratio < 1 and outputs[0] > 1.5
-    assert found.weight_ratio <= 1.02 and outputs[1] <= 1.05  # one input carries a quarter of it: chance is larger
+    assert (
+        found.weight_ratio <= 1.02 and outputs[1] <= 1.05
+    )  # one input carries a quarter of it: chance is larger
 
 
 @pytest.mark.parametrize("schedule", ["adaptive", "exponential", "plateau"])
 @pytest.mark.parametrize("optimizer", ["original", "adamw", "radam"])
 def test_every_optimizer_with_every_schedule_learns(optimizer, schedule):
     """Measured, CPU, torch 2.11: objective .25 - .34, radam with exponential decay .55; weight 1.004 - 1.010."""
-    found = run(heavy_weight(128, 192), "int8_tensorwise", "svd", optimizer=optimizer, lr_schedule=schedule)
+    found = run(
+        heavy_weight(128, 192), "int8_tensorwise", "svd", optimizer=optimizer, lr_schedule=schedule
+    )
     assert found.objective_ratio <= 0.7 and found.weight_ratio <= 1.02
 
 
@@ -198,7 +220,9 @@ def default():
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_option_changes_the_codes(default, name):
-    assert not same(default, run(heavy_weight(128, 192), "int8_tensorwise", "svd", **{name: OPTIONS[name]}))
+    assert not same(
+        default, run(heavy_weight(128, 192), "int8_tensorwise", "svd", **{name: OPTIONS[name]})
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,10 +262,15 @@ def test_the_randomized_directions_are_orthonormal_and_close_to_the_exact_ones()
     weight = heavy_weight(192, 320)
     k = 20
     generator = torch.Generator().manual_seed(0)
-    found, exact = leading_directions(weight, k, False, generator), leading_directions(weight, k, True, None)
+    found, exact = (
+        leading_directions(weight, k, False, generator),
+        leading_directions(weight, k, True, None),
+    )
     for ours, theirs in ((found.left, exact.left), (found.right, exact.right)):
         assert torch.allclose(ours.T @ ours, torch.eye(k), atol=1e-4)
-        assert float((ours.T @ theirs).square().sum()) / k >= 0.98  # the share of the exact subspace that is covered
+        assert (
+            float((ours.T @ theirs).square().sum()) / k >= 0.98
+        )  # the share of the exact subspace that is covered
 
 
 @pytest.mark.gpu

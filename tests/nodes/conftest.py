@@ -17,7 +17,9 @@ def comfy(comfyui):
     sys.path.insert(0, str(comfyui))
     import comfy.cli_args
 
-    comfy.cli_args.args.cpu = True  # what `--cpu` sets; read when comfy.model_management is imported
+    comfy.cli_args.args.cpu = (
+        True  # what `--cpu` sets; read when comfy.model_management is imported
+    )
     import comfy.sd
 
     import fewbits.nodes.bridge
@@ -62,7 +64,8 @@ def sample(comfy):
     def run(model, width=768):
         generator = torch.Generator().manual_seed(1)
         context, pooled, noise = (
-            torch.randn(shape, generator=generator) for shape in ((1, 8, width), (1, width), (1, 16, 8, 8))
+            torch.randn(shape, generator=generator)
+            for shape in ((1, 8, width), (1, width), (1, 16, 8, 8))
         )
         positive = [[context, {"pooled_output": pooled}]]
         return comfy.sample.sample(
@@ -91,7 +94,9 @@ def quantize(comfy):
 
     def run(model, wish="int8_tensorwise", **recipe):
         recipe = Recipe(primary=parse_wish(wish), **recipe)
-        return quantize_model(model, recipe, device="cpu", on_plan=lambda plan: None, on_progress=ignore_progress)
+        return quantize_model(
+            model, recipe, device="cpu", on_plan=lambda plan: None, on_progress=ignore_progress
+        )
 
     return run
 
@@ -113,7 +118,10 @@ def host(comfy, tmp_path, monkeypatch):
     from fewbits.nodes.bridge import host
 
     models, output = tmp_path / "models", tmp_path / "output"
-    places = {"diffusion_models": ["diffusion_models", "unet"], "text_encoders": ["text_encoders", "clip"]}
+    places = {
+        "diffusion_models": ["diffusion_models", "unet"],
+        "text_encoders": ["text_encoders", "clip"],
+    }
     for folder in host.MODEL_FOLDERS:
         paths = [models / name for name in places.get(folder, [folder])]
         paths.append(output / places.get(folder, [folder])[-1 if folder == "text_encoders" else 0])
@@ -140,7 +148,12 @@ def small_clip(comfy, monkeypatch):
     def __init__(self, *args, model_options=None, **kwargs):
         layers = 3 if kwargs.get("layer") == "hidden" else 2  # SD3 takes the last layer but one
         config = {**SMALL_CLIP, "num_hidden_layers": layers}
-        original(self, *args, model_options={**(model_options or {}), "clip_l_model_config": config}, **kwargs)
+        original(
+            self,
+            *args,
+            model_options={**(model_options or {}), "clip_l_model_config": config},
+            **kwargs,
+        )
 
     monkeypatch.setattr(comfy.sd1_clip.SDClipModel, "__init__", __init__)
 
@@ -155,7 +168,12 @@ def quantize_clip(comfy):
     def run(clip, wish="float8_e4m3fn", kernels=False, **recipe):
         recipe = Recipe(primary=parse_wish(wish), **recipe)
         return clip_io.quantize_clip(
-            clip, recipe, kernels=kernels, device="cpu", on_plan=lambda plan: None, on_progress=ignore_progress
+            clip,
+            recipe,
+            kernels=kernels,
+            device="cpu",
+            on_plan=lambda plan: None,
+            on_progress=ignore_progress,
         )
 
     return run

@@ -23,7 +23,9 @@ WISHES = [*(name for name in FORMATS if name != "convrot_w4a4"), "int8_tensorwis
 
 @pytest.mark.parametrize("wish", WISHES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_quantized_block_compiles_to_one_graph(comfy, quantize, counters, monkeypatch, wish, dtype):
+def test_a_quantized_block_compiles_to_one_graph(
+    comfy, quantize, counters, monkeypatch, wish, dtype
+):
     import comfy.ldm.flux.math
     from comfy.ldm.modules.attention import attention_pytorch
 
@@ -33,7 +35,9 @@ def test_a_quantized_block_compiles_to_one_graph(comfy, quantize, counters, monk
     block = model.model.diffusion_model.single_blocks[0]
     assert block.linear1.quant_format == wish.partition(":")[0]
     generator = torch.Generator().manual_seed(1)
-    x, vec = (torch.randn(shape, generator=generator).to(dtype) for shape in ((1, 24, 256), (1, 256)))
+    x, vec = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((1, 24, 256), (1, 256))
+    )
     ids = torch.zeros(1, 24, 3)
     pe = model.model.diffusion_model.pe_embedder(ids)
     with torch.inference_mode(False), torch.no_grad():
@@ -42,4 +46,6 @@ def test_a_quantized_block_compiles_to_one_graph(comfy, quantize, counters, monk
         got = torch.compile(block, backend="aot_eager")(*(tensor.clone() for tensor in arguments))
     assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] == 1
-    torch.testing.assert_close(got, wanted, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
+    torch.testing.assert_close(
+        got, wanted, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2
+    )

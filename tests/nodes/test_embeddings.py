@@ -41,7 +41,9 @@ def ask_again(comfy, monkeypatch):
 def stored(case, weight):
     format = case if case.startswith("float8") else "int8_tensorwise"
     tensors, marker = dialects.native(format, weight, **READ[case])
-    return dialects.under("table", tensors, marker), decoded(format, tensors, FormatOptions(**READ[case]))
+    return dialects.under("table", tensors, marker), decoded(
+        format, tensors, FormatOptions(**READ[case])
+    )
 
 
 def decoded(name, tensors, options):
@@ -75,7 +77,9 @@ def test_an_old_comfyui_looks_up_the_decoded_rows(old, weight, dtype, case):
 @pytest.mark.parametrize("case", READ)
 def test_only_the_rows_that_are_looked_up_are_decoded(old, weight, dtype, case, monkeypatch):
     table, _, _ = load(old, stored(case, weight)[0], dtype)
-    monkeypatch.setattr(type(table.weight), "dequantize", lambda self: pytest.fail("the whole table was decoded"))
+    monkeypatch.setattr(
+        type(table.weight), "dequantize", lambda self: pytest.fail("the whole table was decoded")
+    )
     table(IDS, out_dtype=torch.float32)
 
 
@@ -87,7 +91,9 @@ def test_it_is_saved_as_it_was(old, weight, dtype, case):
     assert set(saved) == set(state)
     for name, tensor in state.items():
         assert saved[name].dtype == tensor.dtype
-        assert saved[name] is saved["table.comfy_quant"] or torch.equal(saved[name].float(), tensor.float()), name
+        assert saved[name] is saved["table.comfy_quant"] or torch.equal(
+            saved[name].float(), tensor.float()
+        ), name
     assert bytes(saved["table.comfy_quant"].tolist()) == bytes(state["table.comfy_quant"].tolist())
 
 
@@ -124,14 +130,20 @@ def test_this_comfyui_reads_the_table_whoever_does_it(comfy, weight, case):
     state, wanted = stored(case, weight)
     table, _, unexpected = load(ops.Embedding, state, torch.float32)
     assert unexpected == []
-    torch.testing.assert_close(table(IDS, out_dtype=torch.float32), wanted[IDS], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        table(IDS, out_dtype=torch.float32), wanted[IDS], rtol=1e-5, atol=1e-6
+    )
 
 
-@pytest.mark.parametrize("name", ["bnb_nf4", "int8_blockwise", "float8_e4m3fn_rowwise", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize(
+    "name", ["bnb_nf4", "int8_blockwise", "float8_e4m3fn_rowwise", "nvfp4", "mxfp8"]
+)
 def test_other_formats_are_refused_by_name(comfy, weight, name):
     from fewbits.quant_ops.errors import UnsupportedLayerError
 
     ops = comfy.ops.mixed_precision_ops({}, torch.float32)
     state = dialects.under("table", *dialects.native(name, torch.randn(256, 256)))
-    with pytest.raises(UnsupportedLayerError, match=f"layer 'table': {name} is not supported for Embedding layers"):
+    with pytest.raises(
+        UnsupportedLayerError, match=f"layer 'table': {name} is not supported for Embedding layers"
+    ):
         load(ops.Embedding, state, torch.float32)

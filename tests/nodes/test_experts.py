@@ -32,7 +32,9 @@ def weights():
 def stacked(name, weights):
     """The experts one by one in a format, and their tensors stacked, as ComfyUI stores a bank."""
     parts = [dialects.native(name, weight) for weight in weights]
-    tensors = {suffix: torch.stack([tensors[suffix] for tensors, _ in parts]) for suffix in parts[0][0]}
+    tensors = {
+        suffix: torch.stack([tensors[suffix] for tensors, _ in parts]) for suffix in parts[0][0]
+    }
     return dialects.under(BANK, tensors, {"format": name, "num_experts": len(weights)})
 
 
@@ -64,13 +66,17 @@ def test_a_bank_in_a_file_is_copied_while_other_layers_are_quantized(ops, weight
     report = quantize_file(source, target, Recipe(parse_wish("bnb_nf4"), preset="none"))
     rows = {layer.name: layer for layer in report.plan.layers}
     assert rows[BANK].reason == f"bank of experts, quantized already ({name}): copied"
-    assert rows["layers.0.self_attn.q_proj"].format == "bnb_nf4" and report.plan.min_comfyui in ("0.23.0", "0.27.0")
+    assert rows["layers.0.self_attn.q_proj"].format == "bnb_nf4" and report.plan.min_comfyui in (
+        "0.23.0",
+        "0.27.0",
+    )
     written = load_file(target)
     for key, tensor in state.items():
         assert torch.equal(written[key].view(torch.uint8), tensor.view(torch.uint8)), key
     again = {key: tensor for key, tensor in written.items() if key.startswith(BANK)}
     assert torch.equal(
-        loaded(ops, again).expert_weight(1).dequantize(), loaded(ops, state).expert_weight(1).dequantize()
+        loaded(ops, again).expert_weight(1).dequantize(),
+        loaded(ops, state).expert_weight(1).dequantize(),
     )
 
 
@@ -90,9 +96,12 @@ def in_our_format(weights, name):
 @pytest.mark.parametrize("name", ["int8_blockwise", "bnb_nf4"])
 def test_a_bank_in_our_formats_is_refused_by_name(ops, weights, name):
     model = torch.nn.ModuleDict({"bank": ops.MoEExperts(EXPERTS, K, N, bias=False, device="cpu")})
-    state = {key.replace(BANK, "bank"): tensor for key, tensor in in_our_format(weights, name).items()}
+    state = {
+        key.replace(BANK, "bank"): tensor for key, tensor in in_our_format(weights, name).items()
+    }
     with pytest.raises(
-        UnsupportedLayerError, match=f"layer 'bank': {name} is not supported for MoEExperts layers; keep"
+        UnsupportedLayerError,
+        match=f"layer 'bank': {name} is not supported for MoEExperts layers; keep",
     ):
         model.load_state_dict(state, strict=False)
 
@@ -100,7 +109,10 @@ def test_a_bank_in_our_formats_is_refused_by_name(ops, weights, name):
 def test_the_command_refuses_such_a_file_too(weights, tmp_path):
     save_file(in_our_format(weights, "int8_blockwise"), tmp_path / "moe.safetensors")
     with pytest.raises(
-        CheckpointError, match=f"layer '{BANK}' is a bank of experts in 'int8_blockwise', which ComfyUI"
+        CheckpointError,
+        match=f"layer '{BANK}' is a bank of experts in 'int8_blockwise', which ComfyUI",
     ):
-        quantize_file(tmp_path / "moe.safetensors", tmp_path / "x.safetensors", Recipe(parse_wish("bnb_nf4")))
+        quantize_file(
+            tmp_path / "moe.safetensors", tmp_path / "x.safetensors", Recipe(parse_wish("bnb_nf4"))
+        )
     assert not (tmp_path / "x.safetensors").exists()

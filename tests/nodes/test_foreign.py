@@ -8,7 +8,14 @@ from safetensors.torch import save_file
 from helpers import flux_shapes, random_tensors, sd3_shapes
 
 SHAPES = {"sd3": sd3_shapes, "flux": flux_shapes}
-INNER = ("qkv.weight", "proj.weight", "linear1.weight", "linear2.weight", "mlp.0.weight", "fc1.weight")
+INNER = (
+    "qkv.weight",
+    "proj.weight",
+    "linear1.weight",
+    "linear2.weight",
+    "mlp.0.weight",
+    "fc1.weight",
+)
 
 
 @pytest.fixture
@@ -22,7 +29,9 @@ def load(comfy, tmp_path):
 
     def run(tensors, metadata=None):
         path = tmp_path / "foreign.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata
+        )
         return comfy.sd.load_diffusion_model(str(path))
 
     return run
@@ -83,7 +92,9 @@ def test_a_file_with_every_matrix_packed_is_recognised(load, sample, tensors, ca
     """First and last projections too: their stored width is half of what ComfyUI would look for."""
     make, name, _ = DIALECTS[case]
     model = load(converted(tensors, make, everything))
-    matrices = [key for key, tensor in tensors.items() if key.endswith(".weight") and tensor.dim() == 2]
+    matrices = [
+        key for key, tensor in tensors.items() if key.endswith(".weight") and tensor.dim() == 2
+    ]
     assert len(layers(model)) == len(matrices)
     assert cosine(sample(model), sample(load(tensors))) > 0.8
 
@@ -101,7 +112,9 @@ def test_a_bitsandbytes_layer_computes_with_bitsandbytes_values(load, tensors):
     import bitsandbytes.functional as oracle
 
     name = "double_blocks.0.img_attn.qkv.weight"
-    codes, state = oracle.quantize_4bit(tensors[name].float(), blocksize=64, quant_type="nf4", compress_statistics=True)
+    codes, state = oracle.quantize_4bit(
+        tensors[name].float(), blocksize=64, quant_type="nf4", compress_statistics=True
+    )
     pieces = {f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
     model = load({**tensors, name: codes, **pieces})
     weight = model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight
@@ -133,7 +146,9 @@ def test_dummy_scales_do_not_turn_bf16_into_fp8(load, tensors):
 
 def test_row_scales_under_the_scalar_tag_become_our_format(load, tensors):
     def make(base, weight):
-        return dialects.under(base, dialects.native("float8_e4m3fn_rowwise", weight)[0], {"format": "float8_e4m3fn"})
+        return dialects.under(
+            base, dialects.native("float8_e4m3fn_rowwise", weight)[0], {"format": "float8_e4m3fn"}
+        )
 
     found = layers(load(converted(tensors, make)))
     assert {module.quant_format for module in found.values()} == {"float8_e4m3fn_rowwise"}
@@ -143,9 +158,16 @@ def test_every_key_is_translated_whatever_prefix_the_loader_asks_about(comfy, te
     state = dialects.bitsandbytes("text_encoders.clip_l.transformer.a", torch.randn(32, 64))
     state |= dialects.scaled_fp8("model.diffusion_model.b", torch.randn(32, 64))
     state["model.diffusion_model.scaled_fp8"] = torch.zeros(0)
-    out, metadata = comfy.utils.convert_old_quants(dict(state), "model.diffusion_model.", metadata={"a": "b"})
-    assert "text_encoders.clip_l.transformer.a.comfy_quant" in out and "model.diffusion_model.b.comfy_quant" in out
-    assert not any("quant_state" in name or "scale_weight" in name or "scaled_fp8" in name for name in out)
+    out, metadata = comfy.utils.convert_old_quants(
+        dict(state), "model.diffusion_model.", metadata={"a": "b"}
+    )
+    assert (
+        "text_encoders.clip_l.transformer.a.comfy_quant" in out
+        and "model.diffusion_model.b.comfy_quant" in out
+    )
+    assert not any(
+        "quant_state" in name or "scale_weight" in name or "scaled_fp8" in name for name in out
+    )
     assert metadata == {"a": "b"}
 
 
@@ -173,7 +195,9 @@ def test_what_cannot_be_read_is_refused_by_name(load, tensors):
 
     state = converted(tensors, dialects.d14, lambda name: "img_attn.qkv" in name)
     del state["double_blocks.0.img_attn.qkv.bias"]
-    with pytest.raises(CheckpointError, match="layer 'double_blocks.0.img_attn.qkv'.*--shapes-from"):
+    with pytest.raises(
+        CheckpointError, match="layer 'double_blocks.0.img_attn.qkv'.*--shapes-from"
+    ):
         load(state)
 
 
@@ -181,12 +205,25 @@ def test_the_logical_shapes_are_a_consistent_mapping(comfy):
     from fewbits.nodes.bridge.detect import LogicalShapes, logical_weights
     from fewbits.nodes.bridge.ops import OWNED
 
-    state = {"plain.weight": torch.zeros(4, 4), **dialects.under("a", *dialects.native("bnb_nf4", torch.randn(32, 64)))}
+    state = {
+        "plain.weight": torch.zeros(4, 4),
+        **dialects.under("a", *dialects.native("bnb_nf4", torch.randn(32, 64))),
+    }
     stand_ins = logical_weights(state, OWNED)
     assert {name: tuple(t.shape) for name, t in stand_ins.items()} == {"a.weight": (32, 64)}
     view = LogicalShapes(state, stand_ins)
-    assert list(view.keys()) == list(state) and len(view) == len(state) and "a.weight" in view and "b" not in view
-    assert view["a.weight"].shape == view.get("a.weight").shape == dict(view.items())["a.weight"].shape == (32, 64)
+    assert (
+        list(view.keys()) == list(state)
+        and len(view) == len(state)
+        and "a.weight" in view
+        and "b" not in view
+    )
+    assert (
+        view["a.weight"].shape
+        == view.get("a.weight").shape
+        == dict(view.items())["a.weight"].shape
+        == (32, 64)
+    )
     assert view["plain.weight"] is state["plain.weight"] and view.get("b") is None
     assert view["a.weight"].device.type == "meta"
 

@@ -19,7 +19,9 @@ def test_names_that_could_lead_out_of_the_output_folder_are_refused(host, tmp_pa
     from fewbits.quant_ops.errors import RecipeError
 
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(RecipeError, match=r"is not allowed: write a name inside ComfyUI's output folder"):
+    with pytest.raises(
+        RecipeError, match=r"is not allowed: write a name inside ComfyUI's output folder"
+    ):
         host.output_path(name)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -55,13 +57,22 @@ def test_a_link_may_lead_into_a_model_folder_and_nowhere_else(host, tmp_path):
 
 
 def test_only_safetensors_of_all_model_folders_are_offered(host, tmp_path):
-    names = ["unet/a.safetensors", "unet/b.pt", "clip/sub/c.safetensors", "checkpoints/d.safetensors"]
+    names = [
+        "unet/a.safetensors",
+        "unet/b.pt",
+        "clip/sub/c.safetensors",
+        "checkpoints/d.safetensors",
+    ]
     for name in (f"{'output' if 'clip' in name else 'models'}/{name}" for name in names):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     assert host.model_files("diffusion_models") == ["a.safetensors"]
     offered = host.all_model_files()
-    assert offered == ["diffusion_models/a.safetensors", "text_encoders/sub/c.safetensors", "checkpoints/d.safetensors"]
+    assert offered == [
+        "diffusion_models/a.safetensors",
+        "text_encoders/sub/c.safetensors",
+        "checkpoints/d.safetensors",
+    ]
     for choice in offered:
         assert host.model_path(*host.split_choice(choice)).is_file()
 
@@ -74,7 +85,9 @@ def test_a_file_outside_the_model_folders_does_not_exist(host, tmp_path, choice)
     from fewbits.quant_ops.errors import CheckpointError
 
     (tmp_path / "models" / "secret.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no such file in ComfyUI's model folders; choose one from the list"):
+    with pytest.raises(
+        CheckpointError, match="no such file in ComfyUI's model folders; choose one from the list"
+    ):
         host.model_path(*host.split_choice(choice))
 
 
@@ -85,7 +98,9 @@ def test_an_existing_file_is_named_without_its_folder_and_kept(host, tmp_path):
     (tmp_path / "output" / "sub" / "model.safetensors").write_bytes(b"mine")
     with pytest.raises(RecipeError) as raised:
         host.output_path("sub/model")
-    assert str(raised.value).startswith("sub/model.safetensors exists already in the output folder; ")
+    assert str(raised.value).startswith(
+        "sub/model.safetensors exists already in the output folder; "
+    )
     assert "turn overwrite on" in str(raised.value) and str(tmp_path) not in str(raised.value)
     assert host.output_path("sub/model", overwrite=True).read_bytes() == b"mine"
 
@@ -95,14 +110,19 @@ def test_text_encoder_types_are_comfyuis_own(host, comfy, monkeypatch):
     monkeypatch.delitem(sys.modules, "nodes", raising=False)
     assert host.text_encoder_types() == known
     old = types.SimpleNamespace(INPUT_TYPES=lambda: {"required": {"type": (["one", "both"],)}})
-    new = types.SimpleNamespace(INPUT_TYPES=lambda: {"required": {"type": ("COMBO", {"options": ["both", "two"]})}})
+    new = types.SimpleNamespace(
+        INPUT_TYPES=lambda: {"required": {"type": ("COMBO", {"options": ["both", "two"]})}}
+    )
     mappings = {"CLIPLoader": old, "DualCLIPLoader": new}
     monkeypatch.setitem(sys.modules, "nodes", types.SimpleNamespace(NODE_CLASS_MAPPINGS=mappings))
     assert host.text_encoder_types() == ["one", "both", "two"]
 
 
 def test_files_are_put_where_the_loaders_of_their_kind_look(host, tmp_path):
-    assert host.automatic_name("diffusion_models/sub/flux.safetensors", "nf4") == "diffusion_models/flux_nf4"
+    assert (
+        host.automatic_name("diffusion_models/sub/flux.safetensors", "nf4")
+        == "diffusion_models/flux_nf4"
+    )
     assert host.automatic_name("text_encoders/a\\t5.safetensors", "nf4") == "clip/t5_nf4"
 
 
@@ -120,15 +140,21 @@ def server(monkeypatch):
     sent, texts = [], []
     instance = types.SimpleNamespace(
         client_id="the prompt's",
-        send_sync=lambda event, data, sid: sent.append((event, data)) if sid == "the prompt's" else None,
-        send_progress_text=lambda text, node_id, sid: texts.append((text, node_id)) if sid == "the prompt's" else None,
+        send_sync=lambda event, data, sid: (
+            sent.append((event, data)) if sid == "the prompt's" else None
+        ),
+        send_progress_text=lambda text, node_id, sid: (
+            texts.append((text, node_id)) if sid == "the prompt's" else None
+        ),
     )
     module = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=instance))
     monkeypatch.setitem(sys.modules, "server", module)
     return types.SimpleNamespace(sent=sent, texts=texts, instance=instance)
 
 
-def test_progress_is_sent_at_most_ten_times_a_second_and_always_at_the_end(host, server, monkeypatch):
+def test_progress_is_sent_at_most_ten_times_a_second_and_always_at_the_end(
+    host, server, monkeypatch
+):
     clock = iter([i * 0.01 for i in range(1000)])
     monkeypatch.setattr(host.time, "perf_counter", lambda: next(clock))
     run = host.Run("7", text=True)
@@ -140,10 +166,15 @@ def test_progress_is_sent_at_most_ten_times_a_second_and_always_at_the_end(host,
     assert 2 <= len(progress) <= 12
     assert progress[0]["layer"] == "layer0" and progress[0]["eta_seconds"] is None
     assert progress[-1]["done"] == progress[-1]["total"] == 100 and progress[-1]["eta_seconds"] == 0
-    assert all(set(data) == {"node_id", "layer", "done", "total", "seconds", "eta_seconds"} for data in progress)
+    assert all(
+        set(data) == {"node_id", "layer", "done", "total", "seconds", "eta_seconds"}
+        for data in progress
+    )
     assert all(data["node_id"] == "7" for data in progress)
     middle = progress[len(progress) // 2]
-    assert middle["eta_seconds"] == pytest.approx(middle["seconds"] * (100 - middle["done"]) / middle["done"])
+    assert middle["eta_seconds"] == pytest.approx(
+        middle["seconds"] * (100 - middle["done"]) / middle["done"]
+    )
     assert server.texts[0] == ("0 % layer0", "7") and server.texts[-1] == ("100 % ", "7")
 
 
@@ -166,7 +197,9 @@ def test_without_a_server_nothing_is_sent(host, monkeypatch):
     run = host.Run(None, text=True)
     run.on_plan(types.SimpleNamespace(to_json=dict))
     run.on_progress(0, 0, "layer")
-    monkeypatch.setitem(sys.modules, "server", types.SimpleNamespace(PromptServer=type("PromptServer", (), {})))
+    monkeypatch.setitem(
+        sys.modules, "server", types.SimpleNamespace(PromptServer=type("PromptServer", (), {}))
+    )
     run.on_progress(1, 1, "")
 
 

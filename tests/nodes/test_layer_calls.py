@@ -21,7 +21,9 @@ def layer(comfy, request):
     marker = json.dumps(format.marker(LayerInput((128, 256), "F32"), options)).encode()
     state = {**quantized_layer(format, weight, options), "bias": torch.randn(128)}
     state["comfy_quant"] = torch.frombuffer(bytearray(marker), dtype=torch.uint8)
-    layer = comfy.ops.mixed_precision_ops({}, torch.float32).Linear(256, 128, device="cpu", dtype=torch.float32)
+    layer = comfy.ops.mixed_precision_ops({}, torch.float32).Linear(
+        256, 128, device="cpu", dtype=torch.float32
+    )
     layer.load_state_dict(state)
     return layer
 
@@ -48,7 +50,9 @@ def multiplied(layer, x):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_weight_where_its_input_is_needs_no_cast_and_gives_the_same_bits(layer, no_cast, dtype):
     x = X.to(dtype)
-    assert torch.equal(layer(x), multiplied(layer, x)) and torch.equal(layer(x[0, 0]), multiplied(layer, x[0, 0]))
+    assert torch.equal(layer(x), multiplied(layer, x)) and torch.equal(
+        layer(x[0, 0]), multiplied(layer, x[0, 0])
+    )
 
 
 def test_what_a_lora_or_an_option_changes_goes_through_comfyui(layer):
@@ -59,7 +63,9 @@ def test_what_a_lora_or_an_option_changes_goes_through_comfyui(layer):
     assert torch.allclose(layer(X), multiplied(layer, X) + 1, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["weight_function", "bias_function", "comfy_force_cast_weights", "_v"])
+@pytest.mark.parametrize(
+    "name", ["weight_function", "bias_function", "comfy_force_cast_weights", "_v"]
+)
 def test_nothing_is_left_out_where_comfyui_has_something_to_do(layer, no_cast, name):
     setattr(layer, name, [lambda tensor: tensor])
     with pytest.raises(Cast):

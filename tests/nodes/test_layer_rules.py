@@ -45,7 +45,9 @@ def save_recipe(comfy, output):
 
 def test_every_line_is_a_rule_with_the_same_wish(rules):
     made = rules(
-        pattern="img_in\n\n re:a=b|c \n", format="int8_tensorwise", options="scaling = tensor,\nmethod=mse_clip"
+        pattern="img_in\n\n re:a=b|c \n",
+        format="int8_tensorwise",
+        options="scaling = tensor,\nmethod=mse_clip",
     )
     wish = parse_wish("int8_tensorwise:scaling=tensor,method=mse_clip")
     assert made == Draft(rules=(Rule("img_in", wish), Rule("re:a=b|c", wish)))
@@ -95,7 +97,9 @@ def test_what_makes_no_sense_is_refused_by_the_node_that_holds_it(rules, inputs,
 
 
 def test_the_quantize_nodes_own_layers_to_keep_come_before_the_rules(rules, recipe_from):
-    recipe = recipe_from(format="float8_e4m3fn", keep="b", recipe=rules(pattern="a", format="int8_tensorwise"))
+    recipe = recipe_from(
+        format="float8_e4m3fn", keep="b", recipe=rules(pattern="a", format="int8_tensorwise")
+    )
     assert recipe == Recipe(FP8, (Rule("b", None), Rule("a", INT8)))
 
 
@@ -106,7 +110,11 @@ def test_every_node_that_quantizes_takes_a_recipe(comfy):
     taking = [schema for schema in schemas if any(item.id == "recipe" for item in schema.inputs)]
     wanted = [schema.node_id for schema in schemas if schema.node_id.startswith("FewBitsQuantize")]
     assert len(wanted) >= 6
-    assert {schema.node_id for schema in taking} == {*wanted, "FewBitsLayerRules", "FewBitsInspectFile"}
+    assert {schema.node_id for schema in taking} == {
+        *wanted,
+        "FewBitsLayerRules",
+        "FewBitsInspectFile",
+    }
     sockets = {item.io_type for schema in taking for item in schema.inputs if item.id == "recipe"}
     assert sockets == {"FEWBITS_RECIPE"} and all(
         item.optional for schema in taking for item in schema.inputs if item.id == "recipe"
@@ -115,17 +123,29 @@ def test_every_node_that_quantizes_takes_a_recipe(comfy):
 
 def test_preset_and_fallback_of_the_quantize_node_count_unless_left_alone(rules, recipe_from):
     base = rules(text='preset = "flux"\n[fallback]\nformat = "mxfp8"')
-    assert recipe_from(format="float8_e4m3fn", recipe=base) == Recipe(FP8, (), parse_wish("mxfp8"), "flux")
-    stated = recipe_from(format="float8_e4m3fn", recipe=base, preset="none", fallback="int8_tensorwise")
+    assert recipe_from(format="float8_e4m3fn", recipe=base) == Recipe(
+        FP8, (), parse_wish("mxfp8"), "flux"
+    )
+    stated = recipe_from(
+        format="float8_e4m3fn", recipe=base, preset="none", fallback="int8_tensorwise"
+    )
     assert stated == Recipe(FP8, (), INT8, "none")
 
 
 @pytest.mark.parametrize(
     "stated",
-    [{"scaling": "row"}, {"block_size": "64"}, {"method": "svd"}, {"full_precision_matmul": True}, {"convrot": True}],
+    [
+        {"scaling": "row"},
+        {"block_size": "64"},
+        {"method": "svd"},
+        {"full_precision_matmul": True},
+        {"convrot": True},
+    ],
     ids=lambda stated: next(iter(stated)),
 )
-def test_a_recipe_with_a_primary_replaces_the_nodes_and_refuses_inputs_that_would_be_void(rules, recipe_from, stated):
+def test_a_recipe_with_a_primary_replaces_the_nodes_and_refuses_inputs_that_would_be_void(
+    rules, recipe_from, stated
+):
     base = rules(text='[primary]\nformat = "int8_blockwise"\nblock_size = 64')
     wanted = Recipe(parse_wish("int8_blockwise:block_size=64"))
     assert recipe_from(format="float8_e4m3fn", recipe=base) == wanted
@@ -135,7 +155,9 @@ def test_a_recipe_with_a_primary_replaces_the_nodes_and_refuses_inputs_that_woul
 
 def test_entries_of_a_layer_config_take_the_method_of_the_node_they_end_in(rules, recipe_from):
     base = rules(text='{"img_in": {"format": "bnb_nf4"}}')
-    (entry,) = recipe_from(format="float8_e4m3fn", method="mse_clip", recipe=base).layer_config.entries
+    (entry,) = recipe_from(
+        format="float8_e4m3fn", method="mse_clip", recipe=base
+    ).layer_config.entries
     assert entry.wish == parse_wish("bnb_nf4:method=mse_clip")
 
 
@@ -150,7 +172,9 @@ def test_auto_is_the_formats_own_method_and_nearest_stays_nearest(recipe_from, i
 
 def test_a_method_equal_to_that_of_the_connected_primary_is_no_contradiction(rules, recipe_from):
     base = rules(text='[primary]\nformat = "bnb_nf4"')
-    assert recipe_from(format="bnb_fp4", method="nearest", recipe=base).primary == parse_wish("bnb_nf4")
+    assert recipe_from(format="bnb_fp4", method="nearest", recipe=base).primary == parse_wish(
+        "bnb_nf4"
+    )
 
 
 def test_a_node_refuses_a_recipe_for_a_format_it_does_not_make(rules, model):
@@ -159,22 +183,35 @@ def test_a_node_refuses_a_recipe_for_a_format_it_does_not_make(rules, model):
     base = rules(text='[primary]\nformat = "int8_tensorwise"')
     node = quantize_model.NODES[0].PREPARE_CLASS_CLONE(None)
     with pytest.raises(
-        RecipeError, match="primary format is int8_tensorwise, Quantize FP8 makes float8_e4m3fn, .*take"
+        RecipeError,
+        match="primary format is int8_tensorwise, Quantize FP8 makes float8_e4m3fn, .*take",
     ):
         node.execute(model, format="float8_e4m3fn", recipe=base)
 
 
-def test_a_report_is_saved_as_the_recipe_that_was_run(rules, recipe_from, quantize, model, save_recipe, output):
-    base = rules(pattern="double_blocks.0.*", format="float8_e4m3fn", text='{"img_in": {"format": "bnb_nf4"}}')
-    recipe = recipe_from(format="int8_tensorwise", scaling="tensor", keep="txt_in", preset="none", recipe=base)
+def test_a_report_is_saved_as_the_recipe_that_was_run(
+    rules, recipe_from, quantize, model, save_recipe, output
+):
+    base = rules(
+        pattern="double_blocks.0.*",
+        format="float8_e4m3fn",
+        text='{"img_in": {"format": "bnb_nf4"}}',
+    )
+    recipe = recipe_from(
+        format="int8_tensorwise", scaling="tensor", keep="txt_in", preset="none", recipe=base
+    )
     fields = {name: getattr(recipe, name) for name in ("rules", "preset", "layer_config")}
     _, report = quantize(model, recipe.primary.to_text(), **fields)
     path, text = save_recipe(json.dumps(report.to_json()), filename="recipes/mine")
     assert path == str(output / "recipes" / "mine.toml")
-    assert recipe_from_toml(path) == recipe and (output / "recipes" / "mine.toml").read_text("utf-8") == text
+    assert (
+        recipe_from_toml(path) == recipe
+        and (output / "recipes" / "mine.toml").read_text("utf-8") == text
+    )
     assert rules(text=text).finish() == recipe
     with pytest.raises(
-        RecipeError, match="mine.toml exists already in the output folder; choose another filename or turn overwrite on"
+        RecipeError,
+        match="mine.toml exists already in the output folder; choose another filename or turn overwrite on",
     ):
         save_recipe(json.dumps(report.to_json()), filename="recipes/mine.toml")
     save_recipe(json.dumps(report.to_json()), filename="recipes/mine", overwrite=True)
@@ -183,7 +220,9 @@ def test_a_report_is_saved_as_the_recipe_that_was_run(rules, recipe_from, quanti
 
 @pytest.mark.parametrize("report", ["", "7", "{}", '{"recipe": ""}', '{"plan": {}}'])
 def test_what_has_no_recipe_is_refused(save_recipe, report, output):
-    with pytest.raises(RecipeError, match="this report has no recipe: connect the report of a Quantize node"):
+    with pytest.raises(
+        RecipeError, match="this report has no recipe: connect the report of a Quantize node"
+    ):
         save_recipe(report, filename="x")
     assert not list(output.iterdir())
 
@@ -218,7 +257,10 @@ def test_a_preview_says_which_rule_won_and_which_matched_nothing_before_anything
     text, report = inspect(preview="int8_tensorwise", recipe=base)
     rows = {row["name"]: row for row in report["plan"]["layers"]}
     decided = rows["double_blocks.0.img_mlp.0"]
-    assert (decided["format"], decided["rule"]) == ("float8_e4m3fn", "rule 'double_blocks.0.img_mlp.*'")
+    assert (decided["format"], decided["rule"]) == (
+        "float8_e4m3fn",
+        "rule 'double_blocks.0.img_mlp.*'",
+    )
     assert rows["img_in"]["rule"] == "preset flux 'img_in'"
     assert report["plan"]["unmatched"] == ["nothing*"]
     lines = text.splitlines()
@@ -233,7 +275,9 @@ def test_a_preview_says_which_rule_won_and_which_matched_nothing_before_anything
 def test_a_preview_takes_its_format_from_one_place(rules, inspect):
     whole = rules(text='[primary]\nformat = "mxfp8"')
     assert inspect(recipe=whole)[1]["plan"]["summary"][0]["format"] == "mxfp8"
-    with pytest.raises(RecipeError, match="recipe says mxfp8 and preview says bnb_nf4; set preview to none"):
+    with pytest.raises(
+        RecipeError, match="recipe says mxfp8 and preview says bnb_nf4; set preview to none"
+    ):
         inspect(recipe=whole, preview="bnb_nf4")
     with pytest.raises(RecipeError, match=r"no \[primary\] table; choose in preview"):
         inspect(recipe=rules(pattern="x"))

@@ -68,9 +68,17 @@ def test_one_text_encoder_in_any_dialect(run, models, encode, case):
     out = {}
     for name, tensor in tensors.items():
         inner = "encoder.layers" in name and tensor.dim() == 2
-        out.update(DIALECTS[case](name.removesuffix(".weight"), tensor.float()) if inner else {name: tensor})
-    save_file({n: t.contiguous() for n, t in out.items()}, models / "text_encoders" / "small.safetensors")
-    wanted = encode(run("LoadTextEncoder", file="plain.safetensors", type="stable_diffusion").args[0])
+        out.update(
+            DIALECTS[case](name.removesuffix(".weight"), tensor.float())
+            if inner
+            else {name: tensor}
+        )
+    save_file(
+        {n: t.contiguous() for n, t in out.items()}, models / "text_encoders" / "small.safetensors"
+    )
+    wanted = encode(
+        run("LoadTextEncoder", file="plain.safetensors", type="stable_diffusion").args[0]
+    )
     clip, report = run("LoadTextEncoder", file="small.safetensors", type="stable_diffusion").args
     format = {"bitsandbytes": "bnb_nf4", "scaled_fp8": "float8_e4m3fn"}.get(case, case)
     assert f"12 layers  {format}: decoded, then multiplied at full precision" in report
@@ -83,14 +91,18 @@ def test_the_kernels_input_is_seen_in_the_report_and_outlives_a_reload(run, mode
     from fewbits.nodes.bridge.compat import weight_only_path
 
     save_file(quantized(clip_tensors(), "bnb_nf4"), models / "text_encoders" / "nf4.safetensors")
-    clip, report = run("LoadTextEncoder", file="nf4.safetensors", type="stable_diffusion", quantized_kernels=True).args
+    clip, report = run(
+        "LoadTextEncoder", file="nf4.safetensors", type="stable_diffusion", quantized_kernels=True
+    ).args
     if weight_only_path():
         assert "12 layers  bnb_nf4: FewBits' kernel" in report
     factory, arguments = clip.patcher.cached_patcher_init
     again = factory(*arguments, disable_dynamic=True)
     flags = [[m._full_precision_mm for m in p.model.modules() if hasattr(m, "layout_type") and m.layout_type]
              for p in (clip.patcher, again)]  # fmt: skip
-    assert flags[0] == flags[1] and len(flags[0]) == 12 and any(flags[0]) == (not weight_only_path())
+    assert (
+        flags[0] == flags[1] and len(flags[0]) == 12 and any(flags[0]) == (not weight_only_path())
+    )
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -110,7 +122,10 @@ def test_several_files_go_to_comfyui_in_order(run, models, monkeypatch, comfy, c
     report = run("LoadTextEncoder", file=names[0], **more, type="sd3", device="cpu").args[-1]
     assert seen["ckpt_paths"] == [str(models / "text_encoders" / name) for name in names]
     assert seen["clip_type"] == comfy.sd.CLIPType.SD3
-    assert seen["model_options"] == {"load_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
+    assert seen["model_options"] == {
+        "load_device": torch.device("cpu"),
+        "offload_device": torch.device("cpu"),
+    }
     assert "custom_operations" not in seen["model_options"]
     assert all(name in report for name in names)
 
@@ -119,7 +134,11 @@ def test_several_files_go_to_comfyui_in_order(run, models, monkeypatch, comfy, c
 CLIP_G = {"num_hidden_layers": 31, "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2,
           "projection_dim": 128}  # fmt: skip
 T5 = {"d_model": 4096, "d_ff": 256, "num_heads": 2, "num_layers": 1}
-PLACES = {"l": (slice(77), slice(128)), "g": (slice(77), slice(128, 256)), "t5": (slice(77, None), slice(None))}
+PLACES = {
+    "l": (slice(77), slice(128)),
+    "g": (slice(77), slice(128, 256)),
+    "t5": (slice(77, None), slice(None)),
+}
 
 
 @pytest.fixture
@@ -147,7 +166,9 @@ def test_three_different_encoders_each_in_a_format_of_its_own(run, models, comfy
     for name, tensors in plain.items():
         save_file(tensors, folder / f"{name}.safetensors")
         quantize_file(
-            folder / f"{name}.safetensors", folder / f"{name}_small.safetensors", Recipe(parse_wish(formats[name]))
+            folder / f"{name}.safetensors",
+            folder / f"{name}_small.safetensors",
+            Recipe(parse_wish(formats[name])),
         )
 
     def embed(*names):
@@ -173,15 +194,21 @@ def test_three_different_encoders_each_in_a_format_of_its_own(run, models, comfy
         got = embed(*(f"{name}_small" if name == quantized else name for name in plain))
         for name, (tokens, columns) in PLACES.items():
             found = error(got[tokens, columns], wanted[tokens, columns])
-            assert (0 < found < (0.48 if name == "l" else 0.08)) if name == quantized else found == 0, (name, found)
-    assert torch.equal(embed("t5_small", "l_small", "g_small"), embed("l_small", "g_small", "t5_small"))
+            assert (
+                (0 < found < (0.48 if name == "l" else 0.08)) if name == quantized else found == 0
+            ), (name, found)
+    assert torch.equal(
+        embed("t5_small", "l_small", "g_small"), embed("l_small", "g_small", "t5_small")
+    )
 
 
 def test_a_type_that_only_names_a_combination_means_the_usual_kind(run, models, monkeypatch, comfy):
     save_file(clip_tensors(), models / "text_encoders" / "a.safetensors")
     seen = []
     real = comfy.sd.load_clip
-    monkeypatch.setattr(comfy.sd, "load_clip", lambda *a, **k: seen.append(k["clip_type"]) or real(*a, **k))
+    monkeypatch.setattr(
+        comfy.sd, "load_clip", lambda *a, **k: seen.append(k["clip_type"]) or real(*a, **k)
+    )
     run("LoadTextEncoder", file="a.safetensors", type="sdxl")  # as DualCLIPLoader does
     assert seen == [comfy.sd.CLIPType.STABLE_DIFFUSION]
 
@@ -201,19 +228,28 @@ def test_the_loaders_notice_a_changed_file(run, models):
     paths = [models / "text_encoders" / name for name in ("a.safetensors", "b.safetensors")]
     for path in paths:
         path.write_bytes(b"1")
-    state = FewBitsLoadTextEncoder.fingerprint_inputs(file="a.safetensors", file2="b.safetensors", file3="none")
+    state = FewBitsLoadTextEncoder.fingerprint_inputs(
+        file="a.safetensors", file2="b.safetensors", file3="none"
+    )
     paths[1].write_bytes(b"22")
-    assert state != FewBitsLoadTextEncoder.fingerprint_inputs(file="a.safetensors", file2="b.safetensors", file3="none")
+    assert state != FewBitsLoadTextEncoder.fingerprint_inputs(
+        file="a.safetensors", file2="b.safetensors", file3="none"
+    )
     path = models / "checkpoints" / "c.safetensors"
     path.write_bytes(b"1")
     state = FewBitsLoadCheckpoint.fingerprint_inputs(file="c.safetensors")
     path.write_bytes(b"22")
-    assert state != FewBitsLoadCheckpoint.fingerprint_inputs(file="c.safetensors", quantized_kernels=True)
+    assert state != FewBitsLoadCheckpoint.fingerprint_inputs(
+        file="c.safetensors", quantized_kernels=True
+    )
 
 
 def checkpoint(clip_format=None, model_format=None, vae=True):
     """SD3 with CLIP-L and a VAE in one file."""
-    shapes = sd3_shapes() | {"context_embedder.weight": (128, 4096), "y_embedder.mlp.0.weight": (128, 2048)}
+    shapes = sd3_shapes() | {
+        "context_embedder.weight": (128, 4096),
+        "y_embedder.mlp.0.weight": (128, 2048),
+    }
     model, clip = random_tensors(shapes), clip_tensors(3)
     if model_format:
         model = quantized(model, model_format, "x_block.mlp")
@@ -231,14 +267,23 @@ def checkpoint(clip_format=None, model_format=None, vae=True):
 
 @pytest.mark.parametrize("clip_format", [None, "bnb_nf4", "float8_e4m3fn"])
 @pytest.mark.parametrize("model_format", [None, "int8_blockwise", "int8_tensorwise"])
-def test_a_checkpoint_gives_all_three_parts_whichever_is_quantized(run, models, encode, clip_format, model_format):
+def test_a_checkpoint_gives_all_three_parts_whichever_is_quantized(
+    run, models, encode, clip_format, model_format
+):
     save_file(checkpoint(), models / "checkpoints" / "plain.safetensors")
     save_file(checkpoint(clip_format, model_format), models / "checkpoints" / "small.safetensors")
     _, plain, _, _ = run("LoadCheckpoint", file="plain.safetensors").args
     model, clip, vae, report = run("LoadCheckpoint", file="small.safetensors").args
-    parts = {"model": (model.model, model_format, 4), "clip": (clip.cond_stage_model, clip_format, 18)}
+    parts = {
+        "model": (model.model, model_format, 4),
+        "clip": (clip.cond_stage_model, clip_format, 18),
+    }
     for part, format, count in parts.values():
-        found = [module.quant_format for module in part.modules() if getattr(module, "quant_format", None)]
+        found = [
+            module.quant_format
+            for module in part.modules()
+            if getattr(module, "quant_format", None)
+        ]
         assert found == ([format] * count if format else [])
         assert (f"{count:>5} layers  {format}: " in report) == bool(format)
     assert vae.decode(torch.zeros(1, 16, 4, 4)).shape[-1] == 3
@@ -246,9 +291,15 @@ def test_a_checkpoint_gives_all_three_parts_whichever_is_quantized(run, models, 
 
 
 def test_a_checkpoint_without_text_encoders_loads_without_them(run, models):
-    tensors = {name: tensor for name, tensor in checkpoint().items() if not name.startswith("text_encoders")}
+    tensors = {
+        name: tensor
+        for name, tensor in checkpoint().items()
+        if not name.startswith("text_encoders")
+    }
     save_file(tensors, models / "checkpoints" / "model.safetensors")
-    model, clip, vae, _ = run("LoadCheckpoint", file="model.safetensors", quantized_kernels=True).args
+    model, clip, vae, _ = run(
+        "LoadCheckpoint", file="model.safetensors", quantized_kernels=True
+    ).args
     assert model is not None and clip is None and vae is not None
 
 
@@ -258,8 +309,12 @@ def test_the_clip_of_a_checkpoint_is_quantized_from_its_file(run, models, encode
     small, report = run("QuantizeTextEncoder", clip=clip, format="float8_e4m3fn").args
     rows = {row["name"]: row for row in json.loads(report)["layers"]}
     base = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"
-    assert rows[base]["dtype"] == "BF16" and rows[base]["format"] == "float8_e4m3fn"  # in memory it is float16
-    assert json.loads(report)["kernels"] == ["   18 layers  float8_e4m3fn: decoded, then multiplied at full precision"]
+    assert (
+        rows[base]["dtype"] == "BF16" and rows[base]["format"] == "float8_e4m3fn"
+    )  # in memory it is float16
+    assert json.loads(report)["kernels"] == [
+        "   18 layers  float8_e4m3fn: decoded, then multiplied at full precision"
+    ]
     assert 0 < error(encode(small), encode(clip)) < 0.15
 
 
@@ -276,14 +331,20 @@ def test_an_old_scaled_file_is_rewritten_with_its_codes(run, models, tmp_path):
     for name, tensor in tensors.items():
         inner = name.endswith("qkv.weight")
         base = name.removesuffix(".weight")
-        old.update(dialects.scaled_fp8(base, tensor.float(), "float8_e5m2") if inner else {name: tensor})
-    save_file({n: t.contiguous() for n, t in old.items()}, models / "diffusion_models" / "old.safetensors")
+        old.update(
+            dialects.scaled_fp8(base, tensor.float(), "float8_e5m2") if inner else {name: tensor}
+        )
+    save_file(
+        {n: t.contiguous() for n, t in old.items()}, models / "diffusion_models" / "old.safetensors"
+    )
     path, report = run("ConvertFP8Scaled", file="diffusion_models/old.safetensors").args
     assert path == str(tmp_path / "output" / "diffusion_models" / "old_comfy_quant.safetensors")
     new, data = load_file(path), json.loads(report)
     name = "double_blocks.0.img_attn.qkv"
     assert new[f"{name}.weight"].dtype == torch.float8_e5m2 and "scaled_fp8" not in new
-    assert torch.equal(new[f"{name}.weight"].view(torch.uint8), old[f"{name}.weight"].view(torch.uint8))
+    assert torch.equal(
+        new[f"{name}.weight"].view(torch.uint8), old[f"{name}.weight"].view(torch.uint8)
+    )
     assert bytes(new[f"{name}.comfy_quant"].tolist()).startswith(b'{"format": "float8_e5m2"')
     assert data["origins"] and {row["format"] for row in data["layers"]} == {"float8_e5m2", None}
 

@@ -6,7 +6,9 @@ import torch
 from helpers import EMOJI
 
 LORA = EMOJI.with_name("emoji_lora_blue.safetensors")
-WISHES = pytest.mark.parametrize("wish", ["int8_tensorwise", "float8_e4m3fn", "bnb_nf4", "int8_blockwise"])
+WISHES = pytest.mark.parametrize(
+    "wish", ["int8_tensorwise", "float8_e4m3fn", "bnb_nf4", "int8_blockwise"]
+)
 # Latent error with LoRAs over the error without (both against the bf16 model): measured 0.87 to 1.33 for INT8 and FP8,
 # 1.0 to 1.14 for NF4, with 1 to 3 LoRAs on 16 layers (torch 2.11, CPU).
 GROWTH = 2.0
@@ -51,8 +53,12 @@ def test_stacked_loras_do_on_the_quantized_model_what_they_do_on_the_original(
 
 
 @WISHES
-@pytest.mark.parametrize("memory, per_use", [(1, 18), (12_000_000, None)], ids=["nothing fits", "a part fits"])
-def test_a_lora_in_low_vram_mode_is_applied_while_the_layer_runs(original, quantize, with_lora, wish, memory, per_use):
+@pytest.mark.parametrize(
+    "memory, per_use", [(1, 18), (12_000_000, None)], ids=["nothing fits", "a part fits"]
+)
+def test_a_lora_in_low_vram_mode_is_applied_while_the_layer_runs(
+    original, quantize, with_lora, wish, memory, per_use
+):
     """What --lowvram and --novram do on a GPU: layers that do not fit keep their codes and get the LoRA per use."""
     quantized, _ = quantize(original, wish)
     patched = with_lora(quantized, 0.5, 0.5)
@@ -77,16 +83,22 @@ def _forward(patcher, x, t, context, y, memory, per_use=None):
     cpu = torch.device("cpu")
     patcher.patch_model(cpu, lowvram_model_memory=memory or 0)
     try:
-        functions = [f for module in patcher.model.modules() for f in getattr(module, "weight_function", ())]
+        functions = [
+            f for module in patcher.model.modules() for f in getattr(module, "weight_function", ())
+        ]
         assert all(isinstance(function, LowVramPatch) for function in functions)
-        assert len(functions) == (per_use or 0) or (memory and per_use is None and 0 < len(functions) < 18)
+        assert len(functions) == (per_use or 0) or (
+            memory and per_use is None and 0 < len(functions) < 18
+        )
         return patcher.model.diffusion_model(x, t.abs(), context, y)
     finally:
         patcher.unpatch_model(cpu)
 
 
 @WISHES
-def test_unloading_and_loading_again_keeps_model_and_lora(comfy, original, quantize, with_lora, sample, wish):
+def test_unloading_and_loading_again_keeps_model_and_lora(
+    comfy, original, quantize, with_lora, sample, wish
+):
     import comfy.model_management
 
     quantized, _ = quantize(original, wish)

@@ -20,7 +20,10 @@ def relative_error(got, wanted):
 def weights(model):
     """Every stored tensor of the diffusion model as bytes."""
     state = model.model.diffusion_model.state_dict()
-    return {name: tensor.contiguous().reshape(-1).view(torch.uint8).clone() for name, tensor in state.items()}
+    return {
+        name: tensor.contiguous().reshape(-1).view(torch.uint8).clone()
+        for name, tensor in state.items()
+    }
 
 
 def on_another_gpu(model):
@@ -43,8 +46,12 @@ def assert_equal_weights(got, wanted):
 
 @BOTH
 # Measured: 0.019 and 0.022 with FP8, 0.0070 to 0.0078 with INT8 (torch 2.11, CPU).
-@pytest.mark.parametrize("wish, limit", [("float8_e4m3fn", 0.06), ("int8_tensorwise", 0.03), ("int8_blockwise", 0.03)])
-def test_the_new_model_samples_like_the_old_one_and_the_old_one_is_unchanged(model, quantize, sample, wish, limit):
+@pytest.mark.parametrize(
+    "wish, limit", [("float8_e4m3fn", 0.06), ("int8_tensorwise", 0.03), ("int8_blockwise", 0.03)]
+)
+def test_the_new_model_samples_like_the_old_one_and_the_old_one_is_unchanged(
+    model, quantize, sample, wish, limit
+):
     before, wanted = weights(model), sample(model)
     quantized, report = quantize(model, wish)
     assert {row["format"] for row in report.to_json()["layers"]} == {wish, None}
@@ -54,7 +61,9 @@ def test_the_new_model_samples_like_the_old_one_and_the_old_one_is_unchanged(mod
     assert_equal_weights(weights(model), before)
 
 
-def test_the_new_model_is_what_comfyui_loads_from_the_saved_file(comfy, model, quantize, sample, save, tmp_path):
+def test_the_new_model_is_what_comfyui_loads_from_the_saved_file(
+    comfy, model, quantize, sample, save, tmp_path
+):
     quantized, _ = quantize(model)
     save(quantized, tmp_path / "saved.safetensors")
     loaded = comfy.sd.load_diffusion_model(str(tmp_path / "saved.safetensors"))
@@ -62,26 +71,37 @@ def test_the_new_model_is_what_comfyui_loads_from_the_saved_file(comfy, model, q
     assert torch.equal(sample(loaded), sample(quantized))
 
 
-def test_saving_what_comfyui_loaded_gives_the_same_file_again(comfy, model, quantize, save, tmp_path):
+def test_saving_what_comfyui_loaded_gives_the_same_file_again(
+    comfy, model, quantize, save, tmp_path
+):
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     save(quantize(model)[0], first)
     save(comfy.sd.load_diffusion_model(str(first)), second)
     assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.parametrize("wish", [*FORMATS, "int8_tensorwise:scaling=tensor", "int8_tensorwise:convrot=true"])
-def test_every_format_saves_to_the_bytes_that_the_file_door_writes(model, model_file, quantize, save, tmp_path, wish):
+@pytest.mark.parametrize(
+    "wish", [*FORMATS, "int8_tensorwise:scaling=tensor", "int8_tensorwise:convrot=true"]
+)
+def test_every_format_saves_to_the_bytes_that_the_file_door_writes(
+    model, model_file, quantize, save, tmp_path, wish
+):
     from fewbits.quant_ops.pipeline import quantize_file
     from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
     save(quantize(model, wish)[0], tmp_path / "model.safetensors")
     quantize_file(model_file, tmp_path / "file.safetensors", Recipe(parse_wish(wish)))
-    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "file.safetensors").read_bytes()
+    assert (tmp_path / "model.safetensors").read_bytes() == (
+        tmp_path / "file.safetensors"
+    ).read_bytes()
 
 
 def test_saving_an_unquantized_model_is_a_copy_of_its_tensors(model, model_file, save, tmp_path):
     report = save(model, tmp_path / "copy.safetensors")
-    assert report.results == () and report.plan.loads_in() == "loads in stock ComfyUI (nothing is quantized)"
+    assert (
+        report.results == ()
+        and report.plan.loads_in() == "loads in stock ComfyUI (nothing is quantized)"
+    )
     copy, original = load_file(tmp_path / "copy.safetensors"), load_file(model_file)
     assert {name: tensor.dtype for name, tensor in copy.items()} == {
         name: tensor.dtype for name, tensor in original.items()
@@ -102,13 +122,20 @@ def test_a_baked_lora_gives_the_codes_of_the_merged_file(comfy, quantize, save, 
         merged[name] = merged[name].float() + up @ down
     save_file(merged, tmp_path / "merged.safetensors")
     quantize_file(
-        tmp_path / "merged.safetensors", tmp_path / "wanted.safetensors", Recipe(parse_wish("int8_tensorwise"))
+        tmp_path / "merged.safetensors",
+        tmp_path / "wanted.safetensors",
+        Recipe(parse_wish("int8_tensorwise")),
     )
 
     model = comfy.sd.load_diffusion_model(str(EMOJI))
-    patched, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(LORA)), 1.0, 0)
+    patched, _ = comfy.sd.load_lora_for_models(
+        model, None, comfy.utils.load_torch_file(str(LORA)), 1.0, 0
+    )
     save(quantize(patched)[0], tmp_path / "got.safetensors")
-    wanted, got = load_file(tmp_path / "wanted.safetensors"), load_file(tmp_path / "got.safetensors")
+    wanted, got = (
+        load_file(tmp_path / "wanted.safetensors"),
+        load_file(tmp_path / "got.safetensors"),
+    )
     assert set(got) == set(wanted)
     for name, tensor in wanted.items():  # a kept layer is rounded to the dtype of the MODEL's file
         assert torch.equal(got[name], tensor.to(got[name].dtype)), name
@@ -119,13 +146,18 @@ def test_a_lora_on_quantized_layers_is_saved_as_comfyui_runs_it(comfy, quantize,
     import comfy.utils
 
     quantized, _ = quantize(comfy.sd.load_diffusion_model(str(EMOJI)))
-    patched, _ = comfy.sd.load_lora_for_models(quantized, None, comfy.utils.load_torch_file(str(LORA)), 1.0, 0)
+    patched, _ = comfy.sd.load_lora_for_models(
+        quantized, None, comfy.utils.load_torch_file(str(LORA)), 1.0, 0
+    )
     before = weights(quantized)
     report = save(patched, tmp_path / "saved.safetensors")
     assert "16 quantized layers carry a LoRA" in " ".join(report.plan.warnings)
     assert_equal_weights(weights(quantized), before)
     comfy.model_management.load_models_gpu([patched])
-    running, saved = patched.model.diffusion_model.state_dict(), load_file(tmp_path / "saved.safetensors")
+    running, saved = (
+        patched.model.diffusion_model.state_dict(),
+        load_file(tmp_path / "saved.safetensors"),
+    )
     for name, tensor in running.items():
         if name.endswith("comfy_quant"):
             continue
@@ -138,7 +170,9 @@ def test_a_quantized_model_is_refused_with_its_formats(model, quantize):
     from fewbits.quant_ops.errors import QuantError
 
     quantized, _ = quantize(model)
-    with pytest.raises(QuantError, match=r"quantized already \(int8_tensorwise, \d+ layers\).*connect the original"):
+    with pytest.raises(
+        QuantError, match=r"quantized already \(int8_tensorwise, \d+ layers\).*connect the original"
+    ):
         quantize(quantized, "float8_e4m3fn")
 
 
@@ -154,7 +188,9 @@ def test_what_is_not_a_weight_is_carried_over_and_weight_patches_are_not(comfy, 
     sampling = Shifted(model.model.model_config)
     sampling.set_parameters(shift=2.5)
     model.add_object_patch("model_sampling", sampling)
-    model.model_options["transformer_options"]["patches_replace"] = {"dit": {("double_block", 0): "patch"}}
+    model.model_options["transformer_options"]["patches_replace"] = {
+        "dit": {("double_block", 0): "patch"}
+    }
     model.set_model_sampler_cfg_function(len)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "key", max)
     model.add_callback_with_key(CallbacksMP.ON_LOAD, "key", min)
@@ -174,7 +210,9 @@ def test_what_is_not_a_weight_is_carried_over_and_weight_patches_are_not(comfy, 
     assert new.get_injections("injection") == model.get_injections("injection")
     assert new.forced_hooks.hooks == hooks.hooks
     assert new.patches == {} and model.patches != {}
-    assert torch.equal(new.model.diffusion_model.final_layer.linear.bias, torch.ones(64))  # it is in the weights now
+    assert torch.equal(
+        new.model.diffusion_model.final_layer.linear.bias, torch.ones(64)
+    )  # it is in the weights now
     assert new.parent is None and new.model is not model.model
     assert new.patches_uuid != model.patches_uuid
 
@@ -197,7 +235,9 @@ def test_a_patched_method_of_a_layer_belongs_to_the_new_models_layer(model, quan
 
     model = model.clone()
     layer = model.model.diffusion_model.final_layer.linear
-    model.add_object_patch("diffusion_model.final_layer.linear.forward", types.MethodType(forward, layer))
+    model.add_object_patch(
+        "diffusion_model.final_layer.linear.forward", types.MethodType(forward, layer)
+    )
     new, _ = quantize(model)
     sample(new)
     assert set(seen) == {new.model.diffusion_model.final_layer.linear}
@@ -209,7 +249,9 @@ def test_a_replaced_part_that_holds_the_old_weights_is_refused(model, quantize):
     model = model.clone()
     compiled = torch.nn.Sequential(model.model.diffusion_model.final_layer)
     model.add_object_patch("diffusion_model.final_layer", compiled)
-    with pytest.raises(UnsupportedLayerError, match=r"'diffusion_model.final_layer' was replaced.*quantize first"):
+    with pytest.raises(
+        UnsupportedLayerError, match=r"'diffusion_model.final_layer' was replaced.*quantize first"
+    ):
         quantize(model)
 
 
@@ -243,14 +285,19 @@ def test_what_comfyui_read_off_a_checkpoint_beside_the_weights_stays(model, quan
     for made in (new, reloaded(new)):
         assert made.model.latent_format.scale_factor == 0.5
         assert made.model.model_sampling.shift == 7.0
-    assert new.model.model_sampling is not model.model.model_sampling  # it moves between devices with its model
+    assert (
+        new.model.model_sampling is not model.model.model_sampling
+    )  # it moves between devices with its model
 
 
 def test_nan_in_a_weight_is_an_error_that_names_it_and_no_model_results(model, quantize):
     from fewbits.quant_ops.errors import CheckpointError
 
     model.model.diffusion_model.single_blocks[0].linear1.weight[3, 5] = float("nan")
-    with pytest.raises(CheckpointError, match=r"flux.safetensors: tensor 'single_blocks.0.linear1.weight' has 1 NaN"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"flux.safetensors: tensor 'single_blocks.0.linear1.weight' has 1 NaN",
+    ):
         quantize(model)
 
 

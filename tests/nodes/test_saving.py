@@ -6,7 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from helpers import EMOJI, clip_shapes, random_tensors, sd3_shapes
 
-WISHES = pytest.mark.parametrize("wish", ["int8_tensorwise", "float8_e4m3fn", "bnb_nf4", "nvfp4", "int8_blockwise"])
+WISHES = pytest.mark.parametrize(
+    "wish", ["int8_tensorwise", "float8_e4m3fn", "bnb_nf4", "nvfp4", "int8_blockwise"]
+)
 LORA = EMOJI.with_name("emoji_lora_blue.safetensors")
 
 
@@ -33,21 +35,30 @@ def clip(comfy, small_clip, tmp_path):
 
 def checkpoint():
     """SD3 with CLIP-L and a VAE in one file."""
-    shapes = sd3_shapes() | {"context_embedder.weight": (128, 4096), "y_embedder.mlp.0.weight": (128, 2048)}
+    shapes = sd3_shapes() | {
+        "context_embedder.weight": (128, 4096),
+        "y_embedder.mlp.0.weight": (128, 2048),
+    }
     parts = {
         "model.diffusion_model.": random_tensors(shapes),
         "text_encoders.clip_l.transformer.": random_tensors(clip_shapes(3, 128)),
         "first_stage_model.": load_file(EMOJI.with_name("emoji_vae.safetensors")),
     }
-    return {f"{prefix}{name}": tensor for prefix, part in parts.items() for name, tensor in part.items()}
+    return {
+        f"{prefix}{name}": tensor for prefix, part in parts.items() for name, tensor in part.items()
+    }
 
 
 @WISHES
 @pytest.mark.parametrize("lora", [0.0, 1.0])
-def test_a_saved_model_holds_the_same_bytes_and_samples_to_the_same_latent(comfy, quantize, sample, saved, wish, lora):
+def test_a_saved_model_holds_the_same_bytes_and_samples_to_the_same_latent(
+    comfy, quantize, sample, saved, wish, lora
+):
     model, _ = quantize(comfy.sd.load_diffusion_model(str(EMOJI)), wish)
     if lora:
-        model, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(LORA)), lora, 0)
+        model, _ = comfy.sd.load_lora_for_models(
+            model, None, comfy.utils.load_torch_file(str(LORA)), lora, 0
+        )
     wanted = sample(model, 256)
     (path,) = saved("ModelSave", model, "diffusion_models/model")
     again = comfy.sd.load_diffusion_model(str(path))
@@ -78,7 +89,9 @@ def test_a_saved_clip_has_the_bytes_of_the_file_door(clip, quantize_clip, saved,
     from fewbits.quant_ops.pipeline import quantize_file
     from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
-    quantize_file(tmp_path / "clip.safetensors", tmp_path / "door.safetensors", Recipe(parse_wish("bnb_nf4")))
+    quantize_file(
+        tmp_path / "clip.safetensors", tmp_path / "door.safetensors", Recipe(parse_wish("bnb_nf4"))
+    )
     (path,) = saved("CLIPSave", quantize_clip(clip, "bnb_nf4")[0], "clip/small")
     got, wanted = load_file(path), load_file(tmp_path / "door.safetensors")
     assert set(wanted) <= set(got)
@@ -92,7 +105,9 @@ def test_a_saved_clip_has_the_bytes_of_the_file_door(clip, quantize_clip, saved,
 def test_a_saved_clip_with_a_lora_holds_it(comfy, clip, quantize_clip, encode, saved):
     small, _ = quantize_clip(clip, "int8_tensorwise")
     key = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
-    small.add_patches({key: ("diff", (torch.randn(512, 128, generator=torch.Generator().manual_seed(5)) * 0.02,))})
+    small.add_patches(
+        {key: ("diff", (torch.randn(512, 128, generator=torch.Generator().manual_seed(5)) * 0.02,))}
+    )
     wanted = encode(small)
     (path,) = saved("CLIPSave", small, "clip/small")
     assert torch.equal(encode(comfy.sd.load_clip([str(path)])), wanted)
@@ -107,8 +122,13 @@ def test_a_checkpoint_of_quantized_parts_is_saved_and_opened_whole(
     model, clip = quantize(model, "int8_blockwise")[0], quantize_clip(clip, "bnb_nf4")[0]
     (file,) = saved("CheckpointSave", model, clip, vae, "checkpoints/whole")
     again = comfy.sd.load_checkpoint_guess_config(str(file))
-    state, wanted = again[0].model.diffusion_model.state_dict(), model.model.diffusion_model.state_dict()
-    assert set(state) == set(wanted) and all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
+    state, wanted = (
+        again[0].model.diffusion_model.state_dict(),
+        model.model.diffusion_model.state_dict(),
+    )
+    assert set(state) == set(wanted) and all(
+        torch.equal(state[name], tensor) for name, tensor in wanted.items()
+    )
     assert torch.equal(encode(again[1]), encode(clip))
     latent = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(1))
     assert torch.equal(again[2].decode(latent), vae.decode(latent))

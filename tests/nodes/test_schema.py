@@ -89,9 +89,12 @@ def test_the_english_texts_are_those_of_the_schemas(nodes):
         wanted[name] = {
             "display_name": schema.display_name,
             "description": schema.description,
-            "inputs": {item.id: {"name": item.id, "tooltip": item.tooltip} for item in schema.inputs},
+            "inputs": {
+                item.id: {"name": item.id, "tooltip": item.tooltip} for item in schema.inputs
+            },
             "outputs": {
-                str(i): {"name": item.display_name, "tooltip": item.tooltip} for i, item in enumerate(schema.outputs)
+                str(i): {"name": item.display_name, "tooltip": item.tooltip}
+                for i, item in enumerate(schema.outputs)
             },
         }
     assert node_definitions("en") == wanted

@@ -7,10 +7,18 @@ from safetensors.torch import load_file, save_file
 from fewbits.quant_ops.formats import FORMATS
 from helpers import clip_shapes, random_tensors
 
-HERE = [name for name in FORMATS if name != "asym_w4a8_int8"]  # this comfy-kitchen has no layout for it
+HERE = [
+    name for name in FORMATS if name != "asym_w4a8_int8"
+]  # this comfy-kitchen has no layout for it
 FOUR_BIT = {"bnb_nf4", "bnb_fp4", "nvfp4", "convrot_w4a4"}
 # Measured (torch 2.11, CPU): INT8 0.016 to 0.026, FP8 0.062 to 0.075, float8_e5m2 0.14, 4 bit 0.23 to 0.32.
-LIMITS = {"int8": 0.04, "mxfp8": 0.11, "float8_e4m3fn": 0.11, "float8_e5m2": 0.21, **dict.fromkeys(FOUR_BIT, 0.48)}
+LIMITS = {
+    "int8": 0.04,
+    "mxfp8": 0.11,
+    "float8_e4m3fn": 0.11,
+    "float8_e5m2": 0.21,
+    **dict.fromkeys(FOUR_BIT, 0.48),
+}
 
 
 @pytest.fixture
@@ -40,7 +48,9 @@ def limit(wish):
 
 
 def layers(clip):
-    return {n: m for n, m in clip.cond_stage_model.named_modules() if getattr(m, "quant_format", None)}
+    return {
+        n: m for n, m in clip.cond_stage_model.named_modules() if getattr(m, "quant_format", None)
+    }
 
 
 def bits(tensor):
@@ -67,20 +77,29 @@ def test_the_new_encoder_is_smaller_and_says_nearly_the_same(clip, quantize_clip
     assert len(layers(new)) == 12
     assert 0 < relative_error(encode(new), wanted) < limit(wish)
     saved = size - new.patcher.model_size()
-    matrices = sum(tensor.nbytes for name, tensor in before.items() if "encoder.layers" in name and tensor.dim() == 2)
+    matrices = sum(
+        tensor.nbytes
+        for name, tensor in before.items()
+        if "encoder.layers" in name and tensor.dim() == 2
+    )
     assert saved > matrices * (0.65 if wish in FOUR_BIT else 0.4)
     assert torch.equal(encode(clip), wanted)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(clip).items())
 
 
 @pytest.mark.parametrize("wish", HERE)
-def test_its_layers_are_those_that_the_file_door_writes(clip, clip_file, quantize_clip, tmp_path, wish):
+def test_its_layers_are_those_that_the_file_door_writes(
+    clip, clip_file, quantize_clip, tmp_path, wish
+):
     from fewbits.quant_ops.pipeline import quantize_file
     from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
     quantize_file(clip_file, tmp_path / "file.safetensors", Recipe(parse_wish(wish)))
     stored = load_file(tmp_path / "file.safetensors")
-    got = {name.removeprefix("clip_l.transformer."): t for name, t in weights(quantize_clip(clip, wish)[0]).items()}
+    got = {
+        name.removeprefix("clip_l.transformer."): t
+        for name, t in weights(quantize_clip(clip, wish)[0]).items()
+    }
     for name, tensor in stored.items():
         if name.endswith("comfy_quant"):
             continue  # ComfyUI writes its own formats' markers with fewer keys
@@ -112,11 +131,17 @@ def test_what_is_not_a_weight_is_carried_over(clip, quantize_clip, encode):
     wanted = encode(clip)
     new, _ = quantize_clip(clip, "int8_tensorwise")
     assert new.layer_idx == -2 and new.tokenizer is clip.tokenizer and new.use_clip_schedule
-    assert new.tokenizer_options == {"min_length": 5} and new.tokenizer_options is not clip.tokenizer_options
+    assert (
+        new.tokenizer_options == {"min_length": 5}
+        and new.tokenizer_options is not clip.tokenizer_options
+    )
     assert new.patcher.model_options["transformer_options"] == {"mark": 1}
     assert new.patcher.get_attachment("attachment") == "value"
     assert new.patcher.patches == {} and key in clip.patcher.patches
-    assert new.patcher.is_clip and new.patcher.model is new.cond_stage_model is not clip.cond_stage_model
+    assert (
+        new.patcher.is_clip
+        and new.patcher.model is new.cond_stage_model is not clip.cond_stage_model
+    )
     assert relative_error(encode(new), wanted) < 0.03
 
 
@@ -170,7 +195,9 @@ def test_unloading_and_loading_again_changes_nothing(comfy, clip, quantize_clip,
 
 
 @pytest.mark.parametrize("wish", ["bnb_nf4", "int8_blockwise", "int8_tensorwise"])
-def test_quantized_kernels_run_when_asked_and_say_nearly_the_same(clip, quantize_clip, wish, encode, monkeypatch):
+def test_quantized_kernels_run_when_asked_and_say_nearly_the_same(
+    clip, quantize_clip, wish, encode, monkeypatch
+):
     from fewbits.nodes.bridge.compat import weight_only_path
     from fewbits.nodes.bridge.kernels import DECODED, kernel_lines
     from fewbits.quant_ops.layouts.pack import Product
@@ -188,7 +215,9 @@ def test_quantized_kernels_run_when_asked_and_say_nearly_the_same(clip, quantize
         assert not any(module._full_precision_mm for module in layers(fast).values())
         assert DECODED not in kernel_lines(fast.cond_stage_model)[0]
         assert len(products) == (12 if own else 0)
-    assert torch.equal(got, decoded) == (wish == "bnb_nf4" or (own and not weight_only_path()))  # the others round x
+    assert torch.equal(got, decoded) == (
+        wish == "bnb_nf4" or (own and not weight_only_path())
+    )  # the others round x
     assert relative_error(got, decoded) < 0.03
 
 
@@ -202,7 +231,10 @@ def test_kernels_stay_off_where_the_file_or_the_device_says_so(clip, quantize_cl
 def test_a_quantized_clip_is_refused_with_its_formats(clip, quantize_clip):
     from fewbits.quant_ops.errors import QuantError
 
-    with pytest.raises(QuantError, match=r"the CLIP is quantized already \(bnb_nf4, 12 layers\).*connect the original"):
+    with pytest.raises(
+        QuantError,
+        match=r"the CLIP is quantized already \(bnb_nf4, 12 layers\).*connect the original",
+    ):
         quantize_clip(quantize_clip(clip, "bnb_nf4")[0], "float8_e4m3fn")
 
 
@@ -214,7 +246,9 @@ def test_a_clip_that_another_pack_built_is_refused(clip, quantize_clip):
         quantize_clip(clip)
 
 
-def test_a_file_that_is_gone_or_changed_leaves_the_weights_in_memory(clip, clip_file, quantize_clip, encode):
+def test_a_file_that_is_gone_or_changed_leaves_the_weights_in_memory(
+    clip, clip_file, quantize_clip, encode
+):
     clip_file.unlink()
     new, report = quantize_clip(clip, "bnb_nf4")
     assert "cannot be read again" in " ".join(report.plan.warnings)

@@ -14,8 +14,12 @@ from fewbits.quant_ops.spec import Header, TensorSpec
 
 INT8 = Recipe(parse_wish("int8_tensorwise"))
 BLOCKS = r"(double|single)_blocks\.\d+\..*"
-REFINED = r"(layers|noise_refiner|context_refiner|siglip_refiner)\.\d+\.(attention|feed_forward)\..*"
-UNET = r"(input_blocks|middle_block|output_blocks)\.[\d.]+\.(transformer_blocks\..*|proj_in|proj_out)"
+REFINED = (
+    r"(layers|noise_refiner|context_refiner|siglip_refiner)\.\d+\.(attention|feed_forward)\..*"
+)
+UNET = (
+    r"(input_blocks|middle_block|output_blocks)\.[\d.]+\.(transformer_blocks\..*|proj_in|proj_out)"
+)
 PREDICT2 = r"blocks\.\d+\.(self_attn|cross_attn|mlp)\..*"
 LLM = r"model\.layers\.\d+\..*"
 T5 = r"encoder\.block\.\d+\.layer\.\d\.(SelfAttention\.[qkvo]|DenseReluDense\.w.*)"
@@ -34,7 +38,11 @@ QUANTIZED = {
 ONLY_IN_FILES = {
     "t5": ("decoder.block.0.layer.0.SelfAttention.q", "lm_head", "encoder.embed_tokens"),
     "gemma": ("lm_head", "multi_modal_projector.mm_input_projection"),
-    "mistral": ("lm_head", "vision_tower.transformer.layers.0.attention.q_proj", "multi_modal_projector.linear_1"),
+    "mistral": (
+        "lm_head",
+        "vision_tower.transformer.layers.0.attention.q_proj",
+        "multi_modal_projector.linear_1",
+    ),
     "qwen_text": ("lm_head", "model.visual.blocks.0.attn.qkv"),
     "clip": ("transformer.text_projection",),
 }
@@ -59,17 +67,25 @@ def model(request, comfy):
 def test_a_real_model_is_recognised_by_one_family_and_planned_as_its_preset_says(model):
     module = built(model)
     header = header_of(model.shapes(module))
-    assert [(part.family.name, part.prefix) for part in find_parts(header.tensors)] == [(model.family, model.prefix)]
+    assert [(part.family.name, part.prefix) for part in find_parts(header.tensors)] == [
+        (model.family, model.prefix)
+    ]
     plan = make_plan(header, INT8)
     assert plan.family == model.family
     assert not plan.unmatched and not any("not recognised" in warning for warning in plan.warnings)
     candidates = {layer.name for layer in plan.layers if not not_a_candidate(layer.inputs[0])}
-    expected = {name for name in candidates if re.fullmatch(QUANTIZED[model.family], name.removeprefix(model.prefix))}
+    expected = {
+        name
+        for name in candidates
+        if re.fullmatch(QUANTIZED[model.family], name.removeprefix(model.prefix))
+    }
     quantized = {layer.name for layer in plan.layers if layer.action == "quantize"}
     assert quantized == expected
     assert quantized <= model.linears(module), "ComfyUI would read these as plain numbers"
     kept = [layer for layer in plan.layers if layer.name in candidates - quantized]
-    assert kept and all(layer.reason.startswith("preset ") and layer.rule.startswith("preset ") for layer in kept)
+    assert kept and all(
+        layer.reason.startswith("preset ") and layer.rule.startswith("preset ") for layer in kept
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +109,16 @@ def test_every_pattern_of_a_preset_matches_something_in_a_real_model(preset, nam
     groups = (*load_preset(preset).exclude, *load_preset(preset).drop)
     assert groups
     known = names[RELATIVES.get(preset, preset)]
-    missed = [p for group in groups for p in group.match if not any(matches(p, name) for name in known)]
+    missed = [
+        p for group in groups for p in group.match if not any(matches(p, name) for name in known)
+    ]
     assert set(missed) <= {"lm_head.*"}  # the head's bias, which no published file has
 
 
 def test_every_family_is_tested_on_a_real_model():
-    assert {model.family for model in MODELS} == {family.name for family in families() if family.kind != "refuse"}
+    assert {model.family for model in MODELS} == {
+        family.name for family in families() if family.kind != "refuse"
+    }
 
 
 CLASSIC = ("t5xxl", "mistral", "distillation_large", "distillation_small", "nerf_large", "nerf_small", "radiance", "wan",
@@ -111,7 +131,10 @@ def test_the_classic_preset_names_exist():
 
 def test_presets_add_up():
     both = load_preset("distillation_small+nerf_small")
-    assert {p for group in both.exclude for p in group.match} >= {"distilled_guidance_layer.*", "nerf_blocks.*"}
+    assert {p for group in both.exclude for p in group.match} >= {
+        "distilled_guidance_layer.*",
+        "nerf_blocks.*",
+    }
 
 
 @pytest.mark.parametrize("wish", ["bnb_nf4", "nvfp4"])
@@ -125,13 +148,19 @@ def test_comfyui_recognises_the_packed_file_as_it_does_the_original(model, wish,
     packed = {spec.name: spec.shape for spec in plan.outputs}
     assert packed != shapes
     before, after = (
-        detect_unet_config({k: torch.empty(s, device="meta") for k, s in found.items()}, model.prefix)
+        detect_unet_config(
+            {k: torch.empty(s, device="meta") for k, s in found.items()}, model.prefix
+        )
         for found in (shapes, packed)
     )
     assert before is not None and after == before
 
 
-@pytest.mark.parametrize("family", [family for family in families() if family.kind != "refuse"], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "family", [family for family in families() if family.kind != "refuse"], ids=lambda f: f.name
+)
 def test_a_familys_own_keys_are_claimed_by_no_other_family(family):
     assert [part.family.name for part in find_parts(family.keys)] == [family.name]
-    assert not family.without or find_parts([*family.keys, *family.without]) != find_parts(family.keys)
+    assert not family.without or find_parts([*family.keys, *family.without]) != find_parts(
+        family.keys
+    )

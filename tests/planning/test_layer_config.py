@@ -38,7 +38,12 @@ ATTENTION = [
     ("double_blocks.*", 3, 14, 1),
     ("*", 4, 0, 1),
 ]
-FINAL = [("final_layer.linear", 0, 18), ("*final_layer.linear*", 2, 18), ("*linear", 2, 6), ("final_layer.*", 3, 12)]
+FINAL = [
+    ("final_layer.linear", 0, 18),
+    ("*final_layer.linear*", 2, 18),
+    ("*linear", 2, 6),
+    ("final_layer.*", 3, 12),
+]
 MLP = [("blocks.12.*", 1, 10), ("blocks.1*", 1, 8), ("*mlp.0", 2, 5), ("blocks.*", 3, 7)]
 TABLES = {
     "double_blocks.0.img_attn.proj": ATTENTION,
@@ -49,7 +54,9 @@ TABLES = {
 
 def winner(config, base):
     """The pattern that decides about a layer, through the compiled list."""
-    return next((ranked.entry for ranked in config.ranked([base]) if matches(ranked.match, base)), None)
+    return next(
+        (ranked.entry for ranked in config.ranked([base]) if matches(ranked.match, base)), None
+    )
 
 
 @pytest.mark.parametrize(("base", "table"), TABLES.items(), ids=TABLES)
@@ -73,7 +80,14 @@ def test_equal_patterns_are_decided_by_exclusion_then_by_position():
 
 
 NAMES = st.sampled_from(
-    ["blocks.12.mlp.0", "double_blocks.0.img_attn.proj", "final_layer.linear", "a.0", "x[0]", "norm"]
+    [
+        "blocks.12.mlp.0",
+        "double_blocks.0.img_attn.proj",
+        "final_layer.linear",
+        "a.0",
+        "x[0]",
+        "norm",
+    ]
 )
 
 
@@ -90,7 +104,9 @@ def pattern_of(draw, base):
             continue
         char = base[index]
         plain = char not in "[]*?"
-        parts.append({"keep": char if plain else "?", "?": "?", "class": f"[{char}]" if plain else "?"}[kind])
+        parts.append(
+            {"keep": char if plain else "?", "?": "?", "class": f"[{char}]" if plain else "?"}[kind]
+        )
         index += 1
     return "".join(parts) or "*"
 
@@ -98,7 +114,11 @@ def pattern_of(draw, base):
 @st.composite
 def config_for_a_name(draw):
     base = draw(NAMES)
-    patterns = draw(st.lists(st.one_of(pattern_of(base), NAMES, st.just(base)), min_size=1, max_size=7, unique=True))
+    patterns = draw(
+        st.lists(
+            st.one_of(pattern_of(base), NAMES, st.just(base)), min_size=1, max_size=7, unique=True
+        )
+    )
     excluded = draw(st.lists(pattern_of(base), max_size=2, unique=True))
     return base, patterns, excluded
 
@@ -109,7 +129,9 @@ def table_of(patterns, excluded):
 
 @settings(max_examples=300, deadline=None)
 @given(config_for_a_name(), st.randoms(use_true_random=False))
-def test_the_ranking_is_total_documented_and_independent_of_the_order_of_keys(case, dice: random.Random):
+def test_the_ranking_is_total_documented_and_independent_of_the_order_of_keys(
+    case, dice: random.Random
+):
     base, patterns, excluded = case
 
     def key(entry):
@@ -117,7 +139,9 @@ def test_the_ranking_is_total_documented_and_independent_of_the_order_of_keys(ca
         return rank, -literal, wildcards, not entry.exclusion
 
     config = parse_layer_config(table_of(patterns, excluded))
-    hits = [entry for entry in config.entries if entry.pattern == base or matches(entry.pattern, base)]
+    hits = [
+        entry for entry in config.entries if entry.pattern == base or matches(entry.pattern, base)
+    ]
     if not hits:
         assert winner(config, base) is None
         return
@@ -144,7 +168,11 @@ def regex_of(draw, base):
             index += draw(st.integers(0, len(base) - index))
             parts.append(".*")
             continue
-        wild = {".": ".", "class": f"[{re.escape(char)}]", "digit": r"\d" if char.isdigit() else r"\S"}
+        wild = {
+            ".": ".",
+            "class": f"[{re.escape(char)}]",
+            "digit": r"\d" if char.isdigit() else r"\S",
+        }
         parts.append(wild.get(kind, re.escape(char)))
         index += 1
     return "".join(parts) or ".*"
@@ -154,21 +182,35 @@ def regex_of(draw, base):
 def config_for_a_model(draw, fullmatch):
     made = regex_of if fullmatch else pattern_of
     bases = st.sampled_from(sorted(MODEL))
-    patterns = draw(st.lists(st.one_of(bases.flatmap(made), bases), min_size=1, max_size=8, unique=True))
+    patterns = draw(
+        st.lists(st.one_of(bases.flatmap(made), bases), min_size=1, max_size=8, unique=True)
+    )
     return patterns, draw(st.lists(bases.flatmap(made), max_size=2, unique=True))
 
 
-MODEL = {"blocks.12.mlp.0", "blocks.1.mlp.0", "double_blocks.0.img_attn.proj", "final_layer.linear", "a.0", "norm"}
+MODEL = {
+    "blocks.12.mlp.0",
+    "blocks.1.mlp.0",
+    "double_blocks.0.img_attn.proj",
+    "final_layer.linear",
+    "a.0",
+    "norm",
+}
 
 
 @pytest.mark.parametrize("fullmatch", [False, True], ids=["globs", "regular expressions"])
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_in_a_whole_model_the_most_specific_pattern_decides_every_layer_whatever_the_order(fullmatch, data):
+def test_in_a_whole_model_the_most_specific_pattern_decides_every_layer_whatever_the_order(
+    fullmatch, data
+):
     """One list for all layers gives each of them the pattern that wins among those that match it."""
     patterns, excluded = data.draw(config_for_a_model(fullmatch))
     shuffled = data.draw(st.permutations(patterns))
-    configs = [parse_layer_config(table_of(order, excluded), fullmatch=fullmatch) for order in (patterns, shuffled)]
+    configs = [
+        parse_layer_config(table_of(order, excluded), fullmatch=fullmatch)
+        for order in (patterns, shuffled)
+    ]
     for base in MODEL:
         winners = []
         for config in configs:
@@ -177,14 +219,20 @@ def test_in_a_whole_model_the_most_specific_pattern_decides_every_layer_whatever
                 for entry in config.entries
                 if matches(f"re:{entry.pattern}" if fullmatch else entry.pattern, base)
             ]
-            key = lambda entry: (*ranking(entry.pattern, base, fullmatch), not entry.exclusion, entry.position)  # noqa: B023, E731
-            wanted = min(hits, key=key, default=None)
+            ranked = [
+                (*ranking(entry.pattern, base, fullmatch), not entry.exclusion, entry.position)
+                for entry in hits
+            ]
+            wanted = hits[ranked.index(min(ranked))] if hits else None
             found = next((r.entry for r in config.ranked(MODEL) if matches(r.match, base)), None)
             assert found == wanted
             winners.append(found and (ranking(found.pattern, base, fullmatch), found.exclusion))
         assert winners[0] == winners[1]
         if base in patterns:
-            assert next(r.entry.pattern for r in configs[0].ranked(MODEL) if matches(r.match, base)) == base
+            assert (
+                next(r.entry.pattern for r in configs[0].ranked(MODEL) if matches(r.match, base))
+                == base
+            )
 
 
 def ranking(pattern, base, fullmatch):
@@ -209,7 +257,9 @@ def test_literal_length_of_regular_expressions(pattern, measures):
 
 
 def test_fullmatch_reads_keys_as_whole_regular_expressions():
-    config = parse_layer_config({r"blocks\.\d+\.mlp": FP8, "blocks.0.mlp": {"skip": True}}, fullmatch=True)
+    config = parse_layer_config(
+        {r"blocks\.\d+\.mlp": FP8, "blocks.0.mlp": {"skip": True}}, fullmatch=True
+    )
     assert winner(config, "blocks.12.mlp").wish is not None
     assert winner(config, "blocks.12.mlp.0") is None
     assert winner(config, "blocks.0.mlp").pattern == "blocks.0.mlp"
@@ -229,7 +279,10 @@ BAD = {
         {"K": {**FP8, "bloc_size": 64}},
         "layer-config entry 'K': unknown key 'bloc_size', did you mean 'block_size'?",
     ),
-    "no format": ({"K": {}}, "layer-config entry 'K': 'format' is required (or set \"skip\": true)"),
+    "no format": (
+        {"K": {}},
+        "layer-config entry 'K': 'format' is required (or set \"skip\": true)",
+    ),
     "empty format": (
         {"_default": {"format": ""}},
         "layer-config entry '_default': 'format' is empty; fill it in, set \"skip\": true, or delete the entry",
@@ -239,7 +292,10 @@ BAD = {
         "layer-config entry 'K': unknown format 'float8_e4m3', did you mean 'float8_e4m3fn'? Allowed: ",
     ),
     "alias fp8": ({"K": {"format": "fp8"}}, "unknown format 'fp8', did you mean 'float8_e4m3fn'?"),
-    "alias int8": ({"K": {"format": "int8"}}, "unknown format 'int8', did you mean 'int8_tensorwise'?"),
+    "alias int8": (
+        {"K": {"format": "int8"}},
+        "unknown format 'int8', did you mean 'int8_tensorwise'?",
+    ),
     "alias nf4": ({"K": {"format": "nf4"}}, "unknown format 'nf4', did you mean 'bnb_nf4'?"),
     "block_wise": (
         {"K": {"format": "float8_e4m3fn_block_wise"}},
@@ -282,9 +338,18 @@ BAD = {
         "simple is true, which means method nearest",
     ),
     "default": ({"_default": []}, "layer-config: '_default' must be an object, got list"),
-    "exclusions": ({"_exclusions": "norm"}, "layer-config: '_exclusions' must be a list of strings"),
-    "near miss default": ({"_defaults": {}}, "layer-config: unknown key '_defaults', did you mean '_default'?"),
-    "near miss exclusions": ({"_exclusion": []}, "unknown key '_exclusion', did you mean '_exclusions'?"),
+    "exclusions": (
+        {"_exclusions": "norm"},
+        "layer-config: '_exclusions' must be a list of strings",
+    ),
+    "near miss default": (
+        {"_defaults": {}},
+        "layer-config: unknown key '_defaults', did you mean '_default'?",
+    ),
+    "near miss exclusions": (
+        {"_exclusion": []},
+        "unknown key '_exclusion', did you mean '_exclusions'?",
+    ),
 }
 
 
@@ -297,7 +362,11 @@ def test_a_malformed_config_is_refused_in_documented_words(table, message):
 
 def test_all_problems_are_collected():
     table = {
-        name: entry for bad, _ in BAD.values() if isinstance(bad, dict) for name, entry in bad.items() if name == "K"
+        name: entry
+        for bad, _ in BAD.values()
+        if isinstance(bad, dict)
+        for name, entry in bad.items()
+        if name == "K"
     }
     table |= {"a": {}, "b": {"format": "fp9"}, "c": 3, "_exclusions": [1]}
     with pytest.raises(LayerConfigError) as refused:
@@ -324,7 +393,9 @@ def test_files_that_are_no_json_say_where(tmp_path):
     with pytest.raises(RecipeError, match="layer-config: key 'a' appears twice"):
         load_layer_config(path)
     path.write_text(json.dumps({"(": FP8}))
-    with pytest.raises(RecipeError, match=r"layer-config entry '\(': not a regular expression: missing \)"):
+    with pytest.raises(
+        RecipeError, match=r"layer-config entry '\(': not a regular expression: missing \)"
+    ):
         load_layer_config(path, fullmatch=True)
     assert load_layer_config(path).entries[0].pattern == "("
 
@@ -352,31 +423,58 @@ def test_settings_become_the_wish_they_describe(settings_, wish):
 
 def test_what_an_entry_leaves_unsaid_comes_from_the_primary():
     primary = replace(parse_wish("int8_tensorwise:full_precision_matrix_mult=true"))
-    config = parse_layer_config({"a": FP8, "b": {**FP8, "full_precision_matrix_mult": False}}, unstated=primary)
-    assert [entry.wish.options.full_precision_matrix_mult for entry in config.entries] == [True, False]
+    config = parse_layer_config(
+        {"a": FP8, "b": {**FP8, "full_precision_matrix_mult": False}}, unstated=primary
+    )
+    assert [entry.wish.options.full_precision_matrix_mult for entry in config.entries] == [
+        True,
+        False,
+    ]
 
 
 def plan_of(config, **recipe):
-    header = Header({name: TensorSpec(name, "BF16", shape) for name, shape in flux_shapes(256).items()})
-    return make_plan(header, Recipe(parse_wish("int8_tensorwise"), layer_config=parse_layer_config(config), **recipe))
+    header = Header(
+        {name: TensorSpec(name, "BF16", shape) for name, shape in flux_shapes(256).items()}
+    )
+    return make_plan(
+        header,
+        Recipe(parse_wish("int8_tensorwise"), layer_config=parse_layer_config(config), **recipe),
+    )
 
 
 def test_layer_config_beats_rules_presets_and_primary_and_the_plan_names_the_pattern():
-    config = {"img_in": FP8, "double_blocks.*": {"format": "int8_blockwise"}, "_exclusions": ["*txt_mod*"]}
-    plan = plan_of(config, rules=(Rule("double_blocks.0.img_mod.lin", None), Rule("txt_in", parse_wish("bnb_nf4"))))
+    config = {
+        "img_in": FP8,
+        "double_blocks.*": {"format": "int8_blockwise"},
+        "_exclusions": ["*txt_mod*"],
+    }
+    plan = plan_of(
+        config,
+        rules=(Rule("double_blocks.0.img_mod.lin", None), Rule("txt_in", parse_wish("bnb_nf4"))),
+    )
     rows = {layer.name: layer for layer in plan.layers}
-    assert (rows["img_in"].format, rows["img_in"].rule) == ("float8_e4m3fn", "layer-config 'img_in'")
+    assert (rows["img_in"].format, rows["img_in"].rule) == (
+        "float8_e4m3fn",
+        "layer-config 'img_in'",
+    )
     assert rows["double_blocks.0.img_mod.lin"].format == "int8_blockwise"
     assert rows["double_blocks.0.txt_mod.lin"].reason == "layer-config _exclusions '*txt_mod*'"
     assert rows["txt_in"].rule == "rule 'txt_in'"
     assert rows["time_in.in_layer"].rule == "preset flux 'time_in.*'"
     assert rows["single_blocks.0.linear1"].rule == "primary"
-    assert "rule 'double_blocks.0.img_mod.lin' never decides: rules before it match the same layers" in plan.warnings
+    assert (
+        "rule 'double_blocks.0.img_mod.lin' never decides: rules before it match the same layers"
+        in plan.warnings
+    )
 
 
 def test_a_default_closes_the_list_and_says_how_many_layers_the_preset_would_have_kept():
     plan = plan_of({"_default": FP8, "single_blocks.*": {"skip": True}})
-    rows = {layer.name: layer for layer in plan.layers if layer.is_layer and len(layer.inputs[0].shape) == 2}
+    rows = {
+        layer.name: layer
+        for layer in plan.layers
+        if layer.is_layer and len(layer.inputs[0].shape) == 2
+    }
     assert rows["final_layer.linear"].rule == "layer-config _default"
     assert rows["single_blocks.0.linear1"].action == "keep"
     assert not any(row.rule.startswith(("preset", "primary")) for row in rows.values())

@@ -34,7 +34,12 @@ CLIP = {
 
 
 def header(shapes, prefix="", dtype="BF16"):
-    return Header({prefix + name: TensorSpec(prefix + name, dtype, tuple(shape)) for name, shape in shapes.items()})
+    return Header(
+        {
+            prefix + name: TensorSpec(prefix + name, dtype, tuple(shape))
+            for name, shape in shapes.items()
+        }
+    )
 
 
 def rows(plan):
@@ -58,7 +63,9 @@ def quantized(plan):
     ],
     ids=["flux", "sd3", "t5", "clip"],
 )  # fmt: skip
-def test_a_family_is_recognised_and_its_preset_keeps_the_sensitive_layers(shapes, family, kept, prefix):
+def test_a_family_is_recognised_and_its_preset_keeps_the_sensitive_layers(
+    shapes, family, kept, prefix
+):
     plan = make_plan(header(shapes, prefix), INT8)
     assert plan.family == family
     by_name = rows(plan)
@@ -126,7 +133,8 @@ def test_planned_tensors_are_the_ones_that_come_out(name):
     sink = MemorySink()
     plan = quantize(source, sink, recipe).plan
     assert {spec.name: (spec.dtype, spec.shape) for spec in plan.outputs} == {
-        key: (spec.dtype, spec.shape) for key, spec in MemorySource(sink.tensors).header.tensors.items()
+        key: (spec.dtype, spec.shape)
+        for key, spec in MemorySource(sink.tensors).header.tensors.items()
     }
     markers = json.loads(sink.metadata["_quantization_metadata"])["layers"]
     stored = {
@@ -134,18 +142,26 @@ def test_planned_tensors_are_the_ones_that_come_out(name):
         for key, tensor in sink.tensors.items()
         if key.endswith(".comfy_quant")
     }
-    assert markers == stored and list(markers) == [layer.name for layer in plan.layers if layer.format]
+    assert markers == stored and list(markers) == [
+        layer.name for layer in plan.layers if layer.format
+    ]
 
 
 def test_the_input_order_and_foreign_metadata_are_kept():
     source = MemorySource(
         random_tensors(flux_shapes()),
-        {"modelspec.title": "x", "fewbits.recipe": "old", "_quantization_metadata": '{"layers": {}}'},
+        {
+            "modelspec.title": "x",
+            "fewbits.recipe": "old",
+            "_quantization_metadata": '{"layers": {}}',
+        },
     )
     plan = plan_source(source, INT8)
     assert plan.metadata["modelspec.title"] == "x"
     assert plan.metadata["fewbits.recipe"] != "old"
-    assert [layer.name for layer in plan.layers] == [key.removesuffix(".weight") for key in source.tensors]
+    assert [layer.name for layer in plan.layers] == [
+        key.removesuffix(".weight") for key in source.tensors
+    ]
 
 
 @pytest.mark.parametrize(
@@ -166,12 +182,15 @@ def test_files_whose_layers_comfyui_cannot_read_quantized_are_refused(keys):
 def test_a_checkpoint_quantizes_the_diffusion_model_and_leaves_the_rest():
     tensors = header(flux_shapes(), "model.diffusion_model.").tensors
     tensors |= header(CLIP, "text_encoders.clip_l.transformer.").tensors
-    tensors |= header({"decoder.conv_in.weight": (64, 64), "encoder.conv_in.weight": (64, 64)}, "vae.").tensors
+    tensors |= header(
+        {"decoder.conv_in.weight": (64, 64), "encoder.conv_in.weight": (64, 64)}, "vae."
+    ).tensors
     plan = make_plan(Header(tensors), INT8)
     assert all(name.startswith("model.diffusion_model.") for name in quantized(plan))
     by_name = rows(plan)
     assert (
-        "inside a checkpoint" in by_name["text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"].reason
+        "inside a checkpoint"
+        in by_name["text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"].reason
     )
     assert by_name["vae.decoder.conv_in"].reason == "outside the recognised model"
     assert not plan.requires_pack
@@ -188,25 +207,36 @@ def test_embeddings_are_only_quantized_where_comfyui_can_read_them():
         recipe = Recipe(parse_wish(name), preset="none")
         (layer,) = make_plan(header({"shared.weight": (512, 256)}), recipe).layers
         assert (layer.action == "keep") == (format.embedding_min_comfyui is None), name
-    assert make_plan(header({"shared.weight": (512, 256)}), Recipe(INT8.primary, preset="none")).min_comfyui == "0.29.0"
+    assert (
+        make_plan(
+            header({"shared.weight": (512, 256)}), Recipe(INT8.primary, preset="none")
+        ).min_comfyui
+        == "0.29.0"
+    )
 
 
 def test_fallback_quantizes_what_the_preset_would_keep():
-    plan = make_plan(header(flux_shapes()), Recipe(INT8.primary, fallback=parse_wish("float8_e4m3fn")))
+    plan = make_plan(
+        header(flux_shapes()), Recipe(INT8.primary, fallback=parse_wish("float8_e4m3fn"))
+    )
     by_name = rows(plan)
     assert by_name["img_in"].format == "float8_e4m3fn"
     assert by_name["single_blocks.0.linear1"].format == "int8_tensorwise"
 
 
 def test_every_preset_that_a_family_names_exists_and_explains_itself():
-    assert {family.preset for family in families() if family.kind != "refuse"} <= set(preset_names())
+    assert {family.preset for family in families() if family.kind != "refuse"} <= set(
+        preset_names()
+    )
     for name in preset_names():
         assert all(exclusion.why and exclusion.match for exclusion in load_preset(name).exclude)
 
 
 def test_prefixes_are_read_off_the_names():
     parts = find_parts(header(CLIP, "text_encoders.clip_l.transformer.").tensors)
-    assert [(part.family.name, part.prefix) for part in parts] == [("clip", "text_encoders.clip_l.transformer.")]
+    assert [(part.family.name, part.prefix) for part in parts] == [
+        ("clip", "text_encoders.clip_l.transformer.")
+    ]
     assert not find_parts(["my" + name for name in CLIP])
 
 

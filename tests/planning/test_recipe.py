@@ -47,7 +47,10 @@ def test_a_toml_recipe_is_read_whole(tmp_path):
     assert recipe == Recipe(
         primary=parse_wish("int8_tensorwise:scaling=row"),
         fallback=parse_wish("float8_e4m3fn"),
-        rules=(Rule("double_blocks.0.*", parse_wish("float8_e4m3fn_blockwise:block_size=128")), Rule("img_in", None)),
+        rules=(
+            Rule("double_blocks.0.*", parse_wish("float8_e4m3fn_blockwise:block_size=128")),
+            Rule("img_in", None),
+        ),
         preset="flux",
         seed=3,
     )
@@ -55,7 +58,8 @@ def test_a_toml_recipe_is_read_whole(tmp_path):
 
 def test_defaults_and_stated_defaults_make_the_same_recipe_text():
     assert (
-        Recipe(parse_wish("int8_tensorwise")).to_text() == Recipe(parse_wish("int8_tensorwise:scaling=row")).to_text()
+        Recipe(parse_wish("int8_tensorwise")).to_text()
+        == Recipe(parse_wish("int8_tensorwise:scaling=row")).to_text()
     )
 
 
@@ -86,9 +90,15 @@ def test_a_malformed_recipe_is_refused_with_the_way_out(table, message):
     ("text", "expected"),
     [
         ("a.*=float8_e4m3fn", Rule("a.*", parse_wish("float8_e4m3fn"))),
-        ("a=int8_tensorwise:scaling=tensor", Rule("a", parse_wish("int8_tensorwise:scaling=tensor"))),
+        (
+            "a=int8_tensorwise:scaling=tensor",
+            Rule("a", parse_wish("int8_tensorwise:scaling=tensor")),
+        ),
         ("re:a(=b)?=keep", Rule("re:a(=b)?", None)),
-        ("re:x.*=int8_blockwise:block_size=64", Rule("re:x.*", parse_wish("int8_blockwise:block_size=64"))),
+        (
+            "re:x.*=int8_blockwise:block_size=64",
+            Rule("re:x.*", parse_wish("int8_blockwise:block_size=64")),
+        ),
     ],
 )
 def test_a_rule_is_written_as_pattern_equals_format(text, expected):
@@ -117,30 +127,44 @@ def test_a_draft_over_another_puts_its_rules_first_and_has_the_last_word():
     base = draft_from_table({"primary": {"format": "int8_tensorwise"}, "preset": "flux", "seed": 4,
                              "fallback": {"format": "mxfp8"}, "rule": [{"match": "a", "keep": True}]})  # fmt: skip
     own = Draft(rules=(Rule("b", None),), preset="none", fallback=FP8)
-    assert own.over(base).finish() == Recipe(INT8, (Rule("b", None), Rule("a", None)), FP8, "none", 4)
+    assert own.over(base).finish() == Recipe(
+        INT8, (Rule("b", None), Rule("a", None)), FP8, "none", 4
+    )
     assert Draft().over(base) == base and base.over(Draft()) == base
     assert Draft(seed=0).over(base).finish().seed == 0
     assert Draft(preset="auto").over(base).finish().preset == "auto"
 
 
-@pytest.mark.parametrize("table", [{"primary": {"format": "mxfp8"}}, {"layer_config": {"x": {"skip": True}}}], ids=list)
+@pytest.mark.parametrize(
+    "table", [{"primary": {"format": "mxfp8"}}, {"layer_config": {"x": {"skip": True}}}], ids=list
+)
 def test_what_cannot_give_way_in_part_is_refused_when_both_state_it(table):
-    with pytest.raises(RecipeError, match=rf"both have a \[{next(iter(table))}\]; delete one of them"):
+    with pytest.raises(
+        RecipeError, match=rf"both have a \[{next(iter(table))}\]; delete one of them"
+    ):
         draft_from_table(table).over(draft_from_table(table))
 
 
 def test_a_draft_without_primary_is_no_recipe():
     with pytest.raises(RecipeError, match=r"a \[primary\] table with a format is required"):
         draft_from_text("seed = 1", "pasted").finish()
-    with pytest.raises(RecipeError, match="recipe pasted: top level: unknown key 'sead', did you mean 'seed'"):
+    with pytest.raises(
+        RecipeError, match="recipe pasted: top level: unknown key 'sead', did you mean 'seed'"
+    ):
         draft_from_text("sead = 1", "pasted")
     with pytest.raises(RecipeError, match="recipe pasted: .*line 1"):
         draft_from_text("seed 1", "pasted")
 
 
 def test_entries_of_a_layer_config_leave_to_the_primary_what_they_do_not_say_whoever_states_it_when():
-    config = {"layer_config": {"x": {"format": "bnb_nf4"}, "y": {"format": "bnb_nf4", "simple": True}}}
-    primary = {"format": "int8_tensorwise", "method": "mse_clip", "full_precision_matrix_mult": True}
+    config = {
+        "layer_config": {"x": {"format": "bnb_nf4"}, "y": {"format": "bnb_nf4", "simple": True}}
+    }
+    primary = {
+        "format": "int8_tensorwise",
+        "method": "mse_clip",
+        "full_precision_matrix_mult": True,
+    }
     at_once = recipe_from_table({"primary": primary, **config})
     later = draft_from_table({"primary": primary}).over(draft_from_table(config)).finish()
     assert at_once == later and at_once.to_text() == later.to_text()
@@ -156,7 +180,10 @@ OWN = {"bnb_fp4": "mse_clip"}  # format -> its own method; nearest where it is n
 def test_a_wish_without_a_method_means_the_formats_own_and_its_text_leaves_that_out(name):
     own = OWN.get(name, "nearest")
     assert parse_wish(name).method == Wish(name).method == own
-    assert parse_wish(f"{name}:method={own}") == parse_wish(name) and parse_wish(name).to_text() == name
+    assert (
+        parse_wish(f"{name}:method={own}") == parse_wish(name)
+        and parse_wish(name).to_text() == name
+    )
     (other,) = {"nearest", "mse_clip"} - {own}
     assert parse_wish(parse_wish(f"{name}:method={other}").to_text()).method == other
     assert recipe_from_table({"primary": {"format": name}}).to_json()["primary"]["method"] == own
@@ -179,7 +206,9 @@ def test_options_of_a_formats_own_method_need_no_method():
     ],
     ids=str,
 )
-def test_an_entry_of_a_layer_config_takes_the_method_that_the_primary_names_else_its_formats_own(primary, methods):
+def test_an_entry_of_a_layer_config_takes_the_method_that_the_primary_names_else_its_formats_own(
+    primary, methods
+):
     config = {"x": {"format": "bnb_fp4"}, "y": {"format": "int8_tensorwise"}}
     recipe = recipe_from_table({"primary": primary, "layer_config": config})
     assert [entry.wish.method for entry in recipe.layer_config.entries] == methods
@@ -187,8 +216,12 @@ def test_an_entry_of_a_layer_config_takes_the_method_that_the_primary_names_else
     assert again == recipe and again.to_text() == recipe.to_text()
 
 
-NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)  # no halves of surrogate pairs
-PATTERNS = NAMES.filter(lambda name: not name.startswith(("re:", "search:")))  # few would be regular expressions
+NAMES = st.text(
+    st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12
+)  # no halves of surrogate pairs
+PATTERNS = NAMES.filter(
+    lambda name: not name.startswith(("re:", "search:"))
+)  # few would be regular expressions
 WISHES = st.sampled_from([
     INT8, FP8, parse_wish("bnb_fp4"), parse_wish("bnb_fp4:highest=1.5"), parse_wish("bnb_nf4:block_size=128,method=svd,early_stop_lr=1e-08,lr_schedule=plateau"),
     parse_wish("int8_tensorwise:convrot=true,convrot_groupsize=64,full_precision_matrix_mult=true"),
@@ -209,7 +242,8 @@ SETTINGS = st.sampled_from(
     rules=st.lists(st.tuples(PATTERNS, st.none() | WISHES, st.booleans()), max_size=3),
     fallback=st.none() | WISHES,
     seed=st.integers(0, 2**31),
-    config=st.none() | st.dictionaries(NAMES.filter(lambda name: not name.startswith("_")), SETTINGS, max_size=3),
+    config=st.none()
+    | st.dictionaries(NAMES.filter(lambda name: not name.startswith("_")), SETTINGS, max_size=3),
 )
 def test_any_recipe_survives_its_text(primary, rules, fallback, seed, config):
     """Whatever stands in a pattern or a key; the same recipe, so the same bytes from a graph and a command."""

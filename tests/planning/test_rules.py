@@ -23,7 +23,9 @@ INT8 = parse_wish("int8_tensorwise")
 
 def plan_of(recipe, shapes=None, prefix=""):
     shapes = shapes or flux_shapes(256)
-    return make_plan(Header({prefix + n: TensorSpec(prefix + n, "BF16", s) for n, s in shapes.items()}), recipe)
+    return make_plan(
+        Header({prefix + n: TensorSpec(prefix + n, "BF16", s) for n, s in shapes.items()}), recipe
+    )
 
 
 def row(plan, name):
@@ -36,17 +38,23 @@ def test_the_rules_of_a_plan_stand_in_the_documented_order():
         rules=(Rule("single_blocks.*", None),),
         fallback=parse_wish("float8_e4m3fn"),
         heuristics=True,
-        layer_config=parse_layer_config({"txt_in": {"skip": True}, "_default": {"format": "bnb_nf4"}}),
+        layer_config=parse_layer_config(
+            {"txt_in": {"skip": True}, "_default": {"format": "bnb_nf4"}}
+        ),
     )
     labels = [rule.rule for rule in plan_of(recipe).rules]
     expected = ["layer-config 'txt_in'", "layer-config _default", "rule 'single_blocks.*'", "outside the recognised model",
                 "preset flux 'img_in'", "heuristics", "primary"]  # fmt: skip
-    assert [labels.index(label) for label in expected] == sorted(labels.index(label) for label in expected)
+    assert [labels.index(label) for label in expected] == sorted(
+        labels.index(label) for label in expected
+    )
     assert labels[-1] == "primary"
 
 
 def test_every_layer_is_decided_by_exactly_one_rule_of_the_list():
-    plan = plan_of(Recipe(INT8, rules=(Rule("*mlp*", parse_wish("bnb_nf4")), Rule("*.img_mlp.*", None))))
+    plan = plan_of(
+        Recipe(INT8, rules=(Rule("*mlp*", parse_wish("bnb_nf4")), Rule("*.img_mlp.*", None)))
+    )
     candidates = [layer for layer in plan.layers if layer.rule]
     assert sum(rule.won for rule in plan.rules) == len(candidates)
     won = {rule.rule: rule.won for rule in plan.rules}
@@ -58,7 +66,10 @@ def test_every_layer_is_decided_by_exactly_one_rule_of_the_list():
 def test_searched_patterns_see_the_full_key():
     shapes = flux_shapes(256)
     searched = Recipe(
-        INT8, rules=(parse_rule(r"search:^model\.diffusion_model\.double_blocks.*proj\.weight$=bnb_nf4"),)
+        INT8,
+        rules=(
+            parse_rule(r"search:^model\.diffusion_model\.double_blocks.*proj\.weight$=bnb_nf4"),
+        ),
     )
     plan = plan_of(searched, shapes, "model.diffusion_model.")
     assert row(plan, "model.diffusion_model.double_blocks.0.img_attn.proj").format == "bnb_nf4"
@@ -112,8 +123,15 @@ def test_a_t5_file_loses_its_decoder_and_says_so():
     }  # fmt: skip
     plan = plan_of(Recipe(INT8), shapes)
     dropped = {layer.name for layer in plan.layers if layer.action == "drop"}
-    assert dropped == {"decoder.block.0.layer.0.SelfAttention.q", "decoder.final_layer_norm", "lm_head"}
-    assert not {spec.name for spec in plan.outputs} & {"decoder.final_layer_norm.weight", "lm_head.weight"}
+    assert dropped == {
+        "decoder.block.0.layer.0.SelfAttention.q",
+        "decoder.final_layer_norm",
+        "lm_head",
+    }
+    assert not {spec.name for spec in plan.outputs} & {
+        "decoder.final_layer_norm.weight",
+        "lm_head.weight",
+    }
     assert row(plan, "lm_head").reason == "preset t5: ComfyUI loads only the encoder"
 
 

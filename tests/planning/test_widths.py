@@ -10,7 +10,9 @@ from fewbits.quant_ops.spec import Header, LayerPlan, ModelPlan, TensorSpec
 from helpers import flux_shapes, sd3_shapes
 
 TABLE = tomllib.loads((RECIPES / "families.toml").read_text(encoding="utf-8"))["widths"]
-CASES = [(family, layer.replace("[14]", "4")) for family, layers in TABLE.items() for layer in layers]
+CASES = [
+    (family, layer.replace("[14]", "4")) for family, layers in TABLE.items() for layer in layers
+]
 PACKED = ["nvfp4", "bnb_nf4", "bnb_fp4", "convrot_w4a4", "asym_w4a8_int8"]
 
 
@@ -23,11 +25,15 @@ def find(plan: ModelPlan, name: str) -> LayerPlan:
     return next(layer for layer in plan.layers if layer.name == name)
 
 
-@pytest.mark.parametrize(("family", "layer"), CASES, ids=[f"{family}: {layer}" for family, layer in CASES])
+@pytest.mark.parametrize(
+    ("family", "layer"), CASES, ids=[f"{family}: {layer}" for family, layer in CASES]
+)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."], ids=["bare", "prefixed"])
 def test_a_layer_of_the_table_is_kept_in_a_model_of_unknown_family(family, layer, prefix):
     name = prefix + layer
-    plan = planned({f"{name}.weight": (256, 256), f"{prefix}blocks.7.other.weight": (256, 256)}, "bnb_nf4")
+    plan = planned(
+        {f"{name}.weight": (256, 256), f"{prefix}blocks.7.other.weight": (256, 256)}, "bnb_nf4"
+    )
     assert find(plan, name).action == "keep"
     assert find(plan, f"{prefix}blocks.7.other").format == "bnb_nf4"
 
@@ -39,7 +45,9 @@ def test_every_packed_format_keeps_it_and_says_why(wish):
     assert layer.reason == "primary; ComfyUI reads its width to recognise the model"
 
 
-@pytest.mark.parametrize("wish", ["float8_e4m3fn", "int8_tensorwise", "int8_tensorwise:convrot=true", "mxfp8"])
+@pytest.mark.parametrize(
+    "wish", ["float8_e4m3fn", "int8_tensorwise", "int8_tensorwise:convrot=true", "mxfp8"]
+)
 def test_formats_that_keep_the_width_may_have_it(wish):
     layer = find(planned({"x.cond_seq_linear.weight": (256, 256)}, wish), "x.cond_seq_linear")
     assert (layer.action, layer.reason) == ("quantize", "primary")
@@ -48,12 +56,17 @@ def test_formats_that_keep_the_width_may_have_it(wish):
 def test_mxfp8_counts_as_packed_where_it_pads():
     layer = find(planned({"x.cond_seq_linear.weight": (250, 250)}, "mxfp8"), "x.cond_seq_linear")
     assert layer.action == "keep"
-    assert layer.reason == "primary; padded 250x250 -> 256x256; ComfyUI reads its width to recognise the model"
+    assert (
+        layer.reason
+        == "primary; padded 250x250 -> 256x256; ComfyUI reads its width to recognise the model"
+    )
 
 
 def test_the_fallback_takes_it_unless_that_is_packed_too():
     shapes = {"x.cond_seq_linear.weight": (256, 256)}
-    taken = find(planned(shapes, "bnb_nf4", fallback=parse_wish("float8_e4m3fn")), "x.cond_seq_linear")
+    taken = find(
+        planned(shapes, "bnb_nf4", fallback=parse_wish("float8_e4m3fn")), "x.cond_seq_linear"
+    )
     assert taken.format == "float8_e4m3fn"
     assert "ComfyUI reads its width" in taken.reason
     kept = find(planned(shapes, "bnb_nf4", fallback=parse_wish("nvfp4")), "x.cond_seq_linear")
@@ -69,7 +82,8 @@ def test_insisting_packs_it_and_warns(insisting):
     plan = planned({"x.cond_seq_linear.weight": (256, 256)}, "bnb_nf4", **insisting)
     assert find(plan, "x.cond_seq_linear").format == "bnb_nf4"
     assert any(
-        warning == "layer 'x.cond_seq_linear' becomes bnb_nf4, but ComfyUI reads its width to recognise the model; "
+        warning
+        == "layer 'x.cond_seq_linear' becomes bnb_nf4, but ComfyUI reads its width to recognise the model; "
         "keep it with a rule"
         for warning in plan.warnings
     )

@@ -21,7 +21,12 @@ def stamp() -> str:
     """Eight hex digits over all helpers, without the stamps they carry themselves."""
     digest = hashlib.sha256()
     for path in HELPERS:
-        digest.update(path.name.encode() + b"\0" + IMPORT.sub(r"\1", path.read_text(encoding="utf-8")).encode() + b"\0")
+        digest.update(
+            path.name.encode()
+            + b"\0"
+            + IMPORT.sub(r"\1", path.read_text(encoding="utf-8")).encode()
+            + b"\0"
+        )
     return digest.hexdigest()[:8]
 
 
@@ -37,8 +42,15 @@ def imports(path: Path) -> list[tuple[str, str]]:
 
 
 def test_every_import_of_a_helper_carries_the_current_stamp():
-    wrong = [f"{path.name}: {name}?v={seen}" for path in SCRIPTS for name, seen in imports(path) if seen != stamp()]
-    assert not wrong, f"helpers changed: run `python3 tests/web/test_web_files.py` ({', '.join(wrong)})"
+    wrong = [
+        f"{path.name}: {name}?v={seen}"
+        for path in SCRIPTS
+        for name, seen in imports(path)
+        if seen != stamp()
+    ]
+    assert not wrong, (
+        f"helpers changed: run `python3 tests/web/test_web_files.py` ({', '.join(wrong)})"
+    )
 
 
 def test_every_helper_is_imported_and_every_import_exists():
@@ -55,7 +67,11 @@ def test_scripts_are_silent_and_never_build_markup_from_text():
     banned = re.compile(
         r"console\.|alert\(|innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function"
     )
-    found = [f"{path.name}: {hit}" for path in SCRIPTS for hit in banned.findall(path.read_text(encoding="utf-8"))]
+    found = [
+        f"{path.name}: {hit}"
+        for path in SCRIPTS
+        for hit in banned.findall(path.read_text(encoding="utf-8"))
+    ]
     assert not found
 
 
@@ -68,7 +84,9 @@ def test_scripts_import_nothing_but_helpers_and_the_two_stable_host_modules():
 
 
 def test_every_class_of_the_style_sheet_is_used():
-    classes = set(re.findall(r"\.(fewbits-[\w-]+)", (WEB / "fewbits.css").read_text(encoding="utf-8")))
+    classes = set(
+        re.findall(r"\.(fewbits-[\w-]+)", (WEB / "fewbits.css").read_text(encoding="utf-8"))
+    )
     scripts = "".join(path.read_text(encoding="utf-8") for path in SCRIPTS)
     assert {name for name in classes if name not in scripts} == set()
 

@@ -1,4 +1,5 @@
-"""Foreign dialects: one file per family of them, whose docstring is the mapping table; tried in this order per layer.
+"""Foreign dialects: one file per family of them, whose docstring is the mapping table; tried in
+this order per layer.
 
 A new dialect is a new file and one line in DIALECTS.
 """
@@ -25,7 +26,8 @@ DIALECTS: tuple[Dialect, ...] = (
 
 
 def translate(layer: StoredLayer, options: ImportOptions) -> Translation | None:
-    """The canonical layer by the first dialect that claims it; None for a plain tensor, or one that stays as it is.
+    """The canonical layer by the first dialect that claims it; None for a plain tensor, or one that
+    stays as it is.
 
     Raises:
         CheckpointError: recognised, but it cannot be read without guessing.
@@ -34,7 +36,9 @@ def translate(layer: StoredLayer, options: ImportOptions) -> Translation | None:
     if dialect is not None:
         return dialect.translate(layer, options)
     if layer.unreadable and not options.foreign_only:
-        raise CheckpointError(f"comfy_quant is {layer.unreadable}, and the tensors alone do not tell the format")
+        raise CheckpointError(
+            f"comfy_quant is {layer.unreadable}, and the tensors alone do not tell the format"
+        )
     return None
 
 

@@ -1,4 +1,5 @@
-"""asym_w4a8_int8 of other writers (C5); ours, with the table and e4m3fn group scales, is plain comfy_quant.
+"""asym_w4a8_int8 of other writers (C5); ours, with the table and e4m3fn group scales, is plain
+comfy_quant.
 
 | stored | decode |
 |---|---|
@@ -33,7 +34,9 @@ class AsymW4A8:
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation | None:
         if NAME in options.host_formats:
             return None  # the host's own layout reads these variants
-        missing = [suffix for suffix in ("weight_s_rel", "weight_s_channel") if suffix not in layer.specs]
+        missing = [
+            suffix for suffix in ("weight_s_rel", "weight_s_channel") if suffix not in layer.specs
+        ]
         if missing:
             raise CheckpointError(f"{missing[0]} is missing; {NAME} needs it")
         (n, row_bytes), (_, groups) = layer.matrix, layer.specs["weight_s_rel"].shape
@@ -41,7 +44,9 @@ class AsymW4A8:
         k = groups * size
         bits = 8 * row_bytes / k if k else 0
         if bits not in (4, 6):
-            raise CheckpointError(f"rows of {row_bytes} bytes for K={k} are {bits:g} bits a weight; 4 and 6 are read")
+            raise CheckpointError(
+                f"rows of {row_bytes} bytes for K={k} are {bits:g} bits a weight; 4 and 6 are read"
+            )
         group = stored_group(layer.said, LayerInput((n, k), None))
 
         def decode(tensors: Tensors) -> torch.Tensor:
@@ -54,7 +59,11 @@ class AsymW4A8:
 def _is_ours(layer: StoredLayer) -> bool:
     codebook, relative = layer.specs.get("weight_codebook"), layer.specs.get("weight_s_rel")
     plain = codebook is not None and relative is not None and "weight_correction" not in layer.specs
-    sizes = plain and len(relative.shape) == 2 and relative.shape[1] * GROUP == 2 * layer.weight.shape[-1]
+    sizes = (
+        plain
+        and len(relative.shape) == 2
+        and relative.shape[1] * GROUP == 2 * layer.weight.shape[-1]
+    )
     return sizes and codebook.numel == 16 and relative.dtype in ("F8_E4M3", "U8")
 
 
@@ -70,7 +79,9 @@ def _rotated(tensors: Tensors, six_bits: bool, size: int) -> torch.Tensor:
     if relative.dtype == torch.uint8:
         relative = fit(relative, "F8_E4M3", tuple(relative.shape))
     n, k = levels.shape
-    grid = (levels.view(n, k // size, size) * relative.float()[:, :, None]).round_().clamp_(-127, 127)
+    grid = (
+        (levels.view(n, k // size, size) * relative.float()[:, :, None]).round_().clamp_(-127, 127)
+    )
     rotated = grid.view(n, k) * tensors["weight_s_channel"].float().reshape(n, 1)
     if "weight_correction" in tensors:
         rotated = rotated + tensors["weight_correction"].float().t().repeat_interleave(size, 1)
@@ -78,7 +89,9 @@ def _rotated(tensors: Tensors, six_bits: bool, size: int) -> torch.Tensor:
 
 
 def _six_bit_codes(rows: torch.Tensor) -> torch.Tensor:
-    """(N, 3K/4) bytes -> (N, K) codes 0..63: K/2 bytes of low nibbles, then K/4 bytes of top bit pairs."""
+    """(N, 3K/4) bytes -> (N, K) codes 0..63: K/2 bytes of low nibbles, then K/4 bytes of top bit
+    pairs.
+    """
     n, row_bytes = rows.shape
     k = row_bytes * 4 // 3
     rows = rows.contiguous().view(torch.uint8)

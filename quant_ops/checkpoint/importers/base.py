@@ -1,4 +1,6 @@
-"""What every dialect shares: a layer as a file holds it, what the user adds to it, and its canonical translation."""
+"""What every dialect shares: a layer as a file holds it, what the user adds to it, and its
+canonical translation.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from ...spec import FLOAT_DTYPES, FormatOptions, LayerInput, TensorSpec
 Tensors = dict[str, torch.Tensor]
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 
-STATIC_INPUT = ("float8_e4m3fn", "float8_e5m2", "nvfp4")  # formats with an input_scale (FORMATS 3.0)
+# formats with an input_scale (FORMATS 3.0)
+STATIC_INPUT = ("float8_e4m3fn", "float8_e5m2", "nvfp4")
 FP8 = ("F8_E4M3", "F8_E5M2")
 
 
@@ -27,14 +30,15 @@ FP8 = ("F8_E4M3", "F8_E5M2")
 class ImportOptions:
     """What a file does not say and the user may.
 
-    `foreign_only` leaves alone what ComfyUI reads by itself, plain FP8 casts and unknown formats included; the others
-    are brought into canonical form completely.
+    `foreign_only` leaves alone what ComfyUI reads by itself, plain FP8 casts and unknown formats
+    included; the others are brought into canonical form completely.
     """
 
     assume: str | None = None  # "nf4" | "fp4", for 4-bit layers that do not say which (D14L)
     assume_convrot: int | None = None  # rotation group of INT8 layers without JSON (R2)
     nibble_order: str | None = None  # "low" | "high", where no rule decides (FORMATS 5.4)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor name -> logical shape of the original
+    # tensor name -> logical shape of the original
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     full_precision_mm: bool = False  # mark every FP8 layer
     foreign_only: bool = False
     host_formats: frozenset[str] = frozenset()  # formats that the ComfyUI at hand reads without us
@@ -42,22 +46,31 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file says about all its layers. `scopes` maps the prefix of each `scaled_fp8` marker to its size."""
+    """What a file says about all its layers. `scopes` maps the prefix of each `scaled_fp8` marker
+    to its size.
+    """
 
     scopes: dict[str, int]
-    low_nibble_first: bool  # metadata of the converters that packed the low nibble first (FORMATS 5.4, rule 5)
+    # metadata of the converters that packed the low nibble first (FORMATS 5.4, rule 5)
+    low_nibble_first: bool
 
     def scope_of(self, name: str) -> int | None:
-        """Elements of the marker that owns a tensor, longest prefix first; None when no marker does."""
-        owner = max((prefix for prefix in self.scopes if name.startswith(prefix)), key=len, default=None)
+        """Elements of the marker that owns a tensor, longest prefix first; None when no marker
+        does.
+        """
+        owner = max(
+            (prefix for prefix in self.scopes if name.startswith(prefix)), key=len, default=None
+        )
         return None if owner is None else self.scopes[owner]
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One layer as stored. `specs` and `read` go by suffix: "weight", "weight_scale", "weight.absmax".
+    """One layer as stored. `specs` and `read` go by suffix: "weight", "weight_scale",
+    "weight.absmax".
 
-    `marker` is the JSON that counts (the header wins), None without any; `unreadable` says why stored JSON is not.
+    `marker` is the JSON that counts (the header wins), None without any; `unreadable` says why
+    stored JSON is not.
     """
 
     name: str
@@ -75,7 +88,9 @@ class StoredLayer:
 
     @cached_property
     def said(self) -> dict:
-        """The marker with `params` lifted to the top level; older writers know one place or the other."""
+        """The marker with `params` lifted to the top level; older writers know one place or the
+        other.
+        """
         marker = self.marker or {}
         params = marker.get("params")
         return {**(params if isinstance(params, dict) else {}), **marker}
@@ -93,7 +108,9 @@ class StoredLayer:
         """
         shape = self.weight.shape
         if len(shape) != 2:
-            raise CheckpointError(f"weight is {len(shape)}-D {list(shape)}; only matrices are stored quantized")
+            raise CheckpointError(
+                f"weight is {len(shape)}-D {list(shape)}; only matrices are stored quantized"
+            )
         return shape[0], shape[1]
 
     @property
@@ -116,9 +133,11 @@ class StoredLayer:
 
 @dataclass(frozen=True)
 class Translation:
-    """A layer in canonical form: quantized in one of FORMATS, or (`format` None) a plain float weight.
+    """A layer in canonical form: quantized in one of FORMATS, or (`format` None) a plain float
+    weight.
 
-    `outputs` states dtype and shape per suffix before anything is read; `convert` maps the stored tensors to them.
+    `outputs` states dtype and shape per suffix before anything is read; `convert` maps the stored
+    tensors to them.
     """
 
     dialect: str
@@ -134,10 +153,17 @@ class Translation:
     warnings: tuple[str, ...] = ()
 
     def decoded(self, dtype: str, note: str) -> Translation:
-        """The same layer as a float weight: canonical decoder, rounded once, `pre_quant_scale` multiplied in."""
+        """The same layer as a float weight: canonical decoder, rounded once, `pre_quant_scale`
+        multiplied in.
+        """
         if self.format is None:
             return self
-        format, options, layer, convert = get_format(self.format), self.options, self.layer, self.convert
+        format, options, layer, convert = (
+            get_format(self.format),
+            self.options,
+            self.layer,
+            self.convert,
+        )
 
         def decode(tensors: Tensors) -> Tensors:
             stored = convert(tensors)
@@ -148,14 +174,18 @@ class Translation:
 
         outputs = {"weight": (dtype, layer.shape)}
         note = f"{self.note}; {note}" if self.note else note
-        return Translation(self.dialect, outputs, decode, note, nibbles=self.nibbles, warnings=self.warnings)
+        return Translation(
+            self.dialect, outputs, decode, note, nibbles=self.nibbles, warnings=self.warnings
+        )
 
 
 class Dialect(Protocol):
     """One way in which files store layers."""
 
     def claims(self, layer: StoredLayer) -> bool:
-        """Whether the evidence of FORMATS 5.1 is there; earlier dialects in the list have declined."""
+        """Whether the evidence of FORMATS 5.1 is there; earlier dialects in the list have
+        declined.
+        """
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation | None:
         """The canonical layer; None leaves its tensors as they are.
@@ -166,7 +196,9 @@ class Dialect(Protocol):
 
 
 def fit(tensor: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """The tensor under its canonical dtype and shape: one-byte types change name, floats are converted."""
+    """The tensor under its canonical dtype and shape: one-byte types change name, floats are
+    converted.
+    """
     wanted = TORCH_DTYPES[dtype]
     if tensor.dtype != wanted:
         same_bytes = tensor.itemsize == wanted.itemsize == 1
@@ -197,11 +229,17 @@ def quantized(
     def translate(tensors: Tensors) -> Tensors:
         made = convert(tensors)
         made = {suffix: fit(made[suffix], *spec) for suffix, spec in specs.items()}
-        return {**made, **{to: fit(tensors[of], dtype, shape) for to, (of, dtype, shape) in sides.items()}}
+        return {
+            **made,
+            **{to: fit(tensors[of], dtype, shape) for to, (of, dtype, shape) in sides.items()},
+        }
 
     return Translation(
         dialect=dialect,
-        outputs={**specs, **{suffix: (dtype, shape) for suffix, (_, dtype, shape) in sides.items()}},
+        outputs={
+            **specs,
+            **{suffix: (dtype, shape) for suffix, (_, dtype, shape) in sides.items()},
+        },
         convert=translate,
         note=note,
         format=format_name,
@@ -238,7 +276,9 @@ def floating(
 def _kept_sides(
     layer: StoredLayer, format_name: str
 ) -> tuple[dict[str, tuple[str, str, tuple[int, ...]]], tuple[str, ...]]:
-    """(canonical suffix -> (stored suffix, dtype, shape), warnings) of the tensors that stay beside the weight."""
+    """(canonical suffix -> (stored suffix, dtype, shape), warnings) of the tensors that stay beside
+    the weight.
+    """
     sides = {}
     warnings = []
     if "pre_quant_scale" in layer.specs:
@@ -267,7 +307,12 @@ def input_scale_problem(layer: StoredLayer, suffix: str, format_name: str) -> st
     if not math.isfinite(value) or value <= 0:
         return f"it is {value}"
     own = layer.first("weight_scale", "scale_weight")
-    if value != 1.0 and own is not None and layer.specs[own].numel == 1 and layer.number(own) == value:
+    if (
+        value != 1.0
+        and own is not None
+        and layer.specs[own].numel == 1
+        and layer.number(own) == value
+    ):
         return "it is a copy of the weight's scale"
     return None
 

@@ -1,4 +1,5 @@
-"""bitsandbytes (B0), with nested absmax (B1), and a converter that used its names with other bytes (D30).
+"""bitsandbytes (B0), with nested absmax (B1), and a converter that used its names with other bytes
+(D30).
 
 | stored | becomes |
 |---|---|
@@ -45,7 +46,13 @@ class BitsAndBytes:
         nested = "weight.nested_absmax" in layer.specs
         table = stored_table(layer, "weight.quant_map")
         order, warnings = nibble_order(
-            layer, options, kind=kind, table=table, nested=nested, state_text=text, absmax="weight.absmax"
+            layer,
+            options,
+            kind=kind,
+            table=table,
+            nested=nested,
+            state_text=text,
+            absmax="weight.absmax",
         )
         codes = Codes(
             kind=kind,
@@ -58,7 +65,9 @@ class BitsAndBytes:
             dtype=source_dtype(state.get("dtype")),
         )
         if order == "low":
-            return translate_codes("D30", layer, codes, "low nibble first under bitsandbytes names", warnings)
+            return translate_codes(
+                "D30", layer, codes, "low nibble first under bitsandbytes names", warnings
+            )
         note = "bitsandbytes, nested absmax decoded" if nested else "bitsandbytes"
         return translate_codes("B1" if nested else "B0", layer, codes, note, warnings)
 
@@ -71,7 +80,11 @@ def _nested(state: dict):
 
     def absmax(tensors: Tensors) -> torch.Tensor:
         return nested_absmax(
-            tensors["weight.absmax"], tensors["weight.nested_quant_map"], tensors["weight.nested_absmax"], size, offset
+            tensors["weight.absmax"],
+            tensors["weight.nested_quant_map"],
+            tensors["weight.nested_absmax"],
+            size,
+            offset,
         )
 
     return absmax

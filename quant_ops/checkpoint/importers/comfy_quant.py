@@ -41,11 +41,17 @@ class ComfyQuant:
             raise CheckpointError(str(error)) from None
         fitting = _fitting(format, layer)
         if fitting is None and name in SCALED and layer.weight.dtype in LABELS:
-            convrot = layer.said.get("convrot_groupsize", 256) if layer.said.get("convrot") else None
-            return translate_scaled("C1", layer, "scales reshaped", tag=name, precise=layer.precise, convrot=convrot)
+            convrot = (
+                layer.said.get("convrot_groupsize", 256) if layer.said.get("convrot") else None
+            )
+            return translate_scaled(
+                "C1", layer, "scales reshaped", tag=name, precise=layer.precise, convrot=convrot
+            )
         specs, stored_options = fitting or _tidied(format, layer)
         source = format.stored_layer(layer.said, specs)
-        made = quantized("C0", layer, name, source, stored_options, lambda tensors: _present(tensors, specs), "")
+        made = quantized(
+            "C0", layer, name, source, stored_options, lambda tensors: _present(tensors, specs), ""
+        )
         same = all(
             suffix in layer.specs and (layer.specs[suffix].dtype, layer.specs[suffix].shape) == spec
             for suffix, spec in made.outputs.items()
@@ -56,10 +62,16 @@ class ComfyQuant:
             return replace(made, dialect="C2", note="scales reshaped")
         if made.marker == layer.header_marker and layer.tensor_marker is None:
             return replace(made, dialect="C3", note="JSON also beside the layer")
-        return made if made.marker == layer.marker else replace(made, dialect="C2", note="JSON completed")
+        return (
+            made
+            if made.marker == layer.marker
+            else replace(made, dialect="C2", note="JSON completed")
+        )
 
 
-def _fitting(format: Format, layer: StoredLayer) -> tuple[dict[str, TensorSpec], FormatOptions] | None:
+def _fitting(
+    format: Format, layer: StoredLayer
+) -> tuple[dict[str, TensorSpec], FormatOptions] | None:
     """Specs and options when the stored tensors are exactly the format's."""
     try:
         return layer.specs, format.options_from(layer.said, layer.specs)
@@ -84,7 +96,9 @@ def _tidied(format: Format, layer: StoredLayer) -> tuple[dict[str, TensorSpec], 
         widened = dtype == "F32" and stored.dtype in FLOAT_DTYPES
         renamed = ITEM_SIZES[dtype] == ITEM_SIZES[stored.dtype] == 1
         flat = replace(stored, dtype=dtype if widened or renamed else stored.dtype)
-        specs[suffix] = replace(flat, shape=shape) if flat.numel == replace(flat, shape=shape).numel else flat
+        specs[suffix] = (
+            replace(flat, shape=shape) if flat.numel == replace(flat, shape=shape).numel else flat
+        )
     try:
         return specs, format.options_from(layer.said, specs)
     except RecipeError as error:

@@ -1,4 +1,5 @@
-"""4-bit layers of convert_to_quant, December 2025: flat weight, low nibble first, `<layer>.absmax` (D14, D19).
+"""4-bit layers of convert_to_quant, December 2025: flat weight, low nibble first, `<layer>.absmax`
+(D14, D19).
 
 | stored | becomes |
 |---|---|
@@ -55,7 +56,9 @@ class Flat4Bit:
             dtype=source_dtype(layer.said.get("dtype")),
         )
         stated = "shape" in layer.said
-        return translate_codes("D19" if stated else "D14", layer, codes, "flat 4-bit, low nibble first", warnings)
+        return translate_codes(
+            "D19" if stated else "D14", layer, codes, "flat 4-bit, low nibble first", warnings
+        )
 
 
 def _kind(layer: StoredLayer) -> str | None:
@@ -72,21 +75,39 @@ def _is_ours(layer: StoredLayer) -> bool:
 def is_zero_defect(layer: StoredLayer, size: int) -> bool:
     """The shapes of a layer whose zeros were stored unpacked: one byte per weight."""
     absmax = layer.specs["absmax"]
-    return len(layer.weight.shape) == 2 and len(absmax.shape) == 3 and absmax.numel * size == layer.weight.numel
+    return (
+        len(layer.weight.shape) == 2
+        and len(absmax.shape) == 3
+        and absmax.numel * size == layer.weight.numel
+    )
 
 
 def _zero_layer(layer: StoredLayer, kind: str, size: int) -> Translation:
     options = resolved(WRITTEN.get(kind, "bnb_nf4"), FormatOptions(block_size=size))
     if kind not in ZERO_BYTE or options is None:
-        raise CheckpointError(f"zero layer of bnb_{kind} in groups of {size}; start from the original model")
+        raise CheckpointError(
+            f"zero layer of bnb_{kind} in groups of {size}; start from the original model"
+        )
     n, k = layer.matrix
     blocks = layer.specs["absmax"].numel
 
     def convert(tensors: Tensors) -> Tensors:
         if tensors["weight"].any():
-            raise CheckpointError(f"layer '{layer.name}': unpacked 4-bit weight that is not zero; the file is damaged")
-        packed = torch.full((n, k // 2), ZERO_BYTE[kind], dtype=torch.uint8, device=tensors["weight"].device)
+            raise CheckpointError(
+                f"layer '{layer.name}': unpacked 4-bit weight that is not zero; the file is damaged"
+            )
+        packed = torch.full(
+            (n, k // 2), ZERO_BYTE[kind], dtype=torch.uint8, device=tensors["weight"].device
+        )
         return {"weight": packed, "absmax": torch.ones(blocks, device=packed.device)}
 
     source = LayerInput((n, k), source_dtype(layer.said.get("dtype")))
-    return quantized("D14", layer, WRITTEN[kind], source, options, convert, "zero layer stored unpacked: made zero")
+    return quantized(
+        "D14",
+        layer,
+        WRITTEN[kind],
+        source,
+        options,
+        convert,
+        "zero layer stored unpacked: made zero",
+    )

@@ -1,4 +1,6 @@
-"""4-bit codes of a flattened weight: nibble order, logical shape and code table, for every dialect that has them."""
+"""4-bit codes of a flattened weight: nibble order, logical shape and code table, for every dialect
+that has them.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,18 @@ AF4_VALUES = (
 TABLES = {"nf4": NF4_VALUES, "fp4": FP4_VALUES, "af4": AF4_VALUES}
 WRITTEN = {"nf4": "bnb_nf4", "fp4": "bnb_fp4"}
 IDENTITY = tuple(range(16))
-SAME = 1e-3  # tables are stored with 4 to 9 digits; the closest two levels, 0 and 0.0625/12, are 5 times as far apart
+# tables are stored with 4 to 9 digits; the closest two levels, 0 and 0.0625/12, are 5 times as far
+# apart
+SAME = 1e-3
 ORDERS = {"high": "high", "hi_first": "high", "low": "low", "lo_first": "low"}
 D30_FLOOR = 1e-12  # smallest absmax that the converters of 30 December 2025 wrote
 
 
 @dataclass(frozen=True)
 class Codes:
-    """How to read one layer: `kind` nf4, fp4 or af4, `table` as stored or None, `absmax(tensors)` in any shape."""
+    """How to read one layer: `kind` nf4, fp4 or af4, `table` as stored or None, `absmax(tensors)`
+    in any shape.
+    """
 
     kind: str
     group_size: int
@@ -53,16 +59,20 @@ def translate_codes(
     numel = math.prod(codes.shape)
     if layer.weight.nbytes != -(-numel // 2):
         raise CheckpointError(
-            f"weight has {layer.weight.nbytes} bytes, {list(codes.shape)} needs {-(-numel // 2)} at 4 bits"
+            f"weight has {layer.weight.nbytes} bytes, {list(codes.shape)} needs {-(-numel // 2)} "
+            "at 4 bits"
         )
     if codes.absmax_count != -(-numel // codes.group_size):
         raise CheckpointError(
-            f"absmax has {codes.absmax_count} entries, {list(codes.shape)} in groups of {codes.group_size} needs "
-            f"{-(-numel // codes.group_size)}"
+            f"absmax has {codes.absmax_count} entries, {list(codes.shape)} in groups of "
+            f"{codes.group_size} needs {-(-numel // codes.group_size)}"
         )
     name = WRITTEN.get(codes.kind)
     options = (
-        resolved(name, FormatOptions(block_size=codes.group_size, full_precision_matrix_mult=layer.precise))
+        resolved(
+            name,
+            FormatOptions(block_size=codes.group_size, full_precision_matrix_mult=layer.precise),
+        )
         if name
         else None
     )
@@ -71,7 +81,13 @@ def translate_codes(
     if obstacle:
         note = f"{note}; {obstacle}: decoded"
         return floating(
-            dialect, layer, codes.shape, lambda t: decode_codes(t, codes), note, codes.dtype, nibbles=codes.order
+            dialect,
+            layer,
+            codes.shape,
+            lambda t: decode_codes(t, codes),
+            note,
+            codes.dtype,
+            nibbles=codes.order,
         )
     source = LayerInput((codes.shape[0], codes.shape[1]), codes.dtype)
 
@@ -83,10 +99,14 @@ def translate_codes(
             packed = _replace_codes(packed, recoded)
         return {"weight": packed, "absmax": codes.absmax(tensors)}
 
-    return quantized(dialect, layer, name, source, options, convert, note, nibbles=codes.order, warnings=warnings)
+    return quantized(
+        dialect, layer, name, source, options, convert, note, nibbles=codes.order, warnings=warnings
+    )
 
 
-def _obstacle(codes: Codes, options: FormatOptions | None, recoded: tuple[int, ...] | None) -> str | None:
+def _obstacle(
+    codes: Codes, options: FormatOptions | None, recoded: tuple[int, ...] | None
+) -> str | None:
     """Why no format of ours holds these codes as they are."""
     if codes.kind not in WRITTEN:
         return f"{codes.kind} is not written by any format"
@@ -100,7 +120,9 @@ def _obstacle(codes: Codes, options: FormatOptions | None, recoded: tuple[int, .
 
 
 def _recoding(codes: Codes) -> tuple[int, ...] | None:
-    """stored code -> our code, when the stored table holds the same values in any order; None when it does not."""
+    """stored code -> our code, when the stored table holds the same values in any order; None when
+    it does not.
+    """
     if codes.table is None or codes.kind not in WRITTEN:
         return IDENTITY
     ours = TABLES[codes.kind]
@@ -115,10 +137,14 @@ def _recoding(codes: Codes) -> tuple[int, ...] | None:
 def decode_codes(tensors: Tensors, codes: Codes) -> torch.Tensor:
     """float32 of the logical shape: table[code] * absmax[flat // g], by the stored table."""
     packed = _bytes_of(tensors["weight"])
-    first, second = (packed >> 4, packed & 15) if codes.order == "high" else (packed & 15, packed >> 4)
+    first, second = (
+        (packed >> 4, packed & 15) if codes.order == "high" else (packed & 15, packed >> 4)
+    )
     numel = math.prod(codes.shape)
     indices = torch.stack([first, second], -1).reshape(-1)[:numel].int()
-    table = torch.tensor(codes.table or TABLES[codes.kind], dtype=torch.float32, device=packed.device)
+    table = torch.tensor(
+        codes.table or TABLES[codes.kind], dtype=torch.float32, device=packed.device
+    )
     values = torch.index_select(table, 0, indices)
     scale = codes.absmax(tensors).float().reshape(-1).repeat_interleave(codes.group_size)[:numel]
     return values.mul_(scale).reshape(codes.shape)
@@ -135,7 +161,9 @@ def swap_nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _replace_codes(packed: torch.Tensor, recoded: tuple[int, ...]) -> torch.Tensor:
-    table = torch.tensor([recoded[byte >> 4] << 4 | recoded[byte & 15] for byte in range(256)], dtype=torch.uint8)
+    table = torch.tensor(
+        [recoded[byte >> 4] << 4 | recoded[byte & 15] for byte in range(256)], dtype=torch.uint8
+    )
     return torch.index_select(table.to(packed.device), 0, packed.int())
 
 
@@ -161,7 +189,9 @@ def logical_shape(layer: StoredLayer, stated: object, options: ImportOptions) ->
 
 
 def _sizes(shape: object) -> tuple[int, ...]:
-    if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size > 0 for size in shape):
+    if not isinstance(shape, (list, tuple)) or not all(
+        type(size) is int and size > 0 for size in shape
+    ):
         raise CheckpointError(f"shape is {shape!r}, a list of sizes is needed")
     return tuple(shape)
 
@@ -183,10 +213,18 @@ def stored_table(layer: StoredLayer, suffix: str) -> tuple[float, ...] | None:
     Raises:
         CheckpointError: not 16 numbers.
     """
-    values = layer.read(suffix).float().reshape(-1).tolist() if suffix in layer.specs else layer.said.get("quant_map")
+    values = (
+        layer.read(suffix).float().reshape(-1).tolist()
+        if suffix in layer.specs
+        else layer.said.get("quant_map")
+    )
     if values is None:
         return None
-    if not isinstance(values, list) or len(values) != 16 or not all(isinstance(v, (int, float)) for v in values):
+    if (
+        not isinstance(values, list)
+        or len(values) != 16
+        or not all(isinstance(v, (int, float)) for v in values)
+    ):
         raise CheckpointError(f"{suffix} must hold 16 numbers")
     return tuple(float(value) for value in values)
 
@@ -225,8 +263,9 @@ def nibble_order(
     if options.nibble_order:
         return options.nibble_order, ()
     return "high", (
-        f"layer '{layer.name}': nothing says which nibble comes first; the names are bitsandbytes', so the high one "
-        "(check with `fewbits verify --against ORIGINAL`, or say --nibble-order low)",
+        f"layer '{layer.name}': nothing says which nibble comes first; the names are "
+        "bitsandbytes', so the high one (check with `fewbits verify --against ORIGINAL`, or say "
+        "--nibble-order low)",
     )
 
 

@@ -1,4 +1,5 @@
-"""hybrid_mxfp8 (C4): mxfp8 with one more number, which cannot stand for many exponents and is ignored.
+"""hybrid_mxfp8 (C4): mxfp8 with one more number, which cannot stand for many exponents and is
+ignored.
 
 | stored | becomes |
 |---|---|

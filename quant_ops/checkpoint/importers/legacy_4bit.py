@@ -1,4 +1,5 @@
-"""4-bit layers of convert_to_quant, December 2025, without comfy_quant: D19L by its quant_state, D14L by its dtypes.
+"""4-bit layers of convert_to_quant, December 2025, without comfy_quant: D19L by its quant_state,
+D14L by its dtypes.
 
 | stored | becomes |
 |---|---|
@@ -56,17 +57,23 @@ class BytesWithScales:
 
     def claims(self, layer: StoredLayer) -> bool:
         scale = layer.specs.get("scale_weight")
-        return layer.weight.dtype == "U8" and scale is not None and len(scale.shape) == len(layer.weight.shape) == 1
+        return (
+            layer.weight.dtype == "U8"
+            and scale is not None
+            and len(scale.shape) == len(layer.weight.shape) == 1
+        )
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
         scales = layer.specs["scale_weight"].numel
         if options.assume is None:
             raise CheckpointError(
-                "4-bit weight without a word whether it is NF4 or FP4; say --assume nf4 or --assume fp4"
+                "4-bit weight without a word whether it is NF4 or FP4; say --assume nf4 or "
+                "--assume fp4"
             )
         if not scales or 2 * layer.weight.nbytes % scales:
             raise CheckpointError(
-                f"weight has {2 * layer.weight.nbytes} codes for {scales} scales; the file is damaged"
+                f"weight has {2 * layer.weight.nbytes} codes for {scales} scales; the file is "
+                "damaged"
             )
         codes = Codes(
             kind=options.assume,

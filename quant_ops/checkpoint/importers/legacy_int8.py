@@ -1,4 +1,5 @@
-"""INT8 without a format name: legacy `scale_weight` (L2), INT8-Fast and comfy-quants (R1), no JSON at all (R2).
+"""INT8 without a format name: legacy `scale_weight` (L2), INT8-Fast and comfy-quants (R1), no JSON
+at all (R2).
 
 | stored | becomes |
 |---|---|
@@ -29,18 +30,28 @@ class Int8Fast:
 
     def claims(self, layer: StoredLayer) -> bool:
         named = layer.said.get("format")
-        return layer.weight.dtype == "I8" and not named and bool({"convrot", "per_row"} & set(layer.said))
+        return (
+            layer.weight.dtype == "I8"
+            and not named
+            and bool({"convrot", "per_row"} & set(layer.said))
+        )
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
         convrot = layer.said.get("convrot_groupsize", 256) if layer.said.get("convrot") else None
-        return translate_scaled("R1", layer, "INT8-Fast: format added", convrot=convrot, precise=layer.precise)
+        return translate_scaled(
+            "R1", layer, "INT8-Fast: format added", convrot=convrot, precise=layer.precise
+        )
 
 
 class Int8WithoutJson:
     """R2, and INT8 layers whose JSON is unreadable."""
 
     def claims(self, layer: StoredLayer) -> bool:
-        return layer.weight.dtype == "I8" and "weight_scale" in layer.specs and not layer.said.get("format")
+        return (
+            layer.weight.dtype == "I8"
+            and "weight_scale" in layer.specs
+            and not layer.said.get("format")
+        )
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
         return translate_scaled("R2", layer, "INT8 without JSON", convrot=options.assume_convrot)

@@ -1,4 +1,5 @@
-"""Layers that are not what their neighbours suggest: plain FP8 casts (F0), dummy scales, and what is refused.
+"""Layers that are not what their neighbours suggest: plain FP8 casts (F0), dummy scales, and what
+is refused.
 
 | stored | becomes |
 |---|---|
@@ -34,8 +35,8 @@ class BlocksWithoutJson:
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
         raise CheckpointError(
-            "packed 4-bit weight with block scales but without readable JSON: the order of scales and nibbles is "
-            "unknown; make the file again"
+            "packed 4-bit weight with block scales but without readable JSON: the order of scales "
+            "and nibbles is unknown; make the file again"
         )
 
 
@@ -46,11 +47,15 @@ class DummyScale:
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
         value = layer.number("scale_weight")
         warnings = (
-            () if value == 1.0 else (f"layer '{layer.name}': high precision, its scale_weight {value} is dropped",)
+            ()
+            if value == 1.0
+            else (f"layer '{layer.name}': high precision, its scale_weight {value} is dropped",)
         )
 
         def keep(tensors: Tensors) -> Tensors:
             return {"weight": tensors["weight"]}
 
         outputs = {"weight": (layer.weight.dtype, layer.weight.shape)}
-        return Translation("L1", outputs, keep, "high precision: dummy scale dropped", warnings=warnings)
+        return Translation(
+            "L1", outputs, keep, "high precision: dummy scale dropped", warnings=warnings
+        )

@@ -1,4 +1,6 @@
-"""FP8 or INT8 codes beside one scale tensor: what seven dialects have in common; the label comes from the shapes."""
+"""FP8 or INT8 codes beside one scale tensor: what seven dialects have in common; the label comes
+from the shapes.
+"""
 
 from __future__ import annotations
 
@@ -37,36 +39,42 @@ def translate_scaled(
     precise: bool = False,
     convrot: int | None = None,
 ) -> Translation:
-    """`weight` and `weight_scale` (or `scale_weight`, or for FP8 none: 1.0) -> the format that their shapes mean.
+    """`weight` and `weight_scale` (or `scale_weight`, or for FP8 none: 1.0) -> the format that
+    their shapes mean.
 
     Args:
         tag: the format that the layer's JSON names, for the one case that shapes leave open.
         convrot: rotation group of the codes, None for unrotated ones.
 
     Raises:
-        CheckpointError: no format holds this arrangement, or a rotated layer without one scale per row.
+        CheckpointError: no format holds this arrangement, or a rotated layer without one scale per
+            row.
     """
     suffix = layer.first("weight_scale", "scale_weight")
     if suffix is None:
         if layer.weight.dtype == "I8":
-            raise CheckpointError("INT8 codes without a scale; the model is lost without the original")
+            raise CheckpointError(
+                "INT8 codes without a scale; the model is lost without the original"
+            )
         note = f"{note}; {UNSCALED}" if note else UNSCALED
     scale_shape = layer.specs[suffix].shape if suffix else ()
     if suffix and layer.specs[suffix].dtype not in FLOAT_DTYPES:
         raise CheckpointError(
-            f"{suffix} is {layer.specs[suffix].dtype}, a scale is F32 (BF16, F16 and F64 are widened or rounded); "
-            "start from the original model"
+            f"{suffix} is {layer.specs[suffix].dtype}, a scale is F32 (BF16, F16 and F64 are "
+            "widened or rounded); start from the original model"
         )
     if len(layer.weight.shape) != 2:
         return _odd_rank(dialect, layer, suffix, note)
-    label = label_of(layer.weight.dtype, layer.matrix, scale_shape, tag, layer.said.get("group_size"))
+    label = label_of(
+        layer.weight.dtype, layer.matrix, scale_shape, tag, layer.said.get("group_size")
+    )
     options = resolved(label.format, replace(label.options, full_precision_matrix_mult=precise))
     source = LayerInput(layer.matrix, None)
     if convrot is not None:
         if label.geometry != "row":
             raise CheckpointError(
-                f"weight_scale is {list(scale_shape)}; rotated codes (convrot) need one scale per row, "
-                f"as ({source.shape[0]}, 1)"
+                f"weight_scale is {list(scale_shape)}; rotated codes (convrot) need one scale per "
+                f"row, as ({source.shape[0]}, 1)"
             )
         group = stored_group({"convrot_groupsize": convrot}, source)
         options = replace(options, convrot=True, convrot_groupsize=group)
@@ -78,14 +86,22 @@ def translate_scaled(
 
     def rename(tensors: Tensors) -> Tensors:
         if suffix is None and is_saturated(tensors["weight"]):
-            logger.warning("layer '%s': largest code is the largest possible: its scale was probably lost", layer.name)
-        return {"weight": tensors["weight"], "weight_scale": tensors[suffix] if suffix else torch.ones(())}
+            logger.warning(
+                "layer '%s': largest code is the largest possible: its scale was probably lost",
+                layer.name,
+            )
+        return {
+            "weight": tensors["weight"],
+            "weight_scale": tensors[suffix] if suffix else torch.ones(()),
+        }
 
     return quantized(dialect, layer, label.format, source, options, rename, note)
 
 
 def is_saturated(weight: torch.Tensor) -> bool:
-    """Whether the largest magnitude of FP8 codes is exactly 448 or 57344: scaled codes reach it, plain casts do not."""
+    """Whether the largest magnitude of FP8 codes is exactly 448 or 57344: scaled codes reach it,
+    plain casts do not.
+    """
     levels = next(levels for levels in LEVELS.values() if levels.dtype == weight.dtype)
     return weight.numel() > 0 and float(levels.widen(weight).abs_().max()) == levels.qmax
 
@@ -98,12 +114,14 @@ def _decode(tensors: Tensors, suffix: str, label: Label) -> torch.Tensor:
 
 
 def _odd_rank(dialect: str, layer: StoredLayer, suffix: str | None, note: str) -> Translation:
-    """Convolutions, norms and stacked experts: ComfyUI would use their codes as numbers, so they are decoded."""
+    """Convolutions, norms and stacked experts: ComfyUI would use their codes as numbers, so they
+    are decoded.
+    """
     shape = layer.weight.shape
     if suffix is not None and layer.specs[suffix].numel != 1:
         raise CheckpointError(
-            f"weight is {len(shape)}-D {list(shape)} with {suffix} {list(layer.specs[suffix].shape)}; "
-            "only matrices can have more than one scale"
+            f"weight is {len(shape)}-D {list(shape)} with {suffix} "
+            f"{list(layer.specs[suffix].shape)}; only matrices can have more than one scale"
         )
     widen = LEVELS[layer.weight.dtype].widen
 
@@ -111,4 +129,10 @@ def _odd_rank(dialect: str, layer: StoredLayer, suffix: str | None, note: str) -
         values = widen(tensors["weight"])
         return values if suffix is None else values * tensors[suffix].float().reshape(())
 
-    return floating(dialect, layer, shape, decode_plain, f"{note}; not 2-D: decoded" if note else "not 2-D: decoded")
+    return floating(
+        dialect,
+        layer,
+        shape,
+        decode_plain,
+        f"{note}; not 2-D: decoded" if note else "not 2-D: decoded",
+    )

@@ -1,4 +1,5 @@
-"""Legacy scaled FP8 (L1), as ComfyUI and convert_to_quant wrote it before comfy_quant (FORMATS section 6).
+"""Legacy scaled FP8 (L1), as ComfyUI and convert_to_quant wrote it before comfy_quant (FORMATS
+section 6).
 
 | stored | becomes |
 |---|---|
@@ -25,12 +26,17 @@ class ScaledFp8:
     def claims(self, layer: StoredLayer) -> bool:
         if layer.weight.dtype not in FP8 or layer.marker is not None:
             return False
-        return layer.first("scale_weight", "weight_scale") is not None or layer.file.scope_of(layer.name) is not None
+        return (
+            layer.first("scale_weight", "weight_scale") is not None
+            or layer.file.scope_of(layer.name) is not None
+        )
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
         scope = layer.file.scope_of(layer.name)
         precise = options.full_precision_mm or scope == PRECISE
         made = translate_scaled("L1", layer, "scaled_fp8", precise=precise)
         if scope is None:
-            made = replace(made, warnings=(*made.warnings, "scaled FP8 layers without a scaled_fp8 marker"))
+            made = replace(
+                made, warnings=(*made.warnings, "scaled FP8 layers without a scaled_fp8 marker")
+            )
         return made

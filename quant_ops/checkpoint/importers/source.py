@@ -1,4 +1,6 @@
-"""A foreign file as a TensorSource in canonical form: same pipeline, same planner, one layer in memory at a time."""
+"""A foreign file as a TensorSource in canonical form: same pipeline, same planner, one layer in
+memory at a time.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,24 @@ SIDES = frozenset({
 })  # fmt: skip
 NESTED = frozenset({"absmax", "quant_map", "nested_absmax", "nested_quant_map"})
 STATE = ".quant_state."
-# Prefixes that ComfyUI strips from diffusion models; a header may have been written without (FORMATS 5.2, C3).
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.", "transformer.")
+# Prefixes that ComfyUI strips from diffusion models; a header may have been written without
+# (FORMATS 5.2, C3).
+PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "model.model.",
+    "model.",
+    "net.",
+    "transformer.",
+)
 CONVERTERS = ("formats", "bnb_quant_type")  # header keys of the converters of rule 5 in FORMATS 5.4
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A file sorted into layers, tensors of their own, side tensors without a weight, and what it says as a whole."""
+    """A file sorted into layers, tensors of their own, side tensors without a weight, and what it
+    says as a whole.
+    """
 
     layers: dict[str, StoredLayer]
     loose: tuple[TensorSpec, ...]
@@ -75,17 +87,34 @@ def read_contents(source: TensorSource) -> Contents:
     layers = {}
     for base, specs in grouped.items():
         layer = _stored_layer(source, base, specs, facts, markers.get(base))
-        if layer.header_marker and layer.tensor_marker and layer.header_marker != layer.tensor_marker:
-            warnings.append(f"layer '{base}': header/tensor mismatch: the header's JSON is used, as ComfyUI does")
+        if (
+            layer.header_marker
+            and layer.tensor_marker
+            and layer.header_marker != layer.tensor_marker
+        ):
+            warnings.append(
+                f"layer '{base}': header/tensor mismatch: the header's JSON is used, as ComfyUI "
+                "does"
+            )
         layers[base] = layer
     order = tuple(base for base in markers if base in layers)
     return Contents(
-        layers, tuple(loose), tuple(orphans), scopes, order, tuple(warnings), problem, tuple(unresolved), prefix
+        layers,
+        tuple(loose),
+        tuple(orphans),
+        scopes,
+        order,
+        tuple(warnings),
+        problem,
+        tuple(unresolved),
+        prefix,
     )
 
 
 def split_name(name: str) -> tuple[str, str | None]:
-    """`a.b.weight_scale` -> ("a.b", "weight_scale"); the suffix is None for a tensor that belongs to no weight."""
+    """`a.b.weight_scale` -> ("a.b", "weight_scale"); the suffix is None for a tensor that belongs
+    to no weight.
+    """
     head, state, tail = name.partition(STATE)
     if state:
         base = head.removesuffix(".weight")
@@ -118,12 +147,15 @@ def _header_layers(metadata: dict[str, str]) -> tuple[dict[str, dict], str | Non
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return (
             {},
-            f"metadata {HEADER_KEY} cannot be read ({type(error).__name__}: {error}); the layers' own JSON is used",
+            f"metadata {HEADER_KEY} cannot be read ({type(error).__name__}: {error}); the layers' "
+            "own JSON is used",
             False,
         )
 
 
-def _resolve_names(markers: dict[str, dict], weights: set[str]) -> tuple[dict[str, dict], list[str], str]:
+def _resolve_names(
+    markers: dict[str, dict], weights: set[str]
+) -> tuple[dict[str, dict], list[str], str]:
     """(markers under full names, names that no weight has, the prefix that was missing)."""
     missing = [base for base in markers if base not in weights]
     if not missing:
@@ -136,7 +168,11 @@ def _resolve_names(markers: dict[str, dict], weights: set[str]) -> tuple[dict[st
 
 
 def _stored_layer(
-    source: TensorSource, base: str, specs: dict[str, TensorSpec], facts: FileFacts, header_marker: dict | None
+    source: TensorSource,
+    base: str,
+    specs: dict[str, TensorSpec],
+    facts: FileFacts,
+    header_marker: dict | None,
 ) -> StoredLayer:
     def read(suffix: str) -> torch.Tensor:
         return source.read(f"{base}.{suffix}")
@@ -167,14 +203,21 @@ Retarget = Callable[[Translation], Translation]
 class ImportedSource:
     """A source whose quantized layers are canonical, or whatever `retarget` makes of them.
 
-    `translations` maps base names to what becomes of each quantized layer, in the order of the file's own header.
-    Reading a layer's first tensor translates all of it; the pipeline reads layer by layer.
+    `translations` maps base names to what becomes of each quantized layer, in the order of the
+    file's own header. Reading a layer's first tensor translates all of it; the pipeline reads layer
+    by layer.
 
     Raises:
-        CheckpointError: a layer that cannot be read without guessing, or one file with both nibble orders.
+        CheckpointError: a layer that cannot be read without guessing, or one file with both nibble
+            orders.
     """
 
-    def __init__(self, source: TensorSource, options: ImportOptions | None = None, retarget: Retarget | None = None):
+    def __init__(
+        self,
+        source: TensorSource,
+        options: ImportOptions | None = None,
+        retarget: Retarget | None = None,
+    ):
         self.source, self.name = source, source.name
         self.options = options or ImportOptions()
         self.contents = read_contents(source)
@@ -212,27 +255,43 @@ class ImportedSource:
         ]
         for spec in (*untouched, *kept):
             tensors[spec.name] = replace(spec, dtype="BF16") if self._is_cast(spec) else spec
-        markers = {base: made.marker for base, made in self.translations.items() if made.marker is not None}
-        metadata = {key: value for key, value in self.source.header.metadata.items() if key != HEADER_KEY}
+        markers = {
+            base: made.marker for base, made in self.translations.items() if made.marker is not None
+        }
+        metadata = {
+            key: value for key, value in self.source.header.metadata.items() if key != HEADER_KEY
+        }
         if markers:
             metadata[HEADER_KEY] = json.dumps({"format_version": "1.0", "layers": markers})
         return Header(tensors, metadata, {}, tuple(self._warnings()))
 
     def _is_cast(self, spec: TensorSpec) -> bool:
-        """FP8 biases and norms of scaled files: old scripts cast them along, and ComfyUI has no scale for them."""
-        return spec.dtype in FP8 and (not self.options.foreign_only or self._scope(spec.name) is not None)
+        """FP8 biases and norms of scaled files: old scripts cast them along, and ComfyUI has no
+        scale for them.
+        """
+        return spec.dtype in FP8 and (
+            not self.options.foreign_only or self._scope(spec.name) is not None
+        )
 
     def _scope(self, name: str) -> str | None:
-        return next((prefix for prefix in self.contents.scopes.values() if name.startswith(prefix)), None)
+        return next(
+            (prefix for prefix in self.contents.scopes.values() if name.startswith(prefix)), None
+        )
 
     def _warnings(self) -> Iterable[str]:
         yield from self.contents.warnings
-        yield from dict.fromkeys(text for made in self.translations.values() for text in made.warnings)
+        yield from dict.fromkeys(
+            text for made in self.translations.values() for text in made.warnings
+        )
         if not self.options.foreign_only:
-            yield from (f"'{spec.name}' dropped: it belongs to no weight" for spec in self.contents.orphans)
+            yield from (
+                f"'{spec.name}' dropped: it belongs to no weight" for spec in self.contents.orphans
+            )
 
     def origins(self) -> dict[str, int]:
-        """Dialect and what becomes of it -> number of layers; empty for a file in canonical form."""
+        """Dialect and what becomes of it -> number of layers; empty for a file in canonical
+        form.
+        """
         counts: dict[str, int] = {}
         for made in self.translations.values():
             if made.note:
@@ -252,7 +311,9 @@ class ImportedSource:
     def layer(self, base: str) -> dict[str, torch.Tensor]:
         """All canonical tensors of a layer by suffix."""
         stored = self.contents.layers[base]
-        return self.translations[base].convert({suffix: stored.read(suffix) for suffix in stored.specs})
+        return self.translations[base].convert(
+            {suffix: stored.read(suffix) for suffix in stored.specs}
+        )
 
     def read(self, name: str) -> torch.Tensor:
         if name not in self._owners:
@@ -260,7 +321,8 @@ class ImportedSource:
         base, suffix = self._owners[name]
         if self._cached[0] != base or suffix not in self._cached[1]:
             self._cached = (base, self.layer(base))
-        return self._cached[1].pop(suffix)  # each tensor is read once; what was handed out is not held here
+        # each tensor is read once; what was handed out is not held here
+        return self._cached[1].pop(suffix)
 
     def close(self) -> None:
         close = getattr(self.source, "close", None)
@@ -275,8 +337,14 @@ class ImportedSource:
 
 
 def as_loadable(base: str, made: Translation) -> Translation:
-    """Embedding tables in formats that ComfyUI cannot load there are decoded: it would read codes as numbers."""
-    if made.format and EMBEDDING.fullmatch(base) and get_format(made.format).embedding_min_comfyui is None:
+    """Embedding tables in formats that ComfyUI cannot load there are decoded: it would read codes
+    as numbers.
+    """
+    if (
+        made.format
+        and EMBEDDING.fullmatch(base)
+        and get_format(made.format).embedding_min_comfyui is None
+    ):
         return made.decoded(made.float_dtype, f"embedding table in {made.format}: decoded")
     return made
 
@@ -286,21 +354,26 @@ def _refuse_mixed_nibbles(translations: dict[str, Translation]) -> None:
     orders = {made.nibbles: base for base, made in translations.items() if made.nibbles}
     if len(orders) > 1:
         raise CheckpointError(
-            f"layer '{orders['low']}' stores the low nibble first and layer '{orders['high']}' the high one; "
-            "one file has one order: say --nibble-order, or make the file again"
+            f"layer '{orders['low']}' stores the low nibble first and layer '{orders['high']}' the "
+            "high one; one file has one order: say --nibble-order, or make the file again"
         )
 
 
 def imported(source: TensorSource, options: ImportOptions | None = None) -> TensorSource:
-    """The source itself when nothing in it is to be translated, else its translation; the caller closes either."""
+    """The source itself when nothing in it is to be translated, else its translation; the caller
+    closes either.
+    """
     if not any(is_side(name) or spec.dtype in FP8 for name, spec in source.header.tensors.items()):
         return source
     made = ImportedSource(source, options)
     return source if made.changes_nothing else made
 
 
-def open_checkpoint(path: str | os.PathLike, *, short_lived: bool = False, for_gpu: bool = False) -> TensorSource:
-    """A file, index or folder of shards, foreign layers in canonical form; a context manager that closes the files.
+def open_checkpoint(
+    path: str | os.PathLike, *, short_lived: bool = False, for_gpu: bool = False
+) -> TensorSource:
+    """A file, index or folder of shards, foreign layers in canonical form; a context manager that
+    closes the files.
 
     `short_lived` and `for_gpu` as FileSource defines them.
 
