@@ -1,31 +1,46 @@
-"""Tables in the README that a test measures: between `<!-- table: NAME -->` and `<!-- end -->`.
+"""Blocks of the README and of docs/ that code writes: between `<!-- table: NAME -->` and `<!-- end -->`.
 
-`FEWBITS_WRITE_TABLES=1 python3 dev.py test tests/e2e` writes what was measured; otherwise the tests hold the README to it.
+`FEWBITS_WRITE_TABLES=1 python3 dev.py test tests/e2e` writes what was measured; otherwise the tests hold the pages to it.
+A block stands on one page, whichever that is: moving the two marks moves the block.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from .emoji import ROOT
 
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WRITE = bool(os.environ.get("FEWBITS_WRITE_TABLES"))
 
 
 def _pattern(name: str) -> re.Pattern:
-    return re.compile(rf"(<!-- table: {name} -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+    return re.compile(rf"(<!-- \w+: {re.escape(name)} -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def page(name: str) -> Path:
+    """The one page that has a block of this name.
+
+    Raises:
+        LookupError: none has it, or several.
+    """
+    found = [path for path in PAGES if _pattern(name).search(path.read_text(encoding="utf-8"))]
+    if len(found) != 1:
+        raise LookupError(f"{name!r} stands on {[path.name for path in found] or 'no page'}")
+    return found[0]
 
 
 def block(name: str) -> str:
     """What stands between the two marks."""
-    return _pattern(name).search(README.read_text(encoding="utf-8"))[2]
+    return _pattern(name).search(page(name).read_text(encoding="utf-8"))[2]
 
 
 def write_block(name: str, text: str) -> None:
-    whole = README.read_text(encoding="utf-8")
-    README.write_text(
+    path = page(name)
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(
         _pattern(name).sub(lambda match: match[1] + text + match[3], whole),
         encoding="utf-8",
         newline="\n",

@@ -1,0 +1,97 @@
+"""docs/formats.md against the code: the examples' bytes, thresholds, chains, versions and what `verify` looks for."""
+
+import hashlib
+import json
+import re
+import struct
+
+import pytest
+import torch
+
+from fewbits.quant_ops.formats import FORMATS, get_format
+from fewbits.quant_ops.planning.recipe import parse_wish
+from fewbits.quant_ops.sources import DTYPE_NAMES
+from fewbits.quant_ops.spec import LayerInput
+from harness import readme
+from harness.emoji import ROOT
+
+PAGE = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
+EXAMPLES = re.findall(r"<!-- example: (\S+) -->", PAGE)
+SHOWN = 16  # bytes of each tensor
+
+
+def example_weight() -> torch.Tensor:
+    """X of the page, (128, 256) bf16; every value is exact in bf16."""
+    n, k = torch.arange(128)[:, None], torch.arange(256)[None]
+    factor = torch.tensor([1, 0.5, 3, 0.0625])[n % 4]
+    exact = ((37 * n + 11 * k) % 31 - 15) / 16 * factor
+    assert torch.equal(exact.bfloat16().float(), exact)
+    return exact.bfloat16()
+
+
+def example(wish: str) -> str:
+    """The block of one example: marker, then type, shape, first bytes and sum of every tensor."""
+    asked = parse_wish(wish)
+    format = get_format(asked.format)
+    weight, options = example_weight(), format.resolve(asked.options)
+    layer = LayerInput(tuple(weight.shape), "BF16")
+    prepared = format.prepare(weight, options)
+    tensors = format.quantize(prepared, format.grid(layer, options), options)
+    marker = format.marker(layer, options)
+    lines = [f"comfy_quant {json.dumps(marker)}"]
+    for suffix, tensor in tensors.items():
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        shape = "(" + ", ".join(map(str, tensor.shape)) + (",)" if tensor.dim() == 1 else ")")
+        lines += [
+            f"{suffix} {DTYPE_NAMES[tensor.dtype]} {shape} sum {hashlib.sha256(data).hexdigest()[:16]}",
+            f"    {data[:SHOWN].hex(' ')}{' ...' if len(data) > SHOWN else ''}",
+        ]
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
+@pytest.mark.parametrize("wish", EXAMPLES)
+def test_an_example_has_the_bytes_that_the_code_makes(wish):
+    if readme.WRITE:
+        readme.write_block(wish, example(wish))
+    assert readme.block(wish) == example(wish)
+
+
+def test_every_format_has_a_section_with_an_example_and_no_other_has():
+    assert {wish.partition(":")[0] for wish in EXAMPLES} == set(FORMATS)
+    for name in FORMATS:
+        assert f"<!-- example: {name} -->" in SECTIONS[name]
+
+
+def test_the_example_in_words_is_the_first_row():
+    row = example_weight()[0].float()
+    assert "Row 0 begins " + " ".join(f"{value:g}" for value in row[:8].tolist()) in PAGE
+    assert "codes 0 4 12 0: bytes 04 c0." in SECTIONS["bnb_nf4"]
+    assert "\n    04 c0 " in readme.block("bnb_nf4")
+
+
+def test_the_tables_of_codes_are_those_of_the_kernels():
+    from fewbits.kernels import codebook4, w4a8
+
+    rows = re.findall(r"^\| (\d+) \| (\S+) \| (\S*) ?\|$", SECTIONS["bnb_nf4"], re.M)
+    assert [float(value) for _, value, _ in rows] == list(codebook4.NF4_VALUES)
+    assert [float(above) for _, _, above in rows[1:]] == list(codebook4.NF4_THRESHOLDS)
+    bits = [int(text, 16) for text in re.findall(r"0x([0-9a-f]{8})", SECTIONS["bnb_fp4"])]
+    assert tuple(bits) == codebook4.FP4_THRESHOLD_BITS
+    thresholds = [
+        struct.unpack(">f", struct.pack(">I", bits))[0] for bits in codebook4.E2M1_THRESHOLD_BITS
+    ]
+    assert [round(value, 6) for value in thresholds] == [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
+    levels = re.findall(r"-?0\.\d{6}", SECTIONS["asym_w4a8_int8"])
+    assert tuple(map(float, levels)) == w4a8.LEVELS
+
+
+def test_the_minimum_versions_are_those_of_the_formats():
+    table = PAGE.split("## Which ComfyUI opens what")[1].split("## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|$", table, re.M)
+    native = {
+        name: (format.min_comfyui, format.embedding_min_comfyui or "never")
+        for name, format in FORMATS.items()
+        if format.native
+    }
+    assert {name: (since, table) for name, since, table in rows} == native

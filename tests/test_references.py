@@ -1,0 +1,71 @@
+"""What the pages and the code point at exists: files, headings, and no page that only its makers have."""
+
+import re
+import subprocess
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = (".py", ".md", ".toml", ".mjs", ".js", ".cu", ".json")
+
+
+def tracked() -> list[Path]:
+    """Files of the repository that hold text, also new ones that are not committed yet."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    paths = [ROOT / name for name in listed.splitlines() if name.endswith(TEXTS)]
+    return [path for path in paths if path.is_file()]
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """All anchors of a page; a heading that comes again gets -1, -2."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    times: Counter[str] = Counter()
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", text, re.M):
+        name = slug(heading)
+        found.add(f"{name}-{times[name]}" if times[name] else name)
+        times[name] += 1
+    return found
+
+
+def missing(page: Path, target: str) -> str | None:
+    """What a reference to `path#anchor` beside `page` does not find."""
+    path, _, anchor = target.partition("#")
+    file = (page.parent / path) if path else page
+    if not file.exists():
+        return f"{target}: no such file"
+    if anchor and anchor not in anchors(file.resolve()):
+        return f"{target}: no such heading"
+    return None
+
+
+PAGES = [path for path in tracked() if path.suffix == ".md" and "assets" not in path.parts]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_of_a_page_leads_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    local = [link for link in links if "://" not in link and not link.startswith("mailto:")]
+    assert [found for found in (missing(page, link) for link in local) if found] == []
+
+
+def test_every_page_that_code_names_exists():
+    wrong = []
+    for path in tracked():
+        text = path.read_text(encoding="utf-8")
+        for target in re.findall(r"\bdocs/[\w-]+\.md(?:#[\w-]+)?", text):
+            if found := missing(ROOT / "README.md", target):
+                wrong.append(f"{path.relative_to(ROOT)}: {found}")
+    assert wrong == []
