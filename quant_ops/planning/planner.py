@@ -26,7 +26,7 @@ from ..version import VERSION
 from .match import matches
 from .model_family import Part, find_parts, load_preset, width_layers
 from .recipe import Recipe, recipe_to_toml
-from .rules import CompiledRule, RuleList, compile_rules
+from .rules import CompiledRule, Decision, RuleList, Tally, compile_rules
 
 SMALLEST_SIDE = 16  # FORMATS section 4: smaller layers gain nothing and some kernels refuse them
 BANKS_SINCE = "0.23.0"  # the first ComfyUI that reads quantized banks of experts
@@ -96,7 +96,9 @@ class _Planner:
         return load_preset(part.family.preset)
 
     def plan(self) -> ModelPlan:
-        layers = tuple(self._layer(base, specs) for base, specs in self._units())
+        planned = [self._layer(base, specs) for base, specs in self._units()]
+        layers = tuple(layer for layer, _ in planned)
+        tally = Tally(self.rules, (decision for _, decision in planned if decision))
         quantized = [layer for layer in layers if layer.format]
         min_comfyui = max((_min_comfyui(layer) for layer in quantized), key=version_key, default="")
         unstocked = sorted(
@@ -114,16 +116,16 @@ class _Planner:
         requires_pack = bool(unstocked) or any(
             not FORMATS[layer.format].native for layer in quantized
         )
-        self.warnings += self.rules.warnings()
+        self.warnings += tally.warnings()
         return ModelPlan(
             layers=layers,
             metadata=self._metadata(quantized, min_comfyui, requires_pack),
             family=", ".join(dict.fromkeys(part.family.name for part in self.main)) or "unknown",
             min_comfyui=min_comfyui,
             requires_pack=requires_pack,
-            unmatched=self.rules.unmatched(),
+            unmatched=tally.unmatched(),
             warnings=tuple(self.warnings),
-            rules=self.rules.uses(),
+            rules=tally.uses(),
             recipe=recipe_to_toml(self.recipe) if self.recipe.primary else "",
         )
 
@@ -177,25 +179,31 @@ class _Planner:
             )
         return grouped.items()
 
-    def _layer(self, base: str, specs: list[TensorSpec]) -> LayerPlan:
-        dropped = self.rules.drops(base, self._scope(base))
+    def _layer(self, base: str, specs: list[TensorSpec]) -> tuple[LayerPlan, Decision | None]:
+        """What becomes of one layer, and what the rules said; None for what no rule speaks of."""
+        scope = self._scope(base)
+        dropped = self.rules.drop(base, scope)
         if dropped:
-            return LayerPlan(base, "drop", dropped.why, tuple(specs), (), rule=dropped.label)
+            rule = dropped.rule
+            plan = LayerPlan(base, "drop", rule.why, tuple(specs), (), rule=rule.label)
+            return plan, dropped
         if base in self.markers:
             return self._recode(base, specs)
         (spec,) = specs
         obstacle = not_a_candidate(spec)
         if obstacle:
-            if spec.name.endswith(".weight"):
-                self.rules.pass_by(base, self._scope(base))
-            return _keep(base, spec, obstacle)
+            named = spec.name.endswith(".weight")
+            return _keep(base, spec, obstacle), self.rules.notice(base, scope) if named else None
         layer = LayerInput(
             (spec.shape[0], spec.shape[1]), spec.dtype, f"{base}.bias" in self.header.tensors
         )
-        rule, reason = self.rules.first(base, self._scope(base), layer)
+        decision = self.rules.decide(base, scope, layer)
+        rule = decision.rule
         if rule.wish is None:
-            return replace(_keep(base, spec, reason), rule=rule.label)
-        return replace(self._quantize(base, spec, layer, rule, reason), rule=rule.label)
+            plan = _keep(base, spec, decision.reason)
+        else:
+            plan = self._quantize(base, spec, layer, rule, decision.reason)
+        return replace(plan, rule=rule.label), decision
 
     def _scope(self, base: str) -> str | None:
         """The prefix of the part a layer belongs to; all layers of an unrecognised model are one
@@ -263,20 +271,20 @@ class _Planner:
             return _keep(base, spec, reason, requested=rule.wish.format)
         return self._quantize(base, spec, layer, replace(rule, wish=self.recipe.fallback), reason)
 
-    def _recode(self, base: str, specs: list[TensorSpec]) -> LayerPlan:
+    def _recode(self, base: str, specs: list[TensorSpec]) -> tuple[LayerPlan, Decision]:
         """A layer that is quantized already: same codes, metadata made complete."""
         marker = self.markers[base]
         by_suffix = {spec.name[len(base) + 1 :]: spec for spec in specs}
         if is_bank(marker, by_suffix["weight"].shape):
-            return self._copy_bank(base, by_suffix)
+            return self._copy_bank(base, by_suffix), self.rules.notice(base, self._scope(base))
         try:
             format = get_format(marker.get("format", ""))
             options = format.options_from(marker, by_suffix)
         except (RecipeError, CheckpointError) as error:
             raise CheckpointError(f"layer '{base}': {error}; try `fewbits repair`") from None
         layer = format.stored_layer(marker, by_suffix)
-        rule, _ = self.rules.first(base, self._scope(base), layer)
-        wish = rule.wish
+        decision = self.rules.decide(base, self._scope(base), layer)
+        wish = decision.rule.wish
         if wish is not None and (wish.format, _geometry_of(wish.options)) != (
             format.name,
             _geometry_of(options),
@@ -291,7 +299,7 @@ class _Planner:
             for suffix, spec in by_suffix.items()
             if suffix in ("input_scale", "pre_quant_scale")
         )
-        return LayerPlan(
+        plan = LayerPlan(
             name=base,
             action="recode",
             reason=f"quantized already ({format.name}): codes copied",
@@ -301,6 +309,7 @@ class _Planner:
             options=options,
             marker=format.marker(layer, options),
         )
+        return plan, decision
 
     def _copy_bank(self, base: str, by_suffix: dict[str, TensorSpec]) -> LayerPlan:
         """A 3-D bank of experts, which ComfyUI quantizes by itself: every tensor as it is. Nothing
@@ -313,7 +322,6 @@ class _Planner:
                 f"layer '{base}' is a bank of experts in {marker.get('format')!r}, which ComfyUI "
                 "does not read; start from the original model"
             )
-        self.rules.pass_by(base, self._scope(base))
         copied = (spec for suffix, spec in by_suffix.items() if suffix != "comfy_quant")
         return LayerPlan(
             name=base,

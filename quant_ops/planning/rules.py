@@ -1,9 +1,10 @@
-"""Compile recipe, layer-config and presets into one ordered list of rules; the first match decides
-(ARCHITECTURE 4).
+"""Compile recipe, layer-config and presets into one ordered list of rules; the first match
+decides.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -62,86 +63,111 @@ class CompiledRule:
         return found and f"{self.why}: {found}"
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What the list says about one tensor.
+
+    `matched` are the positions of all rules that speak about it, in order. `rule` decided; it is
+    None for a tensor that no rule may decide about. `candidate` is whether the tensor could become
+    quantized.
+    """
+
+    matched: tuple[int, ...]
+    rule: CompiledRule | None = None
+    reason: str = ""
+    candidate: bool = False
+
+
 class RuleList:
-    """The ordered rules of one plan, and what each of them matched and decided."""
+    """The ordered rules of one plan. It only answers; what was answered is counted by `Tally`."""
 
     def __init__(self, rules: Iterable[CompiledRule]):
         self.rules = tuple(rules)
-        self.matched, self.won, self.candidates = ([0] * len(self.rules) for _ in range(3))
-        self.overruled = 0  # preset exclusions that a layer-config default decided otherwise
 
-    def drops(self, base: str, owner: str | None) -> CompiledRule | None:
+    def drop(self, base: str, owner: str | None) -> Decision | None:
         """The rule that leaves a tensor out, if any."""
         for index, rule in enumerate(self.rules):
             if rule.action == "drop" and rule.names(base, owner):
-                self.matched[index] += 1
-                self.won[index] += 1
-                return rule
+                return Decision((index,), rule, rule.why)
         return None
 
-    def pass_by(self, base: str, owner: str | None) -> None:
-        """Count a layer that no rule can decide, because it is no candidate."""
-        for index, rule in enumerate(self.rules):
-            self.matched[index] += rule.users and rule.names(base, owner)
+    def notice(self, base: str, owner: str | None) -> Decision:
+        """The user's rules that name a layer which no rule can decide, because it is no
+        candidate.
+        """
+        named = (
+            index for index, rule in enumerate(self.rules) if rule.users and rule.names(base, owner)
+        )
+        return Decision(tuple(named))
 
-    def first(self, base: str, owner: str | None, layer: LayerInput) -> tuple[CompiledRule, str]:
-        """The rule that decides about a candidate, and why it does."""
-        hits = []
+    def decide(self, base: str, owner: str | None, layer: LayerInput) -> Decision:
+        """The first rule that speaks about a candidate, and why it does."""
+        reasons: dict[int, str] = {}
         for index, rule in enumerate(self.rules):
             if rule.action == "drop" or not rule.names(base, owner):
                 continue
             reason = rule.reason(layer)
             if reason is not None:
-                self.matched[index] += 1
-                self.candidates[index] += 1
-                hits.append((index, rule, reason))
-        index, rule, reason = hits[0]
-        self.won[index] += 1
-        self.overruled += rule.origin == "default" and any(
-            hit.origin == "preset" for _, hit, _ in hits
-        )
-        return rule, reason
+                reasons[index] = reason
+        first = next(iter(reasons))
+        return Decision(tuple(reasons), self.rules[first], reason=reasons[first], candidate=True)
+
+
+class Tally:
+    """How often each rule matched and decided, counted once from all decisions of a plan."""
+
+    def __init__(self, rules: RuleList, decisions: Iterable[Decision]):
+        decisions = tuple(decisions)
+        self.rules = rules.rules
+        self._matched = Counter(index for decision in decisions for index in decision.matched)
+        self._won = Counter(decision.matched[0] for decision in decisions if decision.rule)
+        judged = [decision for decision in decisions if decision.candidate]
+        self._candidates = Counter(index for decision in judged for index in decision.matched)
+        self._overruled = sum(self._overrules_preset(decision) for decision in judged)
 
     def uses(self) -> tuple[RuleUse, ...]:
-        counts = zip(self.rules, self.matched, self.won)
         return tuple(
-            RuleUse(rule.label, rule.pattern, rule.action, matched, won)
-            for rule, matched, won in counts
+            RuleUse(rule.label, rule.pattern, rule.action, self._matched[at], self._won[at])
+            for at, rule in enumerate(self.rules)
         )
 
     def unmatched(self) -> tuple[str, ...]:
         """Patterns of the user that matched nothing, as they were written."""
-        return tuple(rule.pattern for rule, matched in self._users() if not matched)
+        return tuple(rule.pattern for at, rule in self._users() if not self._matched[at])
 
     def warnings(self) -> list[str]:
         """What the user's own patterns did not do."""
-        lines = []
-        for rule, matched in self._users():
-            index = self.rules.index(rule)
-            if not matched:
-                hint = rule.origin == "layer-config" and looks_like_regex(rule.pattern)
-                lines.append(
-                    f"{rule.label} matched nothing"
-                    + ("; for regular expressions add --fullmatch" if hint else "")
-                )
-            elif not self.candidates[index]:
-                lines.append(f"{rule.label} matches only tensors that cannot be quantized")
-            elif not self.won[index] and rule.origin != "default":
-                lines.append(f"{rule.label} never decides: rules before it match the same layers")
-        if self.overruled:
+        complaints = (self._complaint(at, rule) for at, rule in self._users())
+        lines = [f"{rule.label} {text}" for rule, text in complaints if text]
+        if self._overruled:
             lines.append(
-                f"{self.overruled} layers that the preset would keep are quantized because of the "
+                f"{self._overruled} layers that the preset would keep are quantized because of the "
                 f"layer-config's {DEFAULT}; list them in _exclusions to keep them"
             )
         return lines
 
-    def _users(self) -> Iterable[tuple[CompiledRule, int]]:
-        """The user's rules, heuristics apart (those may well find every layer worth quantizing)."""
-        return (
-            (rule, n)
-            for rule, n in zip(self.rules, self.matched)
-            if rule.users and rule.judged_by is None
+    def _complaint(self, at: int, rule: CompiledRule) -> tuple[CompiledRule, str]:
+        if not self._matched[at]:
+            hint = rule.origin == "layer-config" and looks_like_regex(rule.pattern)
+            suffix = "; for regular expressions add --fullmatch" if hint else ""
+            return rule, f"matched nothing{suffix}"
+        if not self._candidates[at]:
+            return rule, "matches only tensors that cannot be quantized"
+        if not self._won[at] and rule.origin != "default":
+            return rule, "never decides: rules before it match the same layers"
+        return rule, ""
+
+    def _overrules_preset(self, decision: Decision) -> bool:
+        """Whether a layer-config's default quantized what the preset would have kept."""
+        return decision.rule.origin == "default" and any(
+            self.rules[at].origin == "preset" for at in decision.matched
         )
+
+    def _users(self) -> Iterable[tuple[int, CompiledRule]]:
+        """The user's rules, heuristics apart (those may well find every layer worth quantizing)."""
+        for at, rule in enumerate(self.rules):
+            if rule.users and rule.judged_by is None:
+                yield at, rule
 
 
 def compile_rules(
@@ -160,39 +186,44 @@ def compile_rules(
         known: whether any part was recognised; then layers outside all parts are kept.
     """
     prefixes = tuple(prefix for prefix, _ in main)
-    rest = tuple(_keep_part((part.prefix,), _inside(part)) for part in others)
-    outside = (_keep_part((None,), "outside the recognised model"),) if known else ()
     return (
-        *(
-            rule
-            for prefix, preset in main
-            for rule in _preset_rules(preset.name, preset.drop, prefix, "drop", None)
-        ),
+        *_drops(main),
         *_layer_config_rules(recipe, names, prefixes),
         *_custom_rules(recipe),
-        *rest,
-        *outside,
-        *(
-            rule
-            for prefix, preset in main
-            for rule in _preset_rules(
-                preset.name, preset.exclude, prefix, _action(recipe.fallback), recipe.fallback
-            )
-        ),
+        *(_keep_part((part.prefix,), _inside(part)) for part in others),
+        *([_keep_part((None,), "outside the recognised model")] if known else ()),
+        *_exclusions(main, recipe.fallback),
         *_heuristics(recipe, prefixes),
         CompiledRule("primary", EVERYTHING, recipe.primary, "primary", _action(recipe.primary)),
     )
 
 
+def _drops(main: list[tuple[str, Preset]]) -> Iterable[CompiledRule]:
+    for prefix, preset in main:
+        yield from _preset_rules(preset.name, preset.drop, prefix, "drop", wish=None)
+
+
+def _exclusions(main: list[tuple[str, Preset]], fallback: Wish | None) -> Iterable[CompiledRule]:
+    for prefix, preset in main:
+        yield from _preset_rules(
+            preset.name, preset.exclude, prefix, _action(fallback), wish=fallback
+        )
+
+
 def _preset_rules(
-    preset: str, groups: Iterable[Group], prefix: str, action: str, wish: Wish | None
+    preset: str, groups: Iterable[Group], prefix: str, action: str, *, wish: Wish | None
 ) -> Iterable[CompiledRule]:
     for group in groups:
-        why = f"preset {preset}: {group.why}"
         for pattern in group.match:
-            label = f"preset {preset} '{pattern}'"
             yield CompiledRule(
-                label, pattern, wish, why, action, (prefix,), "below", origin="preset"
+                label=f"preset {preset} '{pattern}'",
+                pattern=pattern,
+                wish=wish,
+                why=f"preset {preset}: {group.why}",
+                action=action,
+                within=(prefix,),
+                below="below",
+                origin="preset",
             )
 
 
