@@ -115,7 +115,7 @@ def test_a_seam_that_breaks_takes_only_itself_away(copy, comfyui):
     code = HOST.format(tree=str(comfyui)) + "import comfy.ops\ndel comfy.ops.mixed_precision_ops\n"
     code += (
         LOAD_BY_PATH
-        + f"load({copy!r}, 'by_path')\nstatus = sys.modules['by_path.nodes.bridge'].status()\nprint(status['linear'], status['formats'])"
+        + f"load({copy!r}, 'by_path')\nstatus = sys.modules['by_path.nodes.bridge'].status()\nprint(status['layers'], status['formats'])"
     )
     result = python(code)
     assert "AttributeError" in result.stdout and result.stdout.strip().endswith("None"), (

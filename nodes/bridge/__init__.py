@@ -42,9 +42,9 @@ def register() -> None:
         logger.warning("FewBits: %s", reason)
         return
     setattr(core, _STAMP, (VERSION, __name__))
-    from . import ops
+    from .seams import SEAMS
 
-    for name, install in ops.SEAMS.items():
+    for name, install in SEAMS.items():
         try:
             install()
             _STATUS[name] = None

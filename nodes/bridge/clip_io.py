@@ -22,7 +22,7 @@ from ...quant_ops.report.report import Report
 from ...quant_ops.sources import MemorySink, MemorySource, TensorSource
 from ...quant_ops.spec import Header
 from .kernels import use_kernels
-from .text_encoders import Made, made_by
+from .seams.text_encoders import Made, made_by
 from .weights import Entry, PatchedWeights, carry_over, same_values
 
 FILE_LOADERS = (

@@ -24,7 +24,7 @@ def dtype(request):
 @pytest.fixture
 def old(comfy, dtype):
     """Embedding as it is where ComfyUI has no quantized one (<= 0.20), with our mixin."""
-    from fewbits.nodes.bridge.ops import OwnEmbedding
+    from fewbits.nodes.bridge.seams.layers import OwnEmbedding
 
     core = comfy.ops.manual_cast.Embedding
     return type("Embedding", (OwnEmbedding, core), {"_fewbits_core": core, "_fewbits_dtype": dtype})

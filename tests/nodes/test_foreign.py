@@ -1,4 +1,4 @@
-"""Seams 3 and 4: foreign and fully packed files open in ComfyUI's own loaders and sample like the layers they hold."""
+"""Foreign and fully packed files open in ComfyUI's own loaders and sample like the layers they hold."""
 
 import dialects
 import pytest
@@ -172,8 +172,8 @@ def test_every_key_is_translated_whatever_prefix_the_loader_asks_about(comfy, te
 
 
 def test_translating_twice_changes_nothing(comfy):
-    from fewbits.nodes.bridge.foreign import translate_state_dict
-    from fewbits.nodes.bridge.ops import OWNED
+    from fewbits.nodes.bridge.seams.foreign import translate_state_dict
+    from fewbits.nodes.bridge.seams.formats import OWNED
 
     state = dialects.bitsandbytes("a", torch.randn(32, 64))
     once, metadata = translate_state_dict(state, {}, OWNED)
@@ -182,8 +182,8 @@ def test_translating_twice_changes_nothing(comfy):
 
 
 def test_plain_and_native_state_dicts_pass_untouched(comfy, tensors):
-    from fewbits.nodes.bridge.foreign import translate_state_dict
-    from fewbits.nodes.bridge.ops import OWNED
+    from fewbits.nodes.bridge.seams.foreign import translate_state_dict
+    from fewbits.nodes.bridge.seams.formats import OWNED
 
     assert translate_state_dict(tensors, {}, OWNED)[0] is tensors
     state = converted(tensors, lambda b, w: dialects.under(b, *dialects.native("float8_e4m3fn", w)))
@@ -202,8 +202,8 @@ def test_what_cannot_be_read_is_refused_by_name(load, tensors):
 
 
 def test_the_logical_shapes_are_a_consistent_mapping(comfy):
-    from fewbits.nodes.bridge.detect import LogicalShapes, logical_weights
-    from fewbits.nodes.bridge.ops import OWNED
+    from fewbits.nodes.bridge.seams.detection import LogicalShapes, logical_weights
+    from fewbits.nodes.bridge.seams.formats import OWNED
 
     state = {
         "plain.weight": torch.zeros(4, 4),
@@ -226,16 +226,6 @@ def test_the_logical_shapes_are_a_consistent_mapping(comfy):
     )
     assert view["plain.weight"] is state["plain.weight"] and view.get("b") is None
     assert view["a.weight"].device.type == "meta"
-
-
-def test_seams_are_installed_once(comfy):
-    from fewbits.nodes.bridge import detect, foreign, register
-
-    before = comfy.utils.convert_old_quants, comfy.model_detection.detect_unet_config
-    register()
-    foreign.install(set())
-    detect.install(set())
-    assert (comfy.utils.convert_old_quants, comfy.model_detection.detect_unet_config) == before
 
 
 @pytest.mark.parametrize("case", ["bitsandbytes nested", "D19", "INT8-Fast"])

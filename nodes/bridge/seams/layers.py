@@ -1,91 +1,48 @@
-"""The seams into ComfyUI's loaders: our format names, our layouts, and Linear modules that read
-them.
+"""Seam `layers`: ComfyUI's layers read, run, patch and save our formats.
+
+Wraps: `comfy.ops.mixed_precision_ops`, and subclasses the Linear, Embedding and MoEExperts that it
+    returns. Every format that is not ours is `super()`'s.
+Why: the loading of a quantized layer is a chain of ComfyUI's own formats; a registered name alone
+    is refused at its end. Embedding tables that an older ComfyUI would read as plain numbers (all
+    up to 0.20, INT8 up to 0.28) are read here.
+Since: ComfyUI 0.8.
+Without it: `ValueError: Unsupported quantization format: bnb_nf4` for a file of ours.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 
 import comfy.ops
-import comfy.quant_ops
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 
-from ...quant_ops.checkpoint.metadata import parse_marker
-from ...quant_ops.errors import CheckpointError, UnsupportedLayerError
-from ...quant_ops.formats import FORMATS, get_format
-from ...quant_ops.layouts import linear, register_layout
-from ...quant_ops.sources import TORCH_DTYPES, spec_of
-from ...quant_ops.spec import FormatOptions, LayerInput
-from . import controlnet, detect, foreign, merging, text_encoders
-from .compat import embedding_reads, weight_only_path
+from ....quant_ops.checkpoint.metadata import parse_marker
+from ....quant_ops.errors import CheckpointError, UnsupportedLayerError
+from ....quant_ops.formats import FORMATS, get_format
+from ....quant_ops.layouts import linear
+from ....quant_ops.sources import spec_of
+from ....quant_ops.spec import LayerInput
+from ..compat import embedding_reads, weight_only_path
+from .formats import OWNED, PROBE, layout_of
+from .wrap import wrap
 
-MARK = "_fewbits_wrapped"
-# Formats that ComfyUI did not know when we registered; the others stay ComfyUI's own.
-OWNED: set[str] = set()
 LOOKED_UP = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # rows can be decoded one by one
-# a layer that every format fits, to ask which tensors it stores
-PROBE = LayerInput((256, 256), None)
 
 
-def install_formats() -> None:
-    """Names into QUANT_ALGOS and layout classes into the registry; existing entries are never
-    changed.
-    """
-    algos = comfy.quant_ops.QUANT_ALGOS
-    OWNED.update(name for name in FORMATS if name not in algos)
-    for name in FORMATS:
-        if name not in OWNED:
-            continue
-        format = get_format(name)
-        specs = format.tensor_specs(PROBE, format.defaults)
-        algos[name] = {
-            "storage_t": TORCH_DTYPES[specs["weight"][0]],
-            "parameters": set(specs) - {"weight"},
-            "comfy_tensor_layout": _layout(name, format.defaults),
-            "quantize_input": False,
-        }
+def install() -> None:
+    wrap(comfy.ops, "mixed_precision_ops", _subclassed)
 
 
-def _layout(name: str, options: FormatOptions) -> str:
-    layout = register_layout(name, options)
-    registry = getattr(comfy.quant_ops, "LAYOUTS", None)
-    if isinstance(registry, dict):  # ComfyUI <= 0.7 kept its own
-        registry.setdefault(layout, get_layout_class(layout))
-    return layout
-
-
-def install_layers() -> None:
-    """Subclass what `mixed_precision_ops` returns, so that every stock loader reads our layers."""
-    original = comfy.ops.mixed_precision_ops
-    if getattr(original, MARK, False):
-        return
-
-    @functools.wraps(original)
-    def mixed_precision_ops(*args: object, **kwargs: object) -> type:
-        ops = original(*args, **kwargs)
-        core = getattr(ops, "Embedding", None)
-        for name, mixin in MIXINS.items():
-            if hasattr(ops, name):
-                setattr(ops, name, type(name, (mixin, getattr(ops, name)), {}))
-        ops.Embedding._fewbits_core, ops.Embedding._fewbits_dtype = core, ops._compute_dtype
-        return ops
-
-    setattr(mixed_precision_ops, MARK, True)
-    comfy.ops.mixed_precision_ops = mixed_precision_ops
-
-
-SEAMS: dict[str, Callable[[], None]] = {
-    "formats": install_formats,
-    "linear": install_layers,
-    "text_encoders": text_encoders.install,
-    "foreign dialects": functools.partial(foreign.install, OWNED),
-    "detection": functools.partial(detect.install, OWNED),
-    "merging": merging.install,
-    "controlnet": controlnet.install,
-}
+def _subclassed(original: Callable, *args: object, **kwargs: object) -> type:
+    ops = original(*args, **kwargs)
+    core = getattr(ops, "Embedding", None)
+    for name, mixin in MIXINS.items():
+        if hasattr(ops, name):
+            setattr(ops, name, type(name, (mixin, getattr(ops, name)), {}))
+    ops.Embedding._fewbits_core, ops.Embedding._fewbits_dtype = core, ops._compute_dtype
+    return ops
 
 
 def _marker(state_dict: dict, prefix: str) -> dict | None:
@@ -142,7 +99,7 @@ class OwnFormats:
                 f"{list(shape)} in {format.name}; "
                 "the file belongs to another model, or was packed wrongly"
             )
-        self.layout_type = _layout(format.name, options)
+        self.layout_type = layout_of(format.name, options)
         self.quant_format = format.name
         self._full_precision_mm_config = bool(marker.get("full_precision_matrix_mult", False))
         stored = {suffix: tensor.to(device=device) for suffix, tensor in stored.items()}

@@ -1,46 +1,45 @@
-"""Seam 4: ComfyUI recognises models by weight shapes; packed layers show it the shapes they had
-before packing.
+"""Seam `detection`: packed layers show ComfyUI the shapes that they had before packing.
+
+Wraps: `comfy.model_detection.detect_unet_config`; only that function sees the logical shapes.
+Why: ComfyUI recognises a diffusion model, and reads its widths, off the shapes of weights; a 4-bit
+    weight of (N, K) lies in the file as (N, K / 2).
+Since: ComfyUI 0.8.
+Without it: a file whose first or last projection is packed is not recognised, or is built half as
+    wide and fails while sampling.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import comfy.model_detection
 import torch
 
-from ...quant_ops.checkpoint.metadata import parse_marker
-from ...quant_ops.errors import CheckpointError
-from ...quant_ops.formats import get_format
-from ...quant_ops.sources import spec_of
+from ....quant_ops.checkpoint.metadata import parse_marker
+from ....quant_ops.errors import CheckpointError
+from ....quant_ops.formats import get_format
+from ....quant_ops.sources import spec_of
+from .formats import OWNED
+from .wrap import wrap
 
-MARK = "_fewbits_wrapped"
+
+def install() -> None:
+    wrap(comfy.model_detection, "detect_unet_config", _with_logical_shapes)
 
 
-def install(owned: set[str]) -> None:
-    """Wrap `comfy.model_detection.detect_unet_config`; only that function sees the logical shapes.
+def _with_logical_shapes(original: Callable, state_dict: dict, *args: object, **kwargs: object):
+    stand_ins = logical_weights(state_dict, OWNED)
+    if stand_ins:
+        state_dict = LogicalShapes(state_dict, stand_ins)
+    return original(state_dict, *args, **kwargs)
+
+
+def logical_weights(state_dict: Mapping, owned: set[str]) -> dict[str, torch.Tensor]:
+    """key -> stand-in without data for every weight whose stored shape is not its logical one.
 
     Args:
         owned: formats that this ComfyUI does not read itself.
     """
-    original = comfy.model_detection.detect_unet_config
-    if getattr(original, MARK, False):
-        return
-
-    @functools.wraps(original)
-    def detect_unet_config(state_dict: dict, *args: object, **kwargs: object):
-        stand_ins = logical_weights(state_dict, owned)
-        return original(
-            LogicalShapes(state_dict, stand_ins) if stand_ins else state_dict, *args, **kwargs
-        )
-
-    setattr(detect_unet_config, MARK, True)
-    comfy.model_detection.detect_unet_config = detect_unet_config
-
-
-def logical_weights(state_dict: Mapping, owned: set[str]) -> dict[str, torch.Tensor]:
-    """key -> stand-in without data for every weight whose stored shape is not its logical one."""
     stand_ins = {}
     for name in state_dict:
         base, _, suffix = name.rpartition(".")

@@ -1,47 +1,46 @@
-"""Seam 3: foreign dialects become ours before ComfyUI recognises the model, so that stock loaders
-open them.
+"""Seam `foreign`: other tools' dialects become ComfyUI's before it recognises the model.
+
+Wraps: `comfy.utils.convert_old_quants`, which every stock loader calls on what it has just read.
+Why: stock loaders open files of bitsandbytes and others, and old scaled FP8 files keep their
+    number format: ComfyUI's own conversion labels e5m2 codes e4m3fn.
+Since: ComfyUI 0.4.
+Without it: foreign files are not recognised, or fail in a shape mismatch; scaled e5m2 is cast
+    again, which rounds it a second time.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
+from collections.abc import Callable
 
 import comfy.quant_ops
 import comfy.utils
 import torch
 
-from ...quant_ops.checkpoint.importers import ImportOptions
-from ...quant_ops.checkpoint.importers.source import ImportedSource, is_side
-from ...quant_ops.checkpoint.metadata import HEADER_KEY
-from ...quant_ops.formats.base import marker_bytes
-from ...quant_ops.sources import DTYPE_NAMES, MemorySource
+from ....quant_ops.checkpoint.importers import ImportOptions
+from ....quant_ops.checkpoint.importers.source import ImportedSource, is_side
+from ....quant_ops.checkpoint.metadata import HEADER_KEY
+from ....quant_ops.formats.base import marker_bytes
+from ....quant_ops.sources import DTYPE_NAMES, MemorySource
+from .formats import OWNED
+from .wrap import wrap
 
 logger = logging.getLogger(__name__)
 
-MARK = "_fewbits_wrapped"
+
+def install() -> None:
+    wrap(comfy.utils, "convert_old_quants", _translate_first)
 
 
-def install(owned: set[str]) -> None:
-    """Wrap `comfy.utils.convert_old_quants`, which every stock loader calls on what it has just
-    read.
-
-    Args:
-        owned: formats that this ComfyUI does not read itself.
-    """
-    original = comfy.utils.convert_old_quants
-    if getattr(original, MARK, False):
-        return
-
-    @functools.wraps(original)
-    def convert_old_quants(
-        state_dict: dict, model_prefix: str = "", metadata: dict | None = None, **kwargs: object
-    ):
-        state_dict, metadata = translate_state_dict(state_dict, metadata, owned)
-        return original(state_dict, model_prefix, metadata=metadata, **kwargs)
-
-    setattr(convert_old_quants, MARK, True)
-    comfy.utils.convert_old_quants = convert_old_quants
+def _translate_first(
+    original: Callable,
+    state_dict: dict,
+    model_prefix: str = "",
+    metadata: dict | None = None,
+    **kwargs: object,
+):
+    state_dict, metadata = translate_state_dict(state_dict, metadata, OWNED)
+    return original(state_dict, model_prefix, metadata=metadata, **kwargs)
 
 
 def translate_state_dict(
@@ -52,6 +51,9 @@ def translate_state_dict(
 
     All keys are translated, whatever prefix the loader asks about: a checkpoint is converted once
     for all its parts. Doing it twice changes nothing.
+
+    Args:
+        owned: formats that this ComfyUI does not read itself.
 
     Raises:
         CheckpointError: a layer that cannot be read without guessing, by name.

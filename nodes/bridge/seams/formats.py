@@ -1,0 +1,53 @@
+"""Seam `formats`: ComfyUI knows the names of our formats and the tensor classes behind them.
+
+Wraps: nothing. Adds entries to `comfy.quant_ops.QUANT_ALGOS` and layout classes to comfy-kitchen's
+    registry.
+Why: whatever of ComfyUI meets a quantized layer (LoRA, saving, offloading) looks its format up by
+    name. An entry that ComfyUI has itself stays ComfyUI's: a format is ours only where ComfyUI
+    does not know it, so INT8 files open before 0.27, which brought `int8_tensorwise`.
+Since: ComfyUI 0.8, where quantized layers became comfy-kitchen's.
+Without it: `KeyError: 'bnb_nf4'` while a file of ours is loaded.
+"""
+
+from __future__ import annotations
+
+import comfy.quant_ops
+from comfy_kitchen.tensor import get_layout_class
+
+from ....quant_ops.formats import FORMATS, get_format
+from ....quant_ops.layouts import register_layout
+from ....quant_ops.sources import TORCH_DTYPES
+from ....quant_ops.spec import FormatOptions, LayerInput
+
+# Formats that ComfyUI did not know when we registered; the others stay ComfyUI's own.
+OWNED: set[str] = set()
+# a layer that every format fits, to ask which tensors it stores
+PROBE = LayerInput((256, 256), None)
+
+
+def install() -> None:
+    """Names into QUANT_ALGOS and layout classes into the registry; existing entries are never
+    changed.
+    """
+    algos = comfy.quant_ops.QUANT_ALGOS
+    OWNED.update(name for name in FORMATS if name not in algos)
+    for name in FORMATS:
+        if name not in OWNED:
+            continue
+        format = get_format(name)
+        specs = format.tensor_specs(PROBE, format.defaults)
+        algos[name] = {
+            "storage_t": TORCH_DTYPES[specs["weight"][0]],
+            "parameters": set(specs) - {"weight"},
+            "comfy_tensor_layout": layout_of(name, format.defaults),
+            "quantize_input": False,
+        }
+
+
+def layout_of(name: str, options: FormatOptions) -> str:
+    """The registered name of a format's layout class with these options, made on first use."""
+    layout = register_layout(name, options)
+    registry = getattr(comfy.quant_ops, "LAYOUTS", None)
+    if isinstance(registry, dict):  # ComfyUI <= 0.7 kept its own
+        registry.setdefault(layout, get_layout_class(layout))
+    return layout

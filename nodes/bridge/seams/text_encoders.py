@@ -1,0 +1,68 @@
+"""Seam `text_encoders`: every quantized text encoder is built of quantized layers.
+
+Wraps: `comfy.sd.CLIP.__init__`, through which every loader of text encoders goes.
+Why: ComfyUI looks for markers in T5-XXL and the language models only; CLIP-L and others are built
+    of plain layers whatever their files say. The text encoder also remembers here how it was
+    built, so that a quantized one can be built like it.
+Since: ComfyUI 0.8.
+Without it: codes of CLIP-L, CLIP-G, T5-base and others are taken for weights, without an error;
+    and Quantize Text Encoder refuses every CLIP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import comfy.sd
+
+from ....quant_ops.errors import QuantError
+from .wrap import wrap
+
+MADE = "_fewbits_made"
+
+
+@dataclass(frozen=True)
+class Made:
+    """How ComfyUI built a text encoder, its weights apart: what it takes to build one like it."""
+
+    target: object  # classes of the encoder and of its tokenizer
+    model_options: dict
+
+
+def install() -> None:
+    wrap(comfy.sd.CLIP, "__init__", _mark_and_remember)
+
+
+def _mark_and_remember(
+    original: Callable,
+    clip: comfy.sd.CLIP,
+    target: object = None,
+    *args: object,
+    **kwargs: object,
+) -> None:
+    given = kwargs.get("model_options") or {}
+    states = kwargs.get("state_dict", [])
+    states = states if isinstance(states, list) else [states]
+    decided = "quantization_metadata" in given or "custom_operations" in given
+    if not decided and any(key.endswith(".comfy_quant") for state in states for key in state):
+        kwargs["model_options"] = {**given, "quantization_metadata": {"mixed_ops": True}}
+    original(clip, target, *args, **kwargs)
+    if target is not None:  # without one, ComfyUI fills in a clone
+        setattr(clip.cond_stage_model, MADE, Made(target, given))
+
+
+def made_by(clip: comfy.sd.CLIP) -> Made:
+    """How this text encoder was built.
+
+    Raises:
+        QuantError: by other means than ComfyUI's own class.
+    """
+    made = getattr(clip.cond_stage_model, MADE, None)
+    if made is None:
+        raise QuantError(
+            f"this CLIP ({type(clip.cond_stage_model).__name__}) was made by a node that builds "
+            "text encoders in its own way, so it cannot be built again: convert its file with "
+            "Quantize File and load that"
+        )
+    return made
