@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def demo(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
-    return env.python("-m", "harness.demo", "demo_output")
+    return env.python("-m", "support.harness.demo", "demo_output")
 
 
 def test(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
@@ -130,7 +130,7 @@ def test(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def comfy(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
-    return env.python("-m", "harness.serve", str(args.port))
+    return env.python("-m", "support.harness.serve", str(args.port))
 
 
 def bench(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:

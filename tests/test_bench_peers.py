@@ -1,9 +1,10 @@
 """Benchmarks compare like with like: the libraries that are here compute our product and our weights."""
 
-import bench_layers as gpu
-import bench_peers as peers
 import pytest
 import torch
+
+from support import bench_layers as gpu
+from support import bench_peers as peers
 
 KINDS = (
     "int8 row",

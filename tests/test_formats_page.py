@@ -12,8 +12,8 @@ from fewbits.quant_ops.formats import FORMATS, get_format
 from fewbits.quant_ops.planning.recipe import parse_wish
 from fewbits.quant_ops.sources import DTYPE_NAMES
 from fewbits.quant_ops.spec import LayerInput
-from harness import readme
-from harness.emoji import ROOT
+from support.harness import readme
+from support.harness.emoji import ROOT
 
 PAGE = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))

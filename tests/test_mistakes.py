@@ -21,7 +21,7 @@ from fewbits.quant_ops.conversion import verify_file
 from fewbits.quant_ops.formats import FORMATS
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
-from helpers import random_tensors, tiny_checkpoint
+from support.helpers import random_tensors, tiny_checkpoint
 
 HERE = Path(__file__).parent
 FOUND = "checkpoint/test_verify.py::test_a_mistake_is_found_by_its_id"

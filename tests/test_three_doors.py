@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 
-from harness import EMOJI, PACK, ComfyServer
-from helpers import fewbits, sd3_shapes, tiny_checkpoint
+from support.harness import EMOJI, PACK, ComfyServer
+from support.helpers import fewbits, sd3_shapes, tiny_checkpoint
 
 KEEP = ["*_mod.lin", r"re:joint_blocks\.0\..*"]
 CASES = [

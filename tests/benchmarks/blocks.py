@@ -29,7 +29,7 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parents[1]),
 ]
 
-import bench_layers as gpu
+from support import bench_layers as gpu
 import torch
 from linear import append
 from safetensors.torch import save_file
@@ -38,7 +38,7 @@ from fewbits.quant_ops.bench import replayed
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from assets.emoji.comfy_nodes import encode
-from helpers import flux_shapes
+from support.helpers import flux_shapes
 
 RESULTS = Path(__file__).parent / "results" / "blocks.csv"
 FORMATS = (

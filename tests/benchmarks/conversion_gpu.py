@@ -24,7 +24,7 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parents[1]),
 ]
 
-import bench_layers as gpu
+from support import bench_layers as gpu
 import torch
 from conversion import flux_shapes, write_model
 from linear import append

@@ -3,7 +3,7 @@
     python tests/benchmarks/encode.py
 
 `of_copy`: for weights bf16 bytes read per second over the copy's bytes (read and written), for decoding and for
-activations all bytes moved per second over the copy's. Rows of peers (tests/bench_peers.py) end in `by LIBRARY`.
+activations all bytes moved per second over the copy's. Rows of peers (tests/support/bench_peers.py) end in `by LIBRARY`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parents[1]),
 ]
 
-import bench_layers as gpu
-import bench_peers as peers
+from support import bench_layers as gpu
+from support import bench_peers as peers
 import torch
 from linear import append
 from torch.nn.functional import gelu

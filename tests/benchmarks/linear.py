@@ -3,7 +3,7 @@
     python tests/benchmarks/linear.py [--only "nf4 64"] [--rows 1 16] [--shapes 12288x3072]
 
 Medians in captured graphs (`_ms`) and of plain calls (`_plain_ms`, launches included), over copies that exceed the
-cache. Peers (tests/bench_peers.py) are timed right after ours on the same layer; those not installed are named first.
+cache. Peers (tests/support/bench_peers.py) are timed right after ours on the same layer; those not installed are named first.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parents[1]),
 ]
 
-import bench_layers as gpu
-import bench_peers as peers
+from support import bench_layers as gpu
+from support import bench_peers as peers
 import torch
 import triton
 

@@ -17,7 +17,7 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parents[1]),
 ]
 
-import bench_layers as gpu
+from support import bench_layers as gpu
 import torch
 import triton
 

@@ -33,7 +33,7 @@ from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.sources import TORCH_DTYPES
 from fewbits.quant_ops.spec import Header, ModelPlan, TensorSpec
-from helpers import flux_shapes
+from support.helpers import flux_shapes
 
 RESULTS = Path(__file__).parent / "results" / "loading.csv"
 NATIVE, HIDDEN = "float8_e4m3fn", 3072

@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "import_shim"), str(HERE.parent)]
 
 import torch
-from layers import correlated_rows, emoji_activations, emoji_weights, heavy_weight
+from support.layers import correlated_rows, emoji_activations, emoji_weights, heavy_weight
 
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.methods import Layer, choose, get_method, layer_generator

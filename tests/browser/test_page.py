@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from harness import EMOJI_NODES, PACK, ComfyServer, emoji_models, emoji_workflow
+from support.harness import EMOJI_NODES, PACK, ComfyServer, emoji_models, emoji_workflow
 
 pytestmark = pytest.mark.browser
 

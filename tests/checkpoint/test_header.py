@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from fewbits.quant_ops.checkpoint.header import build_header, read_header
 from fewbits.quant_ops.errors import CheckpointError
 from fewbits.quant_ops.spec import TensorSpec
-from helpers import raw_file, tiny_checkpoint
+from support.helpers import raw_file, tiny_checkpoint
 
 A = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 

@@ -1,9 +1,7 @@
 """Every dialect of FORMATS section 5 and the golden vectors 9.7, through the one entry that all doors use."""
 
-import dialects
 import pytest
 import torch
-from vectors import A, B, bits, floats, raw
 
 from fewbits.kernels.hadamard import rotate
 from fewbits.quant_ops.checkpoint.importers import ImportOptions
@@ -12,6 +10,8 @@ from fewbits.quant_ops.checkpoint.importers.source import ImportedSource
 from fewbits.quant_ops.errors import CheckpointError
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.sources import MemorySource
+from support import dialects
+from support.vectors import A, B, bits, floats, raw
 
 D14_ROW = "400cd6712ef9a24f0cd5611ee8923f0bc4601de7922ffac4501de6812ef9b340"
 D30_ROW = "bff56a0ee6723dc7f45a9ee6612dc7f45bafe6602ed7734cafe5691ed6724cbf"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from fewbits.quant_ops.checkpoint import reader
 from fewbits.quant_ops.checkpoint.reader import LOCKED, READERS, FileSource
 from fewbits.quant_ops.errors import CheckpointError
-from helpers import random_tensors, tiny_checkpoint
+from support.helpers import random_tensors, tiny_checkpoint
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
           torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]  # fmt: skip

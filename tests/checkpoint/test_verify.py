@@ -2,7 +2,6 @@
 
 import json
 
-import dialects
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +11,8 @@ from fewbits.quant_ops.checkpoint.verify import MISTAKES, verify_source
 from fewbits.quant_ops.cli.__main__ import main
 from fewbits.quant_ops.conversion import repair_file, verify_file
 from fewbits.quant_ops.sources import MemorySource
-from helpers import EMOJI
+from support import dialects
+from support.helpers import EMOJI
 
 WIDE = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
 SQUARE = torch.randn(128, 128, generator=torch.Generator().manual_seed(1))

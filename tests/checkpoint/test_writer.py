@@ -16,7 +16,7 @@ from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.checkpoint.writer import FileSink
 from fewbits.quant_ops.errors import CheckpointError
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
-from helpers import tiny_checkpoint
+from support.helpers import tiny_checkpoint
 
 INT8 = Recipe(primary=parse_wish("int8_tensorwise"))
 

@@ -8,8 +8,8 @@ import torch
 from fewbits.kernels import dispatch
 from fewbits.quant_ops.bench import ROWS, WORDS, bench_linears, kernel_report
 from fewbits.quant_ops.formats import FORMATS
-from harness import kernel_tables, readme
-from helpers import fewbits
+from support.harness import kernel_tables, readme
+from support.helpers import fewbits
 
 
 def test_the_report_names_a_kernel_and_a_reason_for_every_format():

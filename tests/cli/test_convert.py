@@ -2,7 +2,6 @@
 
 import json
 
-import dialects
 import pytest
 import torch
 from safetensors import safe_open
@@ -11,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.cli.__main__ import main
 from fewbits.quant_ops.sources import spec_of
-from helpers import EMOJI, fewbits
+from support import dialects
+from support.helpers import EMOJI, fewbits
 
 WIDE = torch.randn(32, 128, generator=torch.Generator().manual_seed(0))
 MARKER = torch.zeros(0, dtype=torch.float8_e4m3fn)

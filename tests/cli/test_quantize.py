@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
-from helpers import EMOJI, fewbits, flux_shapes, quantize_after, random_tensors, tiny_checkpoint
+from support.helpers import (
+    EMOJI,
+    fewbits,
+    flux_shapes,
+    quantize_after,
+    random_tensors,
+    tiny_checkpoint,
+)
 
 
 def refused(result, *parts):

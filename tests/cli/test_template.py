@@ -6,7 +6,7 @@ import pytest
 
 from fewbits.quant_ops.cli.__main__ import main
 from fewbits.quant_ops.planning.template import template_path
-from helpers import flux_shapes, tiny_checkpoint
+from support.helpers import flux_shapes, tiny_checkpoint
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from fewbits.quant_ops.compat import (
 from fewbits.quant_ops.errors import QuantError, RecipeError
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.spec import ModelPlan
-from helpers import EMOJI, random_tensors, tiny_checkpoint
+from support.helpers import EMOJI, random_tensors, tiny_checkpoint
 
 FEW = ["--num_iter", "2"]  # enough to run the loop; its quality is tests/methods'
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from fewbits.quant_ops.compat import main
 from fewbits.quant_ops.compat.flags import FLAGS, PRESET_FLAGS
-from helpers import random_tensors, tiny_checkpoint
+from support.helpers import random_tensors, tiny_checkpoint
 
 LAYER = "double_blocks.0.img_mlp.0"  # an ordinary layer, (512, 128)
 KEPT = "img_in"  # one that Flux's preset keeps

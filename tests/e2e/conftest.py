@@ -2,8 +2,8 @@
 
 import pytest
 
-from harness import EMOJI_NODES, PACK, ComfyServer, emoji_models
-from harness.quality import sample
+from support.harness import EMOJI_NODES, PACK, ComfyServer, emoji_models
+from support.harness.quality import sample
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, Rule, parse_wish
-from harness import EMOJI, PACK, ComfyServer
-from harness.metrics import psnr
-from helpers import clip_shapes, random_tensors, sd3_shapes
+from support.harness import EMOJI, PACK, ComfyServer
+from support.harness.metrics import psnr
+from support.helpers import clip_shapes, random_tensors, sd3_shapes
 
 CLIP = "text_encoders.clip_l.transformer."
 # What the file holds, and the least PSNR of the picture against the unquantized checkpoint's. Measured on this random

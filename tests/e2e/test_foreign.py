@@ -1,11 +1,11 @@
 """The emoji model in other writers' dialects, opened by ComfyUI's own UNETLoader over HTTP and sampled."""
 
-import dialects
 import pytest
 from safetensors.torch import load_file, save_file
 
-from harness import EMOJI, PROMPTS, emoji_workflow
-from harness.metrics import ssim
+from support import dialects
+from support.harness import EMOJI, PROMPTS, emoji_workflow
+from support.harness.metrics import ssim
 
 # All layers at 4 bits, first and last projections too; INT8 rows as in the promise.
 CASES = {

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from harness import EMOJI, emoji_workflow
-from harness.metrics import ssim
-from helpers import fewbits
+from support.harness import EMOJI, emoji_workflow
+from support.harness.metrics import ssim
+from support.helpers import fewbits
 
 EMOJI_FILE = "diffusion_models/emoji_flux.safetensors"
 LAYER_CONFIG = {

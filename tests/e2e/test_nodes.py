@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.spec import version_key
-from harness import EMOJI, PACK, emoji_workflow
-from harness.metrics import ssim
-from harness.workflow import prompt_of
-from helpers import flux_shapes, random_tensors
+from support.harness import EMOJI, PACK, emoji_workflow
+from support.harness.metrics import ssim
+from support.harness.workflow import prompt_of
+from support.helpers import flux_shapes, random_tensors
 
 ORIGINAL = EMOJI / "emoji_flux.safetensors"
 IDS = [*json.loads((PACK / "node_list.json").read_text(encoding="utf-8"))]

@@ -1,10 +1,10 @@
 """What people do with a model, done with a quantized file of every format by ComfyUI's own nodes: LoRAs, saving."""
 
 import pytest
-from e2e.wishes import WISHES, least_ssim, write_emoji
 
-from harness import emoji_workflow
-from harness.metrics import ssim
+from support.harness import emoji_workflow
+from support.harness.metrics import ssim
+from support.wishes import WISHES, least_ssim, write_emoji
 
 # With LoRAs ComfyUI rounds every patched layer a second time, and this is one prompt. Measured below the promise for
 # eight prompts without LoRAs: nothing in 8 bits, at most 0.006 in W4A8 and W4A4, 0.052 in NF4 and FP4, 0.135 in nvfp4.

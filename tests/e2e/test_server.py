@@ -10,8 +10,8 @@ import urllib.request
 
 import pytest
 
-from harness import EMOJI_NODES, PACK, ComfyServer
-from helpers import flux_shapes, tiny_checkpoint
+from support.harness import EMOJI_NODES, PACK, ComfyServer
+from support.helpers import flux_shapes, tiny_checkpoint
 
 BIG = flux_shapes(hidden=1024)  # 120 MB: long enough to be killed in
 
@@ -63,7 +63,7 @@ def test_a_server_killed_in_mid_conversion_leaves_no_result_and_can_go_on_afterw
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_an_interrupted_parent_takes_the_server_with_it():
-    command = [sys.executable, "-m", "harness.serve", "0"]
+    command = [sys.executable, "-m", "support.harness.serve", "0"]
     listen = functools.partial(
         signal.signal, signal.SIGINT, signal.SIG_DFL
     )  # a shell's background jobs ignore it

@@ -3,13 +3,13 @@
 import math
 
 import pytest
-from e2e.wishes import WISHES, least_ssim, write_emoji
 
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.planning.recipe import parse_wish
 from fewbits.quant_ops.spec import ITEM_SIZES, LayerInput
-from harness import PROMPTS, emoji_workflow, readme
-from harness.quality import compare, sample
+from support.harness import PROMPTS, emoji_workflow, readme
+from support.harness.quality import compare, sample
+from support.wishes import WISHES, least_ssim, write_emoji
 
 HEADER = ["format", "bits per weight", "file size", "SSIM", "PSNR", "latent cosine", "opens in"]
 # What other processors may change in the measured columns; two runs on one machine agree to the last digit.

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
-from harness import PACK, ComfyServer
-from harness.workflow import prompt_of
-from helpers import clip_shapes, gated_t5_shapes, random_tensors, t5_shapes
+from support.harness import PACK, ComfyServer
+from support.harness.workflow import prompt_of
+from support.helpers import clip_shapes, gated_t5_shapes, random_tensors, t5_shapes
 
 ENCODERS = {"clip_l": "stable_diffusion", "t5_base": "stable_audio"}  # file -> type of CLIPLoader
 # T5 v1.1 small, which stands in for T5-XXL in this file's ComfyUI: its own takes 9 GB.

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
-from e2e.wishes import WISHES, least_ssim, write_emoji
 
-from harness import EMOJI_NODES, PACK, PROMPTS, ComfyServer, emoji_models, readme
-from harness.quality import compare, sample
+from support.harness import EMOJI_NODES, PACK, PROMPTS, ComfyServer, emoji_models, readme
+from support.harness.quality import compare, sample
+from support.wishes import WISHES, least_ssim, write_emoji
 
 OLDER = dict(
     line.split("=", 1) for line in os.environ.get("FEWBITS_OLDER_COMFYUI", "").splitlines()

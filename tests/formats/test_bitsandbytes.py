@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from formats.codec import decode, encode
-from vectors import B
 
 from fewbits.quant_ops.spec import FormatOptions
+from support.codec import decode, encode
+from support.vectors import B
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 

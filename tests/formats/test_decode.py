@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from formats import reference
-from formats.codec import CANONICAL, decode, encode, layer_of, specs_of, wish
-from vectors import raw
 
 from fewbits.quant_ops.formats import FORMATS, get_format
 from fewbits.quant_ops.spec import LayerInput
+from support import reference
+from support.codec import CANONICAL, decode, encode, layer_of, specs_of, wish
+from support.vectors import raw
 
 # (17, 80) is odd in N; (33, 576) has 9 rotation groups; (1, 64) is one row; (130, 64) needs two scale tiles of 128 rows
 SHAPES = [(64, 256), (17, 80), (33, 576), (1, 64), (130, 64), (256, 16)]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from formats.codec import CANONICAL, decode, encode, layer_of, specs_of, wish
-from vectors import raw
 
 from fewbits.kernels.codebook4 import fast_codes, round_e2m1, round_fp4, round_nf4
 from fewbits.kernels.w4a8 import round_level
 from fewbits.quant_ops.formats import get_format
+from support.codec import CANONICAL, decode, encode, layer_of, specs_of, wish
+from support.vectors import raw
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from formats import reference
-from formats.codec import CANONICAL, wish
-from vectors import raw
 
 from fewbits.quant_ops.errors import CheckpointError, RecipeError
 from fewbits.quant_ops.pipeline import plan_source, quantize, quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, Wish, parse_wish
 from fewbits.quant_ops.sources import MemorySink, MemorySource, spec_of
-from helpers import EMOJI
+from support import reference
+from support.codec import CANONICAL, wish
+from support.helpers import EMOJI
+from support.vectors import raw
 
 
 def model() -> dict[str, torch.Tensor]:

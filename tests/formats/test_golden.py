@@ -6,12 +6,12 @@ import hashlib
 
 import pytest
 import torch
-from formats.codec import encode
-from vectors import A, B, C, D, bits, floats, raw, sha
 
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.formats.base import marker_bytes
 from fewbits.quant_ops.spec import FormatOptions, LayerInput
+from support.codec import encode
+from support.vectors import A, B, C, D, bits, floats, raw, sha
 
 BLOCK4 = FormatOptions(block_size=4)
 ROW, TENSOR = FormatOptions(scaling="row"), FormatOptions(scaling="tensor")

@@ -8,10 +8,10 @@ import torch
 from comfy_kitchen.backends.eager import convrot_w4a4 as kitchen_w4a4
 from comfy_kitchen.backends.eager import quantization as kitchen
 from comfy_kitchen.float_utils import e8m0_to_f32, from_blocked
-from formats.codec import decode, encode, wish
-from vectors import raw
 
 from fewbits.quant_ops.spec import FormatOptions
+from support.codec import decode, encode, wish
+from support.vectors import raw
 
 SHAPE = (512, 1024)
 SEEDS = [0, 1]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from formats import reference
 
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.spec import version_key
-from helpers import flux_shapes, tiny_checkpoint
+from support import reference
+from support.helpers import flux_shapes, tiny_checkpoint
 
 WISHES = {
     "fp8 e4m3fn": "float8_e4m3fn",

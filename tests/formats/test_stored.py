@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from formats.codec import CANONICAL, encode, layer_of, specs_of, wish
 
 from fewbits.quant_ops.errors import CheckpointError, QuantError
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.formats.base import FORMATS, dtype_from_json
 from fewbits.quant_ops.spec import FormatOptions, LayerInput, TensorSpec
+from support.codec import CANONICAL, encode, layer_of, specs_of, wish
 
 ANY = LayerInput((256, 256), None)
 STATES_DTYPE = ("mxfp8", "nvfp4", "bnb_nf4", "bnb_fp4")

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vectors import raw
 
 from fewbits.kernels.dispatch import use_backend
 from fewbits.kernels.hadamard import rotate
@@ -23,6 +22,7 @@ from fewbits.kernels.w4a8 import (
     nearest_w4a8,
     round_level,
 )
+from support.vectors import raw
 
 INFINITY = torch.tensor(float("inf"))
 

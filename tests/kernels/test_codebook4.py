@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from formats import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vectors import bits, floats
 
 from fewbits.kernels.codebook4 import (
     E2M1,
@@ -20,6 +18,8 @@ from fewbits.kernels.codebook4 import (
     round_nf4,
 )
 from fewbits.kernels.w4a8 import LEVELS, round_level
+from support import reference
+from support.vectors import bits, floats
 
 ROUNDINGS = [round_nf4, round_fp4, round_e2m1, round_level]
 IDS = ["nf4", "fp4", "e2m1", "w4a8 level"]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from formats import reference
-from vectors import raw
 
 from fewbits.kernels.grids import E4M3, E5M2, INT4, INT8, TiledGrid, decode, encode
 from fewbits.kernels.scales import CHUNK_ELEMENTS, TINY, Geometry, scale_from_absmax
+from support import reference
+from support.vectors import raw
 
 TENSOR, ROW = Geometry(None, None), Geometry(1, None)
 ONE = torch.ones(1, 1)

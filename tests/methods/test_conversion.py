@@ -4,7 +4,7 @@ import pytest
 
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, Rule, parse_wish
-from helpers import tiny_checkpoint
+from support.helpers import tiny_checkpoint
 
 SHAPES = {
     "blocks.0.proj.weight": (64, 96),

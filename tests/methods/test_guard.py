@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from layers import heavy_weight
-from methods.cases import FORMATS, run
 
 from fewbits.kernels.grids import INT8, TiledGrid
 from fewbits.kernels.scales import Geometry
 from fewbits.quant_ops.errors import RecipeError
 from fewbits.quant_ops.methods import METHODS, Layer, choose, get_method, layer_generator
 from fewbits.quant_ops.methods.base import Method
+from support.layers import heavy_weight
+from support.method_cases import FORMATS, run
 
 GRID = TiledGrid(INT8, Geometry(1, None))
 NAN = float("nan")

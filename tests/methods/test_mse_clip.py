@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from layers import emoji_weights, heavy_weight
-from methods.cases import FORMATS, run
 
 from fewbits.kernels import codebook4
 from fewbits.kernels.codebook4 import E2M1, FP4, NF4, FlatGrid, lowest_error
 from fewbits.quant_ops.planning.wish import parse_wish
+from support.layers import emoji_weights, heavy_weight
+from support.method_cases import FORMATS, run
 
 # Weight error x nearest on heavy_weight(), seed 0, CPU, torch 2.11; the bound leaves 0.01.
 MEASURED = {

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from layers import correlated_rows, emoji_activations, emoji_weights, heavy_weight
-from methods.cases import FORMATS, run, same
 
 from fewbits.quant_ops.methods.learning_rate import LearningRate
 from fewbits.quant_ops.methods.svd import (
@@ -14,6 +12,8 @@ from fewbits.quant_ops.methods.svd import (
     worst_channel,
 )
 from fewbits.quant_ops.planning.wish import parse_wish
+from support.layers import correlated_rows, emoji_activations, emoji_weights, heavy_weight
+from support.method_cases import FORMATS, run, same
 
 PROMISED = ("float8_e4m3fn", "int8_tensorwise", "bnb_nf4")
 # Projected error x nearest on heavy_weight(), seed 0, CPU, torch 2.11; the bound leaves 0.1.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers import flux_shapes, random_tensors, sd3_shapes
+from support.helpers import flux_shapes, random_tensors, sd3_shapes
 
 SHAPES = {"sd3": sd3_shapes, "flux": flux_shapes}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fewbits.quant_ops.formats import FORMATS
-from helpers import EMOJI
+from support.helpers import EMOJI
 
 
 @pytest.fixture

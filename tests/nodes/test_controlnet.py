@@ -1,9 +1,10 @@
 """ControlNet files: plain ones open as ever, quantized ones are refused by name instead of giving noise."""
 
-import dialects
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from support import dialects
 
 
 def file_with(tmp_path, tensors):

@@ -1,10 +1,10 @@
 """Quantized embedding tables: read by ComfyUI where it can, by us where it cannot, refused where nobody could."""
 
-import dialects
 import pytest
 import torch
 
 from fewbits.quant_ops.spec import FormatOptions
+from support import dialects
 
 N, K = 40, 256
 READ = {"float8_e4m3fn": {}, "float8_e5m2": {}, "int8_tensorwise": {}, "one scale": {"scaling": "tensor"},

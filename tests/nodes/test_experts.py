@@ -1,6 +1,5 @@
 """Banks of experts (3-D): ComfyUI's own formats pass through untouched, ours are refused by name, plain ones stay."""
 
-import dialects
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,6 +10,7 @@ from fewbits.quant_ops.inspection import inspect_file
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.sources import MemorySource
+from support import dialects
 
 BANK = "layers.0.mlp.experts.gate_up_proj"
 EXPERTS, N, K = 3, 64, 128

@@ -1,11 +1,11 @@
 """Foreign and fully packed files open in ComfyUI's own loaders and sample like the layers they hold."""
 
-import dialects
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers import flux_shapes, random_tensors, sd3_shapes
+from support import dialects
+from support.helpers import flux_shapes, random_tensors, sd3_shapes
 
 SHAPES = {"sd3": sd3_shapes, "flux": flux_shapes}
 INNER = (

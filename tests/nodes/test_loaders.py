@@ -2,14 +2,14 @@
 
 import json
 
-import dialects
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
-from helpers import clip_shapes, flux_shapes, gated_t5_shapes, random_tensors, sd3_shapes
+from support import dialects
+from support.helpers import clip_shapes, flux_shapes, gated_t5_shapes, random_tensors, sd3_shapes
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def checkpoint(clip_format=None, model_format=None, vae=True):
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in model.items()}
     tensors |= {f"text_encoders.clip_l.transformer.{name}": tensor for name, tensor in clip.items()}
     if vae:
-        from helpers import EMOJI
+        from support.helpers import EMOJI
 
         taesd = load_file(EMOJI.with_name("emoji_vae.safetensors"))
         tensors |= {f"first_stage_model.{name}": tensor for name, tensor in taesd.items()}

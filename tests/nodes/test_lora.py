@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import EMOJI
+from support.helpers import EMOJI
 
 LORA = EMOJI.with_name("emoji_lora_blue.safetensors")
 WISHES = pytest.mark.parametrize(

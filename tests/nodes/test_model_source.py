@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from helpers import EMOJI, flux_shapes, random_tensors, sd3_shapes, tiny_checkpoint
+from support.helpers import EMOJI, flux_shapes, random_tensors, sd3_shapes, tiny_checkpoint
 
 LORA = EMOJI.with_name("emoji_lora_blue.safetensors")
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewbits.quant_ops.formats import FORMATS
-from helpers import EMOJI
+from support.helpers import EMOJI
 
 LORA = EMOJI.with_name("emoji_lora_blue.safetensors")
 BOTH = pytest.mark.parametrize("family", ["sd3", "flux"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import EMOJI, clip_shapes, random_tensors, sd3_shapes
+from support.helpers import EMOJI, clip_shapes, random_tensors, sd3_shapes
 
 WISHES = pytest.mark.parametrize(
     "wish", ["int8_tensorwise", "float8_e4m3fn", "bnb_nf4", "nvfp4", "int8_blockwise"]

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewbits.quant_ops.formats import FORMATS
-from helpers import clip_shapes, random_tensors
+from support.helpers import clip_shapes, random_tensors
 
 HERE = [
     name for name in FORMATS if name != "asym_w4a8_int8"

@@ -1,7 +1,8 @@
 """ComfyUI's own model classes, for key names and shapes that are not copied from anywhere."""
 
-import comfy_models
 import pytest
+
+from support import comfy_models
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,13 @@ import re
 
 import pytest
 import torch
-from comfy_models import DIFFUSION, MODELS, Model
 
 from fewbits.quant_ops.planning.match import matches
 from fewbits.quant_ops.planning.model_family import families, find_parts, load_preset, preset_names
 from fewbits.quant_ops.planning.planner import make_plan, not_a_candidate
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.spec import Header, TensorSpec
+from support.comfy_models import DIFFUSION, MODELS, Model
 
 INT8 = Recipe(parse_wish("int8_tensorwise"))
 BLOCKS = r"(double|single)_blocks\.\d+\..*"

@@ -22,7 +22,7 @@ from fewbits.quant_ops.planning.match import matches
 from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import Recipe, Rule, parse_wish
 from fewbits.quant_ops.spec import Header, TensorSpec
-from helpers import flux_shapes
+from support.helpers import flux_shapes
 
 FP8 = {"format": "float8_e4m3fn"}
 # FORMATS 7.3, winner first: pattern, rank, literal length, wildcards

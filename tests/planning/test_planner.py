@@ -13,7 +13,7 @@ from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import Recipe, Rule, parse_wish
 from fewbits.quant_ops.sources import MemorySink, MemorySource
 from fewbits.quant_ops.spec import Header, TensorSpec
-from helpers import flux_shapes, random_tensors, sd3_shapes
+from support.helpers import flux_shapes, random_tensors, sd3_shapes
 
 INT8 = Recipe(primary=parse_wish("int8_tensorwise"))
 T5 = {

@@ -16,7 +16,7 @@ from fewbits.quant_ops.planning.recipe import (
     recipe_to_toml,
 )
 from fewbits.quant_ops.spec import Header, LayerInput, TensorSpec
-from helpers import flux_shapes
+from support.helpers import flux_shapes
 
 INT8 = parse_wish("int8_tensorwise")
 

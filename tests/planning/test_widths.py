@@ -7,7 +7,7 @@ from fewbits.quant_ops.planning.model_family import RECIPES, families, width_lay
 from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import Recipe, parse_rule, parse_wish
 from fewbits.quant_ops.spec import Header, LayerPlan, ModelPlan, TensorSpec
-from helpers import flux_shapes, sd3_shapes
+from support.helpers import flux_shapes, sd3_shapes
 
 TABLE = tomllib.loads((RECIPES / "families.toml").read_text(encoding="utf-8"))["widths"]
 CASES = [

@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import EMOJI, EMOJI_NODES, PACK, PROMPTS, ComfyServer, emoji_models
-from harness.quality import compare, sample
+from support.harness import EMOJI, EMOJI_NODES, PACK, PROMPTS, ComfyServer, emoji_models
+from support.harness.quality import compare, sample
 
 ORIGINAL = "emoji_flux.safetensors"
 STARTED = time.monotonic()

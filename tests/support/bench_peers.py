@@ -11,11 +11,11 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 
-import bench_layers as gpu
 import torch
 
 from fewbits.kernels import activations
 from fewbits.kernels.grids import E4M3, INT8
+from support import bench_layers as gpu
 
 Calls = list[Callable[[], object]]
 Layer = gpu.Layer

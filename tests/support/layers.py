@@ -10,7 +10,7 @@ import torch
 from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.pipeline import plan_source
 from fewbits.quant_ops.planning.recipe import Recipe, Wish
-from helpers import EMOJI
+from support.helpers import EMOJI
 
 
 def heavy_weight(n: int = 256, k: int = 320, seed: int = 0) -> torch.Tensor:

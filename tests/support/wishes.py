@@ -7,7 +7,7 @@ from pathlib import Path
 from fewbits.quant_ops.formats import FORMATS
 from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
-from harness import EMOJI
+from support.harness import EMOJI
 
 VARIANTS = {  # label -> wish, beside each format with its defaults; a label begins with the format's name
     "int8_tensorwise, one scale": "int8_tensorwise:scaling=tensor",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-EMOJI = Path(__file__).parent / "assets" / "emoji" / "emoji_flux.safetensors"
+EMOJI = Path(__file__).parents[1] / "assets" / "emoji" / "emoji_flux.safetensors"
 
 
 def flux_shapes(hidden: int = 128, double: int = 1, single: int = 1) -> dict[str, tuple[int, ...]]:

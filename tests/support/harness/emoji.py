@@ -6,7 +6,7 @@ import copy
 import json
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PACK = ROOT  # the pack itself; the server places it as custom_nodes/ComfyUI-FewBits
 EMOJI = ROOT / "tests" / "assets" / "emoji"
 EMOJI_NODES = EMOJI / "comfy_nodes"

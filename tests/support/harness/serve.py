@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness import EMOJI_NODES, PACK, ComfyServer, emoji_models
+from support.harness import EMOJI_NODES, PACK, ComfyServer, emoji_models
 
 
 def main() -> None:
