@@ -3,9 +3,11 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from fewbits.quant_ops.compat.api import _parse
 from fewbits.quant_ops.compat.flags import FLAGS
@@ -14,10 +16,12 @@ from fewbits.quant_ops.formats import FORMATS, own_methods
 from fewbits.quant_ops.methods import METHODS
 from fewbits.quant_ops.planning.layer_config import parse_layer_config
 from fewbits.quant_ops.planning.recipe import draft_from_text
+from helpers import EMOJI
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "web" / "docs").rglob("*.md")),
 ]
@@ -53,6 +57,15 @@ def test_the_layer_config_shown_is_valid_and_ranked_as_the_page_says():
         "double_blocks.0.*",
         "*norm*",
     ]
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("python"))
+def test_every_script_shown_runs(page, text, tmp_path, monkeypatch, capsys):
+    shutil.copy(EMOJI, tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    text = text.replace("fewbits.compat", "fewbits.quant_ops.compat")  # a name of installed copies
+    exec(compile(text, page.name, "exec"), {"weight": torch.randn(64, 64)})
+    assert (tmp_path / "small.safetensors").stat().st_size < EMOJI.stat().st_size
 
 
 COMMANDS = [line for line in CLASSIC.splitlines() if line.strip().startswith("convert_to_quant -i")]
