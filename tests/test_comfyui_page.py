@@ -3,8 +3,8 @@
 import ast
 import re
 
-from harness import readme
-from harness.emoji import ROOT
+from support.harness import readme
+from support.harness.emoji import ROOT
 
 SEAMS = ROOT / "nodes" / "bridge" / "seams"
 NO_SEAM = ("__init__.py", "wrap.py")

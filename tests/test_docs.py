@@ -16,7 +16,7 @@ from fewbits.quant_ops.formats import FORMATS, own_methods
 from fewbits.quant_ops.methods import METHODS
 from fewbits.quant_ops.planning.layer_config import parse_layer_config
 from fewbits.quant_ops.planning.recipe import draft_from_text
-from helpers import EMOJI
+from support.helpers import EMOJI
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

@@ -5,13 +5,13 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from comfy_models import DIFFUSION
 
 from fewbits.quant_ops.formats import FORMATS
 from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.spec import Header, TensorSpec
-from harness import readme
+from support.comfy_models import DIFFUSION
+from support.harness import readme
 
 # ComfyUI's classes at full depth; Wan 2.2 14B is two files of this size.
 DEPTHS = {
