@@ -1,7 +1,9 @@
-"""Who may import whom (the house plan): every import is resolved to a room and held against two tables."""
+"""Who may import whom (docs/architecture.md): every import is resolved to a room and held against two tables."""
 
 import ast
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
@@ -11,14 +13,14 @@ MAY_IMPORT = {
 }
 INSIDE = {  # rooms of quant_ops, lowest first; a room may import those in lines above and its own
     "ground": {"errors", "spec", "sources", "version", "workers"},
-    "parts": {"formats", "methods", "transforms", "checkpoint", "calibration", "report"},
+    "parts": {"formats", "methods", "checkpoint", "report"},
     "planning": {"planning"},
-    "engines": {"pipeline", "layouts", "loading", "bench", "inspection", "conversion"},
+    "engines": {"pipeline", "layouts", "bench", "inspection", "conversion"},
     "doors": {"cli", "compat"},
 }
 ONLY_IN = {
     "comfy": "nodes/bridge/", "folder_paths": "nodes/bridge/", "server": "nodes/bridge/", "comfy_api": "nodes/",
-    "triton": "kernels/triton/", "matplotlib": "quant_ops/report/plots.py", "comfyui_version": "nodes/bridge/",
+    "triton": "kernels/triton/", "comfyui_version": "nodes/bridge/",
 }  # fmt: skip
 OUR_ROOMS = {"kernels", "quant_ops", "nodes", "fewbits"}
 
@@ -40,6 +42,10 @@ def imports():
                     )
                     for alias in node.names:
                         yield path, base if len(base) > 1 else (*base, alias.name), None
+
+
+def imported_names():
+    return {name for _, _, name in imports() if name}
 
 
 def relative(path):
@@ -72,6 +78,22 @@ def test_inside_quant_ops_the_order_holds():
         if there > here or siblings:
             wrong.append(f"{relative(path)}: {'.'.join(target)}")
     assert not wrong
+
+
+def test_the_tables_name_rooms_that_exist():
+    named = [
+        *MAY_IMPORT,
+        *ONLY_IN.values(),
+        *(f"quant_ops/{room}" for room in set().union(*INSIDE.values())),
+    ]
+    assert [
+        room for room in named if not ((ROOT / room).exists() or (ROOT / f"{room}.py").exists())
+    ] == []
+
+
+def test_an_extra_for_plots_exists_only_if_something_plots():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert ("plots" in extras["optional-dependencies"]) == ("matplotlib" in imported_names())
 
 
 def test_foreign_modules_stay_in_their_room():

@@ -15,8 +15,10 @@ from fewbits.quant_ops.compat.job import make_job
 from fewbits.quant_ops.formats import FORMATS, own_methods
 from fewbits.quant_ops.methods import METHODS
 from fewbits.quant_ops.planning.layer_config import parse_layer_config
-from fewbits.quant_ops.planning.recipe import draft_from_text
-from support.helpers import EMOJI
+from fewbits.quant_ops.planning.planner import make_plan
+from fewbits.quant_ops.planning.recipe import draft_from_text, recipe_from_table
+from fewbits.quant_ops.spec import Header, TensorSpec
+from support.helpers import EMOJI, flux_shapes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -66,6 +68,61 @@ def test_every_script_shown_runs(page, text, tmp_path, monkeypatch, capsys):
     text = text.replace("fewbits.compat", "fewbits.quant_ops.compat")  # a name of installed copies
     exec(compile(text, page.name, "exec"), {"weight": torch.randn(64, 64)})
     assert (tmp_path / "small.safetensors").stat().st_size < EMOJI.stat().st_size
+
+
+ODD = {
+    "blocks.0.embed_tokens.weight": ("BF16", (64, 64)),
+    "blocks.0.conv.weight": ("BF16", (16, 16, 3, 3)),
+    "blocks.0.small.weight": ("BF16", (8, 64)),
+    "blocks.0.ids.weight": ("I64", (64, 64)),
+    "blocks.0.cast.weight": ("F8_E4M3", (64, 64)),
+    "blocks.0.wide.weight": ("BF16", (64, 64)),
+    "blocks.0.named.weight": ("BF16", (64, 64)),
+    "x.cond_seq_linear.weight": ("BF16", (64, 64)),
+}
+PLANS = {
+    "flux": (flux_shapes(), {}),
+    "unknown": (ODD, {"rule": [{"match": "*.named", "keep": True}]}),
+    "layer-config": (ODD, {"layer_config": {"*.wide": {"skip": True}}}),
+    "heuristics": (ODD, {"heuristics": True}),
+    "checkpoint": (
+        {f"model.diffusion_model.{name}": shape for name, shape in flux_shapes().items()}
+        | {"first_stage_model.decoder.weight": (64, 64)},
+        {},
+    ),
+}
+
+
+def as_pattern(shown):
+    """A reason as the page shows it: `...` and whatever stands in brackets is any text."""
+    dots = re.escape(shown).replace(r"\.\.\.", ".*")
+    return re.sub(r"\\\([^)]*\\\)", ".*", dots)
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_every_reason_to_keep_a_layer_is_explained(case):
+    shapes, wishes = PLANS[case]
+    specs = {
+        name: TensorSpec(name, *(found if isinstance(found[0], str) else ("BF16", found)))
+        for name, found in shapes.items()
+    }
+    recipe = recipe_from_table({"primary": {"format": "bnb_nf4"}, **wishes})
+    kept = {
+        layer.name: layer.reason
+        for layer in make_plan(Header(specs), recipe).layers
+        if layer.action == "keep"
+    }
+    rules = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+    table = rules.split("## Why was this layer kept")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?`) \| ", table, re.M)
+    known = [as_pattern(text) for text in re.findall(r"`([^`]+)`", " ".join(rows))]
+    assert len(kept) > 3
+    unexplained = {
+        name: reason
+        for name, reason in kept.items()
+        if not any(re.fullmatch(pattern, reason) for pattern in known)
+    }
+    assert unexplained == {}
 
 
 COMMANDS = [line for line in CLASSIC.splitlines() if line.strip().startswith("convert_to_quant -i")]
