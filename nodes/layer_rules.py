@@ -199,10 +199,11 @@ def recipe_of(report: str) -> str:
     """
     try:
         data = json.loads(report)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         data = None
-    found = data.get("plan", data).get("recipe") if isinstance(data, dict) else None
-    if not found:
+    plan = data.get("plan", data) if isinstance(data, dict) else None
+    found = plan.get("recipe") if isinstance(plan, dict) else None
+    if not found or not isinstance(found, str):
         raise RecipeError(
             "this report has no recipe: connect the report of a Quantize node, of Quantize File, "
             "or of Inspect File with a preview"

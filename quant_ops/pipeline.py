@@ -114,7 +114,7 @@ def quantize(
             done += layer.bytes_before
 
         try:
-            sink.open(plan)
+            sink.open(plan, source.files)
             for layer, tensors in _read_ahead(source, plan.layers, reads):
                 task = functools.partial(_convert, source.name, layer, tensors, device, recipe.seed)
                 running.append(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 
+from .files import InputFile
 from .spec import Header, ModelPlan, TensorSpec
 
 TORCH_DTYPES = {
@@ -18,10 +20,14 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class TensorSource(Protocol):
-    """A model to read: a header known at once, tensors on demand."""
+    """A model to read: a header known at once, tensors on demand.
+
+    `files` are those it comes from, which no sink may write to.
+    """
 
     name: str
     header: Header
+    files: tuple[InputFile, ...]
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor with the dtype and shape of `header.tensors[name]`, never to be changed in
@@ -37,7 +43,7 @@ class TensorSink(Protocol):
     `commit` or `abort`.
     """
 
-    def open(self, plan: ModelPlan) -> None: ...
+    def open(self, plan: ModelPlan, inputs: Iterable[InputFile] = ()) -> None: ...
 
     def write(self, name: str, tensor: torch.Tensor) -> None: ...
 
@@ -59,8 +65,10 @@ class MemorySource:
         tensors: dict[str, torch.Tensor],
         metadata: dict[str, str] | None = None,
         name: str = "model",
+        files: Iterable[InputFile] = (),
     ):
         self.name = name
+        self.files = tuple(files)
         self.tensors = tensors
         self.header = Header(
             {key: spec_of(key, tensor) for key, tensor in tensors.items()}, dict(metadata or {})
@@ -77,7 +85,7 @@ class MemorySink:
         self.tensors: dict[str, torch.Tensor] = {}
         self.metadata: dict[str, str] = {}
 
-    def open(self, plan: ModelPlan) -> None:
+    def open(self, plan: ModelPlan, inputs: Iterable[InputFile] = ()) -> None:
         self.metadata = dict(plan.metadata)
         self.tensors = dict.fromkeys(spec.name for spec in plan.outputs)
 

@@ -65,7 +65,7 @@ class ClipSource(PatchedWeights):
             UnsupportedLayerError: a layer that ComfyUI would not read as quantized.
         """
         old = self.clip
-        stored = MemorySource(sink.tensors, name=self.name)
+        stored = MemorySource(sink.tensors, name=self.name, files=self.files)
         arguments = (stored, self.made, old.tokenizer, kernels)
         fresh = _build(*arguments, disable_dynamic=not old.patcher.is_dynamic())
         new = old.clone()

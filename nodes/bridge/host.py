@@ -16,6 +16,7 @@ import folder_paths
 import torch
 
 from ...quant_ops.errors import CheckpointError, RecipeError
+from ...quant_ops.part import write_whole
 from ...quant_ops.spec import ModelPlan
 
 MODEL_FOLDERS = ("diffusion_models", "text_encoders", "checkpoints")
@@ -124,13 +125,23 @@ def output_path(name: str, suffix: str = ".safetensors", *, overwrite: bool = Fa
 
 
 def save_text(name: str, suffix: str, text: str, *, overwrite: bool) -> Path:
-    """Write a small text file at `output_path`.
+    """Write a small text file at `output_path`, whole or not at all.
 
     Raises:
-        RecipeError: a name that is not allowed, or an existing file and no wish to overwrite it.
+        RecipeError: a name that is not allowed, an existing file and no wish to overwrite it, a
+            text that no UTF-8 holds, or a disk that does not take it.
     """
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            f"{name}: the text holds half a character ({error}); nothing was written"
+        ) from None
     target = output_path(name, suffix, overwrite=overwrite)
-    target.write_text(text, encoding="utf-8", newline="\n")
+    try:
+        write_whole(target, data)
+    except OSError as error:
+        raise RecipeError(f"{target.name}: cannot be written: {error.strerror}") from None
     return target
 
 

@@ -104,7 +104,7 @@ class ModelSource(PatchedWeights):
                 weights.
         """
         old = self.patcher
-        stored = MemorySource(sink.tensors, sink.metadata, self.name)
+        stored = MemorySource(sink.tensors, sink.metadata, self.name, self.files)
         traits = {
             name: copy.deepcopy(getattr(old.model, name))
             for name in TRAITS

@@ -4,9 +4,12 @@ converted copy keeps.
 
 from __future__ import annotations
 
+import os
 import types
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import comfy.lora
 import comfy.model_management
@@ -17,6 +20,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ...quant_ops.checkpoint.importers.source import ImportedSource
 from ...quant_ops.checkpoint.reader import FileSource
 from ...quant_ops.errors import QuantError, UnsupportedLayerError
+from ...quant_ops.files import InputFile
 from ...quant_ops.sources import TensorSource, spec_of
 from ...quant_ops.spec import TensorSpec
 
@@ -59,6 +63,16 @@ class PatchedWeights:
             if isinstance(getattr(module, "weight", None), QuantizedTensor)
         }
         self._origins: list[TensorSource] = []
+
+    @property
+    def files(self) -> tuple[InputFile, ...]:
+        """The files of the origins, and those that whatever loaded the model was called with.
+
+        Origins stay in memory here, or are read again: whether a file changed is theirs to say.
+        """
+        loaders = getattr(self.patcher, "cached_patcher_init", None)
+        named = tuple(InputFile(path) for path in _paths_in(loaders))
+        return (*(file for origin in self._origins for file in origin.files), *named)
 
     def __enter__(self) -> PatchedWeights:
         return self
@@ -116,6 +130,15 @@ class PatchedWeights:
                 f"{len(self.quantized)} layers); rounding twice loses quality: connect the "
                 "original model"
             )
+
+
+def _paths_in(arguments: object) -> Iterator[Path]:
+    """Files that are named anywhere in (nested) arguments."""
+    if isinstance(arguments, (list, tuple)):
+        for argument in arguments:
+            yield from _paths_in(argument)
+    elif isinstance(arguments, (str, os.PathLike)) and os.path.isfile(arguments):
+        yield Path(arguments)
 
 
 def same_values(original: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -7,13 +7,17 @@ Format description: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
-import os
+import math
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import regular_file
 from ..spec import ITEM_SIZES, Header, TensorSpec
+from ..strict_json import refuse_half_characters, shown, unique
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_SIZE = (1 << 63) - 1  # what torch counts elements and bytes with
+MAX_RANK = 16  # the largest in use are 5-D convolutions
 
 
 def read_header(path: Path) -> Header:
@@ -21,11 +25,12 @@ def read_header(path: Path) -> Header:
 
     Raises:
         CheckpointError: not a file, not safetensors, truncated, overlapping or out-of-range
-            tensors, unknown dtype; the message names the tensor where there is one.
+            tensors, bytes that belong to no tensor, unknown dtype; the message names the tensor
+            where there is one.
     """
     path = Path(path)
+    size = regular_file(path).st_size
     try:
-        size = os.stat(path).st_size
         with open(path, "rb") as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
@@ -37,8 +42,6 @@ def read_header(path: Path) -> Header:
                     f"{size}; get it again"
                 )
             text = file.read(length)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     return parse_header(text, path, data_start=8 + length, file_size=size)
@@ -52,14 +55,16 @@ def _not_safetensors(path: Path, size: int, length: int) -> str:
 def parse_header(text: bytes, path: Path, data_start: int, file_size: int) -> Header:
     """Turn header JSON into a Header; every defect is an error that names the tensor."""
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
         if not isinstance(entries, dict):
             raise ValueError("not an object")
+        metadata = entries.pop("__metadata__", {})
+        if b"\\u" in text:  # half a character can only be written as an escape
+            _refuse_half_characters(entries, metadata)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path.name}: header is not valid JSON ({error}); the file is damaged"
         ) from None
-    metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
@@ -72,56 +77,74 @@ def parse_header(text: bytes, path: Path, data_start: int, file_size: int) -> He
         spec, begin, end = _parse_entry(path, name, entry)
         if data_start + end > file_size:
             raise CheckpointError(
-                f"{path.name}: truncated: tensor '{name}' ends at byte {data_start + end}, the "
-                f"file has {file_size}; download it again"
+                f"{path.name}: truncated: tensor {shown(name)} ends at byte {data_start + end}, "
+                f"the file has {file_size}; download it again"
             )
         tensors[name] = spec
         ranges[name] = (path, data_start + begin, data_start + end)
-    _refuse_overlaps(path, ranges)
+    _refuse_gaps(path, ranges, data_start, file_size)
     return Header(tensors, metadata, ranges)
 
 
-def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} appears twice")
-    return result
+def _refuse_half_characters(entries: dict, metadata: object) -> None:
+    texts = [*entries, *(metadata.keys() if isinstance(metadata, dict) else ())]
+    texts += metadata.values() if isinstance(metadata, dict) else ()
+    for text in texts:
+        if isinstance(text, str):
+            refuse_half_characters(text)
 
 
 def _parse_entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, begin, end]
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError
-    except (TypeError, KeyError, ValueError):
-        raise CheckpointError(
-            f"{path.name}: tensor '{name}' has a malformed header entry; the file is damaged"
-        ) from None
+    where = f"{path.name}: tensor {shown(name)}"
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not isinstance(dtype, str) or not lists or not all(map(_is_size, [*shape, *offsets])):
+        raise CheckpointError(f"{where} has a malformed header entry; the file is damaged")
     if dtype not in ITEM_SIZES:
         raise CheckpointError(
-            f"{path.name}: tensor '{name}' has dtype {dtype!r}; readable dtypes: "
-            f"{', '.join(ITEM_SIZES)}"
+            f"{where} has dtype {shown(dtype)}; readable dtypes: {', '.join(ITEM_SIZES)}"
         )
+    if len(shape) > MAX_RANK or math.prod(size or 1 for size in shape) > MAX_SIZE:
+        raise CheckpointError(f"{where} has a shape that no memory holds: {shown(shape)}")
     spec = TensorSpec(name, dtype, tuple(shape))
+    begin, end = offsets
     if end - begin != spec.nbytes:
         raise CheckpointError(
-            f"{path.name}: tensor '{name}' {dtype} {list(shape)} needs {spec.nbytes} bytes, "
+            f"{where} {dtype} {list(shape)} needs {spec.nbytes} bytes, "
             f"its offsets hold {end - begin}; the file is damaged"
         )
     return spec, begin, end
 
 
-def _refuse_overlaps(path: Path, ranges: dict[str, tuple[Path, int, int]]) -> None:
-    last_end, last_name = 0, ""
-    for name, (_, begin, end) in sorted(ranges.items(), key=lambda item: (item[1][1], item[1][2])):
-        if begin < last_end and end > begin:
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_SIZE
+
+
+def _refuse_gaps(
+    path: Path, ranges: dict[str, tuple[Path, int, int]], data_start: int, file_size: int
+) -> None:
+    """Every byte after the header belongs to exactly one tensor, as the safetensors library has
+    it.
+    """
+    before, previous_end = "", data_start
+    for name, (_, begin, end) in sorted(ranges.items(), key=lambda item: item[1][1:]):
+        if begin < previous_end:
             raise CheckpointError(
-                f"{path.name}: tensors '{last_name}' and '{name}' overlap; the file is damaged"
+                f"{path.name}: tensors {shown(before)} and {shown(name)} overlap; the file is "
+                "damaged"
             )
-        last_end, last_name = max(last_end, end), name
+        if begin > previous_end:
+            raise CheckpointError(
+                f"{path.name}: {begin - previous_end} bytes before tensor {shown(name)} belong to "
+                "no tensor; the file is damaged"
+            )
+        before, previous_end = name, end
+    if file_size > previous_end:
+        raise CheckpointError(
+            f"{path.name}: {file_size - previous_end} bytes after the last tensor belong to no "
+            "tensor; the file is damaged"
+        )
 
 
 def build_header(

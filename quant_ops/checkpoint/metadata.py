@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 
 from ..errors import CheckpointError
+from ..strict_json import parse, parse_bytes, shown
 
 HEADER_KEY = "_quantization_metadata"
 OURS = "fewbits."  # prefix of the metadata keys that are rebuilt on every write
@@ -22,31 +23,68 @@ def header_markers(metadata: dict[str, str]) -> dict[str, dict]:
     if text is None:
         return {}
     try:
-        layers = json.loads(text)["layers"]
-        return {base: dict(marker) for base, marker in layers.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return markers_in(parse(text))
+    except ValueError as error:
         raise CheckpointError(
             f"metadata {HEADER_KEY} cannot be read ({error}); try `fewbits repair`"
         ) from None
 
 
-def parse_marker(base: str, data: bytes) -> dict:
+def markers_in(parsed: object) -> dict[str, dict]:
+    """The markers of a header entry, by base name.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    layers = parsed.get("layers") if isinstance(parsed, dict) else None
+    if not isinstance(layers, dict):
+        raise ValueError("it has no object 'layers'")
+    for base, marker in layers.items():
+        try:
+            _refuse_malformed(marker)
+        except ValueError as error:
+            raise ValueError(f"layer {shown(base)}: {error}") from None
+    return layers
+
+
+def read_marker(data: bytes) -> dict:
     """The JSON of a `comfy_quant` tensor.
 
     Raises:
-        CheckpointError: not JSON (all-zero bytes are a known symptom of merged models), naming the
-            layer.
+        ValueError: why it is none. All-zero bytes are a known symptom of merged models.
+    """
+    if not any(data):
+        raise ValueError("all zero bytes")
+    try:
+        marker = parse_bytes(data)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    _refuse_malformed(marker)
+    return marker
+
+
+def parse_marker(base: str, data: bytes) -> dict:
+    """`read_marker`.
+
+    Raises:
+        CheckpointError: not a marker, naming the layer.
     """
     try:
-        marker = json.loads(data.decode("utf-8"))
-        if not isinstance(marker, dict):
-            raise ValueError("not an object")
+        return read_marker(data)
     except ValueError as error:
-        what = "all zero bytes" if not any(data) else f"not JSON: {error}"
         raise CheckpointError(
-            f"layer '{base}': comfy_quant is {what}; try `fewbits repair`"
+            f"layer {shown(base)}: comfy_quant is {error}; try `fewbits repair`"
         ) from None
-    return marker
+
+
+def _refuse_malformed(marker: object) -> None:
+    if not isinstance(marker, dict):
+        raise ValueError(f"an object is needed, not {shown(marker)}")
+    params = marker.get("params")
+    for where in (marker, params if isinstance(params, dict) else {}):
+        name = where.get("format", "")
+        if not isinstance(name, str):
+            raise ValueError(f"JSON whose format is {shown(name)}; a format is text")
 
 
 def output_metadata(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import json
+import io
 import logging
 import mmap
 import os
@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
+from ..files import InputFile, read_text
 from ..sources import TORCH_DTYPES
 from ..spec import Header, TensorSpec
+from ..strict_json import parse, shown
 from .header import read_header
 
 READ_STEP = 1 << 30  # Linux moves at most 2 GiB a call
@@ -116,7 +118,7 @@ class FileSource:
     ):
         self.path = Path(path)
         self.name = self.path.name
-        self.header = _open_header(self.path)
+        self.header, self.files = _open_headers(self.path)
         self._files: dict[tuple[Path, int], object] = {}
         self._memory = _ReadMemory() if short_lived else None
         sizes = [spec.nbytes for spec in self.header.tensors.values() if spec.nbytes in LOCKED]
@@ -170,14 +172,17 @@ class FileSource:
         """
         file = self._files.get((path, lane))
         if file is None:
-            file = self._files[path, lane] = open(path, "rb", buffering=0)  # noqa: SIM115  (closed by close())
-        file.seek(begin)
+            file = self._files[path, lane] = _open(path)
         done = 0
-        while done < len(view):
-            count = file.readinto(view[done : done + READ_STEP])
-            if not count:
-                break
-            done += count
+        try:
+            file.seek(begin)
+            while done < len(view):
+                count = file.readinto(view[done : done + READ_STEP])
+                if not count:
+                    break
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         return done
 
     def close(self) -> None:
@@ -196,54 +201,85 @@ class FileSource:
         self.close()
 
 
-def _open_header(path: Path) -> Header:
-    if path.is_dir():
-        return _merge_shards(path, _shards_of_folder(path))
+def _open(path: Path) -> io.FileIO:
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be opened any more ({error.strerror}); it was there at the start"
+        ) from None
+
+
+def _open_headers(path: Path) -> tuple[Header, tuple[InputFile, ...]]:
+    """What is in a checkpoint, and the files that hold it, an index among them."""
+    if os.path.isdir(path):
+        indexes = sorted(path.glob("*.safetensors.index.json"))
+        if len(indexes) != 1:
+            return _merge_shards(path, _shards_of_folder(path, len(indexes)))
+        return _read_index(path, indexes[0])
     if path.name.endswith(".index.json"):
-        return _merge_shards(path, _shards_of_index(path))
-    return read_header(path)
+        return _read_index(path, path)
+    file = InputFile.found(path)
+    return read_header(path), (file,)
 
 
-def _shards_of_folder(folder: Path) -> list[Path]:
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indexes) == 1:
-        return _shards_of_index(indexes[0])
+def _shards_of_folder(folder: Path, indexes: int) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if indexes or not files:
-        found = f"{len(indexes)} indexes" if indexes else "no .safetensors files"
+        found = f"{indexes} indexes" if indexes else "no .safetensors files"
         raise CheckpointError(f"{folder}: {found}; name one file or one *.safetensors.index.json")
     return files
 
 
-def _shards_of_index(path: Path) -> list[Path]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = list(dict.fromkeys(weight_map.values()))
-        if any(Path(name).name != name for name in names):
-            raise ValueError("shard names must be plain file names")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path.name}: not a safetensors index ({error})") from None
-    missing = [name for name in names if not (path.parent / name).is_file()]
+def _read_index(path: Path, index: Path) -> tuple[Header, tuple[InputFile, ...]]:
+    file = InputFile.found(index)
+    weight_map = _weight_map(index)
+    names = list(dict.fromkeys(weight_map.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{path.name}: shard {missing[0]} is missing ({len(missing)} of {len(names)} not found)"
+            f"{index.name}: shard {missing[0]} is missing ({len(missing)} of {len(names)} not "
+            "found)"
         )
-    return [path.parent / name for name in names]
+    header, files = _merge_shards(path, [index.parent / name for name in names])
+    lost = [name for name in weight_map if name not in header.tensors]
+    if lost:
+        raise CheckpointError(
+            f"{index.name}: no shard holds tensor {shown(lost[0])}, which the index says is in "
+            f"{weight_map[lost[0]]} ({len(lost)} of {len(weight_map)} not found); a shard is of "
+            "another model, or damaged"
+        )
+    return header, (file, *files)
 
 
-def _merge_shards(path: Path, shards: list[Path]) -> Header:
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> name of the shard that holds it."""
+    try:
+        weight_map = parse(read_text(index, CheckpointError))["weight_map"]
+        names = weight_map.values()
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("a shard's name must be text")
+        if not names:
+            raise ValueError("it names no tensor")
+        if any(Path(name).name != name or "\0" in name for name in names):
+            raise ValueError("shard names must be plain file names")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index.name}: not a safetensors index ({error})") from None
+    return weight_map
+
+
+def _merge_shards(path: Path, shards: list[Path]) -> tuple[Header, tuple[InputFile, ...]]:
     merged = Header({}, {}, {})
     warnings = []
+    files = tuple(InputFile.found(shard) for shard in shards)
     for shard in shards:
         header = read_header(shard)
         twice = next((name for name in header.tensors if name in merged.tensors), None)
         if twice is not None:
             first = merged.ranges[twice][0].name
             raise CheckpointError(
-                f"{path.name}: tensor '{twice}' is in {first} and in {shard.name}; remove one of "
-                "them"
+                f"{path.name}: tensor {shown(twice)} is in {first} and in {shard.name}; remove one "
+                "of them"
             )
         merged.tensors.update(header.tensors)
         merged.ranges.update(header.ranges)
@@ -252,4 +288,4 @@ def _merge_shards(path: Path, shards: list[Path]) -> Header:
                 warnings.append(
                     f"metadata '{key}' differs in {shard.name}; the first shard's value is kept"
                 )
-    return Header(merged.tensors, merged.metadata, merged.ranges, tuple(warnings))
+    return Header(merged.tensors, merged.metadata, merged.ranges, tuple(warnings)), files

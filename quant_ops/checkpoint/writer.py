@@ -7,15 +7,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from ..errors import CheckpointError
+from ..files import InputFile, refuse_as_output
+from ..part import PartFile, remove_leftovers
 from ..sources import spec_of
 from ..spec import ModelPlan, TensorSpec
 from .header import build_header, read_header
@@ -32,21 +33,21 @@ STAGING = 1 << 25
 class FileSink:
     """A safetensors file that appears complete or not at all.
 
-    Bytes go to a hidden `.NAME.<random>.part` beside the target, which never matches
-    `*.safetensors`. `commit` checks that every planned tensor was written once, reads the header
-    back, flushes to disk and renames. A process that is killed leaves at most the hidden part file,
+    Bytes go to a `PartFile` beside the target. `commit` checks that every planned tensor was
+    written once, that no input changed meanwhile, reads the header back, flushes to disk and
+    renames. A process that is killed leaves at most the hidden part, which the next one removes;
     never the target.
 
     Raises:
         CheckpointError: existing output without `overwrite`, missing or unwritable folder, full
-            disk.
+            disk, or an output that is one of the inputs.
     """
 
     def __init__(self, path: str | os.PathLike, *, overwrite: bool = False):
         self.path = Path(path)
         self.overwrite = overwrite
-        self._file = None
-        self._part: Path | None = None
+        self._part: PartFile | None = None
+        self._inputs: tuple[InputFile, ...] = ()
         self._pending: dict[str, TensorSpec] = {}
         self._offsets: dict[str, int] = {}
         self._unflushed = 0
@@ -54,20 +55,22 @@ class FileSink:
         self._flush: Future | None = None  # the last one; writing goes on meanwhile
         check_target(self.path, overwrite)
 
-    def open(self, plan: ModelPlan) -> None:
+    def open(self, plan: ModelPlan, inputs: Iterable[InputFile] = ()) -> None:
+        self._inputs = tuple(inputs)
+        refuse_as_output(self._inputs, self.path)
         header, self._offsets = build_header(plan.outputs, plan.metadata)
         self._pending = {spec.name: spec for spec in plan.outputs}
         self._size = len(header) + sum(spec.nbytes for spec in plan.outputs)
+        remove_leftovers(self.path.parent)
         free = shutil.disk_usage(self.path.parent).free
         if free < self._size:
             raise CheckpointError(
                 f"{self.path.name}: the disk is full: {self._size} bytes are needed in "
                 f"{self.path.parent}, {free} are free"
             )
-        self._part = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
         with self._explain():
-            self._file = open(self._part, "xb", buffering=0)  # noqa: SIM115  (closed by commit and abort)
-            self._file.truncate(self._size)
+            self._part = PartFile(self.path)
+            self._part.raw.truncate(self._size)
             self._put(memoryview(header))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -79,7 +82,7 @@ class FileSink:
                 f"{got}"
             )
         with self._explain(name):
-            self._file.seek(self._offsets[name])
+            self._part.raw.seek(self._offsets[name])
             for piece in _on_host(tensor.detach()):
                 self._put(piece)
             self._unflushed += tensor.nbytes
@@ -94,19 +97,19 @@ class FileSink:
         with self._explain():
             if self._flush:
                 self._flush.result()
-            os.fsync(self._file.fileno())
-            self._file.close()
         self._flusher.shutdown()
-        written = read_header(self._part)
+        written = read_header(self._part.path)
         if {name: begin for name, (_, begin, _) in written.ranges.items()} != self._offsets:
             raise CheckpointError(
                 f"{self.path.name}: the written header does not read back as planned"
             )
+        for file in self._inputs:
+            file.refuse_change()
+        refuse_as_output(self._inputs, self.path)
         check_target(self.path, self.overwrite)
         with self._explain():
-            os.replace(self._part, self.path)
+            self._part.publish()
         self._part = None
-        _sync_folder(self.path.parent)
 
     def _flush_meanwhile(self) -> None:
         running = self._flush and not self._flush.done()
@@ -114,21 +117,19 @@ class FileSink:
             return
         if self._flush:
             self._flush.result()
-        self._flush = self._flusher.submit(os.fsync, self._file.fileno())
+        self._flush = self._flusher.submit(os.fsync, self._part.raw.fileno())
         self._unflushed = 0
 
     def abort(self) -> None:
         self._flusher.shutdown(cancel_futures=True)  # before its file is closed
-        if self._file is not None:
-            self._file.close()
         if self._part is not None:
-            self._part.unlink(missing_ok=True)
+            self._part.discard()
             self._part = None
 
     def _put(self, view: memoryview) -> None:
         done = 0
         while done < len(view):
-            done += self._file.write(view[done : done + (1 << 30)])
+            done += self._part.raw.write(view[done : done + (1 << 30)])
 
     @contextlib.contextmanager
     def _explain(self, tensor: str | None = None):
@@ -157,10 +158,17 @@ def _on_host(tensor: torch.Tensor) -> Iterator[memoryview]:
 
 def check_target(path: Path, overwrite: bool) -> None:
     """Refuse an output path before any work: existing file, missing or unwritable folder, wrong
-    suffix.
+    suffix, a name that the system does not take.
     """
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: an output file must end in .safetensors")
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{str(path)!r}: cannot be a file's name: {reason}") from None
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; name a file")
     if not path.parent.is_dir():
@@ -171,12 +179,3 @@ def check_target(path: Path, overwrite: bool) -> None:
         )
     if not os.access(path.parent, os.W_OK):
         raise CheckpointError(f"{path.parent}: folder is not writable; choose another one")
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # Windows has no directory handles to flush
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -70,15 +70,17 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def import_options(args: argparse.Namespace) -> ImportOptions:
-    shapes = {}
+    shapes, files = {}, ()
     if args.shapes_from:
         with FileSource(args.shapes_from) as original:
             shapes = {name: spec.shape for name, spec in original.header.tensors.items()}
+            files = original.files
     return ImportOptions(
         assume=args.assume,
         assume_convrot=args.assume_convrot,
         nibble_order=args.nibble_order,
         shapes=shapes,
+        files=files,
         full_precision_mm=getattr(args, "full_precision_mm", False),
     )
 

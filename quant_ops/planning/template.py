@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ..checkpoint.reader import FileSource
 from ..errors import CheckpointError
+from ..files import refuse_as_output
+from ..part import write_whole
 from ..spec import Header
 from .layer_config import DEFAULT, EXCLUSIONS
 from .planner import not_a_candidate
@@ -39,11 +41,11 @@ def write_template(source: Path, *, overwrite: bool = False) -> Path:
     path = template_path(source)
     with FileSource(source) as opened:
         text = template_text(opened.header)
+        refuse_as_output(opened.files, path)
+    if os.path.lexists(path) and not overwrite:
+        raise CheckpointError(f"{path} exists; add --overwrite to replace it")
     try:
-        with open(path, "w" if overwrite else "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-    except FileExistsError:
-        raise CheckpointError(f"{path} exists; add --overwrite to replace it") from None
+        write_whole(path, text.encode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     return path

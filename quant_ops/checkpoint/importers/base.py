@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from ...errors import CheckpointError, RecipeError
+from ...files import InputFile
 from ...formats import get_format
 from ...formats.base import dtype_from_json
 from ...sources import TORCH_DTYPES
@@ -39,6 +40,7 @@ class ImportOptions:
     nibble_order: str | None = None  # "low" | "high", where no rule decides (FORMATS 5.4)
     # tensor name -> logical shape of the original
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    files: tuple[InputFile, ...] = ()  # that the shapes came from
     full_precision_mm: bool = False  # mark every FP8 layer
     foreign_only: bool = False
     host_formats: frozenset[str] = frozenset()  # formats that the ComfyUI at hand reads without us

@@ -16,8 +16,9 @@ from ...errors import CheckpointError
 from ...formats import get_format
 from ...sources import TORCH_DTYPES, TensorSource
 from ...spec import Header, TensorSpec
+from ...strict_json import parse
 from ..labels import EMBEDDING
-from ..metadata import HEADER_KEY, parse_marker
+from ..metadata import HEADER_KEY, markers_in, read_marker
 from ..reader import FileSource, tensor_bytes
 from . import translate
 from .base import FP8, FileFacts, ImportOptions, StoredLayer, Translation
@@ -140,15 +141,14 @@ def _header_layers(metadata: dict[str, str]) -> tuple[dict[str, dict], str | Non
     if text is None:
         return {}, None, False
     try:
-        parsed = json.loads(text)
-        if "layers" not in parsed and any(key in parsed for key in CONVERTERS):
+        parsed = parse(text)
+        if isinstance(parsed, dict) and "layers" not in parsed and {*CONVERTERS} & {*parsed}:
             return {}, None, True
-        return {base: dict(marker) for base, marker in parsed["layers"].items()}, None, False
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return markers_in(parsed), None, False
+    except ValueError as error:
         return (
             {},
-            f"metadata {HEADER_KEY} cannot be read ({type(error).__name__}: {error}); the layers' "
-            "own JSON is used",
+            f"metadata {HEADER_KEY} cannot be read ({error}); the layers' own JSON is used",
             False,
         )
 
@@ -181,9 +181,9 @@ def _stored_layer(
     if "comfy_quant" in specs:
         data = bytes(tensor_bytes(read("comfy_quant").detach().cpu().contiguous()))
         try:
-            tensor_marker = parse_marker(base, data)
-        except CheckpointError:
-            unreadable = "all zero bytes" if not any(data) else "not JSON"
+            tensor_marker = read_marker(data)
+        except ValueError as error:
+            unreadable = str(error)
     bias = source.header.tensors.get(f"{base}.bias")
     return StoredLayer(
         name=base,
@@ -220,6 +220,7 @@ class ImportedSource:
     ):
         self.source, self.name = source, source.name
         self.options = options or ImportOptions()
+        self.files = (*source.files, *self.options.files)
         self.contents = read_contents(source)
         found = {base: self._translate(layer) for base, layer in self.contents.layers.items()}
         order = dict.fromkeys((*self.contents.header_order, *found))
