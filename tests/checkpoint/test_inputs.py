@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import dialects
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,7 +13,8 @@ from fewbits.quant_ops.checkpoint.importers import ImportOptions
 from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.errors import CheckpointError
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
-from helpers import random_tensors, tiny_checkpoint
+from support import dialects
+from support.helpers import random_tensors, tiny_checkpoint
 
 INT8 = Recipe(primary=parse_wish("int8_tensorwise"), preset="none")
 SHAPES = {"a.weight": (64, 64), "b.weight": (64, 32)}

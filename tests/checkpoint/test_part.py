@@ -10,7 +10,7 @@ import pytest
 from fewbits.quant_ops import part, pipeline
 from fewbits.quant_ops.part import PartFile, remove_leftovers, write_whole
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
-from helpers import tiny_checkpoint
+from support.helpers import tiny_checkpoint
 
 INT8 = Recipe(primary=parse_wish("int8_tensorwise"), preset="none")
 NAME = ".fewbits-0123456789abcdef.part"

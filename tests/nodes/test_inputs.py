@@ -5,12 +5,12 @@ import os
 import shutil
 from pathlib import Path
 
-import dialects
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers import EMOJI, flux_shapes, random_tensors
+from support import dialects
+from support.helpers import EMOJI, flux_shapes, random_tensors
 
 
 @pytest.fixture
