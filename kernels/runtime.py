@@ -9,6 +9,8 @@ further).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn.functional import linear
 
@@ -16,8 +18,10 @@ from . import choice, scaled_mm
 from .activations import quantize_activations
 from .codebook4 import FlatGrid
 from .cuda import why_not_cuda
-from .dispatch import op
+from .device import gpu_of
+from .dispatch import op, ordered
 from .grids import Levels, code_values, decode
+from .kinds import Codes
 from .packing import unpack_nibbles
 from .scaled_mm import why_not_scaled_mm
 from .scales import CHUNK_ELEMENTS, Geometry
@@ -55,7 +59,21 @@ def _dequantize_flat4(packed, absmax, levels, group_size, dtype):
     return flat4.dequantize(packed, absmax, code_values(levels), group_size, dtype)
 
 
-@op
+def _measured(x: torch.Tensor, n: int, family: str) -> Iterator[tuple[str, str]]:
+    """What the tables say of x times a weight of n rows; without a GPU nothing is measured."""
+    gpu = gpu_of(x)
+    if gpu is not None:
+        rows = choice.rows_for(family, *(len(x), n, x.shape[1]), gpu)
+        return ((row.path, row.why) for row in rows)
+    where = f"tensor is on {x.device.type}"
+    return iter([("eager" if x.device.type == "cpu" else "dequantize", where)])
+
+
+def _tiles_order(x, codes, scale, levels, geometry, bias):
+    return _measured(x, len(codes), choice.family(Codes.of(levels.dtype), geometry))
+
+
+@ordered(_tiles_order)
 def linear_tiles(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -83,13 +101,7 @@ def linear_tiles(
 
 
 def _why_not_torch(x, codes, scale, levels, geometry, bias):
-    reason = why_not_scaled_mm(x, codes, geometry)
-    if reason:
-        return reason
-    limit = choice.limits(choice.family(levels.dtype, geometry), x.device)
-    return choice.why_not_coded(len(x), *codes.shape, limit) or choice.why_not_library(
-        len(x), len(codes), limit
-    )
+    return why_not_scaled_mm(x, codes, geometry)
 
 
 @linear_tiles.backend("torch", _why_not_torch)
@@ -97,24 +109,18 @@ def _linear_tiles_torch(x, codes, scale, levels, geometry, bias):
     return scaled_mm.linear(x, codes, scale, bias, geometry)
 
 
-def _why_not_hopper(x, codes, group, family):
+def _why_not_hopper(x, codes, group):
     from .cuda import wide
 
-    n, k = len(codes), x.shape[1]
-    reason = (
+    return (
         why_not_cuda(x)
         or wide.why_not_device(x)
-        or wide.why_not_shape(n, k, codes.dtype, group, x.dtype)
-    )
-    return reason or choice.why_not_hopper(
-        len(x), n, k, choice.limits(family, x.device), "another product"
+        or wide.why_not_shape(len(codes), x.shape[1], codes.dtype, group, x.dtype)
     )
 
 
 def _why_not_tiles_hopper(x, codes, scale, levels, geometry, bias):
-    return why_not_triton(x) or _why_not_hopper(
-        x, codes, geometry.cols, choice.family(levels.dtype, geometry)
-    )
+    return why_not_triton(x) or _why_not_hopper(x, codes, geometry.cols)
 
 
 @linear_tiles.backend("hopper", _why_not_tiles_hopper)
@@ -131,11 +137,7 @@ def _linear_tiles_hopper(x, codes, scale, levels, geometry, bias):
 def _why_not_skinny(x, codes, scale, levels, geometry, bias):
     from .cuda import skinny
 
-    reason = why_not_cuda(x) or skinny.why_not_shape(*x.shape, geometry.cols, x.dtype)
-    if reason:
-        return reason
-    limit = choice.limits(choice.family(levels.dtype, geometry), x.device)
-    return choice.why_not_skinny(len(x), *codes.shape, limit, "an 8-bit product")
+    return why_not_cuda(x) or skinny.why_not_shape(*x.shape, geometry.cols, x.dtype)
 
 
 @linear_tiles.backend("cuda", _why_not_skinny)
@@ -151,10 +153,7 @@ def _why_not_coded(x, codes, scale, levels, geometry, bias):
         reason = reason or why_not_float8(x)
         if x.dtype == torch.float32:
             reason = reason or "float32 input: FP8 tensor cores keep 14 bits of each sum"
-    if reason:
-        return reason
-    limit = choice.limits(choice.family(levels.dtype, geometry), x.device)
-    return choice.why_not_coded(len(x), *codes.shape, limit)
+    return reason
 
 
 @linear_tiles.backend("triton", _why_not_coded)
@@ -173,7 +172,11 @@ def _linear_tiles_library(x, codes, scale, levels, geometry, bias):
     return linear(x, dequantize_tiles(codes, scale, levels, geometry, x.dtype), bias)
 
 
-@op
+def _flat4_order(x, packed, absmax, levels, group_size, bias):
+    return _measured(x, len(packed), choice.family(Codes.FOUR_BIT))
+
+
+@ordered(_flat4_order)
 def linear_flat4(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -206,7 +209,7 @@ def linear_flat4(
 
 
 def _why_not_flat4_hopper(x, packed, absmax, levels, group_size, bias):
-    return _why_not_hopper(x, packed, group_size, "4-bit")
+    return _why_not_hopper(x, packed, group_size)
 
 
 @linear_flat4.backend("hopper", _why_not_flat4_hopper)
@@ -219,11 +222,7 @@ def _linear_flat4_hopper(x, packed, absmax, levels, group_size, bias):
 def _why_not_fused(x, packed, absmax, levels, group_size, bias):
     from .cuda import skinny
 
-    reason = why_not_cuda(x) or skinny.why_not_shape(*x.shape, group_size, x.dtype)
-    if reason:
-        return reason
-    limit = choice.limits("4-bit", x.device)
-    return choice.why_not_skinny(len(x), len(packed), x.shape[1], limit, "dequantize and matmul")
+    return why_not_cuda(x) or skinny.why_not_shape(*x.shape, group_size, x.dtype)
 
 
 @linear_flat4.backend("cuda", _why_not_fused)

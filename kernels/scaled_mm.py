@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 
+from .device import gpu_of
 from .grids import E4M3
 from .scales import Geometry
 from .triton import why_not_triton
@@ -19,9 +20,10 @@ def why_not_scaled_mm(x: torch.Tensor, codes: torch.Tensor, geometry: Geometry) 
     if reason:
         return reason
     if codes.dtype != torch.float8_e4m3fn:
-        return "INT8 codes: torch._int_mm is slower than bf16"
-    if torch.cuda.get_device_capability(x.device)[0] != 9:
-        return "measured on sm_90 only"
+        return "INT8 codes: torch scales products of FP8 codes only"
+    gpu = gpu_of(x)
+    if gpu.capability[0] != 9:
+        return f"{gpu.sm}: torch has these products for sm_90"
     if x.dtype != torch.bfloat16:
         return "torch scales rows into bfloat16 only"
     if geometry.cols is not None and (geometry.rows, geometry.cols) != (128, 128):

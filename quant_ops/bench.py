@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch.nn.functional import linear
 
+from ..kernels.device import Gpu, as_if
 from .formats import FORMATS, get_format
 from .formats.base import Format
 from .sources import TORCH_DTYPES
@@ -31,82 +32,94 @@ WORDS = {
     "eager": "eager PyTorch",
     "decoded": "decoded, then the library's matmul",
 }
-# Reasons that say nothing to a user: another path was the better one for this format or shape.
-_BETTER = ("is faster", "INT8 codes", "torch has no", "measured on", "has no wgmma")
+NATIVE = ("hopper", "cuda", "triton", "torch")
 
 
 def kernel_report(
     formats: Iterable[str] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | Gpu = "cpu",
     *,
     dtype: torch.dtype = torch.bfloat16,
     shape: tuple[int, int] = SHAPE,
+    rows: Iterable[int] = ROWS,
 ) -> list[dict]:
     """Which kernel multiplies each format on a device, at default options; nothing is computed or
     compiled.
 
+    Args:
+        device: a device, or a class of GPU that need not be here (`kernels.device.CLASSES`).
+
     Returns:
-        Per format: `format`; `rows`, {rows of x: {"backend", "why_not": {other backend: reason}}};
-            `native_since`, the
-        ComfyUI from which comfy-kitchen multiplies it instead, or None; `text`, one line in plain
-        words, such as "int8_blockwise: native Triton".
+        Per format: `format`; `rows`, {rows of x: {"backend", "why", "why_not": {backend asked
+            before it: what it cannot do}}}; `native_since`, the ComfyUI from which comfy-kitchen
+            multiplies it instead, or None; `text`, one line in plain words, such as
+            "int8_blockwise: native Triton".
     """
-    device = torch.device(device)
-    return [
-        _report(get_format(name), device, dtype, shape)
-        for name in (FORMATS if formats is None else formats)
-    ]
+    names = FORMATS if formats is None else formats
+    if isinstance(device, Gpu):
+        with as_if(device):
+            return [_report(get_format(name), "meta", dtype, shape, rows) for name in names]
+    return [_report(get_format(name), torch.device(device), dtype, shape, rows) for name in names]
 
 
 def _report(
-    format: Format, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]
+    format: Format,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    rows: Iterable[int],
 ) -> dict:
     options, layer = format.resolve(FormatOptions()), LayerInput(shape, "BF16")
     stored = {
         suffix: torch.empty((), dtype=TORCH_DTYPES[code], device=device).expand(size)
         for suffix, (code, size) in format.tensor_specs(layer, options).items()
     }
-    rows = {}
-    for m in ROWS:
+    product = format.product(stored, layer, options)
+    decisions = {}
+    for m in rows:
         x = torch.empty((), dtype=dtype, device=device).expand(m, shape[1])
-        product = format.product(stored, layer, options)
-        if product is None:
-            rows[m] = {
-                "backend": "decoded",
-                "why_not": {"kernel": f"no kernel multiplies {format.name} codes"},
-            }
-        else:
-            op, arguments = product
-            inputs = (x, *arguments, None)
-            rows[m] = {"backend": op.choose(*inputs)[0], "why_not": op.reasons(*inputs)}
+        decisions[m] = _decided(format, product, x)
     since = format.min_comfyui if format.native else None
-    text = f"{format.name}: {_sentence(rows)}" + (
-        f"; comfy-kitchen's in ComfyUI {since} or newer" if since else ""
-    )
-    return {"format": format.name, "rows": rows, "native_since": since, "text": text}
+    text = f"{format.name}: {_sentence(decisions)}"
+    if since:
+        text += f"; comfy-kitchen's in ComfyUI {since} or newer"
+    return {"format": format.name, "rows": decisions, "native_since": since, "text": text}
+
+
+def _decided(format: Format, product: tuple | None, x: torch.Tensor) -> dict:
+    """What multiplies x, why, and what those asked before it cannot do."""
+    if product is None:
+        reason = f"no kernel multiplies {format.name} codes"
+        return {"backend": "decoded", "why": "", "why_not": {"kernel": reason}}
+    op, arguments = product
+    decision = op.decide(x, *arguments, None)
+    return {"backend": decision.backend, "why": decision.why, "why_not": decision.cannot}
 
 
 def _sentence(rows: dict[int, dict]) -> str:
     """`native CUDA up to 16 rows, native Triton above`, with a reason where nothing native runs."""
     runs: list[tuple[str, int]] = []
-    for m, choice in rows.items():
-        words = WORDS[choice["backend"]]
+    for m, decision in rows.items():
+        words = WORDS[decision["backend"]]
         if runs and runs[-1][0] == words:
-            runs[-1] = (words, m)
-        else:
-            runs.append((words, m))
-    text = ", ".join(f"{words} up to {m} rows" for words, m in runs[:-1])
-    text = f"{text}, {runs[-1][0]} above" if text else runs[0][0]
+            runs.pop()
+        runs.append((words, m))
+    parts = [f"{words} up to {m} rows" for words, m in runs[:-1]]
+    text = ", ".join([*parts, f"{runs[-1][0]} above" if parts else runs[-1][0]])
     last = rows[max(rows)]
-    if last["backend"] not in ("cuda", "triton", "torch"):
-        reasons = [
-            why
-            for why in last["why_not"].values()
-            if why and not any(part in why for part in _BETTER)
-        ]
-        if reasons and len(runs) == 1:
-            text += f", because {reasons[0]}"
-    return text
+    if last["backend"] in NATIVE or parts:
+        return text
+    reasons = [*last["why_not"].values(), last["why"]]
+    return f"{text}, because {reasons[0]}" if reasons[0] else text
+
+
+def reason_lines(report: dict) -> Iterator[str]:
+    """`M=16  native CUDA: what was measured`, and a line per kernel that could not run."""
+    for m, decision in report["rows"].items():
+        why = f": {decision['why']}" if decision["why"] else ""
+        yield f"M={m}  {WORDS[decision['backend']]}{why}"
+        for name, reason in decision["why_not"].items():
+            yield f"      not {WORDS.get(name, name)}: {reason}"
 
 
 def median_ms(calls: list[Callable], device: torch.device, repeats: int = 5) -> float:
@@ -194,20 +207,24 @@ def _bench_format(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     encode = (time.perf_counter() - begin) * 1e3
-    copies = [
-        dict(zip(stored, pieces)) for pieces in zip(*(_copies(t, stored) for t in stored.values()))
-    ]
+    columns = [_copies(tensor, stored) for tensor in stored.values()]
+    copies = [dict(zip(stored, pieces, strict=True)) for pieces in zip(*columns, strict=True)]
 
     def decoded(x: torch.Tensor, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         return linear(x, format.dequantize_to(stored, layer, options, x.dtype))
 
     for m, x in inputs.items():
+        products = [partial(format.linear, x, copy, layer, options, None) for copy in copies]
         yield {
-            "N": n, "K": k, "M": m, "format": format.name,
-            "ms": median_ms([partial(format.linear, x, copy, layer, options, None) for copy in copies], device),
+            "N": n,
+            "K": k,
+            "M": m,
+            "format": format.name,
+            "ms": median_ms(products, device),
             "decoded_ms": median_ms([partial(decoded, x, copy) for copy in copies], device),
-            "kernel": WORDS[_backend(format, x, stored, layer, options)], "encode_ms": encode,
-        }  # fmt: skip
+            "kernel": WORDS[_backend(format, x, stored, layer, options)],
+            "encode_ms": encode,
+        }
 
 
 def _backend(
@@ -229,7 +246,7 @@ def _copies(
     a CPU.
     """
     nbytes = sum(t.nbytes for t in together.values()) if together else tensor.nbytes
-    count = (
-        1 if tensor.device.type == "cpu" else max(2, min(16, int(CACHE_BYTES // max(nbytes, 1))))
-    )
-    return [tensor.clone() for _ in range(count)]
+    if tensor.device.type == "cpu":
+        return [tensor.clone()]
+    fitting = int(CACHE_BYTES // max(nbytes, 1))
+    return [tensor.clone() for _ in range(max(2, min(16, fitting)))]

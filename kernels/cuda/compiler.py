@@ -15,6 +15,8 @@ from functools import cache
 
 import torch
 
+from ..device import gpu_at
+
 logger = logging.getLogger(__name__)
 
 
@@ -93,8 +95,13 @@ def _cubin(source: str, architecture: str, options: tuple[str, ...]) -> bytes:
 
 # CUtensorMapDataType
 MAP_TYPES = {
-    torch.uint8: 0, torch.int8: 0, torch.float8_e4m3fn: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9,
-}  # fmt: skip
+    torch.uint8: 0,
+    torch.int8: 0,
+    torch.float8_e4m3fn: 0,
+    torch.float16: 6,
+    torch.float32: 7,
+    torch.bfloat16: 9,
+}
 SWIZZLE_128B, FETCH_256B = 3, 3
 
 
@@ -117,13 +124,16 @@ def encode_tensor_map(
     """
     storage = ctypes.create_string_buffer(128 + 64)
     made = (ctypes.addressof(storage) + 63) & ~63
-    _check(
-        _driver().cuTensorMapEncodeTiled(
-            ctypes.c_void_p(made), MAP_TYPES[dtype], 2, ctypes.c_void_p(address), (ctypes.c_uint64 * 2)(columns, rows),
-            (ctypes.c_uint64 * 1)(pitch), (ctypes.c_uint32 * 2)(*box[::-1]), (ctypes.c_uint32 * 2)(1, 1), 0,
-            SWIZZLE_128B if swizzle else 0, FETCH_256B, 0,
-        )
-    )  # fmt: skip
+    matrix = (
+        MAP_TYPES[dtype],
+        2,  # dimensions, the fastest first
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 1)(pitch),
+    )
+    boxes = ((ctypes.c_uint32 * 2)(*box[::-1]), (ctypes.c_uint32 * 2)(1, 1))
+    how = (0, SWIZZLE_128B if swizzle else 0, FETCH_256B, 0)
+    _check(_driver().cuTensorMapEncodeTiled(ctypes.c_void_p(made), *matrix, *boxes, *how))
     return ctypes.string_at(made, 128)
 
 
@@ -135,17 +145,9 @@ class Kernel:
     """One entry point on one GPU, whose blocks use `shared` bytes of dynamic shared memory."""
 
     def __init__(self, source: str, name: str, options: tuple[str, ...], device: int, shared: int):
-        major, minor = torch.cuda.get_device_capability(device)
-        self._function, self._module, self._device, self._shared = (
-            ctypes.c_void_p(),
-            ctypes.c_void_p(),
-            device,
-            shared,
-        )
-        # What only Hopper has is behind a name of its own.
-        cubin = _cubin(
-            source, "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}", options
-        )
+        self._function, self._module = ctypes.c_void_p(), ctypes.c_void_p()
+        self._device, self._shared = device, shared
+        cubin = _cubin(source, gpu_at(device).architecture, options)
         with torch.cuda.device(device):
             torch.cuda.current_stream().query()  # makes torch's context current on this thread
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), cubin))

@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import torch
 
+from ..device import Gpu, gpu_of
+from ..kinds import Codes
 from .compiler import Kernel, kernel
 
 SOURCE = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
 
-KINDS = {torch.uint8: 4, torch.int8: 8, torch.float8_e4m3fn: 9}
 ARGUMENTS = struct.Struct("5P6I")
-SHARED_BYTES = 99 * 1024  # what a block can have on every GPU since compute capability 8.0
 STAGE_BYTES = 16 * 128  # of a warp: 128 bytes of each of its rows
 TABLE_BYTES = 256 * 32 * 4  # of a 4-bit kernel: 256 pairs, once per bank
 
@@ -45,11 +45,10 @@ def _table(values: tuple[float, ...], dtype: torch.dtype) -> tuple[str, ...]:
     high ones.
     """
     bits = torch.tensor(values, dtype=torch.float32).to(dtype).view(torch.uint8).view(16, 2)
-    return tuple(
-        f"-D{plane}{i}={int.from_bytes(bytes(bits[4 * i : 4 * i + 4, byte].tolist()), 'little'):#x}u"
-        for byte, plane in enumerate("LH")
-        for i in range(4)
-    )
+    low, high = (bits[:, byte].contiguous().view(torch.int32).tolist() for byte in (0, 1))
+    planes = {f"L{i}": word for i, word in enumerate(low)}
+    planes.update({f"H{i}": word for i, word in enumerate(high)})
+    return tuple(f"-D{name}={word & 0xFFFFFFFF:#x}u" for name, word in planes.items())
 
 
 def options(
@@ -61,11 +60,17 @@ def options(
     values: tuple[float, ...] | None = None,
 ) -> tuple[str, ...]:
     """Compiler options of one variant; `even`: `_even`; `values` are the 16 of a 4-bit code."""
-    return (
-        f"-DKIND={KINDS[codes]}", f"-DLANE={_lane(group)}", f"-DGROUPED={group or 0}", f"-DEVEN={int(even)}",
-        *(f"-D{name.upper()}={value}" for name, value in work._asdict().items()),
-        *(("-DBF16",) if dtype == torch.bfloat16 else ()), *(_table(values, dtype) if values else ()),
-    )  # fmt: skip
+    defined = {
+        "KIND": int(Codes.of(codes)),
+        "LANE": _lane(group),
+        "GROUPED": group or 0,
+        "EVEN": int(even),
+        **{name.upper(): value for name, value in work._asdict().items()},
+    }
+    flags = [f"-D{name}={value}" for name, value in defined.items()]
+    if dtype == torch.bfloat16:
+        flags.append("-DBF16")
+    return (*flags, *(_table(values, dtype) if values else ()))
 
 
 def _stage_codes(codes: torch.dtype) -> int:
@@ -118,21 +123,17 @@ WORK = {
         (64, (4, 1, 2, 2), (4, 2, 2, 2), (2, 2, 2, 2)),
     ),
 }
-CLUSTERS = 9  # the first compute capability whose blocks form clusters
 
 
 @cache
-def work_for(tokens: int, n: int, codes: torch.dtype, device: int) -> Work:
+def work_for(tokens: int, n: int, codes: torch.dtype, gpu: Gpu) -> Work:
     """How a GPU shares out a product: what was measured, within what it has."""
     rows = WORK[4 if codes == torch.uint8 else 8]
     sizes = next(sizes for most, *sizes in rows if tokens <= most)
     work = Work(tokens, *sizes[0 if n >= 8192 else 1 if n >= 2048 else 2])
-    properties = torch.cuda.get_device_properties(device)
-    if properties.major < CLUSTERS:
+    if not gpu.clusters:
         work = work._replace(cluster=1, split=min(work.split * work.cluster, 16 // work.rows))
-    while shared_bytes(codes, work) > getattr(
-        properties, "shared_memory_per_block_optin", SHARED_BYTES
-    ):
+    while shared_bytes(codes, work) > gpu.shared_bytes:
         work = _smaller(work)
     return work
 
@@ -200,7 +201,7 @@ def multiply(
     n, device = codes.shape[0], x.device.index or 0
     x, codes = aligned(x), aligned(codes)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    work = work or work_for(tokens_for(m), n, codes.dtype, device)
+    work = work or work_for(tokens_for(m), n, codes.dtype, gpu_of(x))
     entry = _entry(device, codes.dtype, x.dtype, group, _even(codes.dtype, group, k), work, values)
     has_bias, groups = bias is not None, k // group if group else 1
     pointers = (t.data_ptr() for t in (x, codes, scale, bias if has_bias else scale, out))

@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import torch
 
+from ..device import gpu_at, gpu_of
+from ..kinds import Codes
 from .compiler import Kernel, encode_tensor_map, kernel
-from .skinny import KINDS, aligned
+from .skinny import aligned
 
 SOURCE = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
-CAPABILITY = 9, 0  # wgmma and setmaxnreg are sm_90a's alone
 ARGUMENTS = struct.Struct("128s128s128s4P7I4x")
-STEP = {4: 64, 8: 128, 9: 128}  # elements of K in a stage
+STEP = {Codes.FOUR_BIT: 64, Codes.INT8: 128, Codes.FP8: 128}  # elements of K in a stage
 SHARED_BYTES = 227 * 1024
 TABLE_BYTES = 256 * 128  # of a 4-bit code: the pair of each byte, once per 8 bytes of the banks
 OUT_BYTES = 5120  # of a group of warps: output on its way
@@ -57,16 +58,22 @@ class Cost(NamedTuple):
 # and registers suffice for 128 x 128.
 COSTS = {
     "row": {
-        Tile(64, 2, 6): Cost(0.25, 2.1), Tile(64, 3, 6): Cost(0.31, 3.3), Tile(128, 2, 5): Cost(0.34, 3.4),
-        Tile(128, 3, 5): Cost(0.485, 4.4), Tile(256, 2, 4): Cost(0.645, 5.3),
+        Tile(64, 2, 6): Cost(0.25, 2.1),
+        Tile(64, 3, 6): Cost(0.31, 3.3),
+        Tile(128, 2, 5): Cost(0.34, 3.4),
+        Tile(128, 3, 5): Cost(0.485, 4.4),
+        Tile(256, 2, 4): Cost(0.645, 5.3),
     },
     "4-bit": {
-        Tile(64, 2, 6): Cost(0.413, 2.4), Tile(64, 3, 6): Cost(0.54, 3.3), Tile(128, 2, 5): Cost(0.493, 3.2),
-        Tile(128, 3, 5): Cost(0.768, 4.8), Tile(256, 2, 5): Cost(0.712, 4.6),
+        Tile(64, 2, 6): Cost(0.413, 2.4),
+        Tile(64, 3, 6): Cost(0.54, 3.3),
+        Tile(128, 2, 5): Cost(0.493, 3.2),
+        Tile(128, 3, 5): Cost(0.768, 4.8),
+        Tile(256, 2, 5): Cost(0.712, 4.6),
     },
     "tiles": {Tile(64, 2, 6): Cost(0.322, 1.6), Tile(128, 2, 5): Cost(0.421, 3.2)},
     "groups": {Tile(64, 2, 6): Cost(0.454, 1.9), Tile(128, 2, 5): Cost(0.689, 2.9)},
-}  # fmt: skip
+}
 # Share of the multiprocessors that clusters of so many blocks can fill, as measured: each lies in
 # one part of the GPU. To cut K into as many pieces as there are multiprocessors and hand sums on
 # through memory was tried: that took 9 us where a cluster takes 4.
@@ -74,148 +81,169 @@ SPLITS = {1: 1.0, 2: 0.95, 3: 0.82, 4: 0.85, 6: 0.73}
 SPLIT_COST = 2.0, 0.6  # us: to add sums of several blocks, and per block
 
 
-def _parts(kind: int, group: int | None) -> int:
-    """Groups of K with 8-bit scales of their own in a stage."""
-    return STEP[kind] // group if group and kind != 4 else 0
+class Scaling(NamedTuple):
+    """How the codes of a kind are scaled.
+
+    group: elements along K sharing a scale, None for all. rows: of W that share one.
+    """
+
+    codes: Codes
+    group: int | None
+    rows: int
+
+    @property
+    def parts(self) -> int:
+        """Groups of K with 8-bit scales of their own in a stage."""
+        if self.codes == Codes.FOUR_BIT or not self.group:
+            return 0
+        return STEP[self.codes] // self.group
+
+    @property
+    def x_left(self) -> bool:
+        """Whether x is the left factor: where rows of W share the scales of groups along K."""
+        return bool(self.parts) and self.rows % 64 == 0
+
+    @property
+    def family(self) -> str:
+        """The name in `COSTS`."""
+        if self.codes == Codes.FOUR_BIT:
+            return "4-bit"
+        if not self.group:
+            return "row"
+        return "tiles" if self.x_left else "groups"
+
+    def factors(self, m: int, n: int) -> tuple[int, int]:
+        """Rows of the left and of the right factor."""
+        return (m, n) if self.x_left else (n, m)
 
 
-def _x_left(kind: int, group: int | None, rows_per_scale: int) -> bool:
-    """Whether x is the left factor: where rows of W share the scales of groups along K."""
-    return bool(_parts(kind, group)) and rows_per_scale % 64 == 0
-
-
-def shared_bytes(kind: int, group: int | None, x_left: bool, tile: Tile) -> int:
+def shared_bytes(scaling: Scaling, tile: Tile) -> int:
     """Shared memory of a block: stages, or sums to add; table of a 4-bit code; output; barriers."""
-    row, table = (32, TABLE_BYTES) if kind == 4 else (128, 0)
-    stage = (
-        tile.right * 128
-        + 64 * tile.groups * row
-        + (0 if x_left else _parts(kind, group) * tile.right * 4)
-    )
-    ring = max(tile.stages * stage, tile.right * tile.groups * 256 if tile.split > 1 else 0)
-    return 1024 + ring + 16 * tile.stages + table + tile.groups * OUT_BYTES
+    four_bit = scaling.codes == Codes.FOUR_BIT
+    left = 64 * tile.groups * (32 if four_bit else 128)
+    scales = 0 if scaling.x_left else scaling.parts * tile.right * 4
+    stages = tile.stages * (tile.right * 128 + left + scales)
+    sums = tile.right * tile.groups * 256 if tile.split > 1 else 0
+    table = TABLE_BYTES if four_bit else 0
+    return 1024 + max(stages, sums) + 16 * tile.stages + table + tile.groups * OUT_BYTES
 
 
-def cost_family(kind: int, group: int | None, x_left: bool) -> str:
-    """The name in `COSTS` of a kind of codes and scales."""
-    return "4-bit" if kind == 4 else "row" if not group else "tiles" if x_left else "groups"
+def _microseconds(tile: Tile, family: str, steps: int, needed: int, multiprocessors: int) -> float:
+    """Estimated time of a product that takes `needed` tiles of so many steps along K."""
+    cost = COSTS[family][tile._replace(split=1)]
+    if tile.split == 1:
+        return -(-needed // multiprocessors) * (steps * cost.stage + cost.tile)
+    adding = SPLIT_COST[0] + SPLIT_COST[1] * tile.split
+    return -(-steps // tile.split) * cost.stage + cost.tile + adding
 
 
 @cache
-def tile_for(
-    kind: int, group: int | None, x_left: bool, m: int, n: int, k: int, multiprocessors: int
-) -> Tile:
+def tile_for(scaling: Scaling, m: int, n: int, k: int, multiprocessors: int) -> Tile:
     """The tile of least estimated time."""
-    family, steps = cost_family(kind, group, x_left), -(-k // STEP[kind])
-    rows = (m, n) if x_left else (n, m)
-
-    def microseconds(tile: Tile) -> float:
-        cost = COSTS[family][tile._replace(split=1)]
-        if tile.split == 1:
-            return -(-tile.needed(*rows) // multiprocessors) * (steps * cost.stage + cost.tile)
-        adding = SPLIT_COST[0] + SPLIT_COST[1] * tile.split
-        return -(-steps // tile.split) * cost.stage + cost.tile + adding
-
-    wanted = (tile._replace(split=split) for tile in COSTS[family] for split in SPLITS)
-    fitting = (
-        tile for tile in wanted
-        if tile.split == 1 or tile.needed(*rows) * tile.split <= multiprocessors * SPLITS[tile.split]
-    )  # fmt: skip
-    return min(fitting, key=microseconds)
+    family, rows = scaling.family, scaling.factors(m, n)
+    steps = -(-k // STEP[scaling.codes])
+    best, least = None, float("inf")
+    for whole in COSTS[family]:
+        needed = whole.needed(*rows)
+        for split, share in SPLITS.items():
+            if split > 1 and needed * split > multiprocessors * share:
+                continue
+            tile = whole._replace(split=split)
+            time = _microseconds(tile, family, steps, needed, multiprocessors)
+            if time < least:
+                best, least = tile, time
+    return best
 
 
-def _instruction(kind: int, dtype: torch.dtype, width: int) -> str:
+class Instruction(NamedTuple):
+    """A kind of `wgmma`: its shape and types around the width, and its flags after the operands."""
+
+    shape: str
+    types: str
+    flags: str
+    sum: str = "f"  # the constraint of a register that holds a sum
+
+
+def _instruction_of(codes: Codes, dtype: torch.dtype) -> Instruction:
+    if codes == Codes.INT8:
+        return Instruction("k32", "s32.s8.s8", ", p", "r")
+    if codes == Codes.FP8:
+        return Instruction("k32", "f32.e4m3.e4m3", ", p, 1, 1")
+    float16 = "bf16" if dtype == torch.bfloat16 else "f16"
+    return Instruction("k16", f"f32.{float16}.{float16}", ", p, 1, 1, 0")
+
+
+def _instruction(codes: Codes, dtype: torch.dtype, width: int) -> str:
     """The function that multiplies 64 rows of the left factor by `width` of the right: an operand
     per sum of a lane.
     """
     sums = width // 2
-    float16 = "bf16" if dtype == torch.bfloat16 else "f16"
-    name, extra = {
-        4: (f"m64n{width}k16.f32.{float16}.{float16}", ", p, 1, 1, 0"),
-        8: (f"m64n{width}k32.s32.s8.s8", ", p"),
-        9: (f"m64n{width}k32.f32.e4m3.e4m3", ", p, 1, 1"),
-    }[kind]
-    outs = ", ".join(f"%{i}" for i in range(sums))
-    tied = ", ".join(f'"+{"r" if kind == 8 else "f"}"(d[{i}])' for i in range(sums))
-    if kind == 4:  # the left factor in registers
+    kind = _instruction_of(codes, dtype)
+    if codes == Codes.FOUR_BIT:  # the left factor in registers
         parameter, inputs = "const u32* a", [f'"r"(a[{i}])' for i in range(4)]
         left = f"{{%{sums}, %{sums + 1}, %{sums + 2}, %{sums + 3}}}"
     else:
         parameter, inputs, left = "u64 a", ['"l"(a)'], f"%{sums}"
+    outs = ", ".join(f"%{i}" for i in range(sums))
+    tied = ", ".join(f'"+{kind.sum}"(d[{i}])' for i in range(sums))
     right = sums + len(inputs)
+    name = f"wgmma.mma_async.sync.aligned.m64n{width}{kind.shape}.{kind.types}"
     return (
         f"DEVICE void mma(Sum (&d)[{sums}], {parameter}, u64 b, int add) {{\n"
         f'  asm volatile("{{.reg .pred p; setp.ne.u32 p, %{right + 1}, 0;\\n"\n'
-        f'    "wgmma.mma_async.sync.aligned.{name} {{{outs}}}, {left}, %{right}{extra};}}"\n'
+        f'    "{name} {{{outs}}}, {left}, %{right}{kind.flags};}}"\n'
         f'    : {tied} : {", ".join(inputs)}, "l"(b), "r"(add));\n}}\n'
     )
 
 
-def source(kind: int, dtype: torch.dtype, tile: Tile) -> str:
+def source(codes: Codes, dtype: torch.dtype, tile: Tile) -> str:
     """CUDA C++ of one variant, but for its options."""
     head, tail = SOURCE.split("//@", 1)
-    return f"{head}{_instruction(kind, dtype, tile.right)}//{tail}"
+    return f"{head}{_instruction(codes, dtype, tile.right)}//{tail}"
 
 
 def options(
-    kind: int,
-    dtype: torch.dtype,
-    group: int | None,
-    x_left: bool,
-    same: bool,
-    tile: Tile,
-    values: tuple[float, ...] | None = None,
+    scaling: Scaling, dtype: torch.dtype, tile: Tile, values: tuple[float, ...] | None = None
 ) -> tuple[str, ...]:
-    """Compiler options; `same`: all rows of W in a tile share their scales; `values`: the 16 of a
-    4-bit code.
-    """
-    bits = torch.tensor(values or (), dtype=torch.float32).view(torch.int32).tolist()
-    return (
-        f"-DKIND={kind}", f"-DGROUPED={group or 0}", f"-DX_LEFT={int(x_left)}", f"-DSAME_SCALE={int(same)}",
-        *(f"-D{name.upper()}={value}" for name, value in tile._asdict().items()),
-        *(("-DBF16",) if dtype == torch.bfloat16 else ()),
-        *((f"-DVALUES={','.join(f'{b & 0xFFFFFFFF:#x}u' for b in bits)}",) if values else ()),
-    )  # fmt: skip
+    """Compiler options of one variant; `values` are the 16 of a 4-bit code."""
+    defined = {
+        "KIND": int(scaling.codes),
+        "GROUPED": scaling.group or 0,
+        "X_LEFT": int(scaling.x_left),
+        # all rows of W in a tile share their scales
+        "SAME_SCALE": int(scaling.rows % tile.right == 0),
+        **{name.upper(): value for name, value in tile._asdict().items()},
+    }
+    flags = [f"-D{name}={value}" for name, value in defined.items()]
+    if dtype == torch.bfloat16:
+        flags.append("-DBF16")
+    if values:
+        bits = torch.tensor(values, dtype=torch.float32).view(torch.int32).tolist()
+        flags.append("-DVALUES=" + ",".join(f"{b & 0xFFFFFFFF:#x}u" for b in bits))
+    return tuple(flags)
 
 
 @cache
 def _entry(
     device: int,
-    kind: int,
+    scaling: Scaling,
     dtype: torch.dtype,
-    group: int | None,
-    x_left: bool,
-    same: bool,
     tile: Tile,
     values: tuple[float, ...] | None,
 ) -> Kernel:
-    wanted = options(kind, dtype, group, x_left, same, tile, values)
-    return kernel(
-        source(kind, dtype, tile),
-        "multiply_wide",
-        wanted,
-        device,
-        shared_bytes(kind, group, x_left, tile),
-    )
+    text = source(scaling.codes, dtype, tile)
+    wanted = options(scaling, dtype, tile, values)
+    return kernel(text, "multiply_wide", wanted, device, shared_bytes(scaling, tile))
 
 
 # addresses return: those of weights stay, torch reuses those of activations
 _map = lru_cache(4096)(encode_tensor_map)
 
 
-@cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def why_not_device(tensor: torch.Tensor) -> str | None:
     """Why this GPU cannot run the kernel; None when it can."""
-    capability = torch.cuda.get_device_capability(tensor.device)
-    return (
-        None
-        if capability == CAPABILITY
-        else f"sm_{capability[0]}{capability[1]} has no wgmma: sm_90 has"
-    )
+    gpu = gpu_of(tensor)
+    return None if gpu.wgmma else f"{gpu.sm} has no wgmma: sm_90 has"
 
 
 def why_not_shape(
@@ -239,10 +267,64 @@ def _in_columns(scale: torch.Tensor) -> tuple[torch.Tensor, int]:
     them; the pitch.
     """
     m, groups = scale.shape
-    pitch = -(-m // 4) * 4 if groups == 1 else scale.stride(1)
+    padded = -(-m // 4) * 4
+    pitch = padded if groups == 1 else scale.stride(1)
     if (m == 1 or scale.stride(0) == 1) and pitch >= m and pitch % 4 == 0:
         return scale, pitch
-    return torch.nn.functional.pad(scale.t(), (0, -m % 4)).contiguous()[:, :m].t(), -(-m // 4) * 4
+    columns = torch.nn.functional.pad(scale.t(), (0, padded - m)).contiguous()
+    return columns[:, :m].t(), padded
+
+
+class Plan(NamedTuple):
+    """A launch, ready but for the tensors. Boxes: (rows, columns) of x and of W that are fetched at
+    once. `shift`: from a row of W, or an element along K of 4-bit codes, to its scale.
+    """
+
+    entry: Kernel
+    grid: tuple[int, int, int]
+    threads: int
+    x_box: tuple[int, int]
+    w_box: tuple[int, int]
+    right: int
+    shift: int
+
+
+NO_SHIFT = 31  # every row has the first scale
+
+
+def _shift(scaling: Scaling, n: int) -> int:
+    if scaling.codes == Codes.FOUR_BIT:
+        return scaling.group.bit_length() - 1
+    return scaling.rows.bit_length() - 1 if scaling.rows < n else NO_SHIFT
+
+
+@lru_cache(4096)
+def _plan(
+    scaling: Scaling,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: int,
+    *,
+    values: tuple[float, ...] | None,
+    tile: Tile | None,
+) -> Plan:
+    m, n, k = shape
+    multiprocessors = gpu_at(device).multiprocessors
+    tile = tile or tile_for(scaling, m, n, k, multiprocessors)
+    left, step = 64 * tile.groups, STEP[scaling.codes]
+    x_rows, w_rows = (left, tile.right) if scaling.x_left else (tile.right, left)
+    w_columns = step // 2 if scaling.codes == Codes.FOUR_BIT else step
+    tiles = tile.needed(*scaling.factors(m, n))
+    clusters = tiles if tile.split > 1 else min(tiles, multiprocessors)
+    return Plan(
+        entry=_entry(device, scaling, dtype, tile, values),
+        grid=(clusters * tile.split, 1, 1),
+        threads=128 * (tile.groups + 1),
+        x_box=(x_rows, step),
+        w_box=(w_rows, w_columns),
+        right=tile.right,
+        shift=_shift(scaling, n),
+    )
 
 
 def multiply(
@@ -273,52 +355,26 @@ def multiply(
         values: of the 16 codes of 4 bits.
     """
     m, k = x.shape
-    n, device, kind = len(codes), x.device.index or 0, KINDS[codes.dtype]
+    n, width = codes.shape
+    scaling = Scaling(Codes.of(codes.dtype), group, rows_per_scale)
+    plan = _plan(scaling, (m, n, k), dtype, x.device.index or 0, values=values, tile=tile)
     x, codes = aligned(x), aligned(codes)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
-    x_left, parts, step = _x_left(kind, group, rows_per_scale), _parts(kind, group), STEP[kind]
-    tile = tile or tile_for(kind, group, x_left, m, n, k, _multiprocessors(device))
-    entry = _entry(
-        device, kind, dtype, group, x_left, rows_per_scale % tile.right == 0, tile, values
-    )
-
-    left = 64 * tile.groups
-    x_rows, w_rows = (left, tile.right) if x_left else (tile.right, left)
-    x_map = _map(x.data_ptr(), x.dtype, m, k, k * x.itemsize, (x_rows, step), True)
-    width = codes.shape[1]
-    w_map = _map(
-        codes.data_ptr(),
-        codes.dtype,
-        n,
-        width,
-        width,
-        (w_rows, step // 2 if kind == 4 else step),
-        kind != 4,
-    )
-    factors, scales_map, pitch = ((x_map, w_map) if x_left else (w_map, x_map)), x_map, 0
-    groups = k // group if group else 1
-    if parts:
+    swizzled = scaling.codes != Codes.FOUR_BIT
+    x_map = _map(x.data_ptr(), x.dtype, m, k, k * x.itemsize, plan.x_box, True)
+    w_map = _map(codes.data_ptr(), codes.dtype, n, width, width, plan.w_box, swizzled)
+    factors = (x_map, w_map) if scaling.x_left else (w_map, x_map)
+    scales_map, pitch, groups = x_map, 0, k // group if group else 1
+    if scaling.parts:
         x_scale, pitch = _in_columns(x_scale)
-        if not x_left:
-            scales_map = _map(
-                x_scale.data_ptr(), x_scale.dtype, groups, m, 4 * pitch, (parts, tile.right), False
-            )
-
-    tiles = tile.needed(*((m, n) if x_left else (n, m)))
-    clusters = tiles if tile.split > 1 else min(tiles, _multiprocessors(device))
-    shift = (
-        (group if kind == 4 else rows_per_scale).bit_length() - 1
-        if kind == 4 or rows_per_scale < n
-        else 31
-    )
-    has_bias = bias is not None
-    pointers = (
-        t.data_ptr()
-        for t in (scale if x_scale is None else x_scale, scale, bias if has_bias else scale, out)
-    )
-    numbers = (m, n, k, has_bias, shift, groups, pitch)
-    grid = (clusters * tile.split, 1, 1)
-    entry.launch(
-        grid, 128 * (tile.groups + 1), ARGUMENTS, *factors, scales_map, *pointers, *numbers
-    )
+        if not scaling.x_left:
+            box = (scaling.parts, plan.right)
+            address = x_scale.data_ptr()
+            scales_map = _map(address, x_scale.dtype, groups, m, 4 * pitch, box, False)
+    at = scale.data_ptr()
+    x_scale_at = at if x_scale is None else x_scale.data_ptr()
+    bias_at = at if bias is None else bias.data_ptr()
+    pointers = (x_scale_at, at, bias_at, out.data_ptr())
+    numbers = (m, n, k, bias is not None, plan.shift, groups, pitch)
+    plan.entry.launch(plan.grid, plan.threads, ARGUMENTS, *factors, scales_map, *pointers, *numbers)
     return out

@@ -7,13 +7,13 @@ float32 total.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from ..device import gpu_of
 from ..scales import Geometry
 from . import activations
 from .launch import launch
@@ -183,11 +183,6 @@ def tile_for(m: int, n: int, k: int, group: int | None, sms: int) -> Tile:
     return tile._replace(split=split)
 
 
-@cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def linear(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -200,10 +195,10 @@ def linear(
     """
     qmax = 127.0 if codes.dtype == torch.int8 else 448.0
     x_codes, x_scale = activations.quantize(x, codes.dtype, qmax, geometry.cols)
-    sms, n = _multiprocessors(x.device.index or 0), len(codes)
+    n = len(codes)
     if geometry.rows == 1 and geometry.cols and len(x) > 64:
         scale = scale.t().contiguous().t()  # every step reads one column of it
-    tile = tile_for(len(x), n, x.shape[1], geometry.cols, sms)
+    tile = tile_for(len(x), n, x.shape[1], geometry.cols, gpu_of(x).multiprocessors)
     return multiply(
         x_codes, x_scale, codes, scale, bias, x.dtype, geometry.cols, geometry.rows or n, tile
     )

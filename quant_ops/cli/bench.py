@@ -7,7 +7,8 @@ import json
 
 import torch
 
-from ..bench import ROWS, SHAPE, bench_linears, kernel_report
+from ...kernels.device import CLASSES, Gpu
+from ..bench import ROWS, SHAPE, bench_linears, kernel_report, reason_lines
 from ..errors import RecipeError
 from ..formats import get_format
 from .quantize import pick_device
@@ -36,49 +37,53 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--device", default="auto", help="auto (cuda when there is one), cpu, cuda, cuda:1"
     )
+    parser.add_argument(
+        "--gpu",
+        choices=CLASSES,
+        metavar="SM",
+        help=f"only say what runs on this class of GPU, here or not: {', '.join(CLASSES)}",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    device, shape = pick_device(args.device), _shape(args.size)
+    shape = _shape(args.size)
     for name in args.formats or ():
         get_format(name)
-    rows = args.rows or (ROWS if device.type == "cuda" else (1, 16, 256))
+    device = CLASSES[args.gpu] if args.gpu else pick_device(args.device)
+    on_cpu = isinstance(device, torch.device) and device.type != "cuda"
+    rows = args.rows or ((1, 16, 256) if on_cpu else ROWS)
     if min(rows) < 1:
         raise RecipeError(f"--rows {min(rows)}: at least 1")
-    kernels = kernel_report(args.formats, device, shape=shape)
-    if not args.json:
-        print(f"{_device_name(device)}, torch {torch.__version__}")
-        print("\n".join(kernel["text"] for kernel in kernels))
-    timed = []
-    if not args.reasons:
-        if not args.json:
-            print(f"\n{shape[0]}x{shape[1]}, milliseconds; x = times as fast\n{HEAD}")
-        timed = bench_linears(
-            device, args.formats, rows, shape, on_row=_silent if args.json else _print_row
-        )
+    kernels = kernel_report(args.formats, device, shape=shape, rows=args.rows or ROWS)
+    only_say = args.reasons or bool(args.gpu)
     if args.json:
-        print(
-            json.dumps(
-                {"device": _device_name(device), "kernels": kernels, "linears": timed}, indent=2
-            )
-        )
+        timed = [] if only_say else bench_linears(device, args.formats, rows, shape)
+        found = {"device": _device_name(device), "kernels": kernels, "linears": timed}
+        print(json.dumps(found, indent=2))
+        return
+    print(f"{_device_name(device)}, torch {torch.__version__}")
+    for kernel in kernels:
+        print(kernel["text"])
+        if only_say:
+            print("\n".join(f"    {line}" for line in reason_lines(kernel)))
+    if not only_say:
+        print(f"\n{shape[0]}x{shape[1]}, milliseconds; x = times as fast\n{HEAD}")
+        bench_linears(device, args.formats, rows, shape, on_row=_print_row)
 
 
 HEAD = f"{'format':<24}{'rows':>6}{'ms':>10}{'bf16':>10}{'x':>6}{'decoded':>10}{'x':>6}  kernel"
 
 
 def _print_row(row: dict) -> None:
-    print(
-        f"{row['format']:<24}{row['M']:>6}{row['ms']:>10.4f}{row['bf16_ms']:>10.4f}{row['bf16_ms'] / row['ms']:>6.2f}"
-        f"{row['decoded_ms']:>10.4f}{row['decoded_ms'] / row['ms']:>6.2f}  {row['kernel']}",
-        flush=True,
+    ms, dense, decoded = row["ms"], row["bf16_ms"], row["decoded_ms"]
+    columns = (
+        f"{row['format']:<24}{row['M']:>6}{ms:>10.4f}",
+        f"{dense:>10.4f}{dense / ms:>6.2f}{decoded:>10.4f}{decoded / ms:>6.2f}",
+        f"  {row['kernel']}",
     )
-
-
-def _silent(row: dict) -> None:
-    pass
+    print("".join(columns), flush=True)
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -91,5 +96,7 @@ def _shape(text: str) -> tuple[int, int]:
     return n, k
 
 
-def _device_name(device: torch.device) -> str:
+def _device_name(device: torch.device | Gpu) -> str:
+    if isinstance(device, Gpu):
+        return f"{device.sm} (such as {device.name})"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

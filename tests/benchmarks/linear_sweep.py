@@ -22,6 +22,7 @@ import torch
 import triton
 
 from fewbits.kernels.cuda import skinny, wide
+from fewbits.kernels.kinds import Codes
 from fewbits.kernels.runtime import code_values
 from fewbits.kernels.triton import activations, w8a8
 from fewbits.kernels.triton.w8a8 import Tile
@@ -89,20 +90,17 @@ def sweep_wide(
             0.0,
         )
         if name in gpu.FLAT:
-            (levels, group), per_scale, kind, inputs = gpu.FLAT[name], 1, 4, (x, None)
+            (levels, group), per_scale, inputs = gpu.FLAT[name], 1, (x, None)
             values = code_values(levels)
         else:
             levels, geometry = gpu.TILED[name]
             group, per_scale, values = geometry.cols, geometry.rows or n, None
-            kind = skinny.KINDS[levels.dtype]
             quantize = partial(activations.quantize, x, levels.dtype, levels.qmax, group)
             inputs, quantizer = quantize(), gpu.graph_time([quantize] * 4, 3)
-        x_left, found = wide._x_left(kind, group, per_scale), []
-        for tile, split in itertools.product(
-            wide.COSTS[wide.cost_family(kind, group, x_left)], wide.SPLITS
-        ):
+        scaling, found = wide.Scaling(Codes.of(levels.dtype), group, per_scale), []
+        for tile, split in itertools.product(wide.COSTS[scaling.family], wide.SPLITS):
             tile = tile._replace(split=split)
-            if split > 1 and tile.needed(*((m, n) if x_left else (n, m))) * split > multiprocessors:
+            if split > 1 and tile.needed(*scaling.factors(m, n)) * split > multiprocessors:
                 continue
             calls = [
                 lambda c=c, s=s: wide.multiply(
@@ -111,7 +109,7 @@ def sweep_wide(
                 for c, s in zip(layer.codes, layer.scales)
             ]
             found.append((quantizer + gpu.graph_time(calls, 3), tile))
-        chosen = wide.tile_for(kind, group, x_left, m, n, k, multiprocessors)
+        chosen = wide.tile_for(scaling, m, n, k, multiprocessors)
         lost = {tile: ms for ms, tile in found}[chosen] / min(found)[0] - 1
         report(
             f"{name} {n}x{k} M={m} (chosen {lost:.0%} slower)",

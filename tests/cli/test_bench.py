@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fewbits.kernels import dispatch
+from fewbits.kernels.device import CLASSES
 from fewbits.quant_ops.bench import ROWS, WORDS, bench_linears, kernel_report
 from fewbits.quant_ops.formats import FORMATS
 from support.harness import kernel_tables, readme
@@ -23,15 +23,23 @@ def test_the_report_names_a_kernel_and_a_reason_for_every_format():
     )
 
 
-def test_a_kernel_by_rows_is_said_in_one_line(monkeypatch):
-    choose = lambda op, x, *others: ("cuda" if len(x) <= 16 else "triton", None)  # noqa: E731
-    monkeypatch.setattr(dispatch.Op, "choose", choose)
-    (entry,) = kernel_report(["int8_blockwise"])
-    assert entry["text"] == "int8_blockwise: native CUDA up to 16 rows, native Triton above"
-    assert (
-        entry["native_since"] is None
-        and kernel_report(["float8_e4m3fn"])[0]["native_since"] == "0.4.0"
+def test_a_kernel_by_rows_is_said_in_one_line():
+    (entry,) = kernel_report(["int8_blockwise"], CLASSES["sm_86"])
+    assert entry["text"] == (
+        "int8_blockwise: native CUDA up to 16 rows, native Triton up to 256 rows, "
+        "decoded, then the library's matmul above"
     )
+    assert entry["native_since"] is None
+    assert kernel_report(["float8_e4m3fn"])[0]["native_since"] == "0.4.0"
+
+
+def test_the_command_says_which_kernel_runs_on_a_gpu_that_is_not_here():
+    arguments = ("bench", "--format", "int8_tensorwise", "--rows", "16")
+    text = fewbits(*arguments, "--gpu", "sm_90").stdout.splitlines()
+    assert text[0].startswith("sm_90 (such as H200)")
+    assert text[2].strip().startswith("M=16  native CUDA: M=16 .0141 / .0149, triton .0160 / .0186")
+    old = fewbits(*arguments, "--gpu", "sm_75").stdout
+    assert "not native CUDA: sm_75 is older than sm_80" in old
 
 
 def test_every_linear_is_timed_against_bf16_and_decoding():

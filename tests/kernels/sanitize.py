@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fewbits.kernels import choice, runtime
+from fewbits.kernels import runtime
 from fewbits.kernels.activations import quantize_activations, quantize_gelu
 from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid, lowest_error, nearest_flat4
 from fewbits.kernels.dispatch import Op, use_backend
@@ -173,9 +173,6 @@ def main() -> None:
         sys.exit(
             "sanitize: set PYTORCH_NO_CUDA_MEMORY_CACHING=1; torch's own pool hides accesses next to a tensor"
         )
-    choice.limits = lambda family, device: choice.Limits(
-        None, None, library=(0, 0), hopper=((0, 1, None),)
-    )
     ran, wrong, words = 0, [], sys.argv[1:]
     for name, op, arguments in cases():
         if words and not any(word in f"{op.name} {name}" for word in words):

@@ -2,13 +2,13 @@
 
 import gc
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fewbits.kernels import choice, dispatch, runtime, scaled_mm
+from fewbits.kernels import dispatch, runtime
 from fewbits.kernels.codebook4 import NF4
+from fewbits.kernels.device import CLASSES, as_if
 from fewbits.kernels.dispatch import Op, use_backend
 from fewbits.kernels.grids import E4M3, INT8
 from fewbits.kernels.scales import Geometry
@@ -97,18 +97,26 @@ def test_what_is_remembered_has_a_bound_and_holds_no_tensor(doubled, monkeypatch
 
 
 @pytest.fixture
-def hopper(monkeypatch):
-    """Every backend believes that it runs on an H200, where our tensors have no storage."""
-    for module in (runtime, scaled_mm):
-        monkeypatch.setattr(
-            module, "why_not_triton", lambda tensor: None if tensor.numel() else "tensor is empty"
-        )
-    monkeypatch.setattr(runtime, "why_not_cuda", lambda tensor: None)
-    monkeypatch.setattr(choice, "_capability", lambda index: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9)
-    )
+def hopper():
+    """Tensors without storage count as lying on an H200."""
+    with as_if(CLASSES["sm_90"]):
+        yield
+
+
+def test_a_decision_follows_the_order_and_says_what_could_not_run(doubled):
+    doubled.order = lambda x, number, bias: [("few", "fast"), ("eager", "exact")]
+    found = doubled.decide(torch.ones(4, 8), 1, None)
+    assert (found.backend, found.why, found.cannot) == ("few", "fast", {})
+    found = doubled.decide(torch.ones(5, 8), 1, None)
+    assert (found.backend, found.why, found.cannot) == ("eager", "exact", {"few": "too many rows"})
+
+
+def test_what_a_gpu_elsewhere_would_run_is_not_remembered():
+    x, codes = (torch.empty(16, 64, device="meta", dtype=d) for d in (torch.bfloat16, torch.int8))
+    inputs = (x, codes, torch.empty(16, 1, device="meta"), INT8, Geometry(1, None), None)
+    with as_if(CLASSES["sm_90"]):
+        assert runtime.linear_tiles.choose(*inputs)[0] == "cuda"
+    assert runtime.linear_tiles.choose(*inputs)[0] == "dequantize"
 
 
 @pytest.mark.parametrize("m", [1, 16, 64, 256, 300, 1024, 4608])

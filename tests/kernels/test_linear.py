@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +11,10 @@ from fewbits.kernels import choice, runtime
 from fewbits.kernels.activations import quantize_activations
 from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid
 from fewbits.kernels.cuda import skinny, wide
+from fewbits.kernels.device import CLASSES, as_if
 from fewbits.kernels.dispatch import list_backends, use_backend
 from fewbits.kernels.grids import E4M3, INT8, TiledGrid, decode
+from fewbits.kernels.kinds import Codes
 from fewbits.kernels.packing import pack_nibbles
 from fewbits.kernels.scaled_mm import why_not_scaled_mm
 from fewbits.kernels.scales import Geometry
@@ -105,61 +106,90 @@ def test_every_op_says_why_a_kernel_does_not_run():
         "eager",
     ]
     assert set(runtime.linear_tiles.reasons(*arguments).values()) == {"tensor is on cpu"}
-    assert choice.why_not_rows(65, 64, "another path") == "M=65 > 64: another path is faster"
-    assert (
-        choice.why_not_rows(64, 64, "another path")
-        is None
-        is choice.why_not_rows(9999, None, "another path")
-    )
 
 
-def test_amd_gpus_get_no_kernel_of_ours(monkeypatch):
+def decisions(gpu, levels, geometry, n=12288, k=3072, rows=(16, 64, 256, 1024, 4608)):
+    """rows of x -> what multiplies them on a class of GPU."""
+    codes = torch.empty(n, k, dtype=levels.dtype, device="meta")
+    scale = torch.empty(geometry.grid_shape((n, k)), device="meta")
+    with as_if(gpu):
+        return {
+            m: runtime.linear_tiles.decide(rows_of(m, k), codes, scale, levels, geometry, None)
+            for m in rows
+        }
+
+
+def four_bit_decisions(gpu, n, k, rows):
+    packed = torch.empty(n, k // 2, dtype=torch.uint8, device="meta")
+    absmax = torch.empty(n * k // 64, device="meta")
+    with as_if(gpu):
+        found = [
+            runtime.linear_flat4.decide(rows_of(m, k), packed, absmax, NF4, 64, None) for m in rows
+        ]
+    return [decision.backend for decision in found]
+
+
+def rows_of(m, k):
+    return torch.empty(m, k, dtype=torch.bfloat16, device="meta")
+
+
+def test_which_kernel_runs_int8_rows_at_16_and_why_is_one_call():
+    found = decisions(CLASSES["sm_90"], INT8, Geometry(1, None))[16]
+    assert found.backend == "cuda" and found.why.startswith("M=16 .0141 / .0149")
+    found = decisions(CLASSES["sm_86"], INT8, Geometry(1, None))[64]
+    assert found.backend == "triton" and found.why == choice.NOT_MEASURED
+    found = decisions(CLASSES["sm_75"], INT8, Geometry(1, None))[16]
+    assert found.backend == "triton" and found.cannot == {"cuda": "sm_75 is older than sm_80"}
+
+
+def test_amd_gpus_get_no_kernel_of_ours():
     """RDNA1 and RDNA2 hang in Triton matmuls; none is measured, so none is used."""
-    from fewbits.kernels import cuda, triton
-
-    monkeypatch.setattr(torch.version, "hip", "6.2")
-    for probe in (cuda._why_not_device, triton._why_not_device):
-        assert probe.__wrapped__(0).startswith("AMD GPU")
+    amd = replace(CLASSES["sm_90"], amd=True)
+    for levels in LEVELS:
+        for found in decisions(amd, levels, Geometry(1, None)).values():
+            assert found.backend == "dequantize"
+            assert all(reason.startswith("AMD GPU") for reason in found.cannot.values())
 
 
 def test_small_and_large_weights_are_decoded_from_fewer_rows_on():
-    limit = choice.HOPPER["4-bit"]
-    why = lambda m, n, k, limit=limit: choice.why_not_skinny(m, n, k, limit, "decoding")  # noqa: E731
-    assert why(64, 12288, 3072) is None and why(65, 12288, 3072) == "M=65 > 64: decoding is faster"
-    assert why(33, 1280, 1280) == why(33, 5120, 13824) == "M=33 > 32: decoding is faster"
-    assert (
-        why(32, 1280, 1280) is None and why(33, 1280, 1280, choice.HOPPER["int8 row"]) is not None
-    )
+    other = CLASSES["sm_86"]
+    assert four_bit_decisions(other, 12288, 3072, (16, 32, 33)) == ["cuda", "cuda", "dequantize"]
+    for n, k in ((1280, 1280), (5120, 13824)):
+        assert four_bit_decisions(other, n, k, (16, 17)) == ["cuda", "dequantize"]
 
 
 def test_hoppers_own_kernel_is_taken_where_it_was_faster():
-    why = lambda name, m, n, k: choice.why_not_hopper(m, n, k, choice.HOPPER[name], "decoding")  # noqa: E731
-    assert why("4-bit", 33, 12288, 3072) is None is why("4-bit", 512, 12288, 3072)
-    assert why("4-bit", 32, 12288, 3072) == "M=32, 12288x3072: decoding is faster"
-    assert why("4-bit", 256, 5120, 13824) is None and why("4-bit", 257, 5120, 13824)
-    assert why("int8 128", 768, 12288, 3072) is None is why("int8 128", 4608, 12288, 3072)
+    hopper, rows = CLASSES["sm_90"], (32, 33, 256, 512, 513)
+    assert four_bit_decisions(hopper, 12288, 3072, rows) == [
+        "cuda", "hopper", "hopper", "hopper", "dequantize"]  # fmt: skip
+    assert four_bit_decisions(hopper, 5120, 13824, (256, 257)) == ["hopper", "dequantize"]
+    tiles = decisions(hopper, INT8, Geometry(128, 128), rows=(64, 768, 1024, 4608))
+    assert [found.backend for found in tiles.values()] == ["triton", "hopper", "triton", "hopper"]
     assert (
-        why("int8 128", 1024, 12288, 3072)
-        and why("int8 row", 256, 1280, 1280)
-        and why("int8 64", 256, 12288, 3072)
+        decisions(hopper, INT8, Geometry(1, None), 1280, 1280, (256,))[256].backend == "dequantize"
     )
+
+
+@pytest.mark.parametrize("table", [choice.HOPPER, choice.OTHER], ids=["Hopper", "other"])
+def test_every_product_has_a_row_and_every_row_says_why(table):
+    for name, rows in table.items():
+        assert rows[-1] is choice.DECODED and name in choice.HOPPER
+        assert all(row.why for row in rows)
 
 
 @pytest.mark.parametrize(
     ("kind", "group", "rows"), [(4, 64, 1), (8, None, 1), (9, 128, 128), (8, 64, 64), (9, 64, 1)]
 )
 def test_tiles_for_hopper_fit_and_share_out_all_multiprocessors(kind, group, rows):
-    x_left = wide._x_left(kind, group, rows)
+    scaling = wide.Scaling(Codes(kind), group, rows)
     for m in (33, 256, 300, 4608):
         for n, k in ((12288, 3072), (3072, 15360), (1280, 1280), (8, 128)):
-            tile = wide.tile_for(kind, group, x_left, m, n, k, 132)
-            assert wide.shared_bytes(kind, group, x_left, tile) <= wide.SHARED_BYTES
+            tile = wide.tile_for(scaling, m, n, k, 132)
+            assert wide.shared_bytes(scaling, tile) <= wide.SHARED_BYTES
             if (n, k) == (3072, 15360) and m <= 256:
-                blocks = -(-m // (64 * tile.groups if x_left else tile.right)) * tile.split
-                blocks *= -(-n // (tile.right if x_left else 64 * tile.groups))
-                assert blocks >= 90
+                assert tile.needed(*scaling.factors(m, n)) * tile.split >= 90
     sums = 64 if kind != 8 else 128
-    assert wide._instruction(kind, torch.bfloat16, 2 * sums).count("d[") == sums
+    assert wide._instruction(Codes(kind), torch.bfloat16, 2 * sums).count("d[") == sums
 
 
 @pytest.mark.parametrize(("m", "groups"), [(129, 3), (128, 1), (1, 4), (6, 1)])
@@ -195,13 +225,11 @@ def test_hoppers_kernel_says_which_shapes_it_takes():
 @pytest.mark.parametrize("codes", [torch.uint8, torch.int8], ids=["4-bit", "8-bit"])
 @pytest.mark.parametrize("major", [8, 9, 12])
 @pytest.mark.parametrize("kilobytes", [99, 163, 227])
-def test_the_skinny_kernel_fits_every_gpu(kilobytes, major, codes, monkeypatch):
-    properties = SimpleNamespace(major=major, shared_memory_per_block_optin=kilobytes * 1024)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    skinny.work_for.cache_clear()
+def test_the_skinny_kernel_fits_every_gpu(kilobytes, major, codes):
+    gpu = replace(CLASSES["sm_90"], capability=(major, 0), shared_bytes=kilobytes * 1024)
     for m in (1, 3, 8, 16, 32, 33, 64, 500):
         for n in (64, 3072, 12288):
-            work = skinny.work_for(skinny.tokens_for(m), n, codes, 0)
+            work = skinny.work_for(skinny.tokens_for(m), n, codes, gpu)
             assert (
                 skinny.shared_bytes(codes, work) <= kilobytes * 1024
                 and min(work) >= 1
@@ -209,7 +237,6 @@ def test_the_skinny_kernel_fits_every_gpu(kilobytes, major, codes, monkeypatch):
             )
             assert work.tokens == skinny.tokens_for(m) or kilobytes < 227
             assert work.rows * work.split <= 16 and (work.cluster == 1 or major >= 9)
-    skinny.work_for.cache_clear()
 
 
 # GPU ----------------------------------------------------------------------------------------------------------------
@@ -224,7 +251,6 @@ SIZES = [
     (129, 384, 1024),
     (300, 256, 3200),
 ]
-EVERYWHERE = choice.Limits(None, None, library=(0, 0), hopper=((0, 1, None),))  # what can run, runs
 ROUNDED = ("torch", "hopper", "triton")  # backends that quantize x
 
 
@@ -244,15 +270,12 @@ def close(got, truth, eager, dtype):
 @by_geometry
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 @pytest.mark.parametrize("backend", ["torch", "hopper", "cuda", "triton", "dequantize"])
-def test_8_bit_linears_err_at_most_twice_as_much_as_eager(
-    backend, size, geometry, levels, monkeypatch
-):
+def test_8_bit_linears_err_at_most_twice_as_much_as_eager(backend, size, geometry, levels):
     m, n, k = size
     n, k = (
         -(-n // (geometry.rows or 1)) * (geometry.rows or 1),
         -(-k // (geometry.cols or 1)) * (geometry.cols or 1),
     )
-    monkeypatch.setattr(choice, "limits", lambda family, device: EVERYWHERE)
     codes, scale = tiled(n, k, levels, geometry, "cuda")
     if backend == "torch" and why_not_scaled_mm(
         torch.ones(m, k, device="cuda", dtype=torch.bfloat16), codes, geometry
@@ -300,10 +323,7 @@ def test_8_bit_linears_err_at_most_twice_as_much_as_eager(
 )
 @pytest.mark.parametrize("levels", [NF4, FP4], ids=lambda levels: levels.name)
 @pytest.mark.parametrize("backend", ["hopper", "cuda"])
-def test_4_bit_linears_err_at_most_twice_as_much_as_eager(
-    backend, levels, n, k, group, m, dtype, monkeypatch
-):
-    monkeypatch.setattr(choice, "limits", lambda family, device: EVERYWHERE)
+def test_4_bit_linears_err_at_most_twice_as_much_as_eager(backend, levels, n, k, group, m, dtype):
     packed, absmax = four_bit(n, k, levels, group)
     x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
     if backend == "hopper" and hopper_cannot(x, packed, group):
@@ -363,8 +383,7 @@ def test_every_tile_of_hoppers_kernel_multiplies(split, family):
 @pytest.mark.parametrize("backend", ["hopper", "cuda", "triton", "dequantize"])
 @by_name
 @by_geometry
-def test_extreme_scales_and_nan_come_through(backend, levels, geometry, monkeypatch):
-    monkeypatch.setattr(choice, "limits", lambda family, device: EVERYWHERE)
+def test_extreme_scales_and_nan_come_through(backend, levels, geometry):
     codes, scale = tiled(128, 256, levels, geometry, "cuda", spread=6.0)
     x = torch.randn(5, 256, device="cuda", dtype=torch.bfloat16)
     x[0], x[1, 3], x[2], x[3] = 0, float("nan"), x[2] * 1e30, x[3] * 1e-30
@@ -401,10 +420,7 @@ def test_all_256_codes_decode_exactly_in_the_skinny_kernel(dtype):
 
 
 @pytest.mark.gpu
-def test_linears_are_captured_by_a_cuda_graph(monkeypatch):
-    limits = choice.limits
-    hoppers = lambda *args: replace(limits(*args), hopper=((0, 48, 48),))  # noqa: E731
-    monkeypatch.setattr(choice, "limits", hoppers)
+def test_linears_are_captured_by_a_cuda_graph():
     codes, scale = tiled(256, 512, INT8, Geometry(128, 128), "cuda")
     packed, absmax = four_bit(256, 512, NF4, 64)
     hopper = not hopper_cannot(torch.empty(1, 512, dtype=torch.bfloat16, device="cuda"), codes, 128)
