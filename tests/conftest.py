@@ -1,25 +1,64 @@
-"""Makes subprocesses find `fewbits` as this process does, and offers the ComfyUI tree that dev.py prepared."""
+"""Which tests run, in which order, and what all of them find: `fewbits` as this process does, and ComfyUI's tree.
+
+(none)            all but those of the page; the fuzzers with a fixed seed, a short slice of the faults
+--fast            none that starts a ComfyUI, none marked slow
+--browser         also those of the page
+--fuzz SECONDS    only those marked fuzz, each for so long, with a new seed
+--faults          only those marked faults, all of their cases
+"""
+
+from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
+SERVERS = (HERE / "e2e", HERE / "browser")  # only tests in these folders start a ComfyUI
 _paths = [str(HERE / "import_shim"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(os.pathsep.join(_paths).split(os.pathsep)))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fewbits")
+    group.addoption("--fast", action="store_true", help="no test that starts a ComfyUI or is slow")
+    group.addoption("--browser", action="store_true", help="also the tests of the page")
+    group.addoption("--fuzz", type=float, metavar="SECONDS", help="only the fuzzers, each so long")
+    group.addoption("--faults", action="store_true", help="only the faults, all of them")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """GPU tests are left out where there is no CUDA device."""
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu:
-        return
+    for item in items:
+        if any(folder in item.path.parents for folder in SERVERS):
+            item.add_marker("server")
+    runs = {item: chosen(config, {mark.name for mark in item.iter_markers()}) for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if not runs[item]])
+    items[:] = [item for item in items if runs[item]]
+    # The longest first: the workers of a parallel run then end together.
+    items.sort(key=lambda item: item.get_closest_marker("server") is None)
+
+
+def chosen(config: pytest.Config, marks: set[str]) -> bool:
+    """Whether a test with these markers runs under the options given."""
+    options = config.option
+    kinds = {name for name in ("fuzz", "faults") if getattr(options, name)}
+    if kinds and not marks & kinds:
+        return False
+    if options.fast and marks & {"server", "slow"}:
+        return False
+    if "browser" in marks and not options.browser:
+        return False
+    return "gpu" not in marks or has_gpu()
+
+
+@cache
+def has_gpu() -> bool:
     import torch
 
-    if not torch.cuda.is_available():
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if item not in gpu]
+    return torch.cuda.is_available()
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +70,15 @@ def comfyui() -> Path:
             "no ComfyUI to test against: run `python3 dev.py test`, or set FEWBITS_COMFYUI to a ComfyUI folder"
         )
     return Path(tree)
+
+
+@pytest.fixture(scope="session")
+def fuzz_seconds(request: pytest.FixtureRequest) -> float | None:
+    """How long a fuzzer runs, from a new seed; None: a fixed seed and a few hundred cases."""
+    return request.config.option.fuzz
+
+
+@pytest.fixture(scope="session")
+def all_faults(request: pytest.FixtureRequest) -> bool:
+    """Whether a test of faults runs all of its cases instead of a short slice."""
+    return request.config.option.faults

@@ -1,4 +1,4 @@
-"""dev.py: what it makes, where, when it makes it again, what it says when something fails. Nothing is downloaded."""
+"""dev.py and the environment that it makes: where, when again, what it says when something fails. Nothing is downloaded."""
 
 import ast
 import importlib.util
@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from support import environment
+
 ROOT = Path(__file__).resolve().parents[1]
 BASE = Path(sys.executable)
 
 
 @pytest.fixture
-def dev():
+def dev(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
     spec = importlib.util.spec_from_file_location("fewbits_dev", ROOT / "dev.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -24,14 +27,14 @@ def dev():
 
 
 @pytest.fixture
-def commands(dev, monkeypatch):
+def commands(monkeypatch):
     """Every command dev.py would run, instead of running it; a venv and a download leave what the real ones leave."""
     seen = []
 
     def record(command, part):
         seen.append(command)
         if "venv" in command:
-            python = dev.venv_python(Path(command[-1]))
+            python = environment.venv_python(Path(command[-1]))
             python.parent.mkdir(parents=True)
             python.touch()
             (
@@ -40,35 +43,31 @@ def commands(dev, monkeypatch):
                 / "site-packages"
             ).mkdir(parents=True)
 
-    monkeypatch.setattr(dev, "run", record)
+    monkeypatch.setattr(environment, "run", record)
     return seen
 
 
-def layer(dev, cache, lines=("a", "b"), constraints=("torch==1",), below=()):
-    return dev.make_layer(cache, "make it", BASE, list(below), lines, constraints)
+def layer(cache, lines=("a", "b"), constraints=("torch==1",), below=()):
+    return environment.make_layer(cache, "make it", BASE, list(below), lines, constraints)
 
 
-def test_only_the_standard_library_is_imported_and_no_shell_is_asked():
-    tree = ast.parse((ROOT / "dev.py").read_text(encoding="utf-8"))
-    names = {
-        alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+@pytest.mark.parametrize(
+    "path", [ROOT / "dev.py", Path(environment.__file__)], ids=lambda p: p.name
+)
+def test_only_the_standard_library_is_imported_and_no_shell_is_asked(path):
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    imports = [node for node in nodes if isinstance(node, ast.Import)]
+    names = {alias.name for node in imports for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    names.discard("support.environment")
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
-    assert not [
-        node for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "shell"
-    ]
+    assert not [node for node in nodes if isinstance(node, ast.keyword) and node.arg == "shell"]
 
 
 @pytest.mark.parametrize("system", ["Linux", "Darwin", "Windows"])
-def test_the_cache_is_the_platforms_own_unless_a_variable_names_one(
-    dev, monkeypatch, tmp_path, system
-):
-    monkeypatch.setattr(dev.platform, "system", lambda: system)
-    monkeypatch.setattr(dev.Path, "home", lambda: tmp_path)
+def test_the_cache_is_the_platforms_own_unless_a_variable_names_one(monkeypatch, tmp_path, system):
+    monkeypatch.setattr(environment.platform, "system", lambda: system)
+    monkeypatch.setattr(environment.Path, "home", lambda: tmp_path)
     for name in ("FEWBITS_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
     wanted = {
@@ -76,52 +75,55 @@ def test_the_cache_is_the_platforms_own_unless_a_variable_names_one(
         "Darwin": "Library/Caches/fewbits",
         "Windows": "AppData/Local/fewbits/cache",
     }
-    assert dev.cache_folder() == (tmp_path / wanted[system]).resolve()
+    assert environment.cache_folder() == (tmp_path / wanted[system]).resolve()
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path / "mine"))
-    assert dev.cache_folder() == (tmp_path / "mine").resolve()
+    assert environment.cache_folder() == (tmp_path / "mine").resolve()
 
 
-def test_an_environment_is_made_once_and_again_when_its_pins_change(dev, commands, tmp_path):
-    first = layer(dev, tmp_path)
+def test_an_environment_is_made_once_and_again_when_its_pins_change(commands, tmp_path):
+    first = layer(tmp_path)
     made = len(commands)
-    assert made and layer(dev, tmp_path) == first and len(commands) == made
+    assert made and layer(tmp_path) == first and len(commands) == made
     others = {
-        layer(dev, tmp_path, lines=("a", "c")),
-        layer(dev, tmp_path, constraints=("torch==2",)),
-        layer(dev, tmp_path, below=[tmp_path]),
+        layer(tmp_path, lines=("a", "c")),
+        layer(tmp_path, constraints=("torch==2",)),
+        layer(tmp_path, below=[tmp_path]),
     }
     assert len({first, *others}) == 4
 
 
-def test_an_environment_whose_interpreter_is_gone_is_made_again(dev, commands, tmp_path):
-    first = layer(dev, tmp_path)
+def test_an_environment_whose_interpreter_is_gone_is_made_again(commands, tmp_path):
+    first = layer(tmp_path)
     first.unlink()
-    assert layer(dev, tmp_path) == first and first.exists()
+    assert layer(tmp_path) == first and first.exists()
 
 
-def test_an_upper_environment_sees_the_packages_of_the_lower_one(dev, commands, tmp_path):
+def test_an_upper_environment_sees_the_packages_of_the_lower_one(commands, tmp_path):
     (tmp_path / "lower").mkdir()
     (tmp_path / "lower" / "from_below.py").write_text("HERE = True\n")
-    python = layer(dev, tmp_path / "cache", below=[tmp_path / "lower"])
-    code = f"import site; site.addsitedir({str(dev.site_packages(python))!r}); import from_below"
+    python = layer(tmp_path / "cache", below=[tmp_path / "lower"])
+    code = f"import site; site.addsitedir({str(environment.site_packages(python))!r}); import from_below"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize(
     "end", [KeyboardInterrupt, OSError("disk full")], ids=["interrupt", "error"]
 )
-def test_a_build_that_ends_early_leaves_nothing(dev, tmp_path, end):
+def test_a_build_that_ends_early_leaves_nothing(tmp_path, end):
     with (
         pytest.raises(type(end) if isinstance(end, OSError) else end),
-        dev.build(tmp_path / "venv-1", "x") as part,
+        environment.build(tmp_path / "venv-1", "x") as part,
     ):
         (part / "result").mkdir()
         raise end
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_two_builds_at_once_the_first_to_end_stays(dev, tmp_path):
-    with dev.build(tmp_path / "target", "one") as one, dev.build(tmp_path / "target", "two") as two:
+def test_of_two_builds_at_once_the_first_to_end_stays(tmp_path):
+    with (
+        environment.build(tmp_path / "target", "one") as one,
+        environment.build(tmp_path / "target", "two") as two,
+    ):
         for part, text in ((one, "one"), (two, "two")):
             (part / "result").mkdir()
             (part / "result" / "file").write_text(text)
@@ -129,22 +131,22 @@ def test_of_two_builds_at_once_the_first_to_end_stays(dev, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-def test_what_killed_builds_left_is_removed_after_a_while(dev, tmp_path):
-    for name, age in ((".building-old", 2 * dev.STALE_SECONDS), (".building-new", 0)):
+def test_what_killed_builds_left_is_removed_after_a_while(tmp_path):
+    for name, age in ((".building-old", 2 * environment.STALE_SECONDS), (".building-new", 0)):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (time.time() - age,) * 2)
-    with dev.build(tmp_path / "target", "x") as part:
+    with environment.build(tmp_path / "target", "x") as part:
         (part / "result").mkdir()
     assert {path.name for path in tmp_path.iterdir()} == {".building-new", "target"}
 
 
-def test_a_failing_step_says_so_in_one_line_and_keeps_the_whole_output(dev, tmp_path):
+def test_a_failing_step_says_so_in_one_line_and_keeps_the_whole_output(tmp_path):
     code = "import sys; print('much'); print('ERROR: no such package'); print('more'); sys.exit(3)"
     with (
-        pytest.raises(dev.Failed) as failure,
-        dev.build(tmp_path / "target", "install things") as part,
+        pytest.raises(environment.Failed) as failure,
+        environment.build(tmp_path / "target", "install things") as part,
     ):
-        dev.run([sys.executable, "-c", code], part)
+        environment.run([sys.executable, "-c", code], part)
     line = str(failure.value)
     assert line.startswith("install things: ERROR: no such package") and "\n" not in line
     assert (tmp_path / "failed.log").read_text().split() == [
@@ -158,28 +160,30 @@ def test_a_failing_step_says_so_in_one_line_and_keeps_the_whole_output(dev, tmp_
     assert str(tmp_path / "failed.log") in line
 
 
-def test_pip_keeps_its_temporary_files_in_the_build_and_caches_nothing(dev, tmp_path):
+def test_pip_keeps_its_temporary_files_in_the_build_and_caches_nothing(tmp_path):
     code = "import os, tempfile; print(tempfile.gettempdir(), os.environ['PIP_NO_CACHE_DIR'])"
-    dev.run([sys.executable, "-c", code], tmp_path)
+    environment.run([sys.executable, "-c", code], tmp_path)
     assert (tmp_path / "log.txt").read_text().split() == [str(tmp_path / "tmp"), "1"]
 
 
-def test_the_slim_environment_leaves_out_what_only_the_page_needs(dev, monkeypatch, tmp_path):
+def test_the_slim_environment_leaves_out_what_only_the_page_needs(monkeypatch, tmp_path):
     tree = tmp_path / "tree"
     tree.mkdir()
     (tree / "requirements.txt").write_text("torch\n\n# why\ncomfyui-workflow-templates==0.1\n")
     (tmp_path / "site").mkdir()
     layers = []
-    monkeypatch.setattr(dev, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(dev, "fetch_tree", lambda cache, package, digest: tree)
-    monkeypatch.setattr(dev, "site_packages", lambda python: tmp_path / "site")
-    monkeypatch.setattr(dev, "make_layer", lambda *arguments: layers.append(arguments[4]) or BASE)
+    monkeypatch.setattr(environment, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(environment, "fetch_tree", lambda cache, package, digest: tree)
+    monkeypatch.setattr(environment, "site_packages", lambda python: tmp_path / "site")
+    monkeypatch.setattr(
+        environment, "make_layer", lambda *arguments: layers.append(arguments[4]) or BASE
+    )
     monkeypatch.delenv("COMFYUI_DIR", raising=False)
-    dev.Environment(page=False)
-    dev.Environment(page=True)
+    environment.Environment(page=False)
+    environment.Environment(page=True)
     comfyui, tools, same_comfyui, page = layers
-    assert comfyui == same_comfyui == ["torch", *dev.OLDER_TREES]
-    assert [*tools, *dev.PAGE_TOOLS, "comfyui-workflow-templates==0.1"] == page
+    assert comfyui == same_comfyui == ["torch", *environment.OLDER_TREES]
+    assert [*tools, *environment.PAGE_TOOLS, "comfyui-workflow-templates==0.1"] == page
 
 
 def status(*arguments, **variables):
@@ -217,47 +221,101 @@ def test_an_interpreter_that_cannot_run_comfyui_is_refused_in_one_line(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "arguments, wanted",
-    [
-        (["test"], ["-m", "pytest", "-m", "not browser"]),
-        (["test", "--browser"], ["-m", "pytest"]),
-        (
-            ["test", "-k", "name", "tests/cli"],
-            ["-m", "pytest", "-m", "not browser", "-k", "name", "tests/cli"],
-        ),
-    ],
-    ids=["all", "browser", "pytest arguments"],
+    ("stated", "constraint"),
+    [("2.11.0+cu130", "torch==2.11.0"), ("2.9.1", "torch==2.9.1")],
+    ids=["with a local part", "plain"],
 )
-def test_pytest_gets_its_arguments_and_page_tests_only_when_asked(
-    dev, monkeypatch, arguments, wanted
-):
-    seen = []
-    fake = type("Fake", (), {"__init__": lambda self, page: None, "fetch_older_trees": lambda self: None,
-                           "python": lambda self, *a: seen.append(list(a)) or 5})  # fmt: skip
-    monkeypatch.setattr(dev, "Environment", fake)
-    assert dev.main(arguments) == 5
-    assert seen == [wanted]
+def test_a_comfyui_of_ones_own_keeps_its_torch(monkeypatch, tmp_path, stated, constraint):
+    answer = subprocess.CompletedProcess([], 0, f"{stated}\n{tmp_path}\n", "")
+    monkeypatch.setattr(environment.subprocess, "run", lambda *_, **__: answer)
+    monkeypatch.setenv("COMFYUI_PYTHON", str(BASE))
+    assert environment.own_interpreter(tmp_path) == (BASE, [tmp_path], [constraint])
+
+
+PARALLEL = ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 @pytest.fixture
-def environment(dev):
-    env = object.__new__(dev.Environment)
+def pytest_calls(dev, monkeypatch):
+    """Arguments of every `python` call of dev.py's commands, which end with status 5."""
+
+    class Fake:
+        calls = []
+
+        def __init__(self, page):
+            self.variables = {}
+
+        def fetch_older_trees(self):
+            pass
+
+        def python(self, *arguments):
+            self.calls.append(list(arguments))
+            return 5
+
+    monkeypatch.setattr(dev, "Environment", Fake)
+    monkeypatch.setattr(dev, "worker_count", lambda: 3)
+    return Fake.calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ([], PARALLEL),
+        (["--browser"], ["--browser", *PARALLEL]),
+        (["--fast", "-x"], ["--fast", *PARALLEL, "-x"]),
+        (["--fuzz", "60", "--faults"], ["--faults", "--fuzz=60", *PARALLEL]),
+        (["-k", "name", "tests/cli"], ["-k", "name", "tests/cli"]),
+        (["tests/test_dev.py::test_x"], ["tests/test_dev.py::test_x"]),
+        (["-n", "2"], ["-n", "2"]),
+        (["--numprocesses=2"], ["--numprocesses=2"]),
+    ],
+    ids=" ".join,
+)
+def test_pytest_gets_its_arguments_and_workers_unless_tests_are_chosen(
+    dev, pytest_calls, arguments, wanted
+):
+    assert dev.main(["test", *arguments]) == 5
+    assert pytest_calls == [["-m", "pytest", *wanted]]
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory", "workers"), [(2, 24, 2), (16, 256, 4), (8, 12, 2), (1, 64, 1), (8, 2, 1)]
+)
+def test_there_are_as_many_workers_as_cores_and_memory_allow(
+    dev, monkeypatch, cores, memory, workers
+):
+    monkeypatch.setattr(dev, "core_count", lambda: cores)
+    monkeypatch.setattr(dev, "memory_gb", lambda: memory)
+    assert dev.worker_count() == workers
+
+
+@pytest.fixture
+def running():
+    """An environment of this interpreter; SIGTERM and SIGINT are as before afterwards."""
+    env = object.__new__(environment.Environment)
     env.interpreter, env.variables = Path(sys.executable), dict(os.environ)
-    previous = signal.getsignal(signal.SIGTERM)
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
     yield env
-    signal.signal(signal.SIGTERM, previous)
+    for name, handler in before.items():
+        signal.signal(name, handler)
 
 
-def test_the_childs_exit_status_is_passed_on(environment):
-    assert environment.python("-c", "raise SystemExit(7)") == 7
+def test_the_childs_exit_status_is_passed_on(running):
+    assert running.python("-c", "raise SystemExit(7)") == 7
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ending_dev_py_interrupts_the_child_which_may_tidy_up(environment, tmp_path):
+@pytest.mark.parametrize(
+    "inherited",
+    [signal.default_int_handler, signal.SIG_IGN],
+    ids=["in a terminal", "in the background of a script"],
+)
+def test_ending_dev_py_interrupts_the_child_which_may_tidy_up(running, tmp_path, inherited):
+    signal.signal(signal.SIGINT, inherited)
     code = (
         "import os, signal, sys, time\n"
         "try:\n    os.kill(os.getppid(), signal.SIGTERM); time.sleep(30)\n"
         f"except KeyboardInterrupt:\n    open({str(tmp_path / 'tidy')!r}, 'w').close(); sys.exit(9)"
     )
-    assert environment.python("-c", code) == 9
+    assert running.python("-c", code) == 9
     assert (tmp_path / "tidy").exists()
