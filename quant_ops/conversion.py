@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from .checkpoint.verify import Finding, Verification, verify_source
 from .checkpoint.writer import FileSink
 from .errors import CheckpointError, RecipeError
 from .pipeline import ProgressFn, ignore_progress, quantize
+from .planning.match import Regex, shortened
 from .planning.model_family import find_parts
 from .planning.recipe import Recipe
 from .report.report import Report, plan_lines
@@ -85,7 +85,9 @@ def convert_file(
     """
     if to not in TARGETS:
         raise RecipeError(f"unknown target {to!r}; known: {', '.join(TARGETS)}")
-    pattern = _compiled(hp_filter) if hp_filter is not None else None
+    pattern = None
+    if hp_filter is not None:
+        pattern = Regex(hp_filter, f"--hp-filter {shortened(hp_filter)!r}")
     sink = FileSink(target, overwrite=overwrite)
     with FileSource(source) as file, closing(ImportedSource(file, options, TARGETS[to])) as opened:
         if only == "fp8_scaled":
@@ -95,13 +97,6 @@ def convert_file(
         if matched == 0:
             logger.warning("--hp-filter %r matches no layer", hp_filter)
         return Conversion(report, opened.origins(), matched)
-
-
-def _compiled(pattern: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(f"--hp-filter {pattern!r} is not a regular expression: {error}") from None
 
 
 def _refuse_unscaled(opened: ImportedSource) -> None:
@@ -115,7 +110,7 @@ def _refuse_unscaled(opened: ImportedSource) -> None:
         )
 
 
-def _high_precision(opened: ImportedSource, pattern: re.Pattern) -> int:
+def _high_precision(opened: ImportedSource, pattern: Regex) -> int:
     """How many layers match, all of them high precision."""
     layers = {base: layer for base, layer in opened.contents.layers.items() if pattern.search(base)}
     wrong = [

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RecipeError, closest
 from ..formats import get_format
 from ..planning.layer_config import load_layer_config
+from ..planning.match import SEARCH, Regex, shortened
 from ..planning.model_family import load_preset
 from ..planning.recipe import Recipe, Rule
 from ..planning.wish import Wish, did_you_mean
@@ -298,11 +298,8 @@ def _contradiction(tier: str, kind: str, fields: dict[str, object]) -> str:
 
 
 def _search(flag: str, pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(f"{flag} {pattern!r} is not a regular expression: {error}") from None
-    return f"search:{pattern}"
+    Regex(pattern, f"{flag} {shortened(pattern)!r}")
+    return f"{SEARCH}{pattern}"
 
 
 def _recipe_arguments(stated: Stated, recipe: Recipe) -> list[str]:

@@ -17,7 +17,7 @@ from ..errors import RecipeError
 from ..formats import FORMATS, get_format
 from ..methods import METHODS
 from ..spec import FormatOptions
-from .match import REGEX
+from .match import REGEX, Regex, check_pattern, closed, shortened
 from .wish import Wish, did_you_mean
 
 DEFAULT, EXCLUSIONS = "_default", "_exclusions"
@@ -151,6 +151,7 @@ def pattern_rank(pattern: str, *, fullmatch: bool = False) -> tuple[int, int, in
 
 
 # as fnmatch reads it: an unclosed [ is a plain character
+CLOSED = "[[]"  # as `closed` writes it
 GLOB_PART = re.compile(r"\[!?\]?[^\]]*\]|[*?]")
 REGEX_PART = re.compile(
     r"""(?P<wild>\[\^?\]?(?:\\.|[^\]\\])*\]|\\[a-zA-Z0-9]|\.)(?:[*+?]|\{[\d,]*\})?[?+]?  # class, class escape, dot
@@ -163,7 +164,7 @@ REGEX_PART = re.compile(
 
 def _measure_glob(pattern: str) -> tuple[int, int, bool]:
     """(literal characters, wildcards, contains a digit)"""
-    parts = GLOB_PART.findall(pattern)
+    parts = [part for part in GLOB_PART.findall(closed(pattern)) if part != CLOSED]
     return len(pattern) - sum(map(len, parts)), len(parts), any(c.isdigit() for c in pattern)
 
 
@@ -292,13 +293,14 @@ class _Reader:
     def _pattern(self, pattern: str) -> None:
         if not pattern:
             self.problems.append("layer-config: a pattern may not be empty")
-        if self.fullmatch:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                self.problems.append(
-                    f"layer-config entry {pattern!r}: not a regular expression: {error}"
-                )
+            return
+        try:
+            if self.fullmatch:
+                Regex(pattern, f"layer-config entry {shortened(pattern)!r}")
+            else:
+                check_pattern(pattern)
+        except RecipeError as error:
+            self.problems.append(str(error))
 
     def _wish(self, key: str, stated: dict) -> Wish | None:
         """The entry's wish; None to keep. Problems are collected, and then the result is not

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..spec import LayerInput, RuleUse
 from .heuristics import gains_nothing
 from .layer_config import DEFAULT
-from .match import SEARCH, looks_like_regex, matches
+from .match import SEARCH, is_plain, looks_like_regex, matches
 from .model_family import Group, Part, Preset
 from .recipe import Recipe, Wish
 
@@ -83,32 +83,41 @@ class RuleList:
 
     def __init__(self, rules: Iterable[CompiledRule]):
         self.rules = tuple(rules)
+        # A layer-config may list every layer by name; those are looked up instead of tried.
+        self._patterns = [at for at, rule in enumerate(self.rules) if not is_plain(rule.pattern)]
+        self._names: dict[str, list[int]] = {}
+        for at, rule in enumerate(self.rules):
+            if is_plain(rule.pattern):
+                self._names.setdefault(rule.pattern, []).append(at)
+
+    def _naming(self, base: str, owner: str | None) -> Iterable[tuple[int, CompiledRule]]:
+        """(position, rule) of every rule whose pattern matches, in order."""
+        full, below = self._names.get(base, ()), self._names.get(base[len(owner or "") :], ())
+        for at in sorted({*self._patterns, *full, *below}):
+            if self.rules[at].names(base, owner):
+                yield at, self.rules[at]
 
     def drop(self, base: str, owner: str | None) -> Decision | None:
         """The rule that leaves a tensor out, if any."""
-        for index, rule in enumerate(self.rules):
-            if rule.action == "drop" and rule.names(base, owner):
-                return Decision((index,), rule, rule.why)
+        for at, rule in self._naming(base, owner):
+            if rule.action == "drop":
+                return Decision((at,), rule, rule.why)
         return None
 
     def notice(self, base: str, owner: str | None) -> Decision:
         """The user's rules that name a layer which no rule can decide, because it is no
         candidate.
         """
-        named = (
-            index for index, rule in enumerate(self.rules) if rule.users and rule.names(base, owner)
-        )
-        return Decision(tuple(named))
+        named = self._naming(base, owner)
+        return Decision(tuple(at for at, rule in named if rule.users))
 
     def decide(self, base: str, owner: str | None, layer: LayerInput) -> Decision:
         """The first rule that speaks about a candidate, and why it does."""
         reasons: dict[int, str] = {}
-        for index, rule in enumerate(self.rules):
-            if rule.action == "drop" or not rule.names(base, owner):
-                continue
-            reason = rule.reason(layer)
+        for at, rule in self._naming(base, owner):
+            reason = rule.reason(layer) if rule.action != "drop" else None
             if reason is not None:
-                reasons[index] = reason
+                reasons[at] = reason
         first = next(iter(reasons))
         return Decision(tuple(reasons), self.rules[first], reason=reasons[first], candidate=True)
 

@@ -394,7 +394,7 @@ def test_files_that_are_no_json_say_where(tmp_path):
         load_layer_config(path)
     path.write_text(json.dumps({"(": FP8}))
     with pytest.raises(
-        RecipeError, match=r"layer-config entry '\(': not a regular expression: missing \)"
+        RecipeError, match=r"layer-config entry '\(' is not a regular expression: missing \)"
     ):
         load_layer_config(path, fullmatch=True)
     assert load_layer_config(path).entries[0].pattern == "("
