@@ -3,6 +3,7 @@
 import fnmatch
 
 import pytest
+from helpers import flux_shapes
 
 from fewbits.quant_ops.conversion import convert_file
 from fewbits.quant_ops.errors import QuantError, RecipeError
@@ -12,7 +13,6 @@ from fewbits.quant_ops.planning.match import check_pattern, closed, matches
 from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import Recipe, Rule, parse_rule, parse_wish
 from fewbits.quant_ops.spec import Header, TensorSpec
-from helpers import flux_shapes
 
 INT8 = parse_wish("int8_tensorwise")
 # Each of these takes a backtracking matcher longer than the age of the universe on LONG_NAME.
