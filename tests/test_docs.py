@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from fewbits import Recipe, inspect_file, quantize_file
 from fewbits.quant_ops.compat.api import _parse
 from fewbits.quant_ops.compat.flags import FLAGS
 from fewbits.quant_ops.compat.job import make_job
+from fewbits.quant_ops.errors import QuantError
 from fewbits.quant_ops.formats import FORMATS, own_methods
 from fewbits.quant_ops.methods import METHODS
 from fewbits.quant_ops.planning.layer_config import parse_layer_config
 from fewbits.quant_ops.planning.planner import make_plan
-from fewbits.quant_ops.planning.recipe import draft_from_text, recipe_from_table
+from fewbits.quant_ops.planning.recipe import draft_from_text, parse_wish, recipe_from_table
 from fewbits.quant_ops.spec import Header, TensorSpec
 from support.helpers import EMOJI, flux_shapes
 
@@ -165,3 +168,55 @@ def test_the_formats_own_methods_exist_and_are_those_the_page_names():
     assert {format.method for format in FORMATS.values()} <= set(METHODS)
     rules = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
     assert f"means the format's own: {own_methods()}." in rules.replace("`", "")
+
+
+def quantize(source, target, format="int8_tensorwise"):
+    quantize_file(source, target, Recipe(parse_wish(format)))
+
+
+def truncated(folder):
+    (folder / "cut.safetensors").write_bytes(EMOJI.read_bytes()[:5_000_000])
+    inspect_file(folder / "cut.safetensors")
+
+
+def not_a_number(folder):
+    save_file({"a.weight": torch.full((32, 32), torch.nan)}, folder / "nan.safetensors")
+    quantize(folder / "nan.safetensors", folder / "out.safetensors")
+
+
+def twice(folder):
+    quantize(EMOJI, folder / "once.safetensors")
+    quantize(folder / "once.safetensors", folder / "twice.safetensors", "bnb_nf4")
+
+
+def existing(folder):
+    (folder / "out.safetensors").touch()
+    quantize(EMOJI, folder / "out.safetensors")
+
+
+def no_model(folder):
+    names = ("decoder.conv_in.weight", "encoder.conv_in.weight")
+    save_file({name: torch.ones(32, 32, 3, 3) for name in names}, folder / "vae.safetensors")
+    quantize(folder / "vae.safetensors", folder / "out.safetensors")
+
+
+REFUSALS = {
+    "unknown format": lambda folder: parse_wish("fp8"),
+    "tensor '": not_a_number,
+    "layer '": twice,
+    "exists already": existing,
+    "truncated": truncated,
+    "this is a": no_model,
+}
+
+
+@pytest.mark.parametrize("start", REFUSALS)
+def test_the_readme_shows_messages_as_they_are(start, tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("## Troubleshooting")[1].split("\n## ")[0]
+    shown = next(
+        text for text in re.findall(r"^\| `([^`]+)`", table, re.M) if text.startswith(start)
+    )
+    with pytest.raises(QuantError) as refused:
+        REFUSALS[start](tmp_path)
+    assert re.search(as_pattern(shown), str(refused.value))
