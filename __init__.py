@@ -12,9 +12,13 @@ __all__ = [
     "FORMATS",
     "METHODS",
     "Recipe",
+    "convert_file",
     "inspect_file",
     "make_plan",
+    "quantize",
     "quantize_file",
+    "repair_file",
+    "verify_file",
 ]
 
 if "comfy.ops" in sys.modules:  # ComfyUI loads it before any pack; outside ComfyUI nobody does

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 from comfy_api.latest import io
 
+from ..quant_ops.doors import Inspection
 from ..quant_ops.errors import RecipeError
 from ..quant_ops.formats import FORMATS, own_methods
-from ..quant_ops.inspection import Inspection
 from ..quant_ops.methods import METHODS
 from ..quant_ops.planning.model_family import preset_names
 from ..quant_ops.planning.recipe import Draft, Recipe, Rule, Wish

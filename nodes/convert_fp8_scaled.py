@@ -9,7 +9,7 @@ import json
 from comfy_api.latest import io
 
 from ..quant_ops.checkpoint.importers import ImportOptions
-from ..quant_ops.conversion import convert_file
+from ..quant_ops.doors import convert_file
 from ..quant_ops.report.report import megabytes
 from .bridge import host
 from .common import filename_input, full_precision_input, overwrite_input, path_output, schema

@@ -7,9 +7,9 @@ import json
 from comfy_api.latest import io
 
 from ..quant_ops.checkpoint.importers.source import open_checkpoint
+from ..quant_ops.doors import inspect_file
 from ..quant_ops.errors import RecipeError
 from ..quant_ops.formats import FORMATS
-from ..quant_ops.inspection import inspect_file
 from ..quant_ops.pipeline import plan_source
 from ..quant_ops.planning.recipe import Draft, Recipe
 from ..quant_ops.report.report import layer_lines, plan_lines

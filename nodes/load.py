@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..quant_ops.inspection import Inspection, inspect_file
+from ..quant_ops.doors import Inspection, inspect_file
 from .bridge import clip_io, host, model_io
 from .bridge.kernels import kernel_lines
 from .common import NONE, inspection_text, kernels_input, schema

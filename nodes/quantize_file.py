@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..quant_ops.doors import quantize_file
 from ..quant_ops.formats import FORMATS
-from ..quant_ops.pipeline import quantize_file
 from .bridge import host
 from .common import (
     AUTO,

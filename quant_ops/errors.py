@@ -2,6 +2,8 @@
 line.
 """
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Iterable
 
@@ -9,7 +11,19 @@ from collections.abc import Iterable
 class QuantError(Exception):
     """Base of all FewBits errors; a door turns it into one line and exit status 2, or into a node
     error.
+
+    Attributes:
+        option: the setting that answers it ("shapes", "overwrite"), by its name in the core; a
+            door that has a flag or an input for it says so.
     """
+
+    def __init__(self, message: str, option: str = ""):
+        super().__init__(message)
+        self.option = option
+
+    def at(self, where: str) -> QuantError:
+        """The same error, saying where."""
+        return type(self)(f"{where}: {self}", self.option)
 
 
 class CheckpointError(QuantError):

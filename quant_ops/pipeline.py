@@ -1,23 +1,20 @@
-"""quantize(): source -> plan -> sink, the only loop over layers; reading, computing and writing
+"""rewrite(): source -> plan -> sink, the only loop over layers; reading, computing and writing
 overlap.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from .checkpoint.importers.source import open_checkpoint
 from .checkpoint.metadata import parse_marker
 from .checkpoint.reader import tensor_bytes
-from .checkpoint.writer import FileSink
-from .errors import CheckpointError
+from .errors import CheckpointError, RecipeError
 from .formats import get_format
 from .formats.base import marker_bytes
 from .methods import Layer, choose, get_method, layer_generator
@@ -28,7 +25,9 @@ from .sources import DTYPE_NAMES, TORCH_DTYPES, TensorSink, TensorSource
 from .spec import ITEM_SIZES, LayerInput, LayerPlan, ModelPlan, TensorSpec
 from .workers import workers
 
-HUGE = 2.0**120  # |w| above this counts as Inf (FORMATS 2.1)
+COPY = Recipe(primary=None)  # decides about no layer: codes and weights are carried over
+HUGE = 2.0**120  # |w| above this counts as Inf
+REASONS = 3  # why nothing is quantized: the commonest ones are named
 # Layers being written or waiting for it. Those of a GPU wait in its memory, and keep the disk busy
 # while a large one is read.
 WAITING, WAITING_ON_GPU = 1, 4
@@ -57,7 +56,7 @@ def plan_source(source: TensorSource, recipe: Recipe) -> ModelPlan:
         raise CheckpointError(f"{source.name}: {error}") from None
 
 
-def quantize(
+def rewrite(
     source: TensorSource,
     sink: TensorSink,
     recipe: Recipe,
@@ -66,7 +65,8 @@ def quantize(
     on_plan: PlanFn | None = None,
     on_progress: ProgressFn = ignore_progress,
 ) -> Report:
-    """Convert a model. The sink is complete when this returns and untouched when it raises.
+    """Carry every tensor over as the plan says: quantized, re-labelled, kept or left out. The sink
+    is complete when this returns and untouched when it raises.
 
     Args:
         device: where codes are computed; equal sources and recipes give equal bytes on equal
@@ -139,6 +139,48 @@ def quantize(
             sink.abort()
             raise
     return Report(plan, tuple(results), time.perf_counter() - started, str(device))
+
+
+def quantize(
+    source: TensorSource,
+    sink: TensorSink,
+    recipe: Recipe,
+    *,
+    device: torch.device | str = "cpu",
+    on_plan: PlanFn | None = None,
+    on_progress: ProgressFn = ignore_progress,
+) -> Report:
+    """`rewrite`, for a run that is to quantize something.
+
+    Raises:
+        RecipeError: not one layer would be stored quantized; the commonest reasons are named.
+        QuantError: see `rewrite`.
+    """
+
+    def check(plan: ModelPlan) -> None:
+        refuse_plain_copy(source.name, plan)
+        if on_plan:
+            on_plan(plan)
+
+    return rewrite(source, sink, recipe, device=device, on_plan=check, on_progress=on_progress)
+
+
+def refuse_plain_copy(name: str, plan: ModelPlan) -> None:
+    """Refuse a plan that quantizes nothing: a copy that calls itself a result.
+
+    Raises:
+        RecipeError: the commonest reasons, and how many layers each kept.
+    """
+    if any(layer.format for layer in plan.layers):
+        return
+    kept = Counter(layer.reason for layer in plan.layers if layer.is_layer)
+    if not kept:
+        kept = Counter(layer.reason for layer in plan.layers)
+    reasons = "; ".join(f"{count} x {why}" for why, count in kept.most_common(REASONS))
+    raise RecipeError(
+        f"{name}: nothing would be quantized, so nothing is written ({reasons or 'it is empty'}); "
+        "choose another file, format or preset"
+    )
 
 
 def _in_passes(layer: LayerPlan) -> bool:
@@ -245,27 +287,3 @@ def _refuse_non_finite(file: str, key: str, weight: torch.Tensor) -> None:
         f"{file}: tensor '{key}' has {nan} NaN and {huge} infinite values of {weight.numel()}; "
         "nothing was written; the model is damaged: get a good copy, or keep this layer with a rule"
     )
-
-
-def quantize_file(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
-    recipe: Recipe,
-    *,
-    overwrite: bool = False,
-    device: torch.device | str = "cpu",
-    on_plan: PlanFn | None = None,
-    on_progress: ProgressFn = ignore_progress,
-) -> Report:
-    """Convert a file, an index or a folder of shards to one safetensors file; streamed, atomic,
-    input untouched.
-
-    Layers in a foreign dialect are quantized already, and treated as such.
-    """
-    sink = FileSink(target, overwrite=overwrite)
-    for_gpu = torch.device(device).type == "cuda"
-    # the sink writes every tensor away
-    with open_checkpoint(source, short_lived=True, for_gpu=for_gpu) as opened:
-        return quantize(
-            opened, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress
-        )

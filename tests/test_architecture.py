@@ -15,7 +15,7 @@ INSIDE = {  # rooms of quant_ops, lowest first; a room may import those in lines
     "ground": {"errors", "files", "part", "spec", "sources", "strict_json", "version", "workers"},
     "parts": {"formats", "methods", "checkpoint", "report"},
     "planning": {"planning"},
-    "engines": {"pipeline", "layouts", "bench", "inspection", "conversion"},
+    "engines": {"pipeline", "layouts", "bench", "doors"},
     "doors": {"cli", "compat"},
 }
 ONLY_IN = {

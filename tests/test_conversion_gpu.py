@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fewbits.quant_ops.pipeline import quantize_file
+from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
 pytestmark = [

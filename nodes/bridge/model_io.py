@@ -16,7 +16,14 @@ from ...quant_ops.checkpoint.importers.source import open_checkpoint
 from ...quant_ops.checkpoint.metadata import HEADER_KEY, parse_marker
 from ...quant_ops.checkpoint.reader import tensor_bytes
 from ...quant_ops.errors import CheckpointError, QuantError, UnsupportedLayerError
-from ...quant_ops.pipeline import PlanFn, ProgressFn, ignore_progress, quantize
+from ...quant_ops.pipeline import (
+    COPY,
+    PlanFn,
+    ProgressFn,
+    ignore_progress,
+    quantize,
+    rewrite,
+)
 from ...quant_ops.planning.recipe import Recipe
 from ...quant_ops.report.report import Report
 from ...quant_ops.sources import (
@@ -267,9 +274,7 @@ def save_model(
     completed.
     """
     with ModelSource(patcher) as source:
-        return quantize(
-            source, sink, Recipe(primary=None), on_plan=on_plan, on_progress=on_progress
-        )
+        return rewrite(source, sink, COPY, on_plan=on_plan, on_progress=on_progress)
 
 
 def _find_origin(patcher: ModelPatcher) -> tuple[TensorSource | None, tuple[str, ...]]:

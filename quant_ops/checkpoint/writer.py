@@ -175,7 +175,7 @@ def check_target(path: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{path.parent}: no such folder; create it first")
     if path.exists() and not overwrite:
         raise CheckpointError(
-            f"{path}: exists already; choose another name or allow overwriting (--overwrite)"
+            f"{path}: exists already; choose another name or allow overwriting", option="overwrite"
         )
     if not os.access(path.parent, os.W_OK):
         raise CheckpointError(f"{path.parent}: folder is not writable; choose another one")

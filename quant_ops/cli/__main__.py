@@ -11,6 +11,7 @@ import sys
 from ..errors import QuantError, RecipeError, closest
 from ..version import VERSION
 from . import bench, convert, info, plan, quantize, repair, verify
+from .common import with_flag
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         return args.run(args) or 0
     except QuantError as error:
-        print(f"fewbits: {error}", file=sys.stderr)
+        print(f"fewbits: {with_flag(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fewbits: interrupted; nothing was written", file=sys.stderr)

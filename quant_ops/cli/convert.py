@@ -11,7 +11,7 @@ from pathlib import Path
 from ..checkpoint.exporters import TARGETS
 from ..checkpoint.importers import ImportOptions
 from ..checkpoint.reader import FileSource
-from ..conversion import convert_file
+from ..doors import convert_file
 from .progress import progress_bar
 
 

@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..inspection import inspect_file
+from ..doors import inspect_file
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

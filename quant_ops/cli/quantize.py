@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..doors import quantize_file
 from ..errors import RecipeError
-from ..pipeline import quantize_file
 from .common import add_recipe_arguments, recipe_from
 from .plan import print_plan, print_warnings
 from .progress import progress_bar

@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..conversion import repair_file
+from ..doors import repair_file
 from .convert import add_import_arguments, import_options
 from .progress import progress_bar
 

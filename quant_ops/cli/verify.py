@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..conversion import verify_file
+from ..doors import verify_file
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

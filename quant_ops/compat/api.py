@@ -13,10 +13,11 @@ from pathlib import Path
 from ..checkpoint.importers import ImportOptions
 from ..checkpoint.importers.source import open_checkpoint
 from ..cli.__main__ import build_parser
+from ..cli.common import with_flag
 from ..cli.quantize import pick_device
-from ..conversion import Conversion, convert_file
+from ..doors import Conversion, convert_file, quantize_file
 from ..errors import QuantError, RecipeError, closest
-from ..pipeline import plan_source, quantize_file
+from ..pipeline import plan_source
 from ..planning.template import write_template
 from ..report.report import Report
 from ..spec import ModelPlan
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(list(job.arguments))
         return args.run(args) or 0
     except QuantError as error:
-        print(f"convert_to_quant: {error}", file=sys.stderr)
+        print(f"convert_to_quant: {with_flag(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("convert_to_quant: interrupted; nothing was written", file=sys.stderr)

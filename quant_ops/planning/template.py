@@ -43,7 +43,9 @@ def write_template(source: Path, *, overwrite: bool = False) -> Path:
         text = template_text(opened.header)
         refuse_as_output(opened.files, path)
     if os.path.lexists(path) and not overwrite:
-        raise CheckpointError(f"{path} exists; add --overwrite to replace it")
+        raise CheckpointError(
+            f"{path} exists already; allow overwriting to replace it", option="overwrite"
+        )
     try:
         write_whole(path, text.encode("utf-8"))
     except OSError as error:

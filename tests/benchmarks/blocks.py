@@ -35,7 +35,7 @@ from linear import append
 from safetensors.torch import save_file
 
 from fewbits.quant_ops.bench import replayed
-from fewbits.quant_ops.pipeline import quantize_file
+from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from assets.emoji.comfy_nodes import encode
 from support.helpers import flux_shapes

@@ -26,10 +26,10 @@ sys.path[:0] = [
 
 from support import bench_layers as gpu
 import torch
-from conversion import flux_shapes, write_model
+from files import flux_shapes, write_model
 from linear import append
 
-from fewbits.quant_ops.pipeline import quantize_file
+from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
 RESULTS = Path(__file__).parent / "results" / "conversion_gpu.csv"

@@ -1,4 +1,4 @@
-"""Every dialect of FORMATS section 5 and the golden vectors 9.7, through the one entry that all doors use."""
+"""Every dialect and its golden vectors, through the one entry that all doors use."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def native(name, weight=WIDE, **options):
     return dialects.native(name, weight, **options)
 
 
-# ---- golden vectors 9.7 ----
+# ---- golden vectors ----
 
 
 def test_flat_nf4_of_december_2025_is_read_low_nibble_first():
@@ -59,7 +59,7 @@ def test_flat_nf4_of_december_2025_is_read_low_nibble_first():
     marker = {"format": "bnb_nf4", "params": {"group_size": 64}}
     tensors = dialects.under("a", {"weight": row, "absmax": floats("3f700000")}, marker)
     made, stored = one({**tensors, "a.bias": torch.zeros(1)})
-    assert made.dialect == "D14" and made.format == "bnb_nf4"
+    assert made.dialect == "flat-4bit" and made.format == "bnb_nf4"
     assert raw(stored["weight"]).hex() == NF4_ROW and stored["weight"].shape == (1, 32)
 
 
@@ -67,13 +67,13 @@ def test_d30_fp4_is_renumbered_and_swapped():
     tensors = dialects.d30("a", B[:1].contiguous(), "fp4")
     assert raw(tensors["a.weight"]).hex() == D30_ROW
     made, stored = one(tensors)
-    assert (made.dialect, made.format) == ("D30", "bnb_fp4")
+    assert (made.dialect, made.format) == ("bitsandbytes-low-nibble", "bnb_fp4")
     assert raw(stored["weight"]).hex() == FP4_ROW
 
 
 def test_d30_nf4_is_told_from_bitsandbytes_by_its_first_json_key():
     made, stored = one(dialects.d30("a", B))
-    assert made.dialect == "D30"
+    assert made.dialect == "bitsandbytes-low-nibble"
     assert torch.equal(stored["weight"], native("bnb_nf4", B)[0]["weight"])
 
 
@@ -83,7 +83,7 @@ def test_bitsandbytes_files_have_the_golden_rows_in_one_column():
     text = bytes(tensors["a.weight.quant_state.bitsandbytes__nf4"].tolist()).decode()
     assert text == '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [4, 64]}'
     made, stored = one(tensors)
-    assert (made.dialect, made.format) == ("B0", "bnb_nf4")
+    assert (made.dialect, made.format) == ("bitsandbytes", "bnb_nf4")
     assert raw(stored["weight"]).hex().startswith(NF4_ROW)
     assert (
         stored["weight"].untyped_storage().data_ptr()
@@ -115,7 +115,10 @@ def test_the_zero_layer_defect_decodes_to_zeros():
 def test_int8_fast_without_format_reads_as_rows():
     codes = native("int8_tensorwise", A)[0]
     made, stored = one(dialects.under("a", codes, {"convrot": False, "per_row": True}))
-    assert made.dialect == "R1" and made.marker == {"format": "int8_tensorwise", "per_row": True}
+    assert made.dialect == "int8-fast" and made.marker == {
+        "format": "int8_tensorwise",
+        "per_row": True,
+    }
     assert torch.equal(stored["weight"], codes["weight"]) and stored["weight_scale"].shape == (4, 1)
 
 
@@ -137,20 +140,20 @@ def test_scaled_e5m2_stays_e5m2():
 # ---- recognition ----
 
 LOSSLESS = {
-    "B0 nf4": (dialects.bitsandbytes("a", WIDE), "B0", "bnb_nf4"),
-    "B0 fp4": (dialects.bitsandbytes("a", WIDE, "fp4"), "B0", "bnb_fp4"),
-    "B0 g128": (dialects.bitsandbytes("a", WIDE, "nf4", 128), "B0", "bnb_nf4"),
-    "D30 nf4": (dialects.d30("a", WIDE), "D30", "bnb_nf4"),
-    "D30 fp4": (dialects.d30("a", WIDE, "fp4"), "D30", "bnb_fp4"),
-    "D14 nf4": (dialects.d14("a", WIDE), "D14", "bnb_nf4"),
-    "D14 fp4": (dialects.d14("a", WIDE, "fp4"), "D14", "bnb_fp4"),
-    "D19 nf4": (dialects.d19("a", WIDE), "D19", "bnb_nf4"),
-    "D19 fp4": (dialects.d19("a", WIDE, "fp4"), "D19", "bnb_fp4"),
-    "D19L": (dialects.d19_legacy("a", WIDE), "D19L", "bnb_nf4"),
-    "R1": (dialects.int8_fast("a", WIDE), "R1", "int8_tensorwise"),
-    "R1 convrot": (dialects.int8_fast("a", WIDE, 64), "R1", "int8_tensorwise"),
-    "L1 e4m3": (dialects.scaled_fp8("a", WIDE), "L1", "float8_e4m3fn"),
-    "L1 e5m2": (dialects.scaled_fp8("a", WIDE, "float8_e5m2"), "L1", "float8_e5m2"),
+    "B0 nf4": (dialects.bitsandbytes("a", WIDE), "bitsandbytes", "bnb_nf4"),
+    "B0 fp4": (dialects.bitsandbytes("a", WIDE, "fp4"), "bitsandbytes", "bnb_fp4"),
+    "B0 g128": (dialects.bitsandbytes("a", WIDE, "nf4", 128), "bitsandbytes", "bnb_nf4"),
+    "D30 nf4": (dialects.d30("a", WIDE), "bitsandbytes-low-nibble", "bnb_nf4"),
+    "D30 fp4": (dialects.d30("a", WIDE, "fp4"), "bitsandbytes-low-nibble", "bnb_fp4"),
+    "D14 nf4": (dialects.d14("a", WIDE), "flat-4bit", "bnb_nf4"),
+    "D14 fp4": (dialects.d14("a", WIDE, "fp4"), "flat-4bit", "bnb_fp4"),
+    "D19 nf4": (dialects.d19("a", WIDE), "flat-4bit-with-shape", "bnb_nf4"),
+    "D19 fp4": (dialects.d19("a", WIDE, "fp4"), "flat-4bit-with-shape", "bnb_fp4"),
+    "flat-4bit-with-state": (dialects.d19_legacy("a", WIDE), "flat-4bit-with-state", "bnb_nf4"),
+    "int8-fast": (dialects.int8_fast("a", WIDE), "int8-fast", "int8_tensorwise"),
+    "R1 convrot": (dialects.int8_fast("a", WIDE, 64), "int8-fast", "int8_tensorwise"),
+    "L1 e4m3": (dialects.scaled_fp8("a", WIDE), "scaled_fp8", "float8_e4m3fn"),
+    "L1 e5m2": (dialects.scaled_fp8("a", WIDE, "float8_e5m2"), "scaled_fp8", "float8_e5m2"),
 }
 
 
@@ -180,10 +183,10 @@ def test_4_bit_bytes_with_scales_need_a_word_from_the_user():
         "a.weight": dialects.swapped(stored["weight"]).reshape(-1), "a.scale_weight": stored["absmax"],
         "a.bias": torch.zeros(32), "scaled_fp8": torch.zeros(1),
     }  # fmt: skip
-    with pytest.raises(CheckpointError, match="layer 'a'.*--assume nf4 or --assume fp4"):
+    with pytest.raises(CheckpointError, match="layer 'a'.*NF4 or FP4; say which to assume"):
         imported(tensors)
     made, found = one(tensors, assume="nf4")
-    assert made.dialect == "D14L" and torch.equal(found["weight"], stored["weight"])
+    assert made.dialect == "flat-4bit-bytes" and torch.equal(found["weight"], stored["weight"])
 
 
 @pytest.mark.parametrize(
@@ -267,7 +270,7 @@ def test_fp8_without_a_scale_below_a_marker_gets_one():
 
 def test_a_plain_fp8_cast_is_converted_but_left_alone_at_run_time():
     tensors = {"a.weight": WIDE.to(torch.float8_e4m3fn)}
-    assert one(tensors)[0].dialect == "F0"
+    assert one(tensors)[0].dialect == "plain-fp8"
     assert imported(tensors, foreign_only=True).changes_nothing
 
 
@@ -333,7 +336,7 @@ def test_hybrid_mxfp8_is_mxfp8():
     stored, marker = native("mxfp8", weight)
     hybrid = {**stored, "weight_scalar": torch.tensor(3.0)}
     made, found = one(dialects.under("a", hybrid, {**marker, "format": "hybrid_mxfp8"}))
-    assert (made.dialect, made.format) == ("C4", "mxfp8") and "weight_scalar" not in found
+    assert (made.dialect, made.format) == ("hybrid_mxfp8", "mxfp8") and "weight_scalar" not in found
     assert torch.equal(found["weight_scale"], stored["weight_scale"])
 
 
@@ -402,7 +405,7 @@ def test_unknown_formats_are_named_in_files_and_left_alone_at_run_time():
 def test_our_own_files_stay_as_they_are(name):
     tensors = dialects.under("a", *native(name, torch.randn(128, 128)))
     made, stored = one(tensors)
-    assert made.dialect == "C0" and made.note == ""
+    assert made.dialect == "comfy_quant" and made.note == ""
     assert all(torch.equal(raw_bytes(stored[k]), raw_bytes(tensors[f"a.{k}"])) for k in stored)
     assert imported(tensors, foreign_only=True).changes_nothing
 
@@ -475,7 +478,7 @@ def test_asymmetric_w4a8_without_a_codebook(six_bits, corrected):
         tensors["weight_correction"] = correction
     marker = {"format": "asym_w4a8_int8", "group_size": group, "convrot_groupsize": 64}
     made, stored = one(dialects.under("a", tensors, marker))
-    assert made.dialect == "C5" and made.format is None
+    assert made.dialect == "asym_w4a8" and made.format is None
     levels = codes.float() - (32 if six_bits else 8)
     grid = (levels * relative.repeat_interleave(group, 1)).round().clamp(-127, 127) * channel[
         :, None
@@ -508,7 +511,7 @@ def test_without_any_evidence_the_high_nibble_comes_first_and_says_so():
     )
     source = imported(tensors)
     assert source.translations["a"].nibbles == "high"
-    assert any("--nibble-order low" in text for text in source.header.warnings)
+    assert any("say that the low one comes first" in text for text in source.header.warnings)
     assert imported(tensors, nibble_order="low").translations["a"].nibbles == "low"
     assert (
         imported({**tensors}, {"_quantization_metadata": '{"formats": {}}'})
@@ -528,7 +531,7 @@ def test_both_orders_in_one_file_are_refused():
 def test_a_flat_weight_takes_its_shape_from_the_original_or_is_refused():
     tensors = dialects.d14("a", WIDE)
     del tensors["a.bias"]
-    with pytest.raises(CheckpointError, match="layer 'a'.*--shapes-from ORIGINAL"):
+    with pytest.raises(CheckpointError, match="layer 'a'.*give the original file for the shapes"):
         imported(tensors)
     assert one(tensors, shapes={"a.weight": (32, 128)})[1]["weight"].shape == (32, 64)
 

@@ -1,4 +1,4 @@
-"""`fewbits verify`: each mistake of FORMATS section 8 that a file can show, and no false alarm on our own files."""
+"""`fewbits verify`: each mistake that a file can show, and no false alarm on our own files."""
 
 import json
 
@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from fewbits.kernels.packing import unswizzle_scales
 from fewbits.quant_ops.checkpoint.verify import MISTAKES, verify_source
+from fewbits.quant_ops.checkpoint.verify.findings import REPAIR
 from fewbits.quant_ops.cli.__main__ import main
-from fewbits.quant_ops.conversion import repair_file, verify_file
+from fewbits.quant_ops.doors import repair_file, verify_file
 from fewbits.quant_ops.sources import MemorySource
 from support import dialects
 from support.helpers import EMOJI
@@ -72,54 +73,54 @@ def full_range_without_scale():
     return {"a.weight": codes}
 
 
-# id -> (tensors, metadata)
+# name of the mistake -> tensors
 SHOWN = {
-    "M01": native("float8_e4m3fn_rowwise", SQUARE, {"format": "float8_e4m3fn"}),
-    "M02": changed(native("float8_e4m3fn"), weight_scale=lambda s: s.reshape(1)),
-    "M03": changed(native("int8_tensorwise"), weight_scale=lambda s: s.reshape(-1)),
-    "M04": dialects.int8_fast("a", WIDE),
-    "M07": native("float8_e4m3fn_rowwise", WIDE, {"format": "float8_e4m3fn_blockwise", **{k: NF4[k] for k in ("group_size", "params")}}),
-    "M08": native("float8_e4m3fn_block3d", WIDE, {"format": "float8_e4m3fn_block3d"}),
-    "M09": nvfp4_with_nan(),
-    "M09 zero layer": dialects.under("a", ZERO_DEFECT, NF4),
-    "M10": dialects.d30("a", WIDE),
-    "M11": {name: t for name, t in dialects.d14("a", WIDE).items() if not name.endswith("bias")},
-    "M12 copy": changed(native("float8_e4m3fn"), input_scale=dialects.native("float8_e4m3fn", WIDE)[0]["weight_scale"]),
-    "M12 vector": changed(native("float8_e4m3fn"), input_scale=torch.ones(4)),
-    "M12 format": changed(native("int8_blockwise", WIDE, block_size=64), input_scale=torch.tensor(1.0)),
-    "M15": changed(native("int8_tensorwise"), weight_scale=lambda s: s.bfloat16()),
-    "M16": changed(native("int8_tensorwise"), comfy_quant=torch.zeros(30, dtype=torch.uint8)),
-    "M17": {"a.weight": WIDE.bfloat16(), "a.scale_weight": torch.ones(1), "scaled_fp8": MARKER},
-    "M18": full_range_without_scale(),
-    "M19": {**dialects.scaled_fp8("m.a", WIDE), "m.scaled_fp8": MARKER},
-    "M24 embedding": {k.replace("a.", "x.embed_tokens.", 1): v for k, v in native("int8_blockwise", WIDE, block_size=64).items()},
-    "M24 convolution": conv_with_marker(),
-    "M26 tensor scale": changed(native("int8_tensorwise", WIDE, lambda m: {**m, "convrot": True}), weight_scale=torch.tensor(1.0)),
-    "M26 group": native("int8_tensorwise", WIDE, {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 48}),
-    "M29": changed(native("mxfp8", WIDE, lambda m: {**m, "format": "hybrid_mxfp8"}), weight_scalar=torch.tensor(2.0)),
-    "M30": native("int8_lodewise", WIDE, {"format": "int8_tensorwise"}, block_size=64),
-    "M31": int8_with_lowest(),
-    "M32": mxfp8_with_nan(),
-    "M34": native("int8_blockwise", WIDE, without("params"), block_size=64),
-    "M37": native("float8_e4m3fn", WIDE, {"format": ""}),
-    "M39": {"b.weight": WIDE, "a.weight_scale": torch.ones(())},
+    "tag-says-one-scale": native("float8_e4m3fn_rowwise", SQUARE, {"format": "float8_e4m3fn"}),
+    "scale-not-0d": changed(native("float8_e4m3fn"), weight_scale=lambda s: s.reshape(1)),
+    "row-scale-shape": changed(native("int8_tensorwise"), weight_scale=lambda s: s.reshape(-1)),
+    "format-missing": dialects.int8_fast("a", WIDE),
+    "tag-says-blocks": native("float8_e4m3fn_rowwise", WIDE, {"format": "float8_e4m3fn_blockwise", **{k: NF4[k] for k in ("group_size", "params")}}),
+    "group-size-missing": native("float8_e4m3fn_block3d", WIDE, {"format": "float8_e4m3fn_block3d"}),
+    "tag-hides-groups": native("float8_e4m3fn_block3d", WIDE, {"format": "float8_e4m3fn"}),
+    "scale-not-finite": nvfp4_with_nan(),
+    "zero-layer-unpacked": dialects.under("a", ZERO_DEFECT, NF4),
+    "nibbles-swapped": dialects.d30("a", WIDE),
+    "shape-missing": {name: t for name, t in dialects.d14("a", WIDE).items() if not name.endswith("bias")},
+    "input-scale-wrong copy": changed(native("float8_e4m3fn"), input_scale=dialects.native("float8_e4m3fn", WIDE)[0]["weight_scale"]),
+    "input-scale-wrong vector": changed(native("float8_e4m3fn"), input_scale=torch.ones(4)),
+    "input-scale-wrong format": changed(native("int8_blockwise", WIDE, block_size=64), input_scale=torch.tensor(1.0)),
+    "scale-not-float32": changed(native("int8_tensorwise"), weight_scale=lambda s: s.bfloat16()),
+    "json-unreadable": changed(native("int8_tensorwise"), comfy_quant=torch.zeros(30, dtype=torch.uint8)),
+    "dummy-scale": {"a.weight": WIDE.bfloat16(), "a.scale_weight": torch.ones(1), "scaled_fp8": MARKER},
+    "scale-lost": full_range_without_scale(),
+    "marker-prefixed": {**dialects.scaled_fp8("m.a", WIDE), "m.scaled_fp8": MARKER},
+    "codes-read-as-numbers embedding": {k.replace("a.", "x.embed_tokens.", 1): v for k, v in native("int8_blockwise", WIDE, block_size=64).items()},
+    "codes-read-as-numbers convolution": conv_with_marker(),
+    "rotation-impossible tensor scale": changed(native("int8_tensorwise", WIDE, lambda m: {**m, "convrot": True}), weight_scale=torch.tensor(1.0)),
+    "rotation-impossible group": native("int8_tensorwise", WIDE, {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 48}),
+    "hybrid-scalar": changed(native("mxfp8", WIDE, lambda m: {**m, "format": "hybrid_mxfp8"}), weight_scalar=torch.tensor(2.0)),
+    "int8-tag-wrong": native("int8_lodewise", WIDE, {"format": "int8_tensorwise"}, block_size=64),
+    "lowest-code": int8_with_lowest(),
+    "nan-codes": mxfp8_with_nan(),
+    "group-size-once": native("int8_blockwise", WIDE, without("params"), block_size=64),
+    "format-unknown": native("float8_e4m3fn", WIDE, {"format": ""}),
+    "orphan-side-tensor": {"b.weight": WIDE, "a.weight_scale": torch.ones(())},
     "unreadable": {"a.weight": WIDE.to(torch.float8_e5m2), "a.weight_scale": torch.rand(64)},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", SHOWN)
-def test_a_mistake_is_found_by_its_id(case):
+def test_a_mistake_is_found_by_its_name(case):
     found = verify_source(MemorySource(SHOWN[case]))
-    assert case.split()[0] in {finding.id for finding in found.findings}, found.to_text()
+    assert case.split()[0] in {finding.name for finding in found.findings}, found.to_text()
     assert not found.ok and all(
-        finding.to_text() and finding.id in MISTAKES for finding in found.findings
+        finding.to_text() and MISTAKES[finding.name] is finding.mistake
+        for finding in found.findings
     )
 
 
 REPAIRABLE = [
-    case
-    for case in SHOWN
-    if MISTAKES[case.split()[0]][1] == "fewbits repair" or case == "M09 zero layer" or case == "M37"
+    case for case in SHOWN if MISTAKES[case.split()[0]].fix == REPAIR or case == "format-unknown"
 ]
 
 
@@ -128,7 +129,7 @@ def test_what_can_be_repaired_is_and_decodes_as_it_should(case, tmp_path):
     broken, fixed = tmp_path / "broken.safetensors", tmp_path / "fixed.safetensors"
     save_file({name: tensor.clone() for name, tensor in SHOWN[case].items()}, broken)
     done = repair_file(broken, fixed)
-    assert case.split()[0] in {finding.id for finding in done.fixed}
+    assert case.split()[0] in {finding.name for finding in done.fixed}
     assert done.left == () and verify_file(fixed).ok
 
 
@@ -136,20 +137,20 @@ def test_a_repaired_file_is_repaired_to_itself(tmp_path):
     broken, fixed, again = (
         tmp_path / f"{name}.safetensors" for name in ("broken", "fixed", "again")
     )
-    save_file(SHOWN["M04"], broken)
+    save_file(SHOWN["format-missing"], broken)
     repair_file(broken, fixed)
     done = repair_file(fixed, again)
     assert done.fixed == () and again.read_bytes() == fixed.read_bytes()
 
 
 HEADERS = {
-    "M05": ({"layers": {"a": {"format": "int8_tensorwise"}}}, "a"),
-    "M35 names": ({"layers": {"b": {"format": "int8_tensorwise"}}}, "a"),
-    "M35 prefix": (
+    "header-differs": ({"layers": {"a": {"format": "int8_tensorwise"}}}, "a"),
+    "header-unresolved names": ({"layers": {"b": {"format": "int8_tensorwise"}}}, "a"),
+    "header-unresolved prefix": (
         {"layers": {"a": {"format": "int8_tensorwise", "per_row": True}}},
         "model.diffusion_model.a",
     ),
-    "M35 layers": ({"format_version": "1.0"}, "a"),
+    "header-unresolved layers": ({"format_version": "1.0"}, "a"),
 }
 
 
@@ -160,7 +161,7 @@ def test_a_wrong_file_header_is_found_and_rewritten(case, tmp_path):
     broken, fixed = tmp_path / "broken.safetensors", tmp_path / "fixed.safetensors"
     save_file(tensors, broken, metadata={"_quantization_metadata": json.dumps(header)})
     done = repair_file(broken, fixed)
-    assert case.split()[0] in {finding.id for finding in done.fixed} and verify_file(fixed).ok
+    assert case.split()[0] in {finding.name for finding in done.fixed} and verify_file(fixed).ok
 
 
 @pytest.mark.parametrize("wish", ["float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_tensorwise:convrot=true",
@@ -191,7 +192,7 @@ def test_two_nibble_orders_in_one_file_are_a_problem():
         MemorySource({**dialects.bitsandbytes("a", WIDE), **dialects.d19("b", WIDE)})
     )
     assert any("low nibble first, others the high" in finding.what for finding in found.findings)
-    assert "bnb_nf4 (B0, high nibble first)" in found.to_text()
+    assert "bnb_nf4 (bitsandbytes, high nibble first)" in found.to_text()
 
 
 # ---- against the original ----
@@ -199,7 +200,7 @@ def test_two_nibble_orders_in_one_file_are_a_problem():
 
 def against(tensors, original=WIDE, metadata=None):
     found = verify_source(MemorySource(tensors), MemorySource({"a.weight": original}, metadata))
-    return {finding.id: finding for finding in found.findings}
+    return {finding.name: finding for finding in found.findings}
 
 
 def test_truncated_int8_is_told_from_rounded():
@@ -207,14 +208,14 @@ def test_truncated_int8_is_told_from_rounded():
     codes = {"weight": (WIDE / scale).to(torch.int8), "weight_scale": scale}
     assert set(
         against(dialects.under("a", codes, {"format": "int8_tensorwise", "per_row": True}))
-    ) == {"M06"}
+    ) == {"truncated"}
     assert not against(native("int8_tensorwise"))
 
 
 def test_swapped_nibbles_are_told_from_another_model():
     tensors = changed(native("bnb_nf4"), weight=dialects.swapped)
-    assert set(against(tensors)) == {"M10"}
-    assert set(against(native("bnb_nf4"), torch.randn(64, 128))) == {"error"}
+    assert set(against(tensors)) == {"nibbles-swapped"}
+    assert set(against(native("bnb_nf4"), torch.randn(64, 128))) == {"far-from-original"}
 
 
 @pytest.mark.parametrize("group", [16, 64])
@@ -222,7 +223,9 @@ def test_a_rotation_that_the_json_does_not_say_is_found(group):
     rotated, _ = dialects.native("int8_tensorwise", WIDE, convrot=True, convrot_groupsize=group)
     tensors = dialects.under("a", rotated, {"format": "int8_tensorwise", "per_row": True})
     found = against(tensors)
-    assert set(found) == {"M25"} and f"groups of {group}" in found["M25"].what
+    assert (
+        set(found) == {"rotation-unsaid"} and f"groups of {group}" in found["rotation-unsaid"].what
+    )
 
 
 def test_clipped_blocks_are_found():
@@ -232,7 +235,7 @@ def test_clipped_blocks_are_found():
     spread = unswizzle_scales(exponents, 64, 4).float().repeat_interleave(32, 1)
     codes = (WIDE / torch.exp2(spread - 127)).clamp(-448, 448).to(torch.float8_e4m3fn)
     found = against({**tensors, "a.weight": codes, "a.weight_scale": exponents})
-    assert set(found) == {"M13"} and found["M13"].what == "256 blocks"
+    assert set(found) == {"blocks-clipped"} and found["blocks-clipped"].what == "256 blocks"
     assert not against(native("mxfp8"))
 
 
@@ -242,11 +245,11 @@ def test_unswizzled_block_scales_are_found():
     tensors["a.weight_scale"] = (
         tensors["a.weight_scale"].view(torch.uint8).flip(1).roll(3, 0).view(torch.float8_e4m3fn)
     )
-    assert set(against(tensors, weight)) & {"M14"}
+    assert set(against(tensors, weight)) & {"block-scales-misplaced"}
 
 
 def test_lost_metadata_is_found():
-    assert set(against(native("int8_tensorwise"), metadata={"config": "{}"})) == {"M21"}
+    assert set(against(native("int8_tensorwise"), metadata={"config": "{}"})) == {"metadata-lost"}
 
 
 # ---- the commands ----
@@ -254,9 +257,9 @@ def test_lost_metadata_is_found():
 
 def test_the_command_exits_1_on_problems_and_0_without(tmp_path, capsys):
     path = tmp_path / "broken.safetensors"
-    save_file(SHOWN["M04"], path)
+    save_file(SHOWN["format-missing"], path)
     assert main(["verify", str(path)]) == 1
-    assert "M04: layer 'a'" in capsys.readouterr().out
+    assert "format-missing: layer 'a'" in capsys.readouterr().out
     assert main(["verify", str(path), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["findings"][0]["fix"] == "fewbits repair" and report["ok"] is False
@@ -264,7 +267,7 @@ def test_the_command_exits_1_on_problems_and_0_without(tmp_path, capsys):
     assert main(["repair", str(path), "-o", str(fixed)]) == 0
     assert "1 problems fixed, 0 left" in capsys.readouterr().out
     assert main(["verify", str(fixed)]) == 0
-    assert torch.equal(load_file(fixed)["a.weight"], SHOWN["M04"]["a.weight"])
+    assert torch.equal(load_file(fixed)["a.weight"], SHOWN["format-missing"]["a.weight"])
 
 
 def test_a_file_that_is_none_exits_2(tmp_path, capsys):
@@ -279,4 +282,4 @@ def test_a_file_with_diffusers_names_is_reported(tmp_path):
         "single_transformer_blocks.0.attn.to_q", *dialects.native("int8_tensorwise", WIDE)
     )
     save_file({**tensors, "x_embedder.weight": WIDE}, path)
-    assert "M36" in {finding.id for finding in verify_file(path).findings}
+    assert "foreign-names" in {finding.name for finding in verify_file(path).findings}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewbits.quant_ops.pipeline import quantize_file
+from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from support.helpers import (
     EMOJI,

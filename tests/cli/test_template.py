@@ -40,7 +40,10 @@ def test_an_existing_template_is_kept_without_overwrite(model, capsys):
     path = model.with_name("m.x_layer_config_template.json")
     path.write_text("mine")
     assert main(["plan", str(model), "--template"]) == 2
-    assert f"{path} exists; add --overwrite to replace it" in capsys.readouterr().err
+    assert (
+        f"{path} exists already; allow overwriting to replace it (--overwrite)"
+        in capsys.readouterr().err
+    )
     assert path.read_text() == "mine"
     assert main(["plan", str(model), "--template", "--overwrite"]) == 0
     assert json.loads(path.read_text())["_default"] == {"format": ""}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewbits.quant_ops.pipeline import quantize_file
+from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, Rule, parse_wish
 from support.harness import EMOJI, PACK, ComfyServer
 from support.harness.metrics import psnr

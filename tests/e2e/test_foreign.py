@@ -42,7 +42,7 @@ def test_the_stock_loader_opens_a_file_with_every_matrix_in_a_foreign_dialect(
 
 
 def test_a_converted_file_gives_the_same_picture_as_the_foreign_one(server, tmp_path):
-    from fewbits.quant_ops.conversion import convert_file
+    from fewbits.quant_ops.doors import convert_file
 
     foreign = every_matrix(dialects.bitsandbytes, tmp_path / "emoji_theirs.safetensors")
     ours = tmp_path / "emoji_ours.safetensors"

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fewbits.quant_ops.pipeline import quantize_file
+from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.spec import version_key
 from support.harness import EMOJI, PACK, emoji_workflow

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.errors import CheckpointError, RecipeError
-from fewbits.quant_ops.pipeline import plan_source, quantize, quantize_file
+from fewbits.quant_ops.pipeline import plan_source, quantize
 from fewbits.quant_ops.planning.recipe import Recipe, Wish, parse_wish
 from fewbits.quant_ops.sources import MemorySink, MemorySource, spec_of
 from support import reference

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.formats import get_format
-from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.spec import version_key
 from support import reference

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fewbits.quant_ops.pipeline import quantize_file
+from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, Rule, parse_wish
 from support.helpers import tiny_checkpoint
 

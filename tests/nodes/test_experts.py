@@ -5,9 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewbits.quant_ops.checkpoint.verify import verify_source
+from fewbits.quant_ops.doors import inspect_file, quantize_file
 from fewbits.quant_ops.errors import CheckpointError, UnsupportedLayerError
-from fewbits.quant_ops.inspection import inspect_file
-from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.sources import MemorySource
 from support import dialects

@@ -86,7 +86,7 @@ def test_saving_what_comfyui_loaded_gives_the_same_file_again(
 def test_every_format_saves_to_the_bytes_that_the_file_door_writes(
     model, model_file, quantize, save, tmp_path, wish
 ):
-    from fewbits.quant_ops.pipeline import quantize_file
+    from fewbits.quant_ops.doors import quantize_file
     from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
     save(quantize(model, wish)[0], tmp_path / "model.safetensors")
@@ -112,7 +112,7 @@ def test_saving_an_unquantized_model_is_a_copy_of_its_tensors(model, model_file,
 def test_a_baked_lora_gives_the_codes_of_the_merged_file(comfy, quantize, save, tmp_path):
     import comfy.utils
 
-    from fewbits.quant_ops.pipeline import quantize_file
+    from fewbits.quant_ops.doors import quantize_file
     from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
     merged, lora = load_file(EMOJI), load_file(LORA)

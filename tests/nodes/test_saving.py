@@ -86,7 +86,7 @@ def test_a_saved_clip_encodes_the_same(comfy, clip, quantize_clip, encode, saved
 
 
 def test_a_saved_clip_has_the_bytes_of_the_file_door(clip, quantize_clip, saved, tmp_path):
-    from fewbits.quant_ops.pipeline import quantize_file
+    from fewbits.quant_ops.doors import quantize_file
     from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
     quantize_file(

@@ -91,7 +91,7 @@ def test_the_new_encoder_is_smaller_and_says_nearly_the_same(clip, quantize_clip
 def test_its_layers_are_those_that_the_file_door_writes(
     clip, clip_file, quantize_clip, tmp_path, wish
 ):
-    from fewbits.quant_ops.pipeline import quantize_file
+    from fewbits.quant_ops.doors import quantize_file
     from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
     quantize_file(clip_file, tmp_path / "file.safetensors", Recipe(parse_wish(wish)))
@@ -111,7 +111,7 @@ def test_its_layers_are_those_that_the_file_door_writes(
 def test_the_quantized_file_opens_in_the_stock_loader_and_encodes_the_same(
     clip, clip_file, load, quantize_clip, tmp_path, encode
 ):
-    from fewbits.quant_ops.pipeline import quantize_file
+    from fewbits.quant_ops.doors import quantize_file
     from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
     path = tmp_path / "clip_nf4.safetensors"

@@ -3,9 +3,8 @@
 import fnmatch
 
 import pytest
-from helpers import flux_shapes
 
-from fewbits.quant_ops.conversion import convert_file
+from fewbits.quant_ops.doors import convert_file
 from fewbits.quant_ops.errors import QuantError, RecipeError
 from fewbits.quant_ops.planning import match
 from fewbits.quant_ops.planning.layer_config import parse_layer_config
@@ -13,6 +12,7 @@ from fewbits.quant_ops.planning.match import check_pattern, closed, matches
 from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import Recipe, Rule, parse_rule, parse_wish
 from fewbits.quant_ops.spec import Header, TensorSpec
+from support.helpers import flux_shapes
 
 INT8 = parse_wish("int8_tensorwise")
 # Each of these takes a backtracking matcher longer than the age of the universe on LONG_NAME.
@@ -86,7 +86,7 @@ def test_an_expression_that_needs_too_much_memory_is_refused():
 
 def test_the_high_precision_filter_ends_and_is_checked(tmp_path):
     for pattern in ("(?=a)", "x" * 5000):
-        with pytest.raises(QuantError, match="--hp-filter"):
+        with pytest.raises(QuantError, match="high-precision filter"):
             convert_file(tmp_path / "none", tmp_path / "out", hp_filter=pattern)
 
 

@@ -62,7 +62,7 @@ def swapped(packed: torch.Tensor) -> torch.Tensor:
 def bitsandbytes(
     base: str, weight: torch.Tensor, kind: str = "nf4", group: int = 64
 ) -> dict[str, torch.Tensor]:
-    """B0 from our codes (golden vectors prove them equal); a float32 weight is said to have been bfloat16."""
+    """bitsandbytes from our codes (golden vectors prove them equal); a float32 weight is said to have been bfloat16."""
     stored, _ = native(f"bnb_{kind}", weight, block_size=group)
     state = {
         "quant_type": kind,
@@ -79,7 +79,7 @@ def bitsandbytes(
 
 
 def nested(base: str, weight: torch.Tensor, kind: str = "nf4") -> dict[str, torch.Tensor]:
-    """B1, written by bitsandbytes itself."""
+    """Nested absmax, written by bitsandbytes itself."""
     import bitsandbytes.functional
 
     codes, state = bitsandbytes.functional.quantize_4bit(
@@ -142,7 +142,7 @@ def d19_legacy(base: str, weight: torch.Tensor, kind: str = "nf4") -> dict[str, 
 def int8_fast(
     base: str, weight: torch.Tensor, convrot: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """R1: JSON without `format`."""
+    """JSON without `format`."""
     options = {"convrot": True, "convrot_groupsize": convrot} if convrot else {}
     stored, _ = native("int8_tensorwise", weight, **options)
     marker = {
@@ -156,7 +156,7 @@ def int8_fast(
 def scaled_fp8(
     base: str, weight: torch.Tensor, dtype: str = "float8_e4m3fn"
 ) -> dict[str, torch.Tensor]:
-    """L1 of one layer, without the file's marker."""
+    """Scaled FP8 of one layer, without the file's marker."""
     stored, _ = native(dtype, weight)
     return {
         f"{base}.weight": stored["weight"],

@@ -160,7 +160,7 @@ def fewbits(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess
 
 def quantize_after(started: object, model: Path, out: Path, recipe: object) -> None:
     """Set an event, then quantize: for processes, which find it by the name of this module."""
-    from fewbits.quant_ops.pipeline import quantize_file
+    from fewbits.quant_ops.doors import quantize_file
 
     started.set()
     quantize_file(model, out, recipe)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.formats import FORMATS
-from fewbits.quant_ops.pipeline import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from support.harness import EMOJI
 

@@ -18,7 +18,7 @@ from .legacy_int8 import Int8Fast, Int8WithoutJson, LegacyInt8
 from .plain import BlocksWithoutJson, DummyScale, PlainFp8
 from .scaled_fp8 import ScaledFp8
 
-# The order of evidence of FORMATS 5.1.
+# The order of evidence: what a file says about a layer before what its dtypes suggest.
 DIALECTS: tuple[Dialect, ...] = (
     HybridMxfp8(), AsymW4A8(), Flat4Bit(), ComfyQuant(), Int8Fast(), BitsAndBytes(), StateWithoutWeight(),
     ScaledFp8(), LegacyInt8(), Int8WithoutJson(), BytesWithScales(), PlainFp8(), BlocksWithoutJson(), DummyScale(),

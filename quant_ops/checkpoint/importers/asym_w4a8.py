@@ -1,4 +1,4 @@
-"""asym_w4a8_int8 of other writers (C5); ours, with the table and e4m3fn group scales, is plain
+"""asym_w4a8_int8 of other writers; ours, with the table and e4m3fn group scales, is plain
 comfy_quant.
 
 | stored | decode |
@@ -7,7 +7,7 @@ comfy_quant.
 | `weight_s_rel` F32 | as it is: decoded |
 | no `weight_codebook` | level = code - 8: decoded |
 | `weight_correction` (K/g, N) | added to the rotated weight before the inverse rotation: decoded |
-| rows of 3K/4 bytes | 6-bit codes (FORMATS 5.6), level = code - 32: decoded |
+| rows of 3K/4 bytes | 6-bit codes, level = code - 32: decoded |
 
 q8 = clamp(round(level * s_rel), +-127); W = rotate(q8 * s_channel + correction, G).
 """
@@ -53,7 +53,7 @@ class AsymW4A8:
             rotated = _rotated(tensors, bits == 6, size)
             return rotate(rotated, group)
 
-        return floating("C5", layer, (n, k), decode, f"{NAME} of another writer: decoded")
+        return floating("asym_w4a8", layer, (n, k), decode, "variant of another writer: decoded")
 
 
 def _is_ours(layer: StoredLayer) -> bool:

@@ -22,7 +22,7 @@ from ...spec import FLOAT_DTYPES, FormatOptions, LayerInput, TensorSpec
 Tensors = dict[str, torch.Tensor]
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 
-# formats with an input_scale (FORMATS 3.0)
+# formats with an input_scale
 STATIC_INPUT = ("float8_e4m3fn", "float8_e5m2", "nvfp4")
 FP8 = ("F8_E4M3", "F8_E5M2")
 
@@ -35,9 +35,9 @@ class ImportOptions:
     included; the others are brought into canonical form completely.
     """
 
-    assume: str | None = None  # "nf4" | "fp4", for 4-bit layers that do not say which (D14L)
-    assume_convrot: int | None = None  # rotation group of INT8 layers without JSON (R2)
-    nibble_order: str | None = None  # "low" | "high", where no rule decides (FORMATS 5.4)
+    assume: str | None = None  # "nf4" | "fp4", for 4-bit layers that do not say which
+    assume_convrot: int | None = None  # rotation group of INT8 layers without JSON
+    nibble_order: str | None = None  # "low" | "high", where no rule decides
     # tensor name -> logical shape of the original
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     files: tuple[InputFile, ...] = ()  # that the shapes came from
@@ -53,7 +53,7 @@ class FileFacts:
     """
 
     scopes: dict[str, int]
-    # metadata of the converters that packed the low nibble first (FORMATS 5.4, rule 5)
+    # metadata of the converters that packed the low nibble first
     low_nibble_first: bool
 
     def scope_of(self, name: str) -> int | None:
@@ -153,6 +153,7 @@ class Translation:
     float_dtype: str = "BF16"  # what the layer becomes if it has to be decoded
     nibbles: str | None = None  # "low" | "high" where the order was in question
     warnings: tuple[str, ...] = ()
+    stock: bool = False  # ComfyUI reads the stored layer rightly without FewBits
 
     def decoded(self, dtype: str, note: str) -> Translation:
         """The same layer as a float weight: canonical decoder, rounded once, `pre_quant_scale`
@@ -185,7 +186,7 @@ class Dialect(Protocol):
     """One way in which files store layers."""
 
     def claims(self, layer: StoredLayer) -> bool:
-        """Whether the evidence of FORMATS 5.1 is there; earlier dialects in the list have
+        """Whether the evidence is there; earlier dialects in the list have
         declined.
         """
 
@@ -297,7 +298,7 @@ def _kept_sides(
 
 
 def input_scale_problem(layer: StoredLayer, suffix: str, format_name: str) -> str | None:
-    """Why a stored input scale cannot be one (FORMATS 5.2, M12); None when it can.
+    """Why a stored input scale cannot be one; None when it can.
 
     A scale equal to the weight's own is a copy, unless both are 1.0: old FP8 files mean that.
     """

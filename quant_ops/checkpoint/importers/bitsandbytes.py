@@ -1,14 +1,13 @@
-"""bitsandbytes (B0), with nested absmax (B1), and a converter that used its names with other bytes
-(D30).
+"""bitsandbytes, with nested absmax too, and a converter that used its names with other bytes.
 
 | stored | becomes |
 |---|---|
 | `weight` U8 (bytes, 1), or another dtype viewed as bytes | `weight` U8 (N, K/2), the same bytes |
 | `weight.absmax` F32 | `absmax` F32 (blocks,) |
-| `weight.absmax` U8 with `weight.nested_absmax`, `weight.nested_quant_map` (B1) | FORMATS 5.2 |
+| `weight.absmax` U8 with `weight.nested_absmax`, `weight.nested_quant_map` | table[code] * nested_absmax + offset |
 | `weight.quant_map` F32 (16,) | dropped when it is the table of bnb_nf4 or bnb_fp4; another table: decoded |
 | `weight.quant_state.bitsandbytes__nf4`, `__fp4` | JSON: shape, group size, dtype |
-| D30: low nibble first, FP4 codes by magnitude | nibbles swapped, codes renumbered |
+| the other converter: low nibble first, FP4 codes by magnitude | nibbles swapped, codes renumbered |
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from .four_bit import (
 )
 
 STATE = "weight.quant_state.bitsandbytes__"
+LOW_NIBBLE = "bitsandbytes-low-nibble"
 
 
 class BitsAndBytes:
@@ -65,11 +65,11 @@ class BitsAndBytes:
             dtype=source_dtype(state.get("dtype")),
         )
         if order == "low":
-            return translate_codes(
-                "D30", layer, codes, "low nibble first under bitsandbytes names", warnings
-            )
-        note = "bitsandbytes, nested absmax decoded" if nested else "bitsandbytes"
-        return translate_codes("B1" if nested else "B0", layer, codes, note, warnings)
+            return translate_codes(LOW_NIBBLE, layer, codes, "low nibble first: swapped", warnings)
+        if nested:
+            note = "nested absmax decoded"
+            return translate_codes("bitsandbytes-nested", layer, codes, note, warnings)
+        return translate_codes("bitsandbytes", layer, codes, "codes kept", warnings)
 
 
 def _nested(state: dict):

@@ -1,12 +1,12 @@
-"""Layers whose JSON names a format of ours or of ComfyUI (C0 to C3).
+"""Layers whose JSON names a format of ours or of ComfyUI.
 
 | stored | becomes |
 |---|---|
-| JSON and shapes that agree (C0) | itself |
-| FP8 or INT8 whose scale means another format than the JSON (C1) | the format of the shapes, scale reshaped |
-| group size in one place only, `orig_dtype` with `torch.` (C1, C2) | both places, plain dtype names |
+| JSON and shapes that agree | itself |
+| FP8 or INT8 whose scale means another format than the JSON | the format of the shapes, scale reshaped |
+| group size in one place only, `orig_dtype` with `torch.` | both places, plain dtype names |
 | scale in bf16 or fp16, (1,) for (), (N,) for (N, 1) | float32 of the format's own shape |
-| file header without `.comfy_quant` tensors (C3) | both |
+| file header without `.comfy_quant` tensors | both |
 """
 
 from __future__ import annotations
@@ -45,12 +45,23 @@ class ComfyQuant:
                 layer.said.get("convrot_groupsize", 256) if layer.said.get("convrot") else None
             )
             return translate_scaled(
-                "C1", layer, "scales reshaped", tag=name, precise=layer.precise, convrot=convrot
+                "comfy_quant-relabelled",
+                layer,
+                "scales reshaped",
+                tag=name,
+                precise=layer.precise,
+                convrot=convrot,
             )
         specs, stored_options = fitting or _tidied(format, layer)
         source = format.stored_layer(layer.said, specs)
         made = quantized(
-            "C0", layer, name, source, stored_options, lambda tensors: _present(tensors, specs), ""
+            "comfy_quant",
+            layer,
+            name,
+            source,
+            stored_options,
+            lambda tensors: _present(tensors, specs),
+            "",
         )
         same = all(
             suffix in layer.specs and (layer.specs[suffix].dtype, layer.specs[suffix].shape) == spec
@@ -59,13 +70,15 @@ class ComfyQuant:
         if options.foreign_only and same:
             return None
         if not same:
-            return replace(made, dialect="C2", note="scales reshaped")
+            return replace(made, dialect="comfy_quant-completed", note="scales reshaped")
         if made.marker == layer.header_marker and layer.tensor_marker is None:
-            return replace(made, dialect="C3", note="JSON also beside the layer")
+            return replace(
+                made, dialect="comfy_quant-in-header", note="JSON also beside the layer", stock=True
+            )
         return (
             made
             if made.marker == layer.marker
-            else replace(made, dialect="C2", note="JSON completed")
+            else replace(made, dialect="comfy_quant-completed", note="JSON completed")
         )
 
 

@@ -1,12 +1,11 @@
-"""4-bit layers of convert_to_quant, December 2025: flat weight, low nibble first, `<layer>.absmax`
-(D14, D19).
+"""4-bit layers of convert_to_quant, December 2025: flat weight, low nibble first, `<layer>.absmax`.
 
 | stored | becomes |
 |---|---|
 | `weight` U8 (numel/2,), low nibble first | `weight` U8 (N, K/2), nibbles swapped |
 | `absmax` F32, any shape | `absmax` F32 (blocks,) |
-| JSON `params.group_size`, no shape (D14) | shape by FORMATS 5.5 |
-| JSON with `shape`, `quant_map` (D19) | bnb_nf4 or bnb_fp4; `bnb_af4` or another table: decoded |
+| JSON `params.group_size`, no shape | shape from the original, or from the bias |
+| JSON with `shape`, `quant_map` | bnb_nf4 or bnb_fp4; `bnb_af4` or another table: decoded |
 | `weight` U8 (N, K) of zeros with 3-D `absmax`: the "zero layer" defect | a layer of zeros |
 """
 
@@ -57,8 +56,12 @@ class Flat4Bit:
         )
         stated = "shape" in layer.said
         return translate_codes(
-            "D19" if stated else "D14", layer, codes, "flat 4-bit, low nibble first", warnings
+            "flat-4bit-with-shape" if stated else "flat-4bit", layer, codes, _note(order), warnings
         )
+
+
+def _note(order: str) -> str:
+    return "nibbles swapped" if order == "low" else "JSON completed"
 
 
 def _kind(layer: StoredLayer) -> str | None:
@@ -103,7 +106,7 @@ def _zero_layer(layer: StoredLayer, kind: str, size: int) -> Translation:
 
     source = LayerInput((n, k), source_dtype(layer.said.get("dtype")))
     return quantized(
-        "D14",
+        "flat-4bit",
         layer,
         WRITTEN[kind],
         source,

@@ -29,7 +29,7 @@ IDENTITY = tuple(range(16))
 # apart
 SAME = 1e-3
 ORDERS = {"high": "high", "hi_first": "high", "low": "low", "lo_first": "low"}
-D30_FLOOR = 1e-12  # smallest absmax that the converters of 30 December 2025 wrote
+LOW_NIBBLE_FLOOR = 1e-12  # smallest absmax that the converters of 30 December 2025 wrote
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _replace_codes(packed: torch.Tensor, recoded: tuple[int, ...]) -> torch.Tens
 
 
 def logical_shape(layer: StoredLayer, stated: object, options: ImportOptions) -> tuple[int, ...]:
-    """The shape before packing, by FORMATS 5.5.
+    """The shape before packing, from the first that says it: JSON, quant_state, the original, the bias.
 
     Args:
         stated: `shape` of the quant_state, if there is one.
@@ -183,8 +183,9 @@ def logical_shape(layer: StoredLayer, stated: object, options: ImportOptions) ->
     if layer.bias and count % layer.bias == 0:
         return layer.bias, count // layer.bias
     raise CheckpointError(
-        f"4-bit weight of {layer.weight.nbytes} bytes does not say its shape; "
-        "run `fewbits convert` with --shapes-from ORIGINAL.safetensors"
+        f"4-bit weight of {layer.weight.nbytes} bytes does not say its shape; give the original "
+        "file for the shapes",
+        option="shapes",
     )
 
 
@@ -239,7 +240,7 @@ def nibble_order(
     state_text: str = "",
     absmax: str = "absmax",
 ) -> tuple[str, tuple[str, ...]]:
-    """("high" | "low", warnings): the first rule of FORMATS 5.4 that applies."""
+    """("high" | "low", warnings): the first rule that applies decides."""
     said = layer.said.get("nibble_order")
     if said in ORDERS:
         return ORDERS[said], ()
@@ -257,15 +258,14 @@ def nibble_order(
     first_key = next(iter(_parsed(state_text)), None)
     if first_key in ("quant_type", "dtype"):
         return ("high" if first_key == "quant_type" else "low"), ()
-    floor = torch.tensor(D30_FLOOR)
+    floor = torch.tensor(LOW_NIBBLE_FLOOR)
     if absmax in layer.specs and bool((layer.read(absmax).float() == floor).any()):
         return "low", ()
     if options.nibble_order:
         return options.nibble_order, ()
     return "high", (
         f"layer '{layer.name}': nothing says which nibble comes first; the names are "
-        "bitsandbytes', so the high one (check with `fewbits verify --against ORIGINAL`, or say "
-        "--nibble-order low)",
+        "bitsandbytes', so the high one (verify it against the original, or say that the low one comes first)",
     )
 
 

@@ -1,4 +1,4 @@
-"""hybrid_mxfp8 (C4): mxfp8 with one more number, which cannot stand for many exponents and is
+"""hybrid_mxfp8: mxfp8 with one more number, which cannot stand for many exponents and is
 ignored.
 
 | stored | becomes |
@@ -24,4 +24,4 @@ class HybridMxfp8:
         specs = {suffix: spec for suffix, spec in layer.specs.items() if suffix != "weight_scalar"}
         plain = replace(layer, specs=specs, header_marker={**layer.marker, "format": "mxfp8"})
         made = ComfyQuant().translate(plain, replace(options, foreign_only=False))
-        return replace(made, dialect="C4", note="hybrid_mxfp8 -> mxfp8: weight_scalar dropped")
+        return replace(made, dialect="hybrid_mxfp8", note="becomes mxfp8, weight_scalar dropped")

@@ -1,10 +1,10 @@
-"""4-bit layers of convert_to_quant, December 2025, without comfy_quant: D19L by its quant_state,
-D14L by its dtypes.
+"""4-bit layers of convert_to_quant, December 2025, without comfy_quant, known by quant_state or
+by dtypes.
 
 | stored | becomes |
 |---|---|
-| D19L: bitsandbytes' keys without the `.weight.` inside, flat `weight` | nibbles swapped |
-| D14L: `weight` U8 flat, `scale_weight` 1-D, g = 2 * bytes / scales | as D14; nf4 or fp4 is recorded nowhere |
+| bitsandbytes' keys without the `.weight.` inside, flat `weight` | nibbles swapped |
+| `weight` U8 flat, `scale_weight` 1-D, g = 2 * bytes / scales | the same; nf4 or fp4 is recorded nowhere |
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STATE = "quant_state.bitsandbytes__"
 
 
 class StateWithoutWeight:
-    """D19L."""
+    """quant_state under bitsandbytes' names, without `.weight.`."""
 
     def claims(self, layer: StoredLayer) -> bool:
         return "absmax" in layer.specs and any(suffix.startswith(STATE) for suffix in layer.specs)
@@ -49,11 +49,11 @@ class StateWithoutWeight:
             absmax_count=layer.specs["absmax"].numel,
             dtype=source_dtype(state.get("dtype")),
         )
-        return translate_codes("D19L", layer, codes, "flat 4-bit, low nibble first", warnings)
+        return translate_codes("flat-4bit-with-state", layer, codes, "nibbles swapped", warnings)
 
 
 class BytesWithScales:
-    """D14L."""
+    """Flat bytes and 1-D scales, nothing else."""
 
     def claims(self, layer: StoredLayer) -> bool:
         scale = layer.specs.get("scale_weight")
@@ -67,8 +67,8 @@ class BytesWithScales:
         scales = layer.specs["scale_weight"].numel
         if options.assume is None:
             raise CheckpointError(
-                "4-bit weight without a word whether it is NF4 or FP4; say --assume nf4 or "
-                "--assume fp4"
+                "4-bit weight without a word whether it is NF4 or FP4; say which to assume",
+                option="assume",
             )
         if not scales or 2 * layer.weight.nbytes % scales:
             raise CheckpointError(
@@ -84,4 +84,6 @@ class BytesWithScales:
             absmax=lambda tensors: tensors["scale_weight"],
             absmax_count=scales,
         )
-        return translate_codes("D14L", layer, codes, f"flat 4-bit, taken for {options.assume}")
+        return translate_codes(
+            "flat-4bit-bytes", layer, codes, f"taken for {options.assume}, nibbles swapped"
+        )

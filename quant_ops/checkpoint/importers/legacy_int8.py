@@ -1,11 +1,10 @@
-"""INT8 without a format name: legacy `scale_weight` (L2), INT8-Fast and comfy-quants (R1), no JSON
-at all (R2).
+"""INT8 without a format name: legacy `scale_weight`, INT8-Fast and comfy-quants, no JSON at all.
 
 | stored | becomes |
 |---|---|
 | `weight` I8, `scale_weight` or `weight_scale` | the same codes; label by the scale's shape against N, never K |
-| R1: JSON `convrot`, `convrot_groupsize`, `per_row` without `format` | `format` added; `per_row` is only a hint |
-| R2: rotation recorded nowhere | unrotated, unless --assume-convrot G says otherwise |
+| INT8-Fast: JSON `convrot`, `per_row` without `format` | `format` added; `per_row` is only a hint |
+| no JSON: rotation recorded nowhere | unrotated, unless the user says otherwise |
 | `scale_input` | dropped: activations are scaled while running |
 """
 
@@ -16,17 +15,17 @@ from .scaled import translate_scaled
 
 
 class LegacyInt8:
-    """L2."""
+    """scale_weight, no JSON."""
 
     def claims(self, layer: StoredLayer) -> bool:
         return layer.weight.dtype == "I8" and "scale_weight" in layer.specs and layer.marker is None
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
-        return translate_scaled("L2", layer, "legacy INT8")
+        return translate_scaled("legacy-int8", layer, "codes kept")
 
 
 class Int8Fast:
-    """R1."""
+    """JSON without `format`."""
 
     def claims(self, layer: StoredLayer) -> bool:
         named = layer.said.get("format")
@@ -39,12 +38,12 @@ class Int8Fast:
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
         convrot = layer.said.get("convrot_groupsize", 256) if layer.said.get("convrot") else None
         return translate_scaled(
-            "R1", layer, "INT8-Fast: format added", convrot=convrot, precise=layer.precise
+            "int8-fast", layer, "format added", convrot=convrot, precise=layer.precise
         )
 
 
 class Int8WithoutJson:
-    """R2, and INT8 layers whose JSON is unreadable."""
+    """No JSON, and INT8 layers whose JSON is unreadable."""
 
     def claims(self, layer: StoredLayer) -> bool:
         return (
@@ -54,4 +53,6 @@ class Int8WithoutJson:
         )
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
-        return translate_scaled("R2", layer, "INT8 without JSON", convrot=options.assume_convrot)
+        return translate_scaled(
+            "int8-without-json", layer, "JSON added", convrot=options.assume_convrot
+        )

@@ -1,10 +1,10 @@
-"""Layers that are not what their neighbours suggest: plain FP8 casts (F0), dummy scales, and what
+"""Layers that are not what their neighbours suggest: plain FP8 casts, dummy scales, and what
 is refused.
 
 | stored | becomes |
 |---|---|
-| F0: `weight` FP8, no scale anywhere | float8_e4m3fn or float8_e5m2 with scale 1.0; ComfyUI itself reads it as it is |
-| unreadable JSON, FP8 codes | by dtype and scale shape (FORMATS 5.3) |
+| `weight` FP8, no scale anywhere | float8_e4m3fn or float8_e5m2 with scale 1.0; ComfyUI itself reads it as it is |
+| unreadable JSON, FP8 codes | by dtype and scale shape |
 | floating-point `weight` with `scale_weight` | the weight alone, bit for bit: ComfyUI would cast it to FP8 |
 | `weight` U8 with block scales, no JSON | refused: the order of scales and nibbles is unknown |
 """
@@ -18,15 +18,17 @@ from .scaled import translate_scaled
 
 
 class PlainFp8:
-    """F0, and FP8 layers whose JSON is unreadable or names no format."""
+    """Plain casts, and FP8 layers whose JSON is unreadable or names no format."""
 
     def claims(self, layer: StoredLayer) -> bool:
         return layer.weight.dtype in FP8
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation | None:
         if layer.marker is None and layer.unreadable is None:
-            return None if options.foreign_only else translate_scaled("F0", layer, "plain FP8 cast")
-        return translate_scaled("C1", layer, "format read off the shapes", precise=layer.precise)
+            return None if options.foreign_only else translate_scaled("plain-fp8", layer, "")
+        return translate_scaled(
+            "comfy_quant-relabelled", layer, "format read off the shapes", precise=layer.precise
+        )
 
 
 class BlocksWithoutJson:
@@ -57,5 +59,5 @@ class DummyScale:
 
         outputs = {"weight": (layer.weight.dtype, layer.weight.shape)}
         return Translation(
-            "L1", outputs, keep, "high precision: dummy scale dropped", warnings=warnings
+            "dummy-scale", outputs, keep, "high precision: dummy scale dropped", warnings=warnings
         )

@@ -1,5 +1,4 @@
-"""Legacy scaled FP8 (L1), as ComfyUI and convert_to_quant wrote it before comfy_quant (FORMATS
-section 6).
+"""Legacy scaled FP8, as ComfyUI and convert_to_quant wrote it before comfy_quant.
 
 | stored | becomes |
 |---|---|
@@ -34,7 +33,9 @@ class ScaledFp8:
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
         scope = layer.file.scope_of(layer.name)
         precise = options.full_precision_mm or scope == PRECISE
-        made = translate_scaled("L1", layer, "scaled_fp8", precise=precise)
+        made = translate_scaled("scaled_fp8", layer, "codes kept", precise=precise)
+        # stock ComfyUI casts e5m2 to e4m3fn and takes any scale for one number
+        made = replace(made, stock=made.format == "float8_e4m3fn")
         if scope is None:
             made = replace(
                 made, warnings=(*made.warnings, "scaled FP8 layers without a scaled_fp8 marker")

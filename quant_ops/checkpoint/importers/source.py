@@ -24,7 +24,7 @@ from . import translate
 from .base import FP8, FileFacts, ImportOptions, StoredLayer, Translation
 
 LEGACY_MARKER = "scaled_fp8"
-# Side tensors by suffix (FORMATS 5.2); those of NESTED also appear as `<base>.weight.<name>`.
+# Side tensors by suffix; those of NESTED also appear as `<base>.weight.<name>`.
 SIDES = frozenset({
     "weight_scale", "weight_scale_2", "weight_scalar", "scale_weight", "scale_input", "input_scale", "absmax",
     "quant_map", "comfy_quant", "weight_s_rel", "weight_s_channel", "weight_codebook", "weight_correction",
@@ -32,8 +32,7 @@ SIDES = frozenset({
 })  # fmt: skip
 NESTED = frozenset({"absmax", "quant_map", "nested_absmax", "nested_quant_map"})
 STATE = ".quant_state."
-# Prefixes that ComfyUI strips from diffusion models; a header may have been written without
-# (FORMATS 5.2, C3).
+# Prefixes that ComfyUI strips from diffusion models; a header may have been written without.
 PREFIXES = (
     "model.diffusion_model.",
     "diffusion_model.",
@@ -42,7 +41,10 @@ PREFIXES = (
     "net.",
     "transformer.",
 )
-CONVERTERS = ("formats", "bnb_quant_type")  # header keys of the converters of rule 5 in FORMATS 5.4
+CONVERTERS = (
+    "formats",
+    "bnb_quant_type",
+)  # header keys of the converters that packed the low nibble first
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def is_side(name: str) -> bool:
 
 
 def _header_layers(metadata: dict[str, str]) -> tuple[dict[str, dict], str | None, bool]:
-    """(base -> JSON, what is wrong, whether converters of rule 5 wrote it)."""
+    """(base -> JSON, what is wrong, whether such converters wrote it)."""
     text = metadata.get(HEADER_KEY)
     if text is None:
         return {}, None, False
@@ -237,7 +239,7 @@ class ImportedSource:
         try:
             made = translate(layer, self.options)
         except CheckpointError as error:
-            raise CheckpointError(f"{self.name}: layer '{layer.name}': {error}") from None
+            raise error.at(f"{self.name}: layer '{layer.name}'") from None
         return made and as_loadable(layer.name, made)
 
     def _header(self) -> Header:
@@ -301,6 +303,11 @@ class ImportedSource:
         return counts
 
     @property
+    def stock(self) -> bool:
+        """Whether ComfyUI reads every layer rightly that is translated here."""
+        return all(made.stock for made in self.translations.values() if made.note)
+
+    @property
     def changes_nothing(self) -> bool:
         """Whether every tensor would come out as it went in."""
         return (
@@ -351,12 +358,13 @@ def as_loadable(base: str, made: Translation) -> Translation:
 
 
 def _refuse_mixed_nibbles(translations: dict[str, Translation]) -> None:
-    """One file has one nibble order (FORMATS 5.4)."""
+    """One file has one nibble order."""
     orders = {made.nibbles: base for base, made in translations.items() if made.nibbles}
     if len(orders) > 1:
         raise CheckpointError(
             f"layer '{orders['low']}' stores the low nibble first and layer '{orders['high']}' the "
-            "high one; one file has one order: say --nibble-order, or make the file again"
+            "high one; one file has one order: say which, or make the file again",
+            option="nibble_order",
         )
 
 

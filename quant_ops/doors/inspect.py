@@ -7,18 +7,15 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, field, replace
 
-from .checkpoint.importers.source import ImportedSource, open_checkpoint
-from .checkpoint.metadata import HEADER_KEY
-from .checkpoint.reader import FileSource
-from .checkpoint.verify import stored_findings
-from .errors import QuantError
-from .pipeline import plan_source
-from .planning.model_family import find_parts
-from .planning.recipe import Recipe
-from .report.report import megabytes
-from .spec import ModelPlan
-
-STOCK = ("L1", "C3")  # dialects that ComfyUI reads without FewBits
+from ..checkpoint.importers.source import ImportedSource, open_checkpoint
+from ..checkpoint.metadata import HEADER_KEY
+from ..checkpoint.reader import FileSource
+from ..checkpoint.verify import stored_findings
+from ..errors import QuantError
+from ..pipeline import COPY, plan_source
+from ..planning.model_family import find_parts
+from ..report.report import megabytes
+from ..spec import ModelPlan
 
 
 @dataclass(frozen=True)
@@ -74,13 +71,15 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
         findings = [*header.warnings, *(finding.to_text() for finding in stored_findings(source))]
         plan: ModelPlan | None = None
         dialects: dict[str, int] = {}
+        stock = True
         try:
             with open_checkpoint(path) as opened:
-                plan = plan_source(opened, Recipe(primary=None))
-                dialects = opened.origins() if isinstance(opened, ImportedSource) else {}
+                plan = plan_source(opened, COPY)
+                if isinstance(opened, ImportedSource):
+                    dialects, stock = opened.origins(), opened.stock
         except QuantError as error:
             findings.append(str(error))
-        if plan and not all(name.startswith(STOCK) for name in dialects):
+        if plan and not stock:
             plan = replace(plan, requires_pack=True)
         dtypes: dict[str, list[int]] = {}
         for spec in header.tensors.values():

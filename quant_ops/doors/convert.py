@@ -1,34 +1,25 @@
-"""File -> file without new codes: dialects into ours, ours into bitsandbytes' or a plain model,
-repairs; and verify.
-"""
+"""convert_file: another dialect without new codes, bitsandbytes' keys, or a plain model."""
 
 from __future__ import annotations
 
 import logging
 import os
 from contextlib import closing
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
-from .checkpoint.exporters import TARGETS
-from .checkpoint.importers import ImportOptions
-from .checkpoint.importers.scaled_fp8 import ScaledFp8
-from .checkpoint.importers.source import ImportedSource
-from .checkpoint.reader import FileSource
-from .checkpoint.repair import Repair, repaired
-from .checkpoint.verify import Finding, Verification, verify_source
-from .checkpoint.writer import FileSink
-from .errors import CheckpointError, RecipeError
-from .pipeline import ProgressFn, ignore_progress, quantize
-from .planning.match import Regex, shortened
-from .planning.model_family import find_parts
-from .planning.recipe import Recipe
-from .report.report import Report, plan_lines
-from .spec import FLOAT_DTYPES
+from ..checkpoint.exporters import TARGETS
+from ..checkpoint.importers import ImportOptions
+from ..checkpoint.importers.scaled_fp8 import ScaledFp8
+from ..checkpoint.importers.source import ImportedSource
+from ..checkpoint.reader import FileSource
+from ..checkpoint.writer import FileSink
+from ..errors import CheckpointError, RecipeError
+from ..pipeline import COPY, ProgressFn, ignore_progress, rewrite
+from ..planning.match import Regex, shortened
+from ..report.report import Report, plan_lines
+from ..spec import FLOAT_DTYPES
 
 logger = logging.getLogger(__name__)
-
-COPY = Recipe(primary=None)  # decides about no layer: codes and weights are copied
 
 
 @dataclass(frozen=True)
@@ -75,8 +66,7 @@ def convert_file(
     Args:
         to: comfy_quant, bnb or bf16.
         only: "fp8_scaled" refuses any file that is not one.
-        hp_filter: regular expression; every layer whose base name it finds must be high precision
-            (FORMATS 6.3).
+        hp_filter: regular expression; every layer whose base name it finds must be high precision.
 
     Raises:
         RecipeError: unknown target, invalid expression, or a layer that hp_filter matches is not
@@ -87,15 +77,15 @@ def convert_file(
         raise RecipeError(f"unknown target {to!r}; known: {', '.join(TARGETS)}")
     pattern = None
     if hp_filter is not None:
-        pattern = Regex(hp_filter, f"--hp-filter {shortened(hp_filter)!r}")
+        pattern = Regex(hp_filter, f"high-precision filter {shortened(hp_filter)!r}")
     sink = FileSink(target, overwrite=overwrite)
     with FileSource(source) as file, closing(ImportedSource(file, options, TARGETS[to])) as opened:
         if only == "fp8_scaled":
             _refuse_unscaled(opened)
         matched = _high_precision(opened, pattern) if pattern else None
-        report = quantize(opened, sink, COPY, on_progress=on_progress)
+        report = rewrite(opened, sink, COPY, on_progress=on_progress)
         if matched == 0:
-            logger.warning("--hp-filter %r matches no layer", hp_filter)
+            logger.warning("the high-precision filter %r matches no layer", hp_filter)
         return Conversion(report, opened.origins(), matched)
 
 
@@ -120,53 +110,8 @@ def _high_precision(opened: ImportedSource, pattern: Regex) -> int:
     ]
     if wrong:
         raise RecipeError(
-            f"{opened.name}: --hp-filter: {len(wrong)} of {len(layers)} matching layers are not "
-            f"high precision: {', '.join(wrong)}; nothing was written"
+            f"{opened.name}: {len(wrong)} of {len(layers)} layers that the filter matches are not "
+            f"high precision: {', '.join(wrong)}; nothing was written",
+            option="hp_filter",
         )
     return len(layers)
-
-
-def verify_file(path: str | os.PathLike, against: str | os.PathLike | None = None) -> Verification:
-    """Decode and check every layer of a file; with the original also the error of each.
-
-    Raises:
-        CheckpointError: the container itself cannot be read.
-    """
-    with FileSource(path) as source:
-        if against is None:
-            found = verify_source(source)
-        else:
-            with FileSource(against) as original:
-                found = verify_source(source, original)
-        refused = [
-            part.family
-            for part in find_parts(source.header.tensors)
-            if part.family.kind == "refuse"
-        ]
-        if refused and found.layers:
-            findings = tuple(
-                Finding("M36", "", f"{family.title}: {family.why}") for family in refused
-            )
-            return replace(found, findings=(*found.findings, *findings))
-        return found
-
-
-def repair_file(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
-    *,
-    options: ImportOptions | None = None,
-    overwrite: bool = False,
-    on_progress: ProgressFn = ignore_progress,
-) -> Repair:
-    """Write a copy in which everything is fixed that can be fixed without the original, and say
-    what was done.
-    """
-    sink = FileSink(target, overwrite=overwrite)
-    with FileSource(source) as file:
-        before = verify_source(file)
-        with closing(ImportedSource(file, options)) as opened:
-            quantize(opened, sink, COPY, on_progress=on_progress)
-            origins = opened.origins()
-    with FileSource(Path(target)) as written:
-        return repaired(before, verify_source(written), origins)

@@ -1,0 +1,294 @@
+"""Mistakes that names, shapes, dtypes and JSON of one layer show, without reading its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from ....kernels.hadamard import is_group_size
+from ...errors import CheckpointError, RecipeError
+from ...formats import FORMATS, get_format
+from ...spec import FLOAT_DTYPES
+from ..importers import StoredLayer
+from ..importers.base import input_scale_problem
+from ..importers.comfy_quant import SCALED
+from ..importers.flat_4bit import is_zero_defect
+from ..labels import EMBEDDING, LABELS, Label, is_bank, label_of
+from .findings import ORIGINAL, REPAIR, SHAPES, Finding, Mistake
+
+Problems = Iterable[str]
+SCALES = (
+    "weight_scale", "weight_scale_2", "scale_weight", "absmax", "weight.absmax", "weight_s_channel", "input_scale",
+    "scale_input",
+)  # fmt: skip
+OTHER_NAMES = ("hybrid_mxfp8", "bnb_af4")  # formats that are read and never written
+
+
+def comfyui_bank(layer: StoredLayer) -> bool:
+    """Experts in a format of ComfyUI's own, which reads them; their side tensors are not those of
+    the formats here.
+    """
+    format = FORMATS.get(layer.said.get("format"))
+    return format is not None and format.native and is_bank(layer.said, layer.weight.shape)
+
+
+# ---- JSON ----
+
+
+def _unreadable_json(layer: StoredLayer) -> Problems:
+    if layer.unreadable:
+        yield layer.unreadable
+
+
+def _differing_json(layer: StoredLayer) -> Problems:
+    if layer.header_marker and layer.tensor_marker and layer.header_marker != layer.tensor_marker:
+        yield f"header {layer.header_marker}, layer {layer.tensor_marker}"
+
+
+def _no_format(layer: StoredLayer) -> Problems:
+    said = layer.said.get("format")
+    if layer.marker is not None and said is None and layer.weight.dtype not in FLOAT_DTYPES:
+        yield f"{layer.marker}"
+
+
+def _unknown_format(layer: StoredLayer) -> Problems:
+    name = layer.said.get("format")
+    if name is not None and name not in FORMATS and name not in OTHER_NAMES:
+        yield f"{name!r}"
+
+
+def _hybrid(layer: StoredLayer) -> Problems:
+    if layer.said.get("format") == "hybrid_mxfp8":
+        yield "weight_scalar" if "weight_scalar" in layer.specs else "the format's name"
+
+
+# ---- group sizes ----
+
+
+def _group_size_places(layer: StoredLayer) -> tuple[bool, bool] | None:
+    """Whether the JSON states the group size (flat, nested); None where the format has no choice
+    of it.
+    """
+    format = FORMATS.get(layer.said.get("format"))
+    if format is None or "block_size" not in format.choices or comfyui_bank(layer):
+        return None
+    marker = layer.marker or {}
+    params = marker.get("params")
+    return "group_size" in marker, isinstance(params, dict) and "group_size" in params
+
+
+def _group_size_once(layer: StoredLayer) -> Problems:
+    places = _group_size_places(layer)
+    if places is not None and not all(places) and not _group_size_unsaid(layer):
+        yield f"{layer.marker}"
+
+
+def _group_size_unsaid(layer: StoredLayer) -> bool:
+    """1 x b blocks whose b stands nowhere; one that does not say its tiles is completed silently."""
+    grouped = layer.said.get("format") == "float8_e4m3fn_block3d"
+    return grouped and not any(_group_size_places(layer) or ())
+
+
+def _group_size_missing(layer: StoredLayer) -> Problems:
+    if _group_size_unsaid(layer):
+        yield "no group size"
+
+
+# ---- the label against the scale ----
+
+
+def _relabelled(layer: StoredLayer) -> Label | None:
+    """What the scale's shape means, where the stored tensors are not those of the format that the
+    JSON names; None where they agree, or mean nothing.
+    """
+    name, scale = layer.said.get("format"), layer.specs.get("weight_scale")
+    known = name in SCALED and layer.weight.dtype in LABELS
+    if not known or scale is None or len(layer.weight.shape) != 2:
+        return None
+    widened = {**layer.specs, "weight_scale": replace(scale, dtype="F32")}
+    try:
+        get_format(name).options_from(layer.said, widened)
+        return None
+    except (CheckpointError, RecipeError):
+        pass
+    size = layer.said.get("group_size")
+    try:
+        return label_of(layer.weight.dtype, layer.matrix, scale.shape, name, size)
+    except CheckpointError:
+        return None  # reported as unreadable
+
+
+def _scale_shape(geometry: str) -> Callable[[StoredLayer], Problems]:
+    """The right tag, and a scale of another rank than the format's."""
+
+    def check(layer: StoredLayer) -> Problems:
+        label = _relabelled(layer)
+        if label is None or label.format != layer.said["format"] or label.geometry != geometry:
+            return
+        shape = layer.specs["weight_scale"].shape
+        if shape:
+            yield f"weight_scale is {list(shape)}"
+
+    return check
+
+
+def _tag(mistake: str) -> Callable[[StoredLayer], Problems]:
+    """Another tag than the scale's shape means."""
+
+    def check(layer: StoredLayer) -> Problems:
+        label = _relabelled(layer)
+        tag = layer.said.get("format")
+        if label is None or label.format == tag or _mislabelled(tag, label) != mistake:
+            return
+        shape = list(layer.specs["weight_scale"].shape)
+        yield f"tag {tag}, scale {shape} means {label.format}"
+
+    return check
+
+
+def _mislabelled(tag: str, label: Label) -> str:
+    if label.format == "float8_e4m3fn_block3d":
+        return "group"
+    if tag.endswith("_blockwise") and label.geometry == "row":
+        return "blocks"
+    return "int8" if tag.startswith("int8") else "scalar"
+
+
+# ---- scales ----
+
+
+def _half_scales(layer: StoredLayer) -> Problems:
+    half = [
+        f"{suffix} {layer.specs[suffix].dtype}"
+        for suffix in SCALES
+        if suffix in layer.specs and layer.specs[suffix].dtype in ("BF16", "F16")
+    ]
+    if half:
+        yield ", ".join(half)
+
+
+def _input_scale(layer: StoredLayer) -> Problems:
+    name = layer.said.get("format")
+    if "input_scale" in layer.specs and name in FORMATS:
+        problem = input_scale_problem(layer, "input_scale", name)
+        if problem:
+            yield problem
+
+
+def _dummy_scale(layer: StoredLayer) -> Problems:
+    if layer.weight.dtype in FLOAT_DTYPES and "scale_weight" in layer.specs:
+        yield f"weight is {layer.weight.dtype}"
+
+
+# ---- rotation, place, 4 bits ----
+
+
+def _rotation(layer: StoredLayer) -> Problems:
+    if not layer.said.get("convrot") or layer.weight.dtype != "I8" or len(layer.weight.shape) != 2:
+        return
+    group, scale = layer.said.get("convrot_groupsize", 256), layer.specs.get("weight_scale")
+    if type(group) is not int or not is_group_size(group) or layer.matrix[1] % group:
+        yield f"convrot_groupsize {group!r} for K={layer.matrix[1]}"
+    elif scale is not None and scale.numel == 1 and layer.matrix[0] > 1:
+        yield "rotated with one scale for the whole tensor"
+
+
+def _place(layer: StoredLayer) -> Problems:
+    name = layer.said.get("format")
+    if name not in FORMATS:
+        return
+    if EMBEDDING.fullmatch(layer.name) and FORMATS[name].embedding_min_comfyui is None:
+        yield f"embedding table in {name}"
+    elif len(layer.weight.shape) not in (2, 3) and not name.startswith("bnb_"):
+        yield f"{len(layer.weight.shape)}-D weight in {name}"
+
+
+def _flat_size(layer: StoredLayer) -> int | None:
+    """The group size of a 4-bit layer with absmax; None for any other layer."""
+    name, size = layer.said.get("format"), layer.said.get("group_size")
+    four_bit = isinstance(name, str) and name.startswith("bnb_") and "absmax" in layer.specs
+    return size if four_bit and type(size) is int else None
+
+
+def _zero_layer(layer: StoredLayer) -> Problems:
+    size = _flat_size(layer)
+    if size is not None and is_zero_defect(layer, size):
+        yield f"weight {list(layer.weight.shape)} stored unpacked"
+
+
+def _no_shape(layer: StoredLayer) -> Problems:
+    size = _flat_size(layer)
+    if size is not None and not is_zero_defect(layer, size) and "shape" not in layer.said:
+        yield f"{2 * layer.weight.nbytes} codes"
+
+
+SHAPE_MISSING = Mistake("shape-missing", "a flat 4-bit weight without its shape", SHAPES, _no_shape)
+FORMAT_UNKNOWN = Mistake(
+    "format-unknown", "the format is empty or unknown", ORIGINAL, _unknown_format
+)
+ROTATION_IMPOSSIBLE = Mistake(
+    "rotation-impossible", "a rotation that cannot be undone", ORIGINAL, _rotation
+)
+
+STORED = (
+    Mistake("json-unreadable", "comfy_quant is not JSON", REPAIR, _unreadable_json),
+    Mistake(
+        "header-differs",
+        "the file header and the layer's JSON differ; the header silently wins",
+        REPAIR,
+        _differing_json,
+    ),
+    Mistake("format-missing", "the JSON has no format", REPAIR, _no_format),
+    FORMAT_UNKNOWN,
+    Mistake("hybrid-scalar", "hybrid_mxfp8 carries one number for many exponents", REPAIR, _hybrid),
+    Mistake("group-size-missing", "1 x b blocks without group size", REPAIR, _group_size_missing),
+    Mistake(
+        "group-size-once",
+        "the group size stands in one place only; some readers look in the other",
+        REPAIR,
+        _group_size_once,
+    ),
+    Mistake(
+        "tag-says-one-scale",
+        "the tag says one scale, the tensor holds several",
+        REPAIR,
+        _tag("scalar"),
+    ),
+    Mistake("tag-hides-groups", "1 x b blocks under another tag", REPAIR, _tag("group")),
+    Mistake(
+        "tag-says-blocks",
+        "the tag says blocks, the scale has another shape",
+        REPAIR,
+        _tag("blocks"),
+    ),
+    Mistake("int8-tag-wrong", "the INT8 tag contradicts the scale's shape", REPAIR, _tag("int8")),
+    Mistake("scale-not-0d", "a single scale is not 0-dimensional", REPAIR, _scale_shape("tensor")),
+    Mistake("row-scale-shape", "row scales have the wrong shape", REPAIR, _scale_shape("row")),
+    Mistake("scale-not-float32", "scales in bf16 or fp16", REPAIR, _half_scales),
+    Mistake("input-scale-wrong", "input_scale cannot be one", REPAIR, _input_scale),
+    Mistake(
+        "dummy-scale",
+        "a dummy scale beside a high-precision weight: ComfyUI casts it to FP8",
+        REPAIR,
+        _dummy_scale,
+    ),
+    ROTATION_IMPOSSIBLE,
+    Mistake(
+        "codes-read-as-numbers",
+        "quantized where ComfyUI would read codes as numbers",
+        REPAIR,
+        _place,
+    ),
+    Mistake(
+        "zero-layer-unpacked",
+        "a zero layer stored unpacked: it decodes to something else",
+        REPAIR,
+        _zero_layer,
+    ),
+    SHAPE_MISSING,
+)
+EXPLAINED = (SHAPE_MISSING, FORMAT_UNKNOWN, ROTATION_IMPOSSIBLE)  # why a layer is not decoded
+
+
+def layer_findings(layer: StoredLayer) -> list[Finding]:
+    return [finding for mistake in STORED for finding in mistake.findings(layer.name, layer)]

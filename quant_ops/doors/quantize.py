@@ -1,0 +1,40 @@
+"""quantize_file: a model file -> a quantized file, streamed layer by layer."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ..checkpoint.importers.source import open_checkpoint
+from ..checkpoint.writer import FileSink
+from ..pipeline import PlanFn, ProgressFn, ignore_progress, quantize
+from ..planning.recipe import Recipe
+from ..report.report import Report
+
+
+def quantize_file(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    device: torch.device | str = "cpu",
+    on_plan: PlanFn | None = None,
+    on_progress: ProgressFn = ignore_progress,
+) -> Report:
+    """Convert a file, an index or a folder of shards to one safetensors file; streamed, atomic,
+    input untouched.
+
+    Layers in a foreign dialect are quantized already, and treated as such.
+
+    Raises:
+        QuantError: see `quantize`.
+    """
+    sink = FileSink(target, overwrite=overwrite)
+    for_gpu = torch.device(device).type == "cuda"
+    # the sink writes every tensor away
+    with open_checkpoint(source, short_lived=True, for_gpu=for_gpu) as opened:
+        return quantize(
+            opened, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress
+        )

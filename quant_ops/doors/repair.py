@@ -1,0 +1,75 @@
+"""repair_file: a copy in which everything is mended that can be without the original, and what was
+done.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint.importers import ImportOptions
+from ..checkpoint.importers.source import ImportedSource
+from ..checkpoint.reader import FileSource
+from ..checkpoint.verify import Finding, Verification
+from ..checkpoint.writer import FileSink
+from ..pipeline import COPY, ProgressFn, ignore_progress, rewrite
+from .verify import verify
+
+
+@dataclass(frozen=True)
+class Repair:
+    """`fixed` are problems of the input that the output does not have, `left` those it still
+    has.
+    """
+
+    name: str
+    fixed: tuple[Finding, ...]
+    left: tuple[Finding, ...]
+    origins: dict[str, int]
+
+    def to_json(self) -> dict:
+        return {
+            "name": self.name,
+            "fixed": [finding.to_json() for finding in self.fixed],
+            "left": [finding.to_json() for finding in self.left],
+            "origins": self.origins,
+        }
+
+    def to_text(self) -> str:
+        lines = [f"{self.name}: {len(self.fixed)} problems fixed, {len(self.left)} left"]
+        lines += [f"  {count:>5} layers  {origin}" for origin, count in self.origins.items()]
+        lines += [f"fixed {finding.to_text()}" for finding in self.fixed]
+        lines += [f"left  {finding.to_text()}" for finding in self.left]
+        return "\n".join(lines)
+
+
+def repair_file(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    options: ImportOptions | None = None,
+    overwrite: bool = False,
+    on_progress: ProgressFn = ignore_progress,
+) -> Repair:
+    """Write a copy in which everything is fixed that can be fixed without the original, and say
+    what was done.
+    """
+    sink = FileSink(target, overwrite=overwrite)
+    with FileSource(source) as file:
+        before = verify(file)
+        with closing(ImportedSource(file, options)) as opened:
+            rewrite(opened, sink, COPY, on_progress=on_progress)
+            origins = opened.origins()
+    with FileSource(Path(target)) as written:
+        return _repaired(before, verify(written), origins)
+
+
+def _repaired(before: Verification, after: Verification, origins: dict[str, int]) -> Repair:
+    """Compare two verifications of a file, before and after it was rewritten in canonical form."""
+    remaining = {(finding.name, finding.layer) for finding in after.findings}
+    fixed = tuple(
+        finding for finding in before.findings if (finding.name, finding.layer) not in remaining
+    )
+    return Repair(before.name, fixed, after.findings, origins)
