@@ -36,38 +36,39 @@ class Row:
 
 ROWS = (
     Row(
-        "FewBitsQuantizeFP8",
-        "Quantize FP8",
-        tuple(name for name in FORMATS if name.startswith("float8_")),
-        "8-bit floating point: half the size of 16 bit, multiplied as it is by GPUs with FP8 "
-        "units.",
-        "float8_e4m3fn opens in stock ComfyUI; the row and block formats have more scales and need "
+        node_id="FewBitsQuantizeFP8",
+        name="Quantize FP8",
+        formats=tuple(name for name in FORMATS if name.startswith("float8_")),
+        about="8-bit floating point: half the size of 16 bit, multiplied as it is by GPUs with "
+        "FP8 units.",
+        choice="float8_e4m3fn opens in stock ComfyUI; the row and block formats have more scales "
+        "and need FewBits.",
+    ),
+    Row(
+        node_id="FewBitsQuantizeINT8",
+        name="Quantize INT8",
+        formats=tuple(name for name in FORMATS if name.startswith("int8_")),
+        about="8-bit integers: half the size of 16 bit, multiplied as they are by NVIDIA GPUs "
+        "since Turing.",
+        choice="int8_tensorwise opens in stock ComfyUI 0.27 or newer; the block formats need "
         "FewBits.",
     ),
     Row(
-        "FewBitsQuantizeINT8",
-        "Quantize INT8",
-        tuple(name for name in FORMATS if name.startswith("int8_")),
-        "8-bit integers: half the size of 16 bit, multiplied as they are by NVIDIA GPUs since "
-        "Turing.",
-        "int8_tensorwise opens in stock ComfyUI 0.27 or newer; the block formats need FewBits.",
+        node_id="FewBitsQuantizeNF4",
+        name="Quantize NF4",
+        formats=("bnb_nf4",),
+        about="4-bit codes of bitsandbytes' NF4 table: just over a quarter of the size of 16 bit, "
+        "on every GPU.",
+        choice="bnb_nf4 needs FewBits to open.",
     ),
     Row(
-        "FewBitsQuantizeNF4",
-        "Quantize NF4",
-        ("bnb_nf4",),
-        "4-bit codes of bitsandbytes' NF4 table: just over a quarter of the size of 16 bit, on "
-        "every GPU.",
-        "bnb_nf4 needs FewBits to open.",
-    ),
-    Row(
-        "FewBitsQuantizeFP4",
-        "Quantize FP4",
-        ("nvfp4", "bnb_fp4"),
-        "4-bit floating point, in one of two formats of that name: just over a quarter of the size "
-        "of 16 bit.",
-        "nvfp4: NVIDIA's, a scale for 16 weights; opens in stock ComfyUI and is multiplied as it "
-        "is by Blackwell GPUs. bnb_fp4: bitsandbytes' table, a scale for 64 weights; needs "
+        node_id="FewBitsQuantizeFP4",
+        name="Quantize FP4",
+        formats=("nvfp4", "bnb_fp4"),
+        about="4-bit floating point, in one of two formats of that name: just over a quarter of "
+        "the size of 16 bit.",
+        choice="nvfp4: NVIDIA's, a scale for 16 weights; opens in stock ComfyUI and is multiplied "
+        "as it is by Blackwell GPUs. bnb_fp4: bitsandbytes' table, a scale for 64 weights; needs "
         "FewBits; bnb_nf4 of Quantize NF4 is more exact.",
     ),
 )

@@ -100,7 +100,8 @@ def load_from_memory(
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """The patcher of a CLIP from converted tensors; how ComfyUI makes further copies of it."""
-    return _build(stored, made, tokenizer, kernels, disable_dynamic).patcher
+    clip = _build(stored, made, tokenizer, kernels, disable_dynamic=disable_dynamic)
+    return clip.patcher
 
 
 def load_with_kernels(
