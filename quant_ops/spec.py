@@ -45,13 +45,15 @@ class Header:
     lie.
 
     `ranges[name]` is (file, first byte, one past the last byte), absolute in that file; empty for
-    in-memory sources.
+    in-memory sources. `fixed` says of layers that cannot be stored quantized why not, where the
+    source knows that: in a graph, the module says what it is.
     """
 
     tensors: dict[str, TensorSpec]
     metadata: dict[str, str] = field(default_factory=dict)
     ranges: dict[str, tuple[Path, int, int]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    fixed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_kitchen.tensor import QuantizedTensor
 
 from ...quant_ops.checkpoint.importers.source import open_checkpoint
-from ...quant_ops.errors import CheckpointError, UnsupportedLayerError
+from ...quant_ops.errors import CheckpointError
 from ...quant_ops.pipeline import PlanFn, ProgressFn, quantize
 from ...quant_ops.planning.recipe import Recipe
 from ...quant_ops.report.report import Report
@@ -23,7 +22,7 @@ from ...quant_ops.sources import MemorySink, MemorySource, TensorSource
 from ...quant_ops.spec import Header
 from .kernels import use_kernels
 from .seams.text_encoders import Made, made_by
-from .weights import Entry, PatchedWeights, carry_over, same_values
+from .weights import Entry, PatchedWeights, carry_over, refuse_unread, same_values
 
 FILE_LOADERS = (
     "load_clip_model_patcher",
@@ -47,7 +46,7 @@ class ClipSource(PatchedWeights):
         stored = _by_tail(self._origins)
         self._entries = {key: self._entry(key, stored) for key in self._state}
         specs = {key: self._spec(key, entry) for key, entry in self._entries.items()}
-        self.header = Header(specs, {}, warnings=warnings)
+        self.header = Header(specs, {}, warnings=warnings, fixed=self._fixed(self._entries))
 
     def read(self, name: str) -> torch.Tensor:
         # the pipeline reads in a thread of its own, outside ComfyUI's inference mode
@@ -198,25 +197,11 @@ def _build(
         model_options=made.model_options,
         disable_dynamic=disable_dynamic,
     )
-    _refuse_unread(state, clip.cond_stage_model)
+    quantized = [name.removesuffix(MARKER) for name in stored.tensors if name.endswith(MARKER)]
+    refuse_unread({base: base for base in quantized}, clip.cond_stage_model)
     if kernels:
         use_kernels(clip.patcher)
     return clip
-
-
-def _refuse_unread(state: dict[str, torch.Tensor], module: torch.nn.Module) -> None:
-    """ComfyUI would take codes for weights, without a word, where a module of its does not know
-    about markers.
-    """
-    for name in state:
-        base = name.removesuffix(MARKER)
-        if base != name and not isinstance(
-            getattr(module.get_submodule(base), "weight", None), QuantizedTensor
-        ):
-            raise UnsupportedLayerError(
-                f"layer '{base}': ComfyUI reads it as plain numbers "
-                f"({type(module.get_submodule(base)).__name__}); keep this layer"
-            )
 
 
 def _find_origins(patcher: ModelPatcher) -> tuple[list[TensorSource], tuple[str, ...]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 
 import comfy.model_base
-import comfy.model_detection
 import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -27,7 +26,6 @@ from ...quant_ops.pipeline import (
 from ...quant_ops.planning.recipe import Recipe
 from ...quant_ops.report.report import Report
 from ...quant_ops.sources import (
-    TORCH_DTYPES,
     MemorySink,
     MemorySource,
     TensorSink,
@@ -35,13 +33,16 @@ from ...quant_ops.sources import (
     spec_of,
 )
 from ...quant_ops.spec import ITEM_SIZES, Header, TensorSpec
-from .weights import Entry, PatchedWeights, carry_over
+from .origin import Naming, Outside, Stored, read_outside
+from .weights import Entry, PatchedWeights, carry_over, refuse_unread, same_values
 
-FILE_LOADERS = (
-    "load_diffusion_model",
-    "load_checkpoint_guess_config",
-    "load_checkpoint_guess_config_model_only",
-)
+# ComfyUI's loaders of MODELs -> whether they look beside the diffusion model
+FILE_LOADERS = {
+    "load_diffusion_model": False,
+    "load_checkpoint_guess_config": True,
+    "load_checkpoint_guess_config_model_only": True,
+}
+V_PREDICTION = comfy.model_base.ModelType.V_PREDICTION
 # What ComfyUI read off a checkpoint beyond the weights, and could not read off the weights alone.
 TRAITS = ("model_type", "model_sampling", "latent_format")
 MARKER = ".comfy_quant"
@@ -67,19 +68,25 @@ class ModelSource(PatchedWeights):
         if not isinstance(diffusion_model, torch.nn.Module):
             raise QuantError("this MODEL has no diffusion model inside; connect one from a loader")
         super().__init__(patcher, diffusion_model, device)
-        self._origin, warnings = _find_origin(patcher)
+        self._origin, self._is_checkpoint, warnings = _find_origin(patcher)
+        self._outside = Outside()
         self._origins = [self._origin] if self._origin else []
         self._pieces: tuple[str, dict[str, torch.Tensor]] = ("", {})
         self.name = self._origin.name if self._origin else "MODEL"
         self._entries = self._list_with_origin() if self._origin else self._list_alone()
         self._restore_markers()
-        self._extra = self._detection_keys()
+        self._extra = self._unsaid()
         specs = {name: self._spec(name, entry) for name, entry in self._entries.items()}
         specs.update({name: spec_of(name, tensor) for name, tensor in self._extra.items()})
         metadata = self._origin.header.metadata if self._origin else {}
         # Which layers are quantized is what the MODEL says, not its file.
         metadata = {key: value for key, value in metadata.items() if key != HEADER_KEY}
-        self.header = Header(specs, metadata, warnings=(*warnings, *self._rounded_again()))
+        self.header = Header(
+            specs,
+            metadata,
+            warnings=(*warnings, *self._rounded_again()),
+            fixed=self._fixed({**self._entries, **{name: Entry(None) for name in self._extra}}),
+        )
 
     def read(self, name: str) -> torch.Tensor:
         if name in self._extra:
@@ -118,6 +125,12 @@ class ModelSource(PatchedWeights):
             if hasattr(old.model, name)
         }
         fresh = load_from_memory(stored, traits, disable_dynamic=not old.is_dynamic())
+        if type(fresh.model) is not type(old.model):
+            raise UnsupportedLayerError(
+                f"{self.name}: ComfyUI takes the converted weights for another model "
+                f"({type(fresh.model).__name__} instead of {type(old.model).__name__}); convert "
+                "its file with Quantize File"
+            )
         return carry_over(old, fresh, (load_from_memory, (stored, traits)), self.PREFIX)
 
     def _list_alone(self) -> dict[str, Entry]:
@@ -128,33 +141,47 @@ class ModelSource(PatchedWeights):
 
     def _list_with_origin(self) -> dict[str, Entry]:
         """The origin's names in its order, then what only the MODEL has and would be lost."""
-        entries: dict[str, Entry] = {}
-        keys = _keys_of(self.patcher, self._origin.header)
-        names = {key: short for short, _, key in keys if key in self._state}
+        naming = Naming(self.patcher.model.model_config, self._origin)
+        stored = naming.stored()
+        names = {tensor.key: tensor.short for tensor in stored if tensor.key in self._state}
         quantized = {
             names[f"{base}.weight"] for base in self.quantized if f"{base}.weight" in names
         }
-        for short, stored, key in keys:
-            if key in self._state:
-                entries[short] = Entry(key, self._origin, stored)
-            elif f"{short.rpartition('.')[0]}.weight" not in quantized and short != LEGACY_MARKER:
-                # ComfyUI may recognise the model by it
-                entries[short] = Entry(None, self._origin, stored)
-        # ComfyUI fills in what a file lacks. But tensors lacking on both sides mean that it built
-        # some from others.
-        unknown = [short for short, entry in entries.items() if entry.key is None]
-        lacking = [key for key in self._state if key not in names]
-        derived = bool(unknown) and any(self._quantized_base(key) is None for key in lacking)
-        for short in unknown if derived else ():
-            del entries[short]
-        for key in lacking:
+        entries: dict[str, Entry] = {}
+        covered = set(names)
+        for tensor in stored:
+            if tensor.key in self._state:
+                entries[tensor.short] = Entry(tensor.key, self._origin, tensor.name)
+            elif tensor.parts and not self._holds(naming, tensor):
+                continue  # its parts are offered instead
+            elif f"{tensor.short.rpartition('.')[0]}.weight" in quantized:
+                continue  # a piece of a layer that ComfyUI spells in its own way
+            elif tensor.short != LEGACY_MARKER:
+                # ComfyUI may recognise the model by it, or make its parts of it again
+                entries[tensor.short] = Entry(None, self._origin, tensor.name)
+                covered.update(tensor.parts)
+        parts = {key for tensor in stored for key in tensor.parts}
+        for key in self._state:
             base = self._quantized_base(key)
+            if key in covered:
+                continue
             if base is not None:  # a piece that the file spells differently
                 weight = names.get(f"{base}.weight", f"{base}.weight")
                 entries[f"{weight.removesuffix('weight')}{key[len(base) + 1 :]}"] = Entry(key)
-            elif derived or self._patches(key):
+            elif key in parts or self._patches(key):  # ComfyUI fills in what a file lacks
                 entries[key] = Entry(key)
+        self._outside = read_outside(naming.config, self._origin, naming.prefix)
+        for name in self._outside.names if self._is_checkpoint else ():
+            entries.setdefault(name, Entry(None, self._origin, name))
         return entries
+
+    def _holds(self, naming: Naming, stored: Stored) -> bool:
+        """Whether the MODEL has what ComfyUI makes of a stored tensor, unchanged and unpatched."""
+        if any(key not in self._state or self._patches(key) for key in stored.parts):
+            return False
+        with torch.no_grad():
+            made = naming.parts_of(stored, self._origin.read(stored.name))
+        return all(same_values(tensor, self._state[key]) for key, tensor in made.items())
 
     def _restore_markers(self) -> None:
         """ComfyUI writes a marker again with the keys it knows; the origin's says more, if the
@@ -171,13 +198,25 @@ class ModelSource(PatchedWeights):
             ):
                 self._state[key] = original
 
-    def _detection_keys(self) -> dict[str, torch.Tensor]:
-        """What ComfyUI itself adds when it saves, because the weights alone would not say it."""
-        v_prediction = (
-            getattr(self.patcher.model, "model_type", None)
-            == comfy.model_base.ModelType.V_PREDICTION
-        )
-        return {"v_pred": torch.empty(0)} if v_prediction and "v_pred" not in self._entries else {}
+    def _unsaid(self) -> dict[str, torch.Tensor]:
+        """What the offered tensors alone would not tell ComfyUI about the MODEL."""
+        model = self.patcher.model
+        if self._origin is None:
+            return self._saved_outside()
+        if model.model_type != V_PREDICTION or "v_pred" in self._entries:
+            return {}
+        told = self._outside.model
+        if told is not None and told.model_type == V_PREDICTION:
+            return {}
+        return {"v_pred": torch.empty(0)}
+
+    def _saved_outside(self) -> dict[str, torch.Tensor]:
+        """What ComfyUI itself adds when it saves, and what it will not do without."""
+        model = self.patcher.model
+        own, required = model.state_dict(), model.model_config.required_keys
+        outside = {key: own[key] for key in required if key in own}
+        outside.update(model.state_dict_for_saving({}))
+        return {name: tensor.detach().cpu() for name, tensor in outside.items()}
 
     def _spec(self, name: str, entry: Entry) -> TensorSpec:
         if entry.key is not None and self._quantized_base(entry.key) is not None:
@@ -231,6 +270,13 @@ def load_from_memory(
         )
     for name, value in traits.items():
         setattr(loaded.model, name, copy.deepcopy(value))
+    naming = Naming(loaded.model.model_config, stored)
+    quantized = {
+        tensor.short.removesuffix(MARKER): (tensor.key or tensor.short).removesuffix(MARKER)
+        for tensor in naming.stored()
+        if tensor.short.endswith(MARKER)
+    }
+    refuse_unread(quantized, loaded.model.diffusion_model)
     return loaded
 
 
@@ -277,45 +323,23 @@ def save_model(
         return rewrite(source, sink, COPY, on_plan=on_plan, on_progress=on_progress)
 
 
-def _find_origin(patcher: ModelPatcher) -> tuple[TensorSource | None, tuple[str, ...]]:
-    """Where the MODEL's weights came from, and a warning if that cannot be read any more."""
+def _find_origin(patcher: ModelPatcher) -> tuple[TensorSource | None, bool, tuple[str, ...]]:
+    """Where the MODEL's weights came from, whether as a checkpoint, and a warning if that cannot be
+    read any more.
+    """
     init = getattr(patcher, "cached_patcher_init", None)
     if init is None:
-        return None, ()
+        return None, False, ()
     factory, arguments = init[:2]
     if factory is load_from_memory:
-        return arguments[0], ()
+        return arguments[0], False, ()
     if factory.__module__ != "comfy.sd" or factory.__name__ not in FILE_LOADERS:
-        return None, ()
+        return None, False, ()
     try:
-        return open_checkpoint(arguments[0]), ()
+        return open_checkpoint(arguments[0]), FILE_LOADERS[factory.__name__], ()
     except CheckpointError as error:
-        return None, (
-            f"the MODEL's file cannot be read again, so dtypes are those in memory ({error})",
-        )
-
-
-def _keys_of(patcher: ModelPatcher, header: Header) -> list[tuple[str, str, str | None]]:
-    """(name without the checkpoint's prefix, name in the file, key in the MODEL) for each tensor of
-    the model's part.
-
-    The key is None where ComfyUI does not put the file's tensor into the MODEL as it is. It is
-    found by sending stand-ins without data through ComfyUI's own renaming.
-    """
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(header.tensors)
-    part = {name: name[len(prefix) :] for name in header.tensors if name.startswith(prefix)}
-    part = part or {name: name for name in header.tensors}
-    stand_ins = {}
-    for name, short in part.items():
-        spec = header.tensors[name]
-        stand_ins[short] = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
-    # a copy (it refuses copy.copy): some families keep notes
-    config = object.__new__(type(patcher.model.model_config))
-    config.__dict__.update(patcher.model.model_config.__dict__)  # in it while they rename
-    keys = {
-        id(tensor): key for key, tensor in config.process_unet_state_dict(dict(stand_ins)).items()
-    }
-    return [(short, name, keys.get(id(stand_ins[short]))) for name, short in part.items()]
+        warning = f"the MODEL's file cannot be read again, so dtypes are those in memory ({error})"
+        return None, False, (warning,)
 
 
 def _marker(base: str, tensor: torch.Tensor) -> dict:

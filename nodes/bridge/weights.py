@@ -13,11 +13,13 @@ from pathlib import Path
 
 import comfy.lora
 import comfy.model_management
+import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...quant_ops.checkpoint.importers.source import ImportedSource
+from ...quant_ops.checkpoint.labels import EMBEDDING
 from ...quant_ops.checkpoint.reader import FileSource
 from ...quant_ops.errors import QuantError, UnsupportedLayerError
 from ...quant_ops.files import InputFile
@@ -56,6 +58,7 @@ class PatchedWeights:
         unload(patcher)
         self.patcher, self.device = patcher, torch.device(device)
         self._state = module.state_dict()
+        self._modules = dict(module.named_modules())
         _refuse_foreign_tensors(self._state)
         self.quantized = {
             name: module
@@ -81,6 +84,19 @@ class PatchedWeights:
         for origin in self._origins:
             if isinstance(origin, (FileSource, ImportedSource)):
                 origin.close()
+
+    def _fixed(self, entries: dict[str, Entry]) -> dict[str, str]:
+        """Of the offered weights that no module takes quantized, why not: base name -> words."""
+        bases = {name.removesuffix(".weight"): entry for name, entry in entries.items()}
+        found = {
+            base: why_plain(base, self._module(entry.key))
+            for base, entry in bases.items()
+            if f"{base}.weight" in entries
+        }
+        return {base: why for base, why in found.items() if why}
+
+    def _module(self, key: str | None) -> torch.nn.Module | None:
+        return None if key is None else self._modules.get(key.rpartition(".")[0])
 
     def _patches(self, key: str) -> list | None:
         return self.patcher.patches.get(self.PREFIX + key)
@@ -139,6 +155,44 @@ def _paths_in(arguments: object) -> Iterator[Path]:
             yield from _paths_in(argument)
     elif isinstance(arguments, (str, os.PathLike)) and os.path.isfile(arguments):
         yield Path(arguments)
+
+
+def why_plain(base: str, module: torch.nn.Module | None) -> str | None:
+    """Why ComfyUI cannot load the weight of a module quantized, or None when it can.
+
+    Args:
+        base: the layer's name; the tables that the formats know are known by it.
+        module: None for a tensor that becomes no weight as it is.
+    """
+    if module is None:
+        return "ComfyUI puts it into no layer as it is"
+    castable = isinstance(module, comfy.ops.CastWeightBiasOp)
+    if isinstance(module, torch.nn.Embedding):
+        known = castable and EMBEDDING.fullmatch(base)
+        return None if known else "a lookup table"
+    if castable and hasattr(module, "in_features"):
+        return None
+    return f"ComfyUI loads no {type(module).__name__} of this model quantized"
+
+
+def refuse_unread(state: dict[str, str], module: torch.nn.Module) -> None:
+    """Raise where ComfyUI took codes for weights, without a word: in modules that do not know about
+    markers.
+
+    Args:
+        state: base name of a quantized layer -> its module's name.
+
+    Raises:
+        UnsupportedLayerError: the first such layer.
+    """
+    modules = dict(module.named_modules())
+    for base, name in state.items():
+        found = modules.get(name)
+        if not isinstance(getattr(found, "weight", None), QuantizedTensor):
+            raise UnsupportedLayerError(
+                f"layer '{base}': ComfyUI reads it as plain numbers ({type(found).__name__}); keep "
+                "this layer"
+            )
 
 
 def same_values(original: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -190,7 +190,7 @@ class _Planner:
         if base in self.markers:
             return self._recode(base, specs)
         (spec,) = specs
-        obstacle = not_a_candidate(spec)
+        obstacle = not_a_candidate(spec) or self.header.fixed.get(base)
         if obstacle:
             named = spec.name.endswith(".weight")
             return _keep(base, spec, obstacle), self.rules.notice(base, scope) if named else None

@@ -137,18 +137,15 @@ def test_a_tensor_that_only_says_which_model_it_is_is_carried_along(comfy, tmp_p
         assert torch.equal(source.read("__some_flag__"), torch.ones(3))
 
 
-def test_where_comfyui_builds_weights_out_of_others_its_own_names_are_used(
+def test_where_comfyui_builds_other_weights_than_the_file_has_its_own_names_are_used(
     model, source_of, monkeypatch
 ):
-    def split(self, state):
+    def doubled(self, state):
         state = dict(state)
         whole = state.pop("final_layer.linear.weight")
-        return {
-            **state,
-            "final_layer.linear.weight": whole[:],
-        }  # another tensor, as after cutting in_proj in three
+        return {**state, "final_layer.linear.weight": whole * 2}  # not what the MODEL holds
 
-    monkeypatch.setattr(type(model.model.model_config), "process_unet_state_dict", split)
+    monkeypatch.setattr(type(model.model.model_config), "process_unet_state_dict", doubled)
     with source_of(model) as source:
         state = model.model.diffusion_model.state_dict()
         assert set(source.header.tensors) == set(state)

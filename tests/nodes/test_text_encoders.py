@@ -255,11 +255,22 @@ def test_a_file_that_is_gone_or_changed_leaves_the_weights_in_memory(
     assert relative_error(encode(new), encode(clip)) < limit("bnb_nf4")
 
 
-def test_a_layer_that_comfyui_would_read_as_numbers_is_refused(clip, quantize_clip):
-    from fewbits.quant_ops.errors import QuantError
+def test_a_table_that_only_its_module_tells_from_a_linear_layer_is_kept(clip, quantize_clip):
+    new, report = quantize_clip(clip, "float8_e4m3fn_rowwise", preset="none")
+    kept = {layer.name: layer.reason for layer in report.plan.layers if layer.format is None}
+    name = "clip_l.transformer.text_model.embeddings.position_embedding"
+    assert kept[name] == "a lookup table"
+    assert name.removeprefix("clip_l.transformer.") not in layers(new)
 
-    with pytest.raises(QuantError, match="position_embedding.*not supported for Embedding layers"):
-        quantize_clip(clip, "float8_e4m3fn_rowwise", preset="none")
+
+def test_codes_that_comfyui_would_read_as_numbers_are_refused(comfy):
+    from fewbits.nodes.bridge.weights import refuse_unread
+    from fewbits.quant_ops.errors import UnsupportedLayerError
+
+    module = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4)})
+    refuse_unread({}, module)
+    with pytest.raises(UnsupportedLayerError, match=r"layer 'x.a'.*plain numbers \(Linear\)"):
+        refuse_unread({"x.a": "a"}, module)
 
 
 def test_two_files_of_one_kind_are_told_apart_by_their_values(comfy, load, tmp_path):
