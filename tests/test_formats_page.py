@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fewbits.quant_ops.formats import FORMATS, get_format
-from fewbits.quant_ops.planning.recipe import parse_wish
+from fewbits.quant_ops.planning.planner import make_plan
+from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.sources import DTYPE_NAMES
-from fewbits.quant_ops.spec import LayerInput
+from fewbits.quant_ops.spec import Header, LayerInput, TensorSpec
 from support.harness import readme
 from support.harness.emoji import ROOT
 
@@ -95,3 +96,41 @@ def test_the_minimum_versions_are_those_of_the_formats():
         if format.native
     }
     assert {name: (since, table) for name, since, table in rows} == native
+
+
+SHAPES = {  # of a layer that the row's reason is about
+    "float8_e4m3fn_blockwise": (1000, 1024),
+    "float8_e4m3fn_block3d": (64, 70),
+    "int8_blockwise": (1000, 1024),
+    "int8_lodewise": (64, 70),
+    "int8_tensorwise:convrot=true": (64, 1152),
+    "convrot_w4a4": (64, 96),
+    "asym_w4a8_int8": (64, 24),
+    "mxfp8": (20, 40),
+    "nvfp4": (20, 36),
+    "bnb_nf4": (64, 33),
+    "bnb_fp4": (64, 33),
+}
+CHAIN = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in PAGE.split("## Fallbacks")[1].split("\n## ")[0].splitlines()
+    if line.startswith("| `")
+]
+
+
+@pytest.mark.parametrize("wish", SHAPES)
+def test_a_shape_that_does_not_fit_leads_where_the_page_says(wish):
+    name = f"`{wish.partition(':')[0]}`"
+    _, _, reason, instead = next(row for row in CHAIN if name in row[0] and row[2])
+    spec = TensorSpec("a.weight", "BF16", SHAPES[wish])
+    (layer,) = make_plan(Header({spec.name: spec}), Recipe(parse_wish(wish))).layers
+    said = re.sub(r"\d+", "N", reason.strip("`"))
+    assert said in re.sub(r"\d+", "N", layer.reason)
+    assert layer.format == wish.partition(":")[0] or f"`{layer.format}`" in instead
+
+
+def test_every_format_is_in_the_table_of_fallbacks():
+    named = {name for row in CHAIN for name in re.findall(r"`(\w+)`", row[0])}
+    assert {"float8_e4m3fn_rowwise" if name == "_rowwise" else name for name in named} == set(
+        FORMATS
+    )

@@ -69,3 +69,20 @@ def test_every_page_that_code_names_exists():
             if found := missing(ROOT / "README.md", target):
                 wrong.append(f"{path.relative_to(ROOT)}: {found}")
     assert wrong == []
+
+
+ROOMS = "kernels|quant_ops|nodes|tests|docs|web|locales|example_workflows"
+
+
+def placeholder(path: str) -> bool:
+    """`quant_ops/recipes/<name>.toml` and the like."""
+    return "<" in path or "*" in path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_path_that_a_page_names_exists(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(rf"`((?:{ROOMS})/[^`\s]*)`", text)
+    # what a run writes, and folders of the reader's own
+    wrong = [path for path in named if not placeholder(path) and not (ROOT / path).exists()]
+    assert wrong == []
