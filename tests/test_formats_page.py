@@ -8,6 +8,7 @@ import struct
 import pytest
 import torch
 
+from fewbits.quant_ops.checkpoint.verify import MISTAKES
 from fewbits.quant_ops.formats import FORMATS, get_format
 from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
@@ -134,3 +135,24 @@ def test_every_format_is_in_the_table_of_fallbacks():
     assert {"float8_e4m3fn_rowwise" if name == "_rowwise" else name for name in named} == set(
         FORMATS
     )
+
+
+def test_the_dialects_of_the_page_are_those_of_the_importers():
+    table = PAGE.split("## Dialects")[1].split("\n\n")[2]
+    cells = [line.split("|")[3] for line in table.splitlines()[2:]]
+    named = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    folder = ROOT / "quant_ops" / "checkpoint" / "importers"
+    source = "\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+    assert {name for name in named if f'"{name}"' not in source} == set()
+    assert set(re.findall(r'"([a-z0-9_]+(?:-[a-z0-9]+)+)"', source)) <= named
+
+
+def test_the_mistakes_of_the_page_are_those_that_verify_looks_for():
+    header = ["name", "what is wrong", "mended by"]
+    rows = [
+        [f"`{mistake.name}`", mistake.wrong, mistake.fix or "the original model"]
+        for mistake in MISTAKES.values()
+    ]
+    if readme.WRITE:
+        readme.write("mistakes", header, rows)
+    assert readme.table("mistakes") == [header, *rows]
