@@ -11,7 +11,7 @@ import torch
 from .dispatch import op
 from .triton import why_not_triton
 
-TINY = 2.0**-80  # a region whose absmax is below this is a zero block (FORMATS section 0)
+TINY = 2.0**-80  # a region whose absmax is below this is a zero block: docs/formats.md#numbers
 CHUNK_ELEMENTS = 1 << 20
 # Elements per chunk of the encoders: scratch of 4 MB float32. Measured on two CPU cores (torch
 # 2.11, AVX-512), GB/s of bf16 read, float8_e4m3fn: 2.5 at 2^16, 2.8 at 2^17, 3.5 at 2^18, 4.6 at

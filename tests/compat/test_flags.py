@@ -15,7 +15,7 @@ from fewbits.quant_ops.errors import RecipeError
 from fewbits.quant_ops.formats import FORMATS
 from fewbits.quant_ops.planning.recipe import parse_wish
 
-# CLI.md section 2, every flag named there.
+# Every flag of the classic command.
 DOCUMENTED = """--input --output --comfy_quant --int8 --nf4 --fp4 --nvfp4 --mxfp8 --convrot --convrot-group-size --scaling_mode
 --block_size --kernel_backend --fallback --fallback-block-size --fallback-simple --custom-layers --custom-type
 --custom-block-size --custom-scaling-mode --custom-simple --custom-heur --exclude-layers --simple --heur --optimizer

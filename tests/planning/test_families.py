@@ -140,7 +140,7 @@ def test_presets_add_up():
 @pytest.mark.parametrize("wish", ["bnb_nf4", "nvfp4"])
 @pytest.mark.parametrize("model", DIFFUSION, ids=[model.name for model in DIFFUSION])
 def test_comfyui_recognises_the_packed_file_as_it_does_the_original(model, wish, comfy):
-    """Detection reads shapes; what it reads must not be packed (COMFYUI section 5, rule 1)."""
+    """Detection reads shapes; what it reads must not be packed."""
     from comfy.model_detection import detect_unet_config
 
     shapes = model.shapes(built(model))

@@ -1,4 +1,4 @@
-"""The golden inputs of the file format (section 9.1) and short forms for bytes and bits."""
+"""The golden inputs of tests/formats/test_golden.py, and short forms for bytes and bits."""
 
 from __future__ import annotations
 
