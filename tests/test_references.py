@@ -86,3 +86,18 @@ def test_every_path_that_a_page_names_exists(page):
     # what a run writes, and folders of the reader's own
     wrong = [path for path in named if not placeholder(path) and not (ROOT / path).exists()]
     assert wrong == []
+
+
+def test_the_map_names_every_room():
+    """Packages of kernels, quant_ops and nodes by their path, modules at their top by their name."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.split("## The map")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([^`]+)`", table))
+    places = [path.parent for path in tracked() if path.name == "__init__.py"]
+    rooms = {path.relative_to(ROOT).as_posix() for path in places}
+    packages = {room for room in rooms if room.startswith(("kernels", "quant_ops", "nodes"))}
+    hidden = {room for room in packages if "installed" in room}
+    assert {room for room in packages - hidden if f"{room}/" not in named} == set()
+    modules = [path for room in ("kernels", "quant_ops") for path in (ROOT / room).glob("*.py")]
+    names = {path.relative_to(ROOT).as_posix() for path in modules if path.stem != "__init__"}
+    assert {name for name in names if not {name, Path(name).name} & named} == set()

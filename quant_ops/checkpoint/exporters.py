@@ -1,5 +1,4 @@
-"""What a canonical layer may become besides itself: bitsandbytes' keys (FORMATS 3.10), or a plain
-weight.
+"""What a canonical layer may become besides itself: bitsandbytes' keys, or a plain weight.
 
 | bitsandbytes key | content |
 |---|---|

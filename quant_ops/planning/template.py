@@ -1,4 +1,4 @@
-"""The layer-config template: one entry to fill in per layer that can be quantized (FORMATS 7.6)."""
+"""The layer-config template: one entry to fill in per layer that can be quantized."""
 
 from __future__ import annotations
 
