@@ -1,7 +1,6 @@
 """docs/formats.md against the code: the examples' bytes, thresholds, chains, versions and what `verify` looks for."""
 
 import hashlib
-import json
 import re
 import struct
 
@@ -9,13 +8,15 @@ import pytest
 import torch
 
 from fewbits.quant_ops.checkpoint.verify import MISTAKES
-from fewbits.quant_ops.formats import FORMATS, get_format
+from fewbits.quant_ops.formats import FORMATS
+from fewbits.quant_ops.pipeline import quantize
 from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
-from fewbits.quant_ops.sources import DTYPE_NAMES
-from fewbits.quant_ops.spec import Header, LayerInput, TensorSpec
+from fewbits.quant_ops.sources import DTYPE_NAMES, MemorySink, MemorySource
+from fewbits.quant_ops.spec import Header, TensorSpec
 from support.harness import readme
 from support.harness.emoji import ROOT
+from support.vectors import raw
 
 PAGE = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
@@ -34,16 +35,13 @@ def example_weight() -> torch.Tensor:
 
 def example(wish: str) -> str:
     """The block of one example: marker, then type, shape, first bytes and sum of every tensor."""
-    asked = parse_wish(wish)
-    format = get_format(asked.format)
-    weight, options = example_weight(), format.resolve(asked.options)
-    layer = LayerInput(tuple(weight.shape), "BF16")
-    prepared = format.prepare(weight, options)
-    tensors = format.quantize(prepared, format.grid(layer, options), options)
-    marker = format.marker(layer, options)
-    lines = [f"comfy_quant {json.dumps(marker)}"]
-    for suffix, tensor in tensors.items():
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    asked = wish + (",method=nearest" if ":" in wish else ":method=nearest")
+    sink = MemorySink()
+    quantize(MemorySource({"a.weight": example_weight()}), sink, Recipe(parse_wish(asked)))
+    stored = {name.removeprefix("a."): tensor for name, tensor in sink.tensors.items()}
+    lines = [f"comfy_quant {raw(stored.pop('comfy_quant')).decode()}"]
+    for suffix in sorted(stored, key=lambda suffix: (suffix != "weight", suffix)):
+        tensor, data = stored[suffix], raw(stored[suffix])
         shape = "(" + ", ".join(map(str, tensor.shape)) + (",)" if tensor.dim() == 1 else ")")
         lines += [
             f"{suffix} {DTYPE_NAMES[tensor.dtype]} {shape} sum {hashlib.sha256(data).hexdigest()[:16]}",
