@@ -18,6 +18,7 @@ from fewbits.quant_ops.errors import QuantError
 from fewbits.quant_ops.formats import FORMATS, own_methods
 from fewbits.quant_ops.methods import METHODS
 from fewbits.quant_ops.planning.layer_config import parse_layer_config
+from fewbits.quant_ops.planning.model_family import families
 from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import draft_from_text, parse_wish, recipe_from_table
 from fewbits.quant_ops.spec import Header, TensorSpec
@@ -220,3 +221,10 @@ def test_the_readme_shows_messages_as_they_are(start, tmp_path):
     with pytest.raises(QuantError) as refused:
         REFUSALS[start](tmp_path)
     assert re.search(as_pattern(shown), str(refused.value))
+
+
+def test_the_families_named_in_the_readme_are_recognised():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (named,) = re.findall(r"high precision is known for (.*?), their text encoders", readme, re.S)
+    titles = {family.title for family in families() if family.kind != "refuse"}
+    assert {name.strip() for name in re.split(r",\s*", named)} <= titles
