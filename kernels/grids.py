@@ -1,7 +1,7 @@
 """Levels of a number format: rounding scaled values to codes and back, in cache-sized chunks.
 
-q = round(w / scale), w ~ q * scale. All arithmetic is float32 whatever the dtype of w (FORMATS
-2.1).
+q = round(w / scale), w ~ q * scale. All arithmetic is float32 whatever the dtype of
+w: docs/formats.md#numbers.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ def output_metadata(
     min_comfyui: str,
     requires_pack: bool,
 ) -> dict[str, str]:
-    """`__metadata__` of the output (FORMATS 1.2): foreign keys copied, ours rebuilt. No time, path
-    or door.
+    """`__metadata__` of the output (docs/formats.md#container): foreign keys copied, ours rebuilt. No
+    time, path or door.
     """
     kept = {
         key: value

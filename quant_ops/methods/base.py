@@ -17,8 +17,8 @@ import torch
 from ...kernels.grids import Grid, Scale
 from ..errors import RecipeError, closest
 
-# Plain weight error allowed to a method whose objective is only a proxy, x nearest (PERFORMANCE
-# section 4).
+# Plain weight error allowed to a method whose objective is only a proxy, x nearest:
+# docs/rules.md#methods.
 WEIGHT_ERROR_LIMIT = 1.02
 
 # (codes, scale) -> what a method minimises, measured on these codes.

@@ -28,7 +28,7 @@ from .model_family import Part, find_parts, load_preset, width_layers
 from .recipe import Recipe, recipe_to_toml
 from .rules import CompiledRule, Decision, RuleList, Tally, compile_rules
 
-SMALLEST_SIDE = 16  # FORMATS section 4: smaller layers gain nothing and some kernels refuse them
+SMALLEST_SIDE = 16  # smaller layers gain nothing, and some kernels refuse them
 BANKS_SINCE = "0.23.0"  # the first ComfyUI that reads quantized banks of experts
 READS_WIDTH = "ComfyUI reads its width to recognise the model"
 
@@ -355,8 +355,8 @@ def _keep(base: str, spec: TensorSpec, reason: str, requested: str | None = None
 
 
 def not_a_candidate(spec: TensorSpec) -> str | None:
-    """Why a tensor can never be quantized, in the exact words of FORMATS section 4; None when it
-    can.
+    """Why a tensor can never be quantized, in the words of
+    docs/formats.md#which-layers-are-candidates; None when it can.
     """
     if not spec.name.endswith(".weight"):
         return "not a weight"

@@ -14,7 +14,7 @@ format = "float8_e4m3fn"
 match = "double_blocks.0.*"
 format = "float8_e4m3fn"             # or: keep = true
 heuristics = false                   # true: keep what gains nothing by its shape
-[layer_config]                       # the layer-config JSON as a table (FORMATS 7)
+[layer_config]                       # the layer-config JSON as a table: docs/rules.md
 "img_in" = { skip = true }
 """
 

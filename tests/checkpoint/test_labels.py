@@ -1,4 +1,4 @@
-"""The table of FORMATS 9.8: N = 256, K = 128."""
+"""docs/formats.md#labels-from-shapes, for N = 256 and K = 128."""
 
 import pytest
 

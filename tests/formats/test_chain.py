@@ -1,4 +1,4 @@
-"""Which shapes a format takes, what it says when it does not, and where a layer goes instead (section 4)."""
+"""Which shapes a format takes, what it says when it does not, and where a layer goes instead (docs/formats.md#fallbacks)."""
 
 import pytest
 

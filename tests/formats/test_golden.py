@@ -1,4 +1,4 @@
-"""The golden vectors of the file format (sections 9.1 to 9.6 and 9.9), byte for byte, zeros included."""
+"""The golden vectors of the file format, byte for byte, zeros included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layer-config JSON: ranking as documented, every problem found at once, warnings that help (FORMATS section 7)."""
+"""The layer-config JSON: ranking as documented, every problem found at once, warnings that help."""
 
 import json
 import random
@@ -25,7 +25,7 @@ from fewbits.quant_ops.spec import Header, TensorSpec
 from support.helpers import flux_shapes
 
 FP8 = {"format": "float8_e4m3fn"}
-# FORMATS 7.3, winner first: pattern, rank, literal length, wildcards
+# Winner first: pattern, rank, literal length, wildcards
 ATTENTION = [
     ("double_blocks.0.img_attn.proj", 0, 29, 0),
     ("double_blocks.[0-3].img_attn.*", 1, 24, 2),
