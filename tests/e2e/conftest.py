@@ -36,9 +36,3 @@ def originals(stock):
 def reference(originals):
     """The original's picture of each prompt."""
     return {prompt: found.image for prompt, found in originals.items()}
-
-
-@pytest.fixture(scope="module")
-def measured():
-    """Label -> row of a table, filled by one test and read by the next."""
-    return {}

@@ -148,9 +148,10 @@ def embed(server):
             done = server.run(workflow)
             assert done.status == "success", done.error
             stored = load_file(server.output / "embeddings.safetensors")
-            seen[key] = torch.cat([stored[name].flatten() for name in sorted(stored)])
-            run.outputs = done.history["outputs"]
-        return seen[key]
+            values = torch.cat([stored[name].flatten() for name in sorted(stored)])
+            seen[key] = values, done.history["outputs"]
+        values, run.outputs = seen[key]
+        return values
 
     return run
 
@@ -279,13 +280,13 @@ def test_clip_save_and_the_stock_loader_round_trip(server, embed, files, encoder
     workflow = {
         "loader": stock(server, files(encoder), kind),
         "quantize": node("FewBitsQuantizeTextEncoder", clip=["loader", 0], format="bnb_nf4"),
-        "save": node("CLIPSave", clip=["quantize", 0], filename_prefix=f"clip/{encoder}"),
+        "save": node("CLIPSave", clip=["quantize", 0], filename_prefix=f"clip/saved_{encoder}"),
     }
     done = server.run(workflow)
     assert done.status == "success", done.error
     (report,) = done.history["outputs"]["quantize"]["fewbits_report"]
     assert report["kernels"][0].endswith("decoded, then multiplied at full precision")
-    (path,) = (server.output / "clip").glob(f"{encoder}*.safetensors")
+    (path,) = (server.output / "clip").glob(f"saved_{encoder}*.safetensors")
     got = embed(
         node("CLIPLoader", clip_name=path.name, type=kind)
     )  # the output folder is in the loader's list

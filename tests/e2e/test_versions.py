@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from support.harness import EMOJI_NODES, PACK, PROMPTS, ComfyServer, emoji_models, readme
+from support import results
+from support.harness import EMOJI_NODES, PACK, PROMPTS, ComfyServer, emoji_models
 from support.harness.quality import compare, sample
 from support.wishes import WISHES, least_ssim, write_emoji
 
@@ -13,7 +14,6 @@ OLDER = dict(
     line.split("=", 1) for line in os.environ.get("FEWBITS_OLDER_COMFYUI", "").splitlines()
 )
 PINNED = "0.30.0"
-VERSIONS = [*OLDER, PINNED]
 STOCK, PACKED, NEITHER = "stock", "FewBits", "-"
 # One prompt may fall below the mean of eight, by 0.04 at most where it was measured; a misread file falls below 0.5.
 MARGIN = 0.1
@@ -28,22 +28,11 @@ def files(tmp_path_factory):
     return {label: write_emoji(folder, label) for label in WISHES}
 
 
-@pytest.fixture(scope="module")
-def found():
-    """version -> label -> cell of the table."""
-    return {}
-
-
-@pytest.fixture(scope="module")
-def ours():
-    """label -> samples on the first version where the pack opened the file."""
-    return {}
-
-
 def opened(server, files, originals):
     """Label -> samples of the files that give the original's picture here."""
     found = {}
     for label, path in files.items():
+        server.add_model("diffusion_models", path)
         try:
             samples = sample(server, path.name, PROMPTS[:1])
         except RuntimeError:
@@ -53,42 +42,44 @@ def opened(server, files, originals):
     return found
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_what_opens_where(comfyui, files, originals, found, ours, tmp_path, version):
-    tree = Path(OLDER.get(version, comfyui))
-    models = emoji_models(*files.values())
+@pytest.fixture(scope="module")
+def pinned(server, files, originals):
+    """`opened` with the pack on the ComfyUI that all other tests run, and what it wrote to its log meanwhile."""
+    before = len(server.log)
+    return opened(server, files, originals), server.log_problems(since=before)
+
+
+def both_ways(tree, files, originals, folder, version):
+    """`opened` with the pack, what that wrote to the log, and `opened` without the pack."""
     with ComfyServer(
-        tmp_path / "pack", custom_nodes=[PACK, EMOJI_NODES], models=models, tree=tree
+        folder / "pack", custom_nodes=[PACK, EMOJI_NODES], models=emoji_models(), tree=tree
     ) as server:
         assert server.stats["system"]["comfyui_version"] == version
-        with_pack = opened(server, files, originals)
-        assert not server.log_problems()
+        with_pack, problems = opened(server, files, originals), server.log_problems()
     with ComfyServer(
-        tmp_path / "stock", custom_nodes=[EMOJI_NODES], models=models, tree=tree
+        folder / "stock", custom_nodes=[EMOJI_NODES], models=emoji_models(), tree=tree
     ) as server:
-        without = opened(server, files, originals)
+        return with_pack, problems, opened(server, files, originals)
+
+
+def hold(version, with_pack, problems, without, pinned):
+    """What was found on a version is what is stored, without a complaint, and our own code gives the same numbers."""
+    assert not problems
     assert set(without) <= set(with_pack)
-    found[version] = {
-        label: STOCK if label in without else PACKED if label in with_pack else NEITHER
-        for label in files
-    }
-    for label, samples in with_pack.items():
-        if found[version][label] == PACKED:  # our own code on every version: the same numbers
-            first = ours.setdefault(label, samples)
-            assert compare(samples, first).latent_cosine >= SAME, label
+    found = dict.fromkeys(WISHES, NEITHER)
+    found |= dict.fromkeys(with_pack, PACKED) | dict.fromkeys(without, STOCK)
+    for label in (label for label, cell in found.items() if cell == PACKED):
+        assert compare(with_pack[label], pinned[label]).latent_cosine >= SAME, label
+    assert results.stored("versions", version, found) == found
 
 
-def test_the_readme_says_what_was_found(found):
-    if set(found) != set(VERSIONS) or not OLDER:
-        pytest.fail(
-            "needs the rows of the test above, on all versions: run the whole file with dev.py"
-        )
-    header = ["format", *(f"ComfyUI {version}" for version in VERSIONS)]
-    names = {
-        label: f"`{wish.split(':')[0]}`" + label.removeprefix(wish.split(":")[0])
-        for label, wish in WISHES.items()
-    }
-    rows = [[names[label], *(found[version][label] for version in VERSIONS)] for label in WISHES]
-    if readme.WRITE:
-        readme.write("versions", header, rows)
-    assert readme.table("versions") == [header, *rows]
+def test_what_opens_in_the_pinned_version(server, stock, files, originals, pinned):
+    assert server.stats["system"]["comfyui_version"] == PINNED
+    with_pack, problems = pinned
+    hold(PINNED, with_pack, problems, opened(stock, files, originals), with_pack)
+
+
+@pytest.mark.parametrize("version", OLDER)
+def test_what_opens_in_an_older_version(files, originals, pinned, tmp_path, version):
+    found = both_ways(Path(OLDER[version]), files, originals, tmp_path, version)
+    hold(version, *found, pinned[0])

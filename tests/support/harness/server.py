@@ -146,10 +146,12 @@ class ComfyServer:
     def log(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
-    def log_problems(self) -> list[str]:
-        """Log lines that a healthy server does not write."""
+    def log_problems(self, since: int = 0) -> list[str]:
+        """Log lines that a healthy server does not write, after the first `since` characters."""
         bad = ("IMPORT FAILED", "FewBits", "Traceback")
-        lines = [line for line in self.log.splitlines() if any(word in line for word in bad)]
+        lines = [
+            line for line in self.log[since:].splitlines() if any(word in line for word in bad)
+        ]
         return [line for line in lines if not any(word in line for word in HARMLESS)]
 
     def __enter__(self) -> ComfyServer:
@@ -189,6 +191,7 @@ class ComfyServer:
             "TEMP",
             "USERPROFILE",
             "PYTHONPYCACHEPREFIX",
+            "OMP_NUM_THREADS",
         )
         variables = {name: os.environ[name] for name in kept if name in os.environ} | {
             "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1",
