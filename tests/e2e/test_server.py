@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 
 import pytest
@@ -77,3 +78,17 @@ def test_an_interrupted_parent_takes_the_server_with_it():
     assert parent.returncode == 0
     with pytest.raises(OSError):
         urllib.request.urlopen(f"{address}/system_stats")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps the number of a parent that ended")
+def test_a_server_whose_tests_are_killed_ends_by_itself(tmp_path):
+    command = [sys.executable, "-m", "support.harness.serve", "0"]
+    variables = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as parent:
+        address = re.search(r"http://127\.0\.0\.1:\d+", parent.stdout.readline())[0]
+        parent.kill()
+    limit = time.monotonic() + 60
+    with pytest.raises(OSError):
+        while time.monotonic() < limit:
+            urllib.request.urlopen(f"{address}/system_stats").read()
+            time.sleep(0.2)
