@@ -17,6 +17,8 @@ import pytest
 
 HERE = Path(__file__).parent
 SERVERS = (HERE / "e2e", HERE / "browser")  # only tests in these folders start a ComfyUI
+# Files whose tests draw the same pictures: they go to one worker, which draws each once. Others go file by file.
+TOGETHER = ("test_stock_loaders.py", "test_on_top.py", "test_versions.py")
 _paths = [str(HERE / "import_shim"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(os.pathsep.join(_paths).split(os.pathsep)))
 
@@ -37,8 +39,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     runs = {item: chosen(config, {mark.name for mark in item.iter_markers()}) for item in items}
     config.hook.pytest_deselected(items=[item for item in items if not runs[item]])
     items[:] = [item for item in items if runs[item]]
-    # The longest first: the workers of a parallel run then end together.
-    items.sort(key=lambda item: item.get_closest_marker("server") is None)
+    items.sort(key=rank)
+
+
+def rank(item: pytest.Item) -> int:
+    """The longest first: the workers of a parallel run then end together."""
+    if item.path.name in TOGETHER:
+        return 0
+    return 1 if item.get_closest_marker("server") else 2
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "together" if file.endswith(TOGETHER) else file
+
+    return ByFile(config, log)
 
 
 def chosen(config: pytest.Config, marks: set[str]) -> bool:

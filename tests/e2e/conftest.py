@@ -1,9 +1,12 @@
 """One ComfyUI with the pack and one without, each started once for all end-to-end tests."""
 
+import functools
+
 import pytest
 
 from support.harness import EMOJI_NODES, PACK, ComfyServer, emoji_models
 from support.harness.quality import sample
+from support.wishes import write_emoji
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +39,23 @@ def originals(stock):
 def reference(originals):
     """The original's picture of each prompt."""
     return {prompt: found.image for prompt, found in originals.items()}
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """`written(label)` -> the emoji model in one of WISHES; each is converted once."""
+    folder = tmp_path_factory.mktemp("written")
+    return functools.cache(lambda label: write_emoji(folder, label))
+
+
+@pytest.fixture(scope="session")
+def drawn(server, written):
+    """`drawn(label, prompt)` -> that file's sample through the stock loader, beside the pack; each is drawn once."""
+
+    @functools.cache
+    def draw(label, prompt):
+        path = written(label)
+        server.add_model("diffusion_models", path)
+        return sample(server, path.name, [prompt])[prompt]
+
+    return draw

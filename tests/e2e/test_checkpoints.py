@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, Rule, parse_wish
-from support.harness import EMOJI, PACK, ComfyServer
+from support.harness import EMOJI
 from support.harness.metrics import psnr
 from support.helpers import clip_shapes, random_tensors, sd3_shapes
 
@@ -22,7 +22,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory):
+def original(server, tmp_path_factory):
     """A random SD3 of depth 2 with a CLIP-L of real size and the emoji model's VAE."""
     shapes = sd3_shapes() | {
         "context_embedder.weight": (128, 4096),
@@ -36,17 +36,10 @@ def original(tmp_path_factory):
     tensors = {
         f"{prefix}{name}": tensor for prefix, part in parts.items() for name, tensor in part.items()
     }
-    path = tmp_path_factory.mktemp("checkpoint") / "original.safetensors"
+    path = tmp_path_factory.mktemp("checkpoint") / "all_parts.safetensors"
     save_file(tensors, path)
+    server.add_model("checkpoints", path)
     return path
-
-
-@pytest.fixture(scope="module")
-def server(comfyui, tmp_path_factory, original):
-    models = {"checkpoints": [original]}
-    base = tmp_path_factory.mktemp("checkpoints")
-    with ComfyServer(base, custom_nodes=[PACK], models=models, tree=comfyui) as running:
-        yield running
 
 
 def node(kind, **inputs):
@@ -73,7 +66,7 @@ def draw(server, loader, **more):
 
 def converted(original, folder, model, clip):
     """The command's file: the model by the primary wish, the text encoder by a rule."""
-    path = folder / "quantized.safetensors"
+    path = folder / "all_parts_quantized.safetensors"
     rules = (Rule(f"{CLIP}text_model.encoder.*", parse_wish(clip)),) if clip else ()
     if model is None:
         rules = (*rules, Rule("*", None))

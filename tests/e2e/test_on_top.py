@@ -4,7 +4,7 @@ import pytest
 
 from support.harness import emoji_workflow
 from support.harness.metrics import ssim
-from support.wishes import WISHES, least_ssim, write_emoji
+from support.wishes import WISHES, least_ssim
 
 # With LoRAs ComfyUI rounds every patched layer a second time, and this is one prompt. Measured below the promise for
 # eight prompts without LoRAs: nothing in 8 bits, at most 0.006 in W4A8 and W4A4, 0.052 in NF4 and FP4, 0.135 in nvfp4.
@@ -36,13 +36,13 @@ def wanted(server):
 
 
 @pytest.mark.parametrize("label", WISHES)
-def test_stacked_loras_and_saving(server, wanted, tmp_path_factory, label):
-    path = write_emoji(tmp_path_factory.mktemp("written"), label)
+def test_stacked_loras_and_saving(server, wanted, drawn, written, label):
+    path = written(label)
     server.add_model("diffusion_models", path)
     run = server.run(with_loras(path.name))
     assert run.status == "success", run.error
     picture = run.images()[0]
-    plain = server.run(emoji_workflow(path.name)).images()[0]
+    plain = drawn(label, "panda").image
     (saved,) = (server.output / "diffusion_models").glob(f"saved_{path.name}*.safetensors")
     again = server.run(emoji_workflow(saved.name))
     assert again.status == "success", again.error

@@ -4,8 +4,8 @@ import pytest
 
 from support import results
 from support.harness import PROMPTS, emoji_workflow
-from support.harness.quality import compare, sample
-from support.wishes import WISHES, least_ssim, write_emoji
+from support.harness.quality import compare
+from support.wishes import WISHES, least_ssim
 
 # What other processors may change; two runs on one machine agree to the last digit.
 TOLERANCE = {"megabytes": 0, "ssim": 0.01, "psnr": 1.0, "latent_cosine": 0.005}
@@ -13,14 +13,12 @@ TOLERANCE = {"megabytes": 0, "ssim": 0.01, "psnr": 1.0, "latent_cosine": 0.005}
 
 @pytest.mark.parametrize("label", WISHES)
 def test_the_stock_loader_opens_the_file_and_the_picture_is_as_good_as_stated(
-    server, originals, tmp_path, label
+    drawn, written, originals, label
 ):
-    path = write_emoji(tmp_path, label)
-    server.add_model("diffusion_models", path)
-    quality = compare(sample(server, path.name), originals)
+    quality = compare({prompt: drawn(label, prompt) for prompt in PROMPTS}, originals)
     assert quality.ssim >= least_ssim(label)
     found = {
-        "megabytes": round(path.stat().st_size / 1e6, 2),
+        "megabytes": round(written(label).stat().st_size / 1e6, 2),
         "ssim": round(quality.ssim, 3),
         "psnr": round(quality.psnr, 1),
         "latent_cosine": round(quality.latent_cosine, 4),
@@ -30,8 +28,8 @@ def test_the_stock_loader_opens_the_file_and_the_picture_is_as_good_as_stated(
         assert found[key] == pytest.approx(stated[key], rel=0, abs=tolerance), key
 
 
-def test_a_pack_format_without_the_pack_fails_by_name(stock, tmp_path):
-    path = write_emoji(tmp_path, "int8_blockwise")
+def test_a_pack_format_without_the_pack_fails_by_name(stock, written):
+    path = written("int8_blockwise")
     stock.add_model("diffusion_models", path)
     run = stock.run(emoji_workflow(path.name, PROMPTS[0]))
     assert run.status == "error" and "int8_blockwise" in run.error["exception_message"]

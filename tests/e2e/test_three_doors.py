@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from support.harness import EMOJI, PACK, ComfyServer
+from support.harness import EMOJI
 from support.helpers import fewbits, sd3_shapes, tiny_checkpoint
 
 KEEP = ["*_mod.lin", r"re:joint_blocks\.0\..*"]
@@ -21,10 +21,15 @@ CASES = [
         id="fp4",
     ),
     pytest.param(
-        "sd3", "FewBitsQuantizeINT8", "int8_blockwise", {"block_size": "64"}, [], id="int8_block"
+        "doors_sd3",
+        "FewBitsQuantizeINT8",
+        "int8_blockwise",
+        {"block_size": "64"},
+        [],
+        id="int8_block",
     ),
     pytest.param(
-        "sd3",
+        "doors_sd3",
         "FewBitsQuantizeINT8",
         "int8_tensorwise",
         {
@@ -45,15 +50,8 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     return [
         EMOJI / "emoji_flux.safetensors",
-        tiny_checkpoint(folder / "sd3.safetensors", sd3_shapes(), title="tiny"),
+        tiny_checkpoint(folder / "doors_sd3.safetensors", sd3_shapes(), title="tiny"),
     ]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, models):
-    base = tmp_path_factory.mktemp("comfyui")
-    with ComfyServer(base, custom_nodes=[PACK], models={"diffusion_models": models}) as server:
-        yield server
 
 
 def digest(path):
@@ -65,7 +63,8 @@ def test_three_doors_write_the_same_bytes(
     server, models, tmp_path, stem, node, name, inputs, arguments, request
 ):
     model = next(path for path in models if path.stem == stem)
-    case = request.node.callspec.id
+    server.add_model("diffusion_models", model)
+    case = f"doors/{request.node.callspec.id}"
     wish = {"format": name, **inputs}
     run = server.run(
         {

@@ -8,12 +8,13 @@ import pytest
 from support import results
 from support.harness import EMOJI_NODES, PACK, PROMPTS, ComfyServer, emoji_models
 from support.harness.quality import compare, sample
-from support.wishes import WISHES, least_ssim, write_emoji
+from support.wishes import WISHES, least_ssim
 
 OLDER = dict(
     line.split("=", 1) for line in os.environ.get("FEWBITS_OLDER_COMFYUI", "").splitlines()
 )
 PINNED = "0.30.0"
+PROMPT = PROMPTS[0]
 STOCK, PACKED, NEITHER = "stock", "FewBits", "-"
 # One prompt may fall below the mean of eight, by 0.04 at most where it was measured; a misread file falls below 0.5.
 MARGIN = 0.1
@@ -22,44 +23,52 @@ MARGIN = 0.1
 SAME = 0.9999
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("versions")
-    return {label: write_emoji(folder, label) for label in WISHES}
-
-
-def opened(server, files, originals):
-    """Label -> samples of the files that give the original's picture here."""
+def opened(draw, originals):
+    """Label -> sample of the files that give the original's picture; `draw(label)` raises RuntimeError for others."""
     found = {}
-    for label, path in files.items():
-        server.add_model("diffusion_models", path)
+    for label in WISHES:
         try:
-            samples = sample(server, path.name, PROMPTS[:1])
+            sample = draw(label)
         except RuntimeError:
             continue
-        if compare(samples, originals).ssim >= least_ssim(label) - MARGIN:
-            found[label] = samples
+        if compare({PROMPT: sample}, originals).ssim >= least_ssim(label) - MARGIN:
+            found[label] = sample
     return found
 
 
+@pytest.fixture(scope="session")
+def draw_by(written):
+    """`draw_by(server)` -> what `opened` takes."""
+
+    def by(server):
+        def draw(label):
+            server.add_model("diffusion_models", written(label))
+            return sample(server, written(label).name, [PROMPT])[PROMPT]
+
+        return draw
+
+    return by
+
+
 @pytest.fixture(scope="module")
-def pinned(server, files, originals):
+def pinned(server, drawn, originals):
     """`opened` with the pack on the ComfyUI that all other tests run, and what it wrote to its log meanwhile."""
     before = len(server.log)
-    return opened(server, files, originals), server.log_problems(since=before)
+    return opened(lambda label: drawn(label, PROMPT), originals), server.log_problems(since=before)
 
 
-def both_ways(tree, files, originals, folder, version):
-    """`opened` with the pack, what that wrote to the log, and `opened` without the pack."""
+def both_ways(tree, folder, version, look):
+    """`look` at a server with the pack, what that wrote to its log, and `look` at one without the pack."""
+    models = emoji_models()
     with ComfyServer(
-        folder / "pack", custom_nodes=[PACK, EMOJI_NODES], models=emoji_models(), tree=tree
+        folder / "pack", custom_nodes=[PACK, EMOJI_NODES], models=models, tree=tree
     ) as server:
         assert server.stats["system"]["comfyui_version"] == version
-        with_pack, problems = opened(server, files, originals), server.log_problems()
+        with_pack, problems = look(server), server.log_problems()
     with ComfyServer(
-        folder / "stock", custom_nodes=[EMOJI_NODES], models=emoji_models(), tree=tree
+        folder / "stock", custom_nodes=[EMOJI_NODES], models=models, tree=tree
     ) as server:
-        return with_pack, problems, opened(server, files, originals)
+        return with_pack, problems, look(server)
 
 
 def hold(version, with_pack, problems, without, pinned):
@@ -69,17 +78,21 @@ def hold(version, with_pack, problems, without, pinned):
     found = dict.fromkeys(WISHES, NEITHER)
     found |= dict.fromkeys(with_pack, PACKED) | dict.fromkeys(without, STOCK)
     for label in (label for label, cell in found.items() if cell == PACKED):
-        assert compare(with_pack[label], pinned[label]).latent_cosine >= SAME, label
+        assert compare({PROMPT: with_pack[label]}, {PROMPT: pinned[label]}).latent_cosine >= SAME, (
+            label
+        )
     assert results.stored("versions", version, found) == found
 
 
-def test_what_opens_in_the_pinned_version(server, stock, files, originals, pinned):
+def test_what_opens_in_the_pinned_version(server, stock, draw_by, originals, pinned):
     assert server.stats["system"]["comfyui_version"] == PINNED
     with_pack, problems = pinned
-    hold(PINNED, with_pack, problems, opened(stock, files, originals), with_pack)
+    hold(PINNED, with_pack, problems, opened(draw_by(stock), originals), with_pack)
 
 
 @pytest.mark.parametrize("version", OLDER)
-def test_what_opens_in_an_older_version(files, originals, pinned, tmp_path, version):
-    found = both_ways(Path(OLDER[version]), files, originals, tmp_path, version)
-    hold(version, *found, pinned[0])
+def test_what_opens_in_an_older_version(draw_by, originals, pinned, tmp_path, version):
+    def look(server):
+        return opened(draw_by(server), originals)
+
+    hold(version, *both_ways(Path(OLDER[version]), tmp_path, version, look), pinned[0])
