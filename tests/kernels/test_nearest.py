@@ -86,11 +86,13 @@ def lines_of_interpreted(*arguments: str) -> list[str]:
     return run.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_the_kernels_give_the_bits_of_eager_in_tritons_interpreter():
     lines = lines_of_interpreted()
     assert len(lines) > 400 and [line for line in lines if not line.startswith("equal ")] == []
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_a_gpu_that_is_not_here():
     kernels = {line.removeprefix("compiled ") for line in lines_of_interpreted("compile")}
     assert kernels >= {

@@ -80,6 +80,7 @@ def activations():
     return emoji_activations()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [*PROMISED, "int8_tensorwise:scaling=tensor"])
 def test_the_promise_holds_on_every_layer_of_a_trained_model(text, activations):
     """Measured over 22 layers, CPU, torch 2.11, largest objective, weight and output error:
