@@ -17,7 +17,6 @@ from ..quant_ops.methods import METHODS
 from ..quant_ops.planning.model_family import preset_names
 from ..quant_ops.planning.recipe import Draft, Recipe, Rule, Wish
 from ..quant_ops.report.report import Report
-from ..quant_ops.spec import FormatOptions
 from . import bridge
 
 AUTO, NONE = "auto", "none"
@@ -49,7 +48,8 @@ def recipe_inputs(
     Args:
         choice: helps to choose among the formats.
     """
-    scalings = _values(formats, "scaling", only_if_stored=True)
+    scaled = [name for name in formats if "scaling" in FORMATS[name].layout_options]
+    rotated = [name for name in formats if "convrot" in FORMATS[name].Options.names()]
     sizes = sorted(_values(formats, "block_size"))
     shown = [
         recipe_input(
@@ -59,7 +59,7 @@ def recipe_inputs(
         io.Combo.Input(
             "format", options=formats, default=default, tooltip=f"What the layers become. {choice}"
         ),
-        *([scaling_input(scalings)] if scalings else []),
+        *([scaling_input(scaled)] if scaled else []),
         preset_input("Which sensitive layers stay as they are."),
         keep_input(),
     ]
@@ -68,7 +68,7 @@ def recipe_inputs(
         fallback_input(),
         method_input(formats),
         full_precision_input(),
-        *([convrot_input()] if _values(formats, "convrot") else []),
+        *([convrot_input(rotated)] if rotated else []),
     ]
     return shown, advanced
 
@@ -77,14 +77,15 @@ def recipe_input(tooltip: str) -> io.Input:
     return RECIPE.Input("recipe", optional=True, tooltip=tooltip)
 
 
-def scaling_input(scalings: list[str]) -> io.Combo.Input:
+def scaling_input(formats: list[str]) -> io.Combo.Input:
+    """For formats that are stored in more than one way."""
     return io.Combo.Input(
         "scaling",
-        options=[AUTO, *scalings],
+        options=[AUTO, *_values(formats, "scaling")],
         optional=True,
-        tooltip="How many weights share a scale in int8_tensorwise: one scale per row is more "
-        "exact, one per tensor smaller by a few kilobytes. auto: row. Leave it at auto for the "
-        "other formats.",
+        tooltip=f"How many weights share a scale in {', '.join(formats)}: one scale per row is "
+        "more exact, one per tensor smaller by a few kilobytes. auto: row. Leave it at auto for "
+        "the other formats.",
     )
 
 
@@ -155,14 +156,14 @@ def full_precision_input() -> io.Boolean.Input:
     )
 
 
-def convrot_input() -> io.Boolean.Input:
+def convrot_input(formats: list[str]) -> io.Boolean.Input:
     return io.Boolean.Input(
         "convrot",
         default=False,
         optional=True,
         advanced=True,
-        tooltip="Rotate the weights of int8_tensorwise layers before rounding (ConvRot), which "
-        "evens out large values. ComfyUI rotates the activations to match, which takes some time "
+        tooltip=f"Rotate the weights of {', '.join(formats)} layers before rounding (ConvRot), "
+        "which evens out large values. ComfyUI rotates the activations to match, which takes some time "
         "at every step.",
     )
 
@@ -257,12 +258,12 @@ def recipe_from(
                 f"{base.primary.format}; leave {name} of this node alone, or delete [primary] from "
                 "the recipe"
             )
-    options = FormatOptions(
-        scaling=None if scaling == AUTO else scaling,
-        block_size=None if block_size == AUTO else int(block_size),
-        full_precision_matrix_mult=full_precision_matmul,
-        convrot=convrot or None,
-    )
+    options = {
+        "scaling": None if scaling == AUTO else scaling,
+        "block_size": None if block_size == AUTO else int(block_size),
+        "full_precision_matrix_mult": full_precision_matmul,
+        "convrot": convrot,
+    }
     own = Draft(
         rules=tuple(Rule(line.strip(), None) for line in keep.splitlines() if line.strip()),
         fallback=None if fallback == NONE else Wish(fallback),
@@ -294,13 +295,7 @@ def inspection_text(*inspections: Inspection, kernels: Iterable[str] = ()) -> st
     return "\n".join([*texts, *off])
 
 
-def _values(formats: list[str], option: str, *, only_if_stored: bool = False) -> list:
-    """Allowed values of an option over several formats; with `only_if_stored`, where they make a
-    difference on disk.
-    """
-    found = {}
-    for name in formats:
-        format = FORMATS[name]
-        if not only_if_stored or option in format.layout_options:
-            found.update(dict.fromkeys(format.choices.get(option, ())))
-    return list(found)
+def _values(formats: list[str], option: str) -> list:
+    """Allowed values of an option over several formats."""
+    values = (value for name in formats for value in FORMATS[name].Options.values(option))
+    return list(dict.fromkeys(values))

@@ -13,10 +13,9 @@ import torch
 from torch.nn.functional import linear
 
 from ..kernels.device import Gpu, as_if
-from .formats import FORMATS, get_format
-from .formats.base import Format
+from .formats import FORMATS, Format, FormatOptions, get_format
 from .sources import TORCH_DTYPES
-from .spec import FormatOptions, LayerInput
+from .spec import LayerInput
 
 ROWS = (1, 16, 256, 4096)  # rows of x: a time step, a short prompt, a small picture, a picture
 SHAPE = (12288, 3072)  # (N, K) of a Flux layer
@@ -69,7 +68,7 @@ def _report(
     shape: tuple[int, int],
     rows: Iterable[int],
 ) -> dict:
-    options, layer = format.resolve(FormatOptions()), LayerInput(shape, "BF16")
+    options, layer = format.configure({}), LayerInput(shape, "BF16")
     stored = {
         suffix: torch.empty((), dtype=TORCH_DTYPES[code], device=device).expand(size)
         for suffix, (code, size) in format.tensor_specs(layer, options).items()
@@ -199,7 +198,7 @@ def _bench_format(
     format: Format, weight: torch.Tensor, inputs: dict[int, torch.Tensor]
 ) -> Iterator[dict]:
     device, (n, k) = weight.device, weight.shape
-    options, layer = format.resolve(FormatOptions()), LayerInput((n, k), "BF16")
+    options, layer = format.configure({}), LayerInput((n, k), "BF16")
     if format.check(layer, options):
         return
     begin = time.perf_counter()

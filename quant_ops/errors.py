@@ -41,3 +41,14 @@ class UnsupportedLayerError(QuantError):
 def closest(name: str, known: Iterable[str]) -> str | None:
     """The known name that a mistyped one is most like; None if it is like none."""
     return next(iter(difflib.get_close_matches(name, known, 1, 0.6)), None)
+
+
+def did_you_mean(name: object, known: Iterable[str], otherwise: str = "known") -> str:
+    """`, did you mean 'x'?`, else everything that is known after the word `otherwise`, if there is
+    one.
+    """
+    names = list(known)
+    guess = closest(str(name), names)
+    if guess:
+        return f", did you mean {guess!r}?"
+    return f"; {otherwise}: {', '.join(names) or 'none'}" if otherwise else ""

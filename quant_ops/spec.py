@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from .options import Options
+
 # safetensors dtype name -> bytes per element
 ITEM_SIZES = {
     "F64": 8, "I64": 8, "U64": 8,
@@ -56,24 +58,6 @@ class Header:
     fixed: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class FormatOptions:
-    """Options of one format; None means the format's own default. Which ones apply is the format's
-    business.
-    """
-
-    scaling: str | None = None
-    block_size: int | None = None
-    convrot: bool | None = None
-    convrot_groupsize: int | None = None
-    linear_dtype: str | None = None
-    full_precision_matrix_mult: bool = False
-
-    def stated(self) -> dict:
-        """The options that differ from their default, for JSON and for printing."""
-        return {name: value for name, value in vars(self).items() if value not in (None, False)}
-
-
 @dataclass(frozen=True, slots=True)
 class LayerInput:
     """What a format is asked to store: a weight's logical (N, K), its safetensors dtype, whether it
@@ -85,18 +69,6 @@ class LayerInput:
     shape: tuple[int, int]
     dtype: str | None
     bias: bool = False
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """A quantized layer as a file states it: base name, format, options and logical (N, K)
-    shape.
-    """
-
-    name: str
-    format: str
-    options: FormatOptions
-    shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -114,7 +86,7 @@ class LayerPlan:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     format: str | None = None
-    options: FormatOptions = field(default_factory=FormatOptions)
+    options: Options = field(default_factory=Options)
     method: str | None = None
     marker: dict | None = None
     requested: str | None = None

@@ -12,12 +12,13 @@ MAY_IMPORT = {
     "nodes": {"quant_ops", "nodes"},
 }
 INSIDE = {  # rooms of quant_ops, lowest first; a room may import those in lines above and its own
-    "ground": {"errors", "files", "part", "spec", "sources", "strict_json", "version", "workers"},
+    "ground": {"errors", "options", "files", "part", "spec", "sources", "strict_json", "version",
+               "workers"},
     "parts": {"formats", "methods", "checkpoint", "report"},
     "planning": {"planning"},
     "engines": {"pipeline", "layouts", "bench", "doors"},
     "doors": {"cli", "compat"},
-}
+}  # fmt: skip
 ONLY_IN = {
     "comfy": "nodes/bridge/", "folder_paths": "nodes/bridge/", "server": "nodes/bridge/", "comfy_api": "nodes/",
     "triton": "kernels/triton/", "comfyui_version": "nodes/bridge/",

@@ -21,7 +21,7 @@ def bits_per_weight(wish):
     """Of a 3072 x 3072 layer, scales included."""
     format = get_format(wish.format)
     layer = LayerInput((3072, 3072), "BF16")
-    specs = format.tensor_specs(layer, format.resolve(wish.options)).values()
+    specs = format.tensor_specs(layer, wish.options).values()
     return sum(8 * ITEM_SIZES[dtype] * math.prod(shape) for dtype, shape in specs) / (3072 * 3072)
 
 

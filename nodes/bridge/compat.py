@@ -4,10 +4,13 @@ anything.
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from ...quant_ops.formats import get_format
+from ...quant_ops.formats.base import marker_bytes
+from ...quant_ops.sources import TORCH_DTYPES
 
 
 def why_no_quantization() -> str | None:
@@ -62,12 +65,12 @@ def embedding_reads(format_name: str, core: type) -> bool:
     from comfy_kitchen.tensor import QuantizedTensor
 
     if format_name not in _EMBEDDING:
-        codes = torch.int8 if format_name.startswith("int8") else torch.float8_e4m3fn
+        codes = TORCH_DTYPES[get_format(format_name).code_dtype]
         state = {
             "weight": torch.zeros(1, 16).to(codes),
             "weight_scale": torch.ones(()),
             "comfy_quant": torch.frombuffer(
-                bytearray(json.dumps({"format": format_name}).encode()), dtype=torch.uint8
+                bytearray(marker_bytes({"format": format_name})), dtype=torch.uint8
             ),
         }
         probe = core(1, 16, device="cpu", dtype=torch.float32)

@@ -13,15 +13,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_kitchen.tensor import QuantizedTensor
 
+from ...quant_ops.formats import FORMATS
 from .compat import weight_only_path
 
-# ComfyUI's own formats whose kernels not every GPU has -> ComfyUI's probe for them.
-NEEDS = {
-    "float8_e4m3fn": "supports_fp8_compute",
-    "float8_e5m2": "supports_fp8_compute",
-    "nvfp4": "supports_nvfp4_compute",
-    "mxfp8": "supports_mxfp8_compute",
-}
 DECODED = "decoded, then multiplied at full precision"
 OURS = "FewBits' kernel"
 LOOKED_UP = "rows looked up, then decoded"
@@ -67,12 +61,11 @@ def _usable(facts: dict) -> bool:
 def _has_kernel(layer: torch.nn.Module, device: torch.device) -> bool:
     if _is_own(layer):
         return weight_only_path()
-    probe = NEEDS.get(layer.quant_format)
-    return (
-        probe is None
-        or device.type != "cpu"
-        and bool(getattr(comfy.model_management, probe, lambda device: False)(device))
-    )
+    format = FORMATS.get(layer.quant_format)
+    if format is None or format.unit is None:
+        return True
+    probe = getattr(comfy.model_management, f"supports_{format.unit}_compute", None)
+    return device.type != "cpu" and probe is not None and bool(probe(device))
 
 
 def _is_own(layer: torch.nn.Module) -> bool:

@@ -1,5 +1,5 @@
-"""The label of an FP8 or INT8 layer, read off the dtype and the scale's shape (FORMATS 5.3); never
-off user text.
+"""The label of an FP8 or INT8 layer, read off the dtype and the scale's shape; never off user
+text.
 """
 
 from __future__ import annotations
@@ -9,30 +9,32 @@ import re
 from dataclasses import dataclass
 
 from ..errors import CheckpointError
-from ..spec import FormatOptions
+from ..formats import FORMATS, Arrangement, get_format
 
-# dtype of the codes -> geometry of the scales -> format
-LABELS = {
-    "F8_E4M3": {
-        "tensor": "float8_e4m3fn",
-        "row": "float8_e4m3fn_rowwise",
-        "group": "float8_e4m3fn_block3d",
-        "tile": "float8_e4m3fn_blockwise",
-    },
-    "F8_E5M2": {"tensor": "float8_e5m2"},
-    "I8": {
-        "tensor": "int8_tensorwise",
-        "row": "int8_tensorwise",
-        "group": "int8_lodewise",
-        "tile": "int8_blockwise",
-    },
-}
-# Tables that ComfyUI looks rows up in (FORMATS section 4).
+# Tables that ComfyUI looks rows up in.
 EMBEDDING = re.compile(
     r"(.*\.)?(embed_tokens|shared|token_embedding|word_embeddings|wte|relative_attention_bias)"
 )
-# one block may be the whole layer; only a tag can say so
-WHOLE_LAYER = ("float8_e4m3fn_blockwise", "int8_blockwise")
+
+TENSOR, ROW, GROUP, TILE = Arrangement
+
+
+def labels() -> dict[str, dict[Arrangement, str]]:
+    """dtype of the codes -> arrangement of the scales -> format.
+
+    Where two formats store the same, the one that was registered first is meant.
+    """
+    table: dict[str, dict[Arrangement, str]] = {}
+    for format in FORMATS.values():
+        if format.codes_per_byte == 1:
+            for arrangement in format.arrangements:
+                table.setdefault(format.code_dtype, {}).setdefault(arrangement, format.name)
+    return table
+
+
+def is_scaled(name: object) -> bool:
+    """Whether a format is known by the dtype of its codes and the shape of its scales."""
+    return any(name in formats.values() for formats in labels().values())
 
 
 def is_bank(marker: dict, shape: tuple[int, ...]) -> bool:
@@ -44,22 +46,19 @@ def is_bank(marker: dict, shape: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Label:
-    """`geometry`: tensor, row, group (1 x size) or tile (size x size)."""
+    """A format, and how it shares scales; `size` where there are blocks."""
 
     format: str
-    geometry: str
+    geometry: Arrangement
     size: int | None = None
 
     @property
-    def options(self) -> FormatOptions:
-        """As the format spells them; `resolve` refuses a block size that is read but not
-        written.
-        """
-        return (
-            FormatOptions(scaling=self.geometry)
-            if self.size is None
-            else FormatOptions(block_size=self.size)
-        )
+    def options(self) -> dict[str, object]:
+        """As the format spells them; it refuses a block size that is read but not written."""
+        if self.size is not None:
+            return {"block_size": self.size}
+        spelled = "scaling" in get_format(self.format).Options.names()
+        return {"scaling": self.geometry.value} if spelled else {}
 
 
 def label_of(
@@ -80,22 +79,19 @@ def label_of(
     Raises:
         CheckpointError: no reading, with what was found and what is allowed.
     """
-    known = LABELS.get(dtype)
+    table = labels()
+    known = table.get(dtype)
     if known is None:
-        raise CheckpointError(f"weight is {dtype}; a scaled weight is one of {', '.join(LABELS)}")
+        raise CheckpointError(f"weight is {dtype}; a scaled weight is one of {', '.join(table)}")
     n, k = shape
-    if (
-        math.prod(scale_shape) == 1
-        and tag in WHOLE_LAYER
-        and tag in known.values()
-        and n == k == group_size
-    ):
-        return Label(tag, "tile", n)
+    # one block may be the whole layer; only a tag can say so
+    if math.prod(scale_shape) == 1 and n == k == group_size and known.get(TILE) == tag:
+        return Label(tag, TILE, n)
     geometry, size = _geometry(shape, tuple(scale_shape))
     if geometry not in known:
         raise CheckpointError(
             f"weight_scale is {list(scale_shape)}, {dtype} {n}x{k} allows "
-            f"{_allowed(dtype, shape)}; no format holds another arrangement: start from the "
+            f"{_allowed(known, shape)}; no format holds another arrangement: start from the "
             "original model"
         )
     return Label(known[geometry], geometry, size)
@@ -103,24 +99,24 @@ def label_of(
 
 def _geometry(
     shape: tuple[int, int], scale_shape: tuple[int, ...]
-) -> tuple[str | None, int | None]:
+) -> tuple[Arrangement | None, int | None]:
     n, k = shape
     if math.prod(scale_shape) == 1:
-        return "tensor", None
+        return TENSOR, None
     if scale_shape in ((n,), (n, 1), (n, 1, 1)):
-        return "row", None
+        return ROW, None
     if len(scale_shape) == 3 and scale_shape[0] == n and scale_shape[2] == 1:
         scale_shape = scale_shape[:2]
     if len(scale_shape) != 2 or not all(scale_shape) or n % scale_shape[0] or k % scale_shape[1]:
         return None, None
     height, width = n // scale_shape[0], k // scale_shape[1]
     if height == 1 and width > 1:
-        return "group", width
-    return ("tile", height) if height == width > 1 else (None, None)
+        return GROUP, width
+    return (TILE, height) if height == width > 1 else (None, None)
 
 
-def _allowed(dtype: str, shape: tuple[int, int]) -> str:
+def _allowed(known: dict[Arrangement, str], shape: tuple[int, int]) -> str:
     n, k = shape
-    if "row" not in LABELS[dtype]:
+    if ROW not in known:
         return "one number"
     return f"one number, ({n},), ({n}, {k}/b) or ({n}/b, {k}/b) for blocks of b"

@@ -172,5 +172,3 @@ TARGETS = {
     ("nvfp4", None, None): Target("nvfp4"),
     ("mxfp8", None, None): Target("mxfp8"),
 }
-# formats whose result an input_scale changes
-STATIC_INPUT_SCALE = ("float8_e4m3fn", "float8_e5m2", "nvfp4")

@@ -6,15 +6,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import RecipeError, closest
+from ..errors import RecipeError, closest, did_you_mean
 from ..formats import get_format
 from ..planning.layer_config import load_layer_config
 from ..planning.match import SEARCH, Regex, shortened
 from ..planning.model_family import load_preset
 from ..planning.recipe import Recipe, Rule
-from ..planning.wish import Wish, did_you_mean
-from ..spec import FormatOptions
-from .flags import BY_NAME, PRIORITY, SIZED, STATIC_INPUT_SCALE, TARGETS, Flag, underscored
+from ..planning.wish import Wish
+from .flags import BY_NAME, PRIORITY, SIZED, TARGETS, Flag, underscored
 
 Stated = dict[str, dict[str, object]]  # group -> field -> value
 INDEX = ".safetensors.index.json"
@@ -261,7 +260,7 @@ def wish_of(
     scaling, backend, size = (fields.get(name) for name in ("scaling", "backend", "block_size"))
     target = TARGETS.get((kind, scaling or (SIZED if size is not None else None), backend))
     if target is None or (
-        size is not None and "block_size" not in get_format(target.format).choices
+        size is not None and "block_size" not in get_format(target.format).Options.names()
     ):
         raise RecipeError(_contradiction(tier, kind, fields))
     options = {**target.options, **({"block_size": size} if size is not None else {})}
@@ -276,7 +275,7 @@ def wish_of(
         )
     return Wish(
         target.format,
-        FormatOptions(**options, full_precision_matrix_mult=precise),
+        {**options, "full_precision_matrix_mult": precise},
         method,
         method_options,
     )
@@ -348,10 +347,11 @@ def _priority_note(stated: Stated) -> list[str]:
 
 
 def _input_scale_note(stated: Stated, wishes: list[Wish]) -> list[str]:
-    """An input scale is measured or left out (FORMATS 3.0); nothing here measures it."""
+    """An input scale is measured or left out; nothing here measures it."""
     if "input_scale" not in stated.get("refused", {}):
         return []
-    needy = next((wish.format for wish in wishes if wish.format in STATIC_INPUT_SCALE), None)
+    names = (wish.format for wish in wishes)
+    needy = next((name for name in names if get_format(name).static_input), None)
     if needy:
         raise RecipeError(
             f"--input_scale: {needy} quantizes activations with it, so it must be measured, and "

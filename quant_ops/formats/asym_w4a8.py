@@ -1,4 +1,4 @@
-"""W4A8: 4-bit codes that decode to an INT8 grid of the rotated weight (FORMATS 3.8). Native.
+"""W4A8: 4-bit codes that decode to an INT8 grid of the rotated weight.
 
 Despite the name `asym_w4a8_int8` the symmetric form is written, with comfy-kitchen's fixed table of
 levels: its fast decoder accepts no other.
@@ -6,36 +6,47 @@ levels: its fast decoder accepts no other.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from ...kernels.hadamard import rotate
-from ...kernels.packing import pack_nibbles
+from ...kernels.packing import pack_nibbles, unpack_nibbles
 from ...kernels.w4a8 import GROUP, LEVELS, W4A8Grid, W4A8Scale, dequantize_w4a8
 from ..errors import CheckpointError
-from ..spec import FormatOptions, LayerInput, TensorSpec
-from . import convrot
-from .base import Format, register_format, with_precision
-
-INT8_ROW = ("int8_tensorwise", FormatOptions(scaling="row"))
+from ..spec import LayerInput, TensorSpec
+from .base import Format, FormatOptions, register_format, with_precision
+from .chain import INT8_ROW, Next
+from .convrot import LARGEST, READ, WRITTEN, refusal, smaller_group, stored_group
 
 
 class AsymW4A8(Format):
     name, min_comfyui, native = "asym_w4a8_int8", "0.31.0", True
-    choices = {"convrot_groupsize": convrot.WRITTEN}
-    defaults = FormatOptions(convrot_groupsize=256)
+    stores = f"one scale per {GROUP} weights of a row, in steps of one per row"
+    codes_per_byte = 2
     layout_options = ("convrot_groupsize",)
+
+    @dataclass(frozen=True)
+    class Options(FormatOptions):
+        convrot_groupsize: int = LARGEST
+
+        choices: ClassVar = {"convrot_groupsize": WRITTEN}
+        stored: ClassVar = {"convrot_groupsize": READ}
+
+    def rotation(self, options: FormatOptions) -> int:
+        return options.convrot_groupsize
 
     def check(self, layer: LayerInput, options: FormatOptions) -> str | None:
         k = layer.shape[1]
         if k % GROUP:
             return f"K={k} not divisible by {GROUP}"
-        return convrot.refusal(layer, options.convrot_groupsize)
+        return refusal(layer, options.convrot_groupsize)
 
-    def fallback(self, layer: LayerInput, options: FormatOptions) -> tuple[str, FormatOptions]:
-        smaller = convrot.smaller_group(layer, options.convrot_groupsize)
-        return (self.name, replace(options, convrot_groupsize=smaller)) if smaller else INT8_ROW
+    def fallback(self, layer: LayerInput, options: FormatOptions) -> Next:
+        smaller = smaller_group(layer, options.convrot_groupsize)
+        if smaller is None:
+            return INT8_ROW
+        return self.name, {**options.as_dict(), "convrot_groupsize": smaller}
 
     def steps(self, options: FormatOptions) -> tuple[int, int]:
         return 1, max(GROUP, options.convrot_groupsize)
@@ -60,23 +71,11 @@ class AsymW4A8(Format):
         }
         return with_precision(marker, options)
 
-    def stored_layer(self, marker: dict, specs: dict[str, TensorSpec]) -> LayerInput:
-        n, half = self.stored_matrix(specs)
-        return LayerInput((n, 2 * half), None)
-
-    def options_from(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
+    def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> dict[str, object]:
         if "weight_correction" in specs:
             raise CheckpointError(f"weight_correction is there; {self.name} of FewBits has none")
-        layer = self.stored_layer(marker, specs)
-        options = FormatOptions(
-            convrot_groupsize=convrot.stored_group(marker, layer),
-            full_precision_matrix_mult=marker.get("full_precision_matrix_mult", False),
-        )
-        self.refuse_misfit(layer, options, specs)
-        return options
-
-    def prepare(self, weight: torch.Tensor, options: FormatOptions) -> torch.Tensor:
-        return rotate(weight, options.convrot_groupsize)
+        group = stored_group(marker, self.stored_layer(marker, specs))
+        return {"convrot_groupsize": group}
 
     def grid(self, layer: LayerInput, options: FormatOptions) -> W4A8Grid:
         return W4A8Grid()
@@ -90,6 +89,9 @@ class AsymW4A8(Format):
             "weight_s_channel": scale.channel,
             "weight_codebook": torch.tensor(LEVELS, dtype=torch.float32, device=codes.device),
         }
+
+    def codes(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return unpack_nibbles(tensors["weight"], high_first=False)
 
     def dequantize(
         self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions

@@ -1,79 +1,110 @@
-"""Format: names, dtypes, shapes and marker of a quantized layer on disk, all known from the input
-shape alone.
-"""
+"""Format: everything about one way to store a quantized layer, known from the input shape alone."""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from ...kernels.dispatch import Op
 from ...kernels.grids import Grid, Scale
+from ...kernels.hadamard import rotate
 from ..errors import CheckpointError, RecipeError, closest
-from ..spec import FormatOptions, LayerInput, TensorSpec
+from ..options import Configurable, Options
+from ..spec import LayerInput, TensorSpec
+from .arrangement import Arrangement
+from .chain import Next
 
-# What users write for a format name; suggested in errors, never accepted (FORMATS 7.5).
-ALIASES = {"fp8": "float8_e4m3fn", "fp8_scaled": "float8_e4m3fn", "int8": "int8_tensorwise",
-           "nf4": "bnb_nf4", "fp4": "bnb_fp4"}  # fmt: skip
+PRECISE = "full_precision_matrix_mult"  # the option that every format has, and its key in a marker
 
 
-class Format(ABC):
-    """One on-disk format.
+@dataclass(frozen=True)
+class FormatOptions(Options):
+    """What every format can be told; a format's own `Options` add the rest.
+
+    `stored` lists values that files of other writers hold and nothing here writes.
+    """
+
+    full_precision_matrix_mult: bool = False
+
+    stored: ClassVar[Mapping[str, tuple]] = {}
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The format's own options first."""
+        own = (name for name in super().names() if name != PRECISE)
+        return (*own, PRECISE)
+
+    @classmethod
+    def readable(cls, name: str) -> tuple:
+        return (*cls.values(name), *cls.stored.get(name, ()))
+
+
+class Format(Configurable, ABC):
+    """One on-disk format: a class states everything about it.
 
     Side tensors are `<base>.<suffix>`; `pack` and `unpack` use the suffix alone ("weight",
     "weight_scale"), so a format can be tested with two tensors and no file.
     """
 
+    noun = "format"
+    Options: type[FormatOptions] = FormatOptions
+
     name: str
+    short: str = ""  # what users may write in its place
+    called: tuple[str, ...] = ()  # names that are taken for it in "did you mean"
+    read_as: tuple[str, ...] = ()  # names in files that are read as this one and never written
+    # since when ComfyUI reads it, stock (`native`) or with FewBits installed
     min_comfyui: str
     native: bool
-    method: str = "nearest"  # how codes are chosen where a wish names no method
-    # since when ComfyUI reads it as an Embedding; None = never
+    # since when ComfyUI looks up single rows of it (an Embedding); None = never
     embedding_min_comfyui: str | None = None
-    defaults = FormatOptions()
-    # option name -> allowed values; an option not named here does not apply
-    choices: dict[str, tuple] = {}
-    # options that a runtime tensor must carry to be quantized again
+    # what a GPU must have for ComfyUI's own kernel, as in its `supports_fp8_compute`; None: nothing
+    unit: str | None = None
+    static_input: bool = False  # whether an `input_scale` stored beside it is used
+    method: str = "nearest"  # how codes are chosen where a wish names no method
+    stores: str  # which weights share a scale, in words
+    # the same where the shape of `weight_scale` shows it; such a format is known by shapes alone
+    arrangements: tuple[Arrangement, ...] = ()
+    codes_per_byte: int = 1
+    # the code below all that are written, in files of other writers; None where every code is used
+    unused_code: int | None = None
+    # scaling modes of a layer-config that mean this format though it does not take them
+    modes_meant: tuple[str, ...] = ()
+    swizzled: bool = False  # whether block scales lie in the order of cuBLAS
+    lacks_group_size: bool = False  # whether older files of it state no group size
+    # suffix -> another dtype of the same bytes, under which files may store that tensor
+    aliases: Mapping[str, str] = {}
+    # options that a runtime tensor must carry to be quantized again: they decide codes and scales
     layout_options: tuple[str, ...] = ()
 
-    def resolve(self, options: FormatOptions) -> FormatOptions:
-        """Fill in defaults and refuse what does not apply.
+    def configure(self, stated: Mapping[str, object]) -> FormatOptions:
+        """Defaults with the stated options in their place.
+
+        None says nothing, and neither does False where there is no switch, or one that only turns
+        on.
 
         Raises:
             RecipeError: an option that the format does not have, or a value it does not allow.
         """
-        for name, value in options.stated().items():
-            if name == "full_precision_matrix_mult":
-                continue
-            if name not in self.choices:
-                raise RecipeError(
-                    f"format {self.name} has no option {name!r}; it allows: {self._allowed()}"
-                )
-            if value not in self.choices[name]:
-                allowed = ", ".join(map(str, self.choices[name]))
-                raise RecipeError(
-                    f"format {self.name}: {name} must be one of {allowed}; got {value!r}"
-                )
-        return replace(self.defaults, **options.stated())
-
-    def _allowed(self) -> str:
-        return ", ".join([*self.choices, "full_precision_matrix_mult"])
+        said = {
+            name: value
+            for name, value in stated.items()
+            if value is not None and (value is not False or False in self.Options.values(name))
+        }
+        return super().configure(said)
 
     def check(self, layer: LayerInput, options: FormatOptions) -> str | None:
-        """Why this (N, K) does not fit, in the exact words of FORMATS section 4; None when it
-        does.
-        """
+        """Why this (N, K) does not fit, as the plan says it; None when it does."""
         return None
 
-    def fallback(
-        self, layer: LayerInput, options: FormatOptions
-    ) -> tuple[str, FormatOptions] | None:
-        """The next format to try when `check` refuses (FORMATS section 4), or None to keep the
-        layer.
+    def fallback(self, layer: LayerInput, options: FormatOptions) -> Next | None:
+        """The next format to try when `check` refuses, with what is stated about it, or None to
+        keep the layer.
         """
         return None
 
@@ -95,17 +126,54 @@ class Format(ABC):
     def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
         """The layer's `comfy_quant` object; key order is the order written."""
 
-    @abstractmethod
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """suffix -> safetensors dtype of every stored tensor, the marker excepted."""
+        options = self.Options()
+        smallest = LayerInput(self.steps(options), None)
+        specs = self.tensor_specs(smallest, options)
+        return {suffix: dtype for suffix, (dtype, _) in specs.items()}
+
+    @property
+    def code_dtype(self) -> str:
+        """safetensors dtype of the stored weight."""
+        return self.dtypes["weight"]
+
+    def rotation(self, options: FormatOptions) -> int | None:
+        """In groups of how many columns the weight is rotated before it gets codes; None: not."""
+        return None
+
+    def same_codes(self, options: FormatOptions, other: FormatOptions) -> bool:
+        """Whether layers with these options hold the same codes and scales."""
+        return all(getattr(options, name) == getattr(other, name) for name in self.layout_options)
+
     def options_from(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
         """Read the options of a stored layer back; shapes win over the marker.
 
         Raises:
             CheckpointError: stored dtypes or shapes do not fit the format.
+            RecipeError: an option that the format does not hold.
         """
+        stored = self.stored_options(marker, specs)
+        if is_precise(marker):
+            stored = {**stored, PRECISE: True}
+        with self.named_in_errors():
+            options = self.Options(**stored)
+        self.refuse_misfit(self.stored_layer(marker, specs), options, specs)
+        return options
+
+    def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> dict[str, object]:
+        """The format's own options as marker and shapes state them.
+
+        Raises:
+            CheckpointError: they contradict each other, or the format.
+        """
+        return {}
 
     def stored_layer(self, marker: dict, specs: dict[str, TensorSpec]) -> LayerInput:
         """The logical shape and source dtype of a stored layer."""
-        return LayerInput(self.stored_matrix(specs), None)
+        rows, cols = self.stored_matrix(specs)
+        return LayerInput((rows, cols * self.codes_per_byte), None)
 
     def stored_matrix(self, specs: dict[str, TensorSpec]) -> tuple[int, int]:
         """Rows and columns of the stored weight.
@@ -124,7 +192,8 @@ class Format(ABC):
         """The matrix whose entries get codes: the weight itself, or its rotated (float32) or
         zero-padded version.
         """
-        return weight
+        group = self.rotation(options)
+        return weight if group is None else rotate(weight, group)
 
     @abstractmethod
     def grid(self, layer: LayerInput, options: FormatOptions) -> Grid:
@@ -151,7 +220,17 @@ class Format(ABC):
     def dequantize(
         self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
     ) -> torch.Tensor:
-        """Stored tensors -> (N, K) float32, written apart from the encoder (FORMATS 2.6)."""
+        """Stored tensors -> (N, K) float32, written apart from the encoder."""
+
+    def codes(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(N, K) codes of stored tensors, one a byte."""
+        return tensors["weight"]
+
+    def overflowing(self, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -> int:
+        """How many blocks of the original have a maximum that their stored scale cannot reach; 0
+        where nothing tells.
+        """
+        return 0
 
     def dequantize_to(
         self,
@@ -202,7 +281,7 @@ class Format(ABC):
             if suffix not in specs:
                 raise CheckpointError(f"'{suffix}' is missing; {self.name} needs it")
             got = specs[suffix]
-            if (got.dtype, tuple(got.shape)) != (dtype, shape):
+            if got.dtype not in (dtype, self.aliases.get(suffix)) or tuple(got.shape) != shape:
                 raise CheckpointError(
                     f"{suffix} is {got.dtype} {list(got.shape)}, {self.name} allows {dtype} "
                     f"{list(shape)}"
@@ -221,17 +300,18 @@ class Format(ABC):
 
 
 def marker_bytes(marker: dict) -> bytes:
-    """The bytes of a `comfy_quant` tensor: JSON with Python's default separators (FORMATS 1.1)."""
+    """The bytes of a `comfy_quant` tensor: UTF-8 JSON with Python's default separators."""
     return json.dumps(marker).encode("utf-8")
 
 
+def is_precise(marker: dict) -> bool:
+    """Whether a marker asks for products of unrounded activations."""
+    return bool(marker.get(PRECISE, False))
+
+
 def with_precision(marker: dict, options: FormatOptions) -> dict:
-    """Append `full_precision_matrix_mult`, last and only when true (FORMATS 1.1)."""
-    return (
-        {**marker, "full_precision_matrix_mult": True}
-        if options.full_precision_matrix_mult
-        else marker
-    )
+    """Append `full_precision_matrix_mult`, last and only when true."""
+    return {**marker, PRECISE: True} if options.full_precision_matrix_mult else marker
 
 
 # How markers name the dtype a layer was made from; float64 is rounded to float32 before anything
@@ -259,16 +339,27 @@ def register_format(format: Format) -> Format:
 
 
 def get_format(name: str) -> Format:
-    """Look a format up by its exact name.
+    """Look a format up by its exact name, as files state it.
 
     Raises:
         RecipeError: no such format; the message suggests the closest name and lists all.
     """
-    if name not in FORMATS:
-        guess = ALIASES.get(name) or closest(name, FORMATS)
-        hint = f", did you mean {guess!r}?" if guess else "."
-        raise RecipeError(f"unknown format {name!r}{hint} Allowed: {', '.join(FORMATS)}")
-    return FORMATS[name]
+    if isinstance(name, str) and name in FORMATS:
+        return FORMATS[name]
+    raise RecipeError(unknown_format(name))
+
+
+def read_as(name: object) -> Format | None:
+    """The format that layers of this name are read as though none are written under it."""
+    return next((format for format in FORMATS.values() if name in format.read_as), None)
+
+
+def unknown_format(name: object) -> str:
+    """That there is no such format, the closest name, and all names."""
+    meant = (format.name for format in FORMATS.values() if name in (format.short, *format.called))
+    guess = next(meant, None) or closest(str(name), FORMATS)
+    hint = f", did you mean {guess!r}?" if guess else "."
+    return f"unknown format {name!r}{hint} Allowed: {', '.join(FORMATS)}"
 
 
 def own_methods(names: Iterable[str] = FORMATS) -> str:

@@ -1,8 +1,11 @@
 """NF4 and FP4 with bitsandbytes' tables: g consecutive elements of the flattened weight share
-absmax (FORMATS 3.9).
+absmax.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -12,25 +15,40 @@ from ...kernels.grids import Levels
 from ...kernels.packing import pack_nibbles, unpack_nibbles
 from ...kernels.runtime import dequantize_flat4, linear_flat4
 from ..errors import CheckpointError
-from ..spec import FormatOptions, LayerInput, TensorSpec
-from .base import Format, dtype_from_json, dtype_to_json, register_format, with_precision
+from ..spec import LayerInput, TensorSpec
+from .base import (
+    Format,
+    FormatOptions,
+    dtype_from_json,
+    dtype_to_json,
+    register_format,
+    with_precision,
+)
+from .chain import INT8_ROW, Next
 
-INT8_ROW = ("int8_tensorwise", FormatOptions(scaling="row"))
+PREFIX = "bnb_"  # with it, a table's name is that of a format, also of one that is only read
 
 
 class Bnb4Bit(Format):
     """weight (N, K/2) uint8, high nibble first, and `absmax` (ceil(N * K / g),) float32."""
 
     native, min_comfyui = False, "0.8.0"
-    choices = {"block_size": (32, 64, 128, 256, 512, 1024, 2048, 4096)}
-    defaults = FormatOptions(block_size=64)
+    stores = "one scale per block of the flattened weight"
+    codes_per_byte = 2
     layout_options = ("block_size",)
     levels: Levels
+    table: str  # what bitsandbytes calls the table of levels
+
+    @dataclass(frozen=True)
+    class Options(FormatOptions):
+        block_size: int = 64
+
+        choices: ClassVar = {"block_size": (32, 64, 128, 256, 512, 1024, 2048, 4096)}
 
     def check(self, layer: LayerInput, options: FormatOptions) -> str | None:
         return f"K={layer.shape[1]} is odd" if layer.shape[1] % 2 else None
 
-    def fallback(self, layer: LayerInput, options: FormatOptions) -> tuple[str, FormatOptions]:
+    def fallback(self, layer: LayerInput, options: FormatOptions) -> Next:
         return INT8_ROW
 
     def notes(self, layer: LayerInput, options: FormatOptions) -> tuple[str, ...]:
@@ -69,20 +87,16 @@ class Bnb4Bit(Format):
             raise CheckpointError(f"shape is {shape}, but the stored weight holds {[n, 2 * half]}")
         return LayerInput((n, 2 * half), dtype_from_json(marker.get("dtype")))
 
-    def options_from(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
+    def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> dict[str, object]:
         order = marker.get("nibble_order")
         if order not in ("high", "hi_first"):
             raise CheckpointError(
                 f"nibble_order is {order!r}, {self.name} stores the high nibble first"
             )
         params = marker.get("params", {})
-        size = marker.get(
-            "group_size", params.get("group_size") if isinstance(params, dict) else None
-        )
-        precise = marker.get("full_precision_matrix_mult", False)
-        options = self.resolve(FormatOptions(block_size=size, full_precision_matrix_mult=precise))
-        self.refuse_misfit(self.stored_layer(marker, specs), options, specs)
-        return options
+        nested = params.get("group_size") if isinstance(params, dict) else None
+        size = marker.get("group_size", nested)
+        return {} if size is None else {"block_size": size}
 
     def grid(self, layer: LayerInput, options: FormatOptions) -> FlatGrid:
         return FlatGrid(self.levels, options.block_size)
@@ -91,6 +105,9 @@ class Bnb4Bit(Format):
         self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions
     ) -> dict[str, torch.Tensor]:
         return {"weight": pack_nibbles(codes, high_first=True), "absmax": scale}
+
+    def codes(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return unpack_nibbles(tensors["weight"], high_first=True)
 
     def quantize(
         self, prepared: torch.Tensor, grid: FlatGrid, options: FormatOptions, seed: int = 0
@@ -103,8 +120,8 @@ class Bnb4Bit(Format):
     def dequantize(
         self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
     ) -> torch.Tensor:
-        codes = unpack_nibbles(tensors["weight"], high_first=True)
-        return FlatGrid(self.levels, options.block_size).decode(codes, tensors["absmax"])
+        grid = FlatGrid(self.levels, options.block_size)
+        return grid.decode(self.codes(tensors), tensors["absmax"])
 
     def dequantize_to(
         self,
@@ -125,11 +142,14 @@ class Bnb4Bit(Format):
 
 
 class BnbNF4(Bnb4Bit):
-    name, levels = "bnb_nf4", NF4
+    name, levels, table = "bnb_nf4", NF4, "nf4"
+    short = "nf4"
+    read_as = ("bnb_af4",)
 
 
 class BnbFP4(Bnb4Bit):
-    name, levels = "bnb_fp4", FP4
+    name, levels, table = "bnb_fp4", FP4, "fp4"
+    short = "fp4"
     # Emoji model, mean SSIM of 8 prompts: nearest .887, mse_clip .909. bnb_nf4 has .948 and .953:
     # not worth 2.3 times the time on a CPU.
     method = "mse_clip"

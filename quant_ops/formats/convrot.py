@@ -9,6 +9,8 @@ from ..errors import CheckpointError
 from ..spec import LayerInput
 
 WRITTEN = (256, 64, 16)
+LARGEST = WRITTEN[0]
+READ = (4, 1024)  # in files of other writers, beside those
 
 
 def smaller_group(layer: LayerInput, group: int) -> int | None:
@@ -21,9 +23,9 @@ def refusal(layer: LayerInput, group: int) -> str | None:
     can.
     """
     k = layer.shape[1]
-    return (
-        f"ConvRot {group} -> {smaller_group(layer, group) or 'none'}: K={k}" if k % group else None
-    )
+    if k % group == 0:
+        return None
+    return f"ConvRot {group} -> {smaller_group(layer, group) or 'none'}: K={k}"
 
 
 def stored_group(marker: dict, layer: LayerInput) -> int:
@@ -33,7 +35,7 @@ def stored_group(marker: dict, layer: LayerInput) -> int:
         CheckpointError: not a power of 4 from 4 to 1024, or it does not divide K.
     """
     params = marker.get("params", {})
-    nested = params.get("convrot_groupsize", 256) if isinstance(params, dict) else 256
+    nested = params.get("convrot_groupsize", LARGEST) if isinstance(params, dict) else LARGEST
     group = marker.get("convrot_groupsize", nested)
     if type(group) is not int or not is_group_size(group) or layer.shape[1] % group:
         raise CheckpointError(

@@ -1,37 +1,47 @@
-"""ConvRot W4A4: INT4 codes of the rotated weight, one scale per row (FORMATS 3.7). Native."""
+"""ConvRot W4A4: INT4 codes of the rotated weight, one scale per row."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from ...kernels.grids import INT4, decode
-from ...kernels.hadamard import rotate
+from ...kernels.grids import INT4
 from ...kernels.packing import pack_nibbles, unpack_nibbles
-from ...kernels.scales import Geometry
 from ..errors import CheckpointError
-from ..spec import FormatOptions, LayerInput, TensorSpec
-from . import convrot
-from .base import register_format, with_precision
+from ..spec import LayerInput, TensorSpec
+from .arrangement import Arrangement
+from .base import FormatOptions, register_format, with_precision
+from .chain import INT8_ROW, Next
+from .convrot import LARGEST, READ, WRITTEN, refusal, stored_group
 from .tiled import TiledFormat
 
 # ComfyUI's kernel needs K in multiples of this; it is no scale granularity and not stored
 ALIGNMENT = 64
-INT8_ROW = ("int8_tensorwise", FormatOptions(scaling="row"))
 
 
 class ConvRotW4A4(TiledFormat):
     """`linear_dtype` int8 asks ComfyUI for 8-bit activations; the default int4 is not written."""
 
     name, min_comfyui, native = "convrot_w4a4", "0.28.0", True
-    levels, dtype = INT4, "I8"
-    choices = {"convrot_groupsize": convrot.WRITTEN, "linear_dtype": ("int4", "int8")}
-    defaults = FormatOptions(convrot_groupsize=256, linear_dtype="int4")
+    levels, dtype, codes_per_byte, unused_code = INT4, "I8", 2, -8
+    arrangements = (Arrangement.ROW,)
     layout_options = ("convrot_groupsize",)
 
-    def geometry(self, options: FormatOptions) -> Geometry:
-        return Geometry(1, None)
+    @dataclass(frozen=True)
+    class Options(FormatOptions):
+        convrot_groupsize: int = LARGEST
+        linear_dtype: str = "int4"
+
+        choices: ClassVar = {
+            "convrot_groupsize": WRITTEN,
+            "linear_dtype": ("int4", "int8"),
+        }
+        stored: ClassVar = {"convrot_groupsize": READ}
+
+    def rotation(self, options: FormatOptions) -> int:
+        return options.convrot_groupsize
 
     def scale_shape(self, shape: tuple[int, int], options: FormatOptions) -> tuple[int, ...]:
         return (shape[0],)
@@ -43,18 +53,12 @@ class ConvRotW4A4(TiledFormat):
         k = layer.shape[1]
         if k % ALIGNMENT:
             return f"K={k} not divisible by {ALIGNMENT}"
-        return convrot.refusal(layer, options.convrot_groupsize)
+        return refusal(layer, options.convrot_groupsize)
 
-    def fallback(self, layer: LayerInput, options: FormatOptions) -> tuple[str, FormatOptions]:
+    def fallback(self, layer: LayerInput, options: FormatOptions) -> Next:
         if layer.shape[1] % ALIGNMENT:
             return INT8_ROW
-        return self.name, replace(options, convrot_groupsize=ALIGNMENT)
-
-    def tensor_specs(
-        self, layer: LayerInput, options: FormatOptions
-    ) -> dict[str, tuple[str, tuple[int, ...]]]:
-        n, k = layer.shape
-        return {"weight": ("I8", (n, k // 2)), "weight_scale": ("F32", (n,))}
+        return self.name, {**options.as_dict(), "convrot_groupsize": ALIGNMENT}
 
     def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
         marker: dict = {"format": self.name, "convrot_groupsize": options.convrot_groupsize}
@@ -62,24 +66,14 @@ class ConvRotW4A4(TiledFormat):
             marker["linear_dtype"] = "int8"
         return with_precision(marker, options)
 
-    def stored_layer(self, marker: dict, specs: dict[str, TensorSpec]) -> LayerInput:
-        n, half = self.stored_matrix(specs)
-        return LayerInput((n, 2 * half), None)
-
-    def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
+    def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> dict[str, object]:
         linear_dtype = marker.get("linear_dtype", "int4")
-        if linear_dtype not in self.choices["linear_dtype"]:
+        if linear_dtype not in self.Options.values("linear_dtype"):
             raise CheckpointError(
                 f"linear_dtype is {linear_dtype!r}, {self.name} allows int4 and int8"
             )
-        return FormatOptions(
-            convrot_groupsize=convrot.stored_group(marker, self.stored_layer(marker, specs)),
-            linear_dtype=linear_dtype,
-            full_precision_matrix_mult=marker.get("full_precision_matrix_mult", False),
-        )
-
-    def prepare(self, weight: torch.Tensor, options: FormatOptions) -> torch.Tensor:
-        return rotate(weight, options.convrot_groupsize)
+        group = stored_group(marker, self.stored_layer(marker, specs))
+        return {"convrot_groupsize": group, "linear_dtype": linear_dtype}
 
     def pack(
         self, codes: torch.Tensor, scale: torch.Tensor, options: FormatOptions
@@ -87,13 +81,9 @@ class ConvRotW4A4(TiledFormat):
         packed = pack_nibbles(codes, high_first=False).view(torch.int8)
         return {"weight": packed, "weight_scale": scale.reshape(-1)}
 
-    def dequantize(
-        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
-    ) -> torch.Tensor:
+    def codes(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         nibbles = unpack_nibbles(tensors["weight"], high_first=False).view(torch.int8)
-        codes = (nibbles << 4) >> 4  # the upper bit of each nibble is its sign
-        rotated = decode(codes, tensors["weight_scale"].view(-1, 1), INT4, self.geometry(options))
-        return rotate(rotated, options.convrot_groupsize)
+        return (nibbles << 4) >> 4  # the upper bit of each nibble is its sign
 
 
 register_format(ConvRotW4A4())

@@ -1,34 +1,35 @@
-"""FP8: q = cast(w / scale) with one scale per tensor, row, tile or group (FORMATS 3.1, 3.2). Scalar
-ones are native.
-"""
+"""FP8: q = cast(w / scale) with one scale per tensor, row, tile or group."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from ...kernels.grids import E4M3, E5M2
-from ...kernels.scales import Geometry
-from ..spec import FormatOptions, LayerInput
-from .base import register_format, with_precision
-from .tiled import BlockFormat, TiledFormat
+from .arrangement import Arrangement
+from .base import PRECISE, FormatOptions, register_format
+from .chain import FP8_ROW
+from .tiled import BLOCK_SIZES, BlockFormat, BlockOptions, TiledFormat
 
 
 class ScalarFP8(TiledFormat):
+    """Codes (N, K) and one scale; also what ComfyUI's loaders make of FP8 files of older tools."""
+
     native = True
     embedding_min_comfyui = "0.21.0"
-    choices = {"scaling": ("tensor",)}
-    defaults = FormatOptions(scaling="tensor")
+    unit, static_input = "fp8", True
+    arrangements = (Arrangement.TENSOR,)
 
-    def geometry(self, options: FormatOptions) -> Geometry:
-        return Geometry(None, None)
+    @dataclass(frozen=True)
+    class Options(FormatOptions):
+        scaling: str = "tensor"
 
-    def scale_shape(self, shape: tuple[int, int], options: FormatOptions) -> tuple[int, ...]:
-        return ()
-
-    def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
-        return with_precision({"format": self.name}, options)
+        choices: ClassVar = {"scaling": ("tensor",)}
 
 
 class Float8E4M3(ScalarFP8):
     name, min_comfyui = "float8_e4m3fn", "0.4.0"
+    short, called = "fp8", ("fp8_scaled",)
     levels, dtype = E4M3, "F8_E4M3"
 
 
@@ -39,50 +40,57 @@ class Float8E5M2(ScalarFP8):
 
     name, min_comfyui = "float8_e5m2", "0.8.0"
     levels, dtype = E5M2, "F8_E5M2"
-    defaults = FormatOptions(scaling="tensor", full_precision_matrix_mult=True)
 
+    @dataclass(frozen=True)
+    class Options(ScalarFP8.Options):
+        full_precision_matrix_mult: bool = True
 
-register_format(Float8E4M3())
-register_format(Float8E5M2())
-
-
-BLOCK_SIZES = (16, 32, 64, 128, 256)
-ROW = ("float8_e4m3fn_rowwise", FormatOptions(scaling="row"))
+        choices: ClassVar = {**ScalarFP8.Options.choices, PRECISE: (True,)}
 
 
 class Float8Rowwise(TiledFormat):
     name, native, min_comfyui = "float8_e4m3fn_rowwise", False, "0.8.0"
     levels, dtype = E4M3, "F8_E4M3"
-    choices = {"scaling": ("row",)}
-    defaults = FormatOptions(scaling="row")
+    arrangements = (Arrangement.ROW,)
 
-    def geometry(self, options: FormatOptions) -> Geometry:
-        return Geometry(1, None)
+    @dataclass(frozen=True)
+    class Options(FormatOptions):
+        scaling: str = "row"
+
+        choices: ClassVar = {"scaling": ("row",)}
 
     def scale_shape(self, shape: tuple[int, int], options: FormatOptions) -> tuple[int, ...]:
         return (shape[0],)
 
-    def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
-        return with_precision({"format": self.name}, options)
-
 
 class Float8Blockwise(BlockFormat):
-    name, two_dimensional, instead = "float8_e4m3fn_blockwise", True, ROW
+    name, instead = "float8_e4m3fn_blockwise", FP8_ROW
     levels, dtype = E4M3, "F8_E4M3"
-    choices = {"scaling": ("block2d",), "block_size": BLOCK_SIZES}
-    defaults = FormatOptions(block_size=64)
+    arrangements = (Arrangement.TILE,)
+
+    @dataclass(frozen=True)
+    class Options(BlockOptions):
+        choices: ClassVar = {"scaling": ("block2d",), "block_size": BLOCK_SIZES}
 
 
 class Float8Block3d(BlockFormat):
-    name, two_dimensional, instead = "float8_e4m3fn_block3d", False, ROW
+    """The scale has a third dimension of size 1, as convert_to_quant writes it."""
+
+    name, instead = "float8_e4m3fn_block3d", FP8_ROW
     levels, dtype = E4M3, "F8_E4M3"
-    choices = {"scaling": ("block", "block3d"), "block_size": BLOCK_SIZES}
-    defaults = FormatOptions(block_size=64)
+    arrangements = (Arrangement.GROUP,)
+    lacks_group_size = True
+
+    @dataclass(frozen=True)
+    class Options(BlockOptions):
+        choices: ClassVar = {"scaling": ("block", "block3d"), "block_size": BLOCK_SIZES}
 
     def scale_shape(self, shape: tuple[int, int], options: FormatOptions) -> tuple[int, ...]:
         return (*self.geometry(options).grid_shape(shape), 1)
 
 
+register_format(Float8E4M3())
+register_format(Float8E5M2())
 register_format(Float8Rowwise())
 register_format(Float8Blockwise())
 register_format(Float8Block3d())

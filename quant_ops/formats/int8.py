@@ -1,23 +1,21 @@
-"""INT8: q = round(w / scale) in [-127, 127], one scale per tensor, row, tile or group (FORMATS 3.3,
-3.4).
-
-int8_tensorwise is native.
-"""
+"""INT8: q = round(w / scale) in [-127, 127] with one scale per tensor, row, tile or group."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 from ...kernels.grids import INT8
-from ...kernels.hadamard import rotate
-from ...kernels.scales import Geometry
 from ..errors import CheckpointError, RecipeError
-from ..spec import FormatOptions, LayerInput, TensorSpec
-from . import convrot
-from .base import register_format, with_precision
-from .tiled import BlockFormat, TiledFormat
+from ..spec import LayerInput, TensorSpec
+from .arrangement import Arrangement
+from .base import FormatOptions, register_format, with_precision
+from .chain import INT8_ROW, Next
+from .convrot import LARGEST, READ, WRITTEN, refusal, smaller_group, stored_group
+from .tiled import BLOCK_SIZES, BlockFormat, BlockOptions, TiledFormat
+
+LOWEST = -128  # never written: every code has a positive counterpart
 
 
 class Int8Tensorwise(TiledFormat):
@@ -29,44 +27,47 @@ class Int8Tensorwise(TiledFormat):
     """
 
     name, min_comfyui, native = "int8_tensorwise", "0.27.0", True
+    short = "int8"
     embedding_min_comfyui = "0.29.0"
-    levels, dtype = INT8, "I8"
-    choices = {
-        "scaling": ("row", "tensor"),
-        "convrot": (True,),
-        "convrot_groupsize": convrot.WRITTEN,
-    }
-    defaults = FormatOptions(scaling="row")
+    levels, dtype, unused_code = INT8, "I8", LOWEST
+    arrangements = (Arrangement.TENSOR, Arrangement.ROW)
     layout_options = ("scaling", "convrot_groupsize")
 
-    def resolve(self, options: FormatOptions) -> FormatOptions:
-        options = super().resolve(options)
-        if options.convrot_groupsize and not options.convrot:
-            raise RecipeError(f"format {self.name}: convrot_groupsize needs convrot = true")
-        if options.convrot and options.scaling != "row":
-            raise RecipeError(
-                f"format {self.name}: convrot needs scaling row; got {options.scaling}"
-            )
-        return (
-            replace(options, convrot_groupsize=options.convrot_groupsize or 256)
-            if options.convrot
-            else options
-        )
+    @dataclass(frozen=True)
+    class Options(FormatOptions):
+        scaling: str = "row"
+        convrot: bool = False
+        convrot_groupsize: int | None = None
+
+        choices: ClassVar = {"scaling": ("row", "tensor"), "convrot_groupsize": WRITTEN}
+        stored: ClassVar = {"convrot_groupsize": READ}
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.convrot_groupsize and not self.convrot:
+                raise RecipeError("convrot_groupsize needs convrot = true")
+            if self.convrot and self.scaling != "row":
+                raise RecipeError(f"convrot needs scaling row; got {self.scaling}")
+
+    def configure(self, stated: Mapping[str, object]) -> FormatOptions:
+        if stated.get("convrot") and stated.get("convrot_groupsize") is None:
+            stated = {**stated, "convrot_groupsize": LARGEST}
+        return super().configure(stated)
+
+    def rotation(self, options: FormatOptions) -> int | None:
+        return options.convrot_groupsize
 
     def steps(self, options: FormatOptions) -> tuple[int, int]:
-        return 1, options.convrot_groupsize or 1
+        return 1, self.rotation(options) or 1
 
     def check(self, layer: LayerInput, options: FormatOptions) -> str | None:
-        return convrot.refusal(layer, options.convrot_groupsize) if options.convrot else None
+        group = self.rotation(options)
+        return None if group is None else refusal(layer, group)
 
-    def fallback(self, layer: LayerInput, options: FormatOptions) -> tuple[str, FormatOptions]:
-        smaller = convrot.smaller_group(layer, options.convrot_groupsize)
-        return self.name, replace(
-            options, convrot=True if smaller else None, convrot_groupsize=smaller
-        )
-
-    def geometry(self, options: FormatOptions) -> Geometry:
-        return Geometry(1, None) if options.scaling == "row" else Geometry(None, None)
+    def fallback(self, layer: LayerInput, options: FormatOptions) -> Next:
+        smaller = smaller_group(layer, options.convrot_groupsize)
+        rotated = {"convrot": smaller is not None, "convrot_groupsize": smaller}
+        return self.name, {**options.as_dict(), **rotated}
 
     def scale_shape(self, shape: tuple[int, int], options: FormatOptions) -> tuple[int, ...]:
         return (shape[0], 1) if options.scaling == "row" else ()
@@ -77,20 +78,10 @@ class Int8Tensorwise(TiledFormat):
         rotated = {"convrot": True, "convrot_groupsize": group} if options.convrot else {}
         return with_precision({"format": self.name, **rotated, **per_row}, options)
 
-    def prepare(self, weight: torch.Tensor, options: FormatOptions) -> torch.Tensor:
-        return rotate(weight, options.convrot_groupsize) if options.convrot else weight
-
-    def dequantize(
-        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
-    ) -> torch.Tensor:
-        decoded = super().dequantize(tensors, layer, options)
-        return rotate(decoded, options.convrot_groupsize) if options.convrot else decoded
-
-    def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
+    def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> dict[str, object]:
         scale = specs.get("weight_scale")
         row = scale is not None and len(scale.shape) > 0
-        precise = marker.get("full_precision_matrix_mult", False)
-        options = FormatOptions("row" if row else "tensor", full_precision_matrix_mult=precise)
+        options = {"scaling": "row" if row else "tensor"}
         params = marker.get("params", {})
         nested = isinstance(params, dict) and params.get("convrot", False)
         if not marker.get("convrot", nested):
@@ -99,28 +90,35 @@ class Int8Tensorwise(TiledFormat):
             raise CheckpointError(
                 "weight_scale is a single number; a rotated layer (convrot) needs one scale per row"
             )
-        group = convrot.stored_group(marker, self.stored_layer(marker, specs))
-        return replace(options, convrot=True, convrot_groupsize=group)
-
-
-register_format(Int8Tensorwise())
-BLOCK_SIZES = (16, 32, 64, 128, 256)
-ROW = ("int8_tensorwise", FormatOptions(scaling="row"))
+        group = stored_group(marker, self.stored_layer(marker, specs))
+        return {**options, "convrot": True, "convrot_groupsize": group}
 
 
 class Int8Blockwise(BlockFormat):
-    name, two_dimensional, instead = "int8_blockwise", True, ROW
-    levels, dtype = INT8, "I8"
-    choices = {"scaling": ("block2d", "block"), "block_size": BLOCK_SIZES}
-    defaults = FormatOptions(block_size=128)
+    name, instead = "int8_blockwise", INT8_ROW
+    levels, dtype, unused_code = INT8, "I8", LOWEST
+    arrangements = (Arrangement.TILE,)
+
+    @dataclass(frozen=True)
+    class Options(BlockOptions):
+        block_size: int = 128
+
+        choices: ClassVar = {"scaling": ("block2d", "block"), "block_size": BLOCK_SIZES}
 
 
 class Int8Lodewise(BlockFormat):
-    name, two_dimensional, instead = "int8_lodewise", False, ROW
-    levels, dtype = INT8, "I8"
-    choices = {"scaling": ("block",), "block_size": BLOCK_SIZES}
-    defaults = FormatOptions(block_size=128)
+    name, instead = "int8_lodewise", INT8_ROW
+    levels, dtype, unused_code = INT8, "I8", LOWEST
+    arrangements = (Arrangement.GROUP,)
+    modes_meant = ("block3d",)
+
+    @dataclass(frozen=True)
+    class Options(BlockOptions):
+        block_size: int = 128
+
+        choices: ClassVar = {"scaling": ("block",), "block_size": BLOCK_SIZES}
 
 
+register_format(Int8Tensorwise())
 register_format(Int8Blockwise())
 register_format(Int8Lodewise())

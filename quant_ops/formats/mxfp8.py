@@ -1,20 +1,26 @@
-"""MXFP8: e4m3fn codes, one E8M0 exponent per 32 weights along K (FORMATS 3.5). Native."""
+"""MXFP8: e4m3fn codes, one E8M0 exponent per 32 weights along K."""
 
 from __future__ import annotations
 
 import torch
 
+from ...kernels.grids import E4M3
 from ...kernels.mxfp8 import BLOCK, Mxfp8Grid
 from ...kernels.packing import swizzle_scales, unswizzle_scales
-from ..spec import FormatOptions, LayerInput
-from .base import register_format
+from ..spec import LayerInput
+from .base import FormatOptions, register_format
 from .padded import PaddedFormat
+
+BIAS = 127  # of E8M0: byte e means 2^(e - 127)
 
 
 class Mxfp8(PaddedFormat):
     name, min_comfyui = "mxfp8", "0.18.0"
+    unit = "mxfp8"
+    read_as = ("hybrid_mxfp8",)
+    stores = f"one power of two per {BLOCK} weights of a row"
     block = BLOCK
-    weight_dtype, scale_dtype, alias = "F8_E4M3", "U8", "F8_E8M0"
+    weight_dtype, scale_dtype, aliases = "F8_E4M3", "U8", {"weight_scale": "F8_E8M0"}
 
     def grid(self, layer: LayerInput, options: FormatOptions) -> Mxfp8Grid:
         return Mxfp8Grid()
@@ -27,11 +33,21 @@ class Mxfp8(PaddedFormat):
     def dequantize(
         self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
     ) -> torch.Tensor:
-        codes = tensors["weight"]
-        rows, cols = codes.shape
-        scale = unswizzle_scales(tensors["weight_scale"].view(torch.uint8), rows, cols // BLOCK)
         n, k = layer.shape
-        return Mxfp8Grid().decode(codes, scale)[:n, :k]
+        return Mxfp8Grid().decode(tensors["weight"], _exponents(tensors))[:n, :k]
+
+    def overflowing(self, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -> int:
+        n, k = weight.shape
+        blocks = weight[:, : k // BLOCK * BLOCK].reshape(n, -1, BLOCK)
+        exponents = _exponents(tensors)[:n, : k // BLOCK].float()
+        reached = E4M3.qmax * torch.exp2(exponents - BIAS)
+        return int((blocks.abs().amax(-1) > reached).sum())
+
+
+def _exponents(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(rows, columns / 32) biased exponents, uint8."""
+    rows, cols = tensors["weight"].shape
+    return unswizzle_scales(tensors["weight_scale"].view(torch.uint8), rows, cols // BLOCK)
 
 
 register_format(Mxfp8())

@@ -1,6 +1,4 @@
-"""NVFP4: E2M1 codes, one e4m3fn scale per 16 weights along K and one float32 per tensor (FORMATS
-3.7). Native.
-"""
+"""NVFP4: E2M1 codes, one e4m3fn scale per 16 weights along K and one float32 per tensor."""
 
 from __future__ import annotations
 
@@ -8,15 +6,17 @@ import torch
 
 from ...kernels.nvfp4 import BLOCK, Nvfp4Grid, Nvfp4Scale
 from ...kernels.packing import pack_nibbles, swizzle_scales, unpack_nibbles, unswizzle_scales
-from ..spec import FormatOptions, LayerInput
-from .base import register_format
+from ..spec import LayerInput
+from .base import FormatOptions, register_format
 from .padded import PaddedFormat
 
 
 class Nvfp4(PaddedFormat):
     name, min_comfyui = "nvfp4", "0.8.0"
+    unit, static_input = "nvfp4", True
+    stores = f"one scale per {BLOCK} weights of a row, in steps of one per tensor"
     block, codes_per_byte = BLOCK, 2
-    weight_dtype, scale_dtype, alias = "U8", "F8_E4M3", "U8"
+    weight_dtype, scale_dtype, aliases = "U8", "F8_E4M3", {"weight_scale": "U8"}
 
     def tensor_specs(
         self, layer: LayerInput, options: FormatOptions
@@ -36,10 +36,13 @@ class Nvfp4(PaddedFormat):
             "weight_scale_2": scale.per_tensor,
         }
 
+    def codes(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return unpack_nibbles(tensors["weight"], high_first=True)
+
     def dequantize(
         self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
     ) -> torch.Tensor:
-        codes = unpack_nibbles(tensors["weight"], high_first=True)
+        codes = self.codes(tensors)
         rows, cols = codes.shape
         block = unswizzle_scales(tensors["weight_scale"].view(torch.uint8), rows, cols // BLOCK)
         scale = Nvfp4Scale(tensors["weight_scale_2"], block.contiguous().view(torch.float8_e4m3fn))

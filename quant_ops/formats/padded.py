@@ -4,31 +4,25 @@ swizzled.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from ...kernels.packing import pad_to, round_up, swizzled_shape
 from ..errors import CheckpointError
-from ..spec import FormatOptions, LayerInput, TensorSpec
-from .base import Format, dtype_from_json, dtype_to_json, with_precision
-
-FLOAT8 = ("float8_e4m3fn", FormatOptions(scaling="tensor"))
+from ..spec import LayerInput, TensorSpec
+from .base import Format, FormatOptions, dtype_from_json, dtype_to_json, with_precision
+from .chain import FP8_TENSOR, Next
 
 
 class PaddedFormat(Format):
     """Blocks of `block` along K; (N, K) is padded to multiples of `block` in both directions.
 
-    `codes_per_byte` codes share a stored byte. `weight_scale` may also be stored as `alias`, a
-    dtype of the same bytes.
+    `codes_per_byte` codes share a stored byte.
     """
 
-    native = True
+    native, swizzled = True, True
     block: int
-    codes_per_byte: int = 1
     weight_dtype: str
     scale_dtype: str
-    alias: str
 
     def padded(self, shape: tuple[int, int]) -> tuple[int, int]:
         n, k = shape
@@ -40,8 +34,8 @@ class PaddedFormat(Format):
             return f"padding {n}x{k} -> {rows}x{cols} adds more than 25 %"
         return None
 
-    def fallback(self, layer: LayerInput, options: FormatOptions) -> tuple[str, FormatOptions]:
-        return FLOAT8
+    def fallback(self, layer: LayerInput, options: FormatOptions) -> Next:
+        return FP8_TENSOR
 
     def notes(self, layer: LayerInput, options: FormatOptions) -> tuple[str, ...]:
         (n, k), (rows, cols) = layer.shape, self.padded(layer.shape)
@@ -82,18 +76,6 @@ class PaddedFormat(Format):
                 f"orig_shape is {stated}, but the stored weight holds {list(storage)}"
             )
         return LayerInput(tuple(stated), dtype_from_json(marker.get("orig_dtype")))
-
-    def options_from(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
-        options = self.resolve(
-            FormatOptions(
-                full_precision_matrix_mult=marker.get("full_precision_matrix_mult", False)
-            )
-        )
-        scale = specs.get("weight_scale")
-        if scale is not None and scale.dtype == self.alias:
-            specs = {**specs, "weight_scale": replace(scale, dtype=self.scale_dtype)}
-        self.refuse_misfit(self.stored_layer(marker, specs), options, specs)
-        return options
 
     def prepare(self, weight: torch.Tensor, options: FormatOptions) -> torch.Tensor:
         return pad_to(weight, *self.padded(tuple(weight.shape)))

@@ -4,32 +4,56 @@ its own numbers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 
 from ...kernels.dispatch import Op
 from ...kernels.grids import E4M3, INT8, Levels, TiledGrid, decode
+from ...kernels.hadamard import rotate
 from ...kernels.runtime import dequantize_tiles, linear_tiles
 from ...kernels.scales import Geometry
 from ..errors import CheckpointError
-from ..spec import FormatOptions, LayerInput, TensorSpec
-from .base import Format, with_precision
+from ..spec import LayerInput, TensorSpec
+from .arrangement import Arrangement
+from .base import Format, FormatOptions, with_precision
+from .chain import Next
 
 MIN_GROUP = 64  # elements along K; shorter groups leave the tensor cores waiting for scales
+BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
 class TiledFormat(Format):
-    """weight (N, K) codes plus `weight_scale` float32. Subclasses say geometry, stored scale shape
-    and marker.
+    """weight (N, K) codes plus `weight_scale` float32; w ~ code * scale.
+
+    A subclass states levels, arrangements and, where it is not the grid's own, the stored shape of
+    the scale.
     """
 
     levels: Levels
     dtype: str  # safetensors dtype of the codes
 
+    @property
+    def stores(self) -> str:
+        first, *others = (arrangement.words for arrangement in self.arrangements)
+        return ", or ".join([first, *(words.replace("one scale", "one") for words in others)])
+
+    def arrangement(self, options: FormatOptions) -> Arrangement:
+        """How these options share scales."""
+        if len(self.arrangements) == 1:
+            return self.arrangements[0]
+        return Arrangement(options.scaling)
+
     def geometry(self, options: FormatOptions) -> Geometry:
-        raise NotImplementedError
+        return self.arrangement(options).geometry(getattr(options, "block_size", None))
 
     def scale_shape(self, shape: tuple[int, int], options: FormatOptions) -> tuple[int, ...]:
-        """Stored shape of `weight_scale`; the grid shape unless a format says otherwise."""
+        """Stored shape of `weight_scale`: () for one scale, else the grid's, unless a format says
+        otherwise.
+        """
+        if self.arrangement(options) is Arrangement.TENSOR:
+            return ()
         return self.geometry(options).grid_shape(shape)
 
     def steps(self, options: FormatOptions) -> tuple[int, int]:
@@ -45,10 +69,14 @@ class TiledFormat(Format):
     def tensor_specs(
         self, layer: LayerInput, options: FormatOptions
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        n, k = layer.shape
         return {
-            "weight": (self.dtype, layer.shape),
+            "weight": (self.dtype, (n, k // self.codes_per_byte)),
             "weight_scale": ("F32", self.scale_shape(layer.shape, options)),
         }
+
+    def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
+        return with_precision({"format": self.name}, options)
 
     def grid(self, layer: LayerInput, options: FormatOptions) -> TiledGrid:
         return TiledGrid(self.levels, self.geometry(options))
@@ -64,9 +92,11 @@ class TiledFormat(Format):
     def dequantize(
         self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
     ) -> torch.Tensor:
-        codes, geometry = tensors["weight"], self.geometry(options)
+        codes, geometry = self.codes(tensors), self.geometry(options)
         scale = tensors["weight_scale"].reshape(geometry.grid_shape(tuple(codes.shape)))
-        return decode(codes, scale, self.levels, geometry)
+        decoded = decode(codes, scale, self.levels, geometry)
+        group = self.rotation(options)
+        return decoded if group is None else rotate(decoded, group)
 
     def dequantize_to(
         self,
@@ -75,47 +105,48 @@ class TiledFormat(Format):
         options: FormatOptions,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        codes, geometry = tensors["weight"], self.geometry(options)
-        if tuple(codes.shape) != layer.shape or options.convrot:
-            # packed or rotated: more than codes x scales
+        if self.codes_per_byte > 1 or self.rotation(options) is not None:
+            # more than codes x scales
             return super().dequantize_to(tensors, layer, options, dtype)
+        geometry = self.geometry(options)
         scale = tensors["weight_scale"].reshape(geometry.grid_shape(layer.shape))
-        return dequantize_tiles(codes, scale, self.levels, geometry, dtype)
+        return dequantize_tiles(tensors["weight"], scale, self.levels, geometry, dtype)
 
     def multiplies_codes(self, options: FormatOptions) -> bool:
         """Whether `product` quantizes activations too; else it decodes the weight and leaves them
         as they are.
 
-        Not where the marker asks for full precision, the codes are of a rotated weight, products of
-        the codes do not exist (e5m2) or groups along K are shorter than a step of the tensor cores.
+        Not where the marker asks for full precision, the codes are packed or of a rotated weight,
+        products of the codes do not exist (e5m2) or groups along K are shorter than a step of the
+        tensor cores.
         """
+        if options.full_precision_matrix_mult or self.rotation(options) is not None:
+            return False
+        if self.codes_per_byte > 1 or self.levels not in (INT8, E4M3):
+            return False
         cols = self.geometry(options).cols
-        asked_not_to = options.full_precision_matrix_mult or options.convrot
-        return (
-            self.levels in (INT8, E4M3) and not asked_not_to and (cols is None or cols >= MIN_GROUP)
-        )
+        return cols is None or cols >= MIN_GROUP
 
     def product(
         self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
     ) -> tuple[Op, tuple] | None:
-        codes, geometry = tensors["weight"], self.geometry(options)
-        if not self.multiplies_codes(options) or tuple(codes.shape) != layer.shape:
+        if not self.multiplies_codes(options):
             return None
+        geometry = self.geometry(options)
         scale = tensors["weight_scale"].reshape(geometry.grid_shape(layer.shape))
-        return linear_tiles, (codes, scale, self.levels, geometry)
+        return linear_tiles, (tensors["weight"], scale, self.levels, geometry)
 
-    def options_from(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
-        options = self.stored_options(marker, specs)
-        self.refuse_misfit(self.stored_layer(marker, specs), options, specs)
-        return options
 
-    def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
-        """Options as the marker and the scale's shape state them."""
-        return self.resolve(
-            FormatOptions(
-                full_precision_matrix_mult=marker.get("full_precision_matrix_mult", False)
-            )
-        )
+@dataclass(frozen=True)
+class BlockOptions(FormatOptions):
+    """`scaling` only repeats what the format's name says; layer-configs and old commands name
+    it.
+    """
+
+    scaling: str | None = None
+    block_size: int = 64
+
+    choices: ClassVar = {"block_size": BLOCK_SIZES}
 
 
 class BlockFormat(TiledFormat):
@@ -125,13 +156,10 @@ class BlockFormat(TiledFormat):
 
     native, min_comfyui = False, "0.8.0"
     layout_options = ("block_size",)
-    two_dimensional: bool  # bs x bs tiles, or 1 x bs groups along K
-    instead: tuple[str, FormatOptions]  # what to use where the block size does not divide
+    # what to use where the block size does not divide, and what is stated about it
+    instead: Next
 
-    def geometry(self, options: FormatOptions) -> Geometry:
-        return Geometry(options.block_size if self.two_dimensional else 1, options.block_size)
-
-    def fallback(self, layer: LayerInput, options: FormatOptions) -> tuple[str, FormatOptions]:
+    def fallback(self, layer: LayerInput, options: FormatOptions) -> Next:
         return self.instead
 
     def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
@@ -140,12 +168,10 @@ class BlockFormat(TiledFormat):
             {"format": self.name, "group_size": size, "params": {"group_size": size}}, options
         )
 
-    def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:
+    def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> dict[str, object]:
         (_, k), scale = self.stored_matrix(specs), specs.get("weight_scale")
         if scale is None or len(scale.shape) < 2 or not scale.shape[1]:
             raise CheckpointError(
                 f"weight_scale is missing or not a grid; {self.name} needs one scale per block"
             )
-        size = k // scale.shape[1]
-        precise = marker.get("full_precision_matrix_mult", False)
-        return self.resolve(FormatOptions(block_size=size, full_precision_matrix_mult=precise))
+        return {"block_size": k // scale.shape[1]}

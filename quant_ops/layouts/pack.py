@@ -21,13 +21,9 @@ from comfy_kitchen.tensor.base import (
 )
 
 from ..errors import UnsupportedLayerError
-from ..formats import get_format
-from ..formats.base import Format
+from ..formats import Format, FormatOptions, get_format
 from ..sources import DTYPE_NAMES
-from ..spec import FormatOptions, LayerInput
-
-# Any shape that every format can hold: only the names of the side tensors are asked of it.
-_PROBE = LayerInput((256, 256), "BF16")
+from ..spec import LayerInput
 
 
 class Product:
@@ -243,7 +239,7 @@ if not hasattr(torch.ops.fewbits, "dequantize"):
 
 def _make_layout(name: str, format: Format, options: FormatOptions) -> type[PackLayout]:
     """The layout class of one format with one set of options."""
-    suffixes = [suffix for suffix in format.tensor_specs(_PROBE, options) if suffix != "weight"]
+    suffixes = [suffix for suffix in format.dtypes if suffix != "weight"]
     side = {suffixes[0]: "scale", **{suffix: suffix for suffix in suffixes[1:]}}
     tensors = list(side.values())
     params = dataclasses.make_dataclass(
@@ -277,13 +273,12 @@ def layout_name(format: Format, options: FormatOptions) -> str:
     are left alone.
     """
     parts = [part[:1].upper() + part[1:] for part in format.name.split("_")]
-    options = format.resolve(options)
     extras = [
         str(value).capitalize()
         for name, value in options.stated().items()
         if name in format.layout_options
     ]
-    if options.full_precision_matrix_mult and not format.defaults.full_precision_matrix_mult:
+    if options.full_precision_matrix_mult and not format.Options().full_precision_matrix_mult:
         extras.append("Precise")
     return "FewBits" + "".join(parts) + "".join(extras)
 
@@ -291,7 +286,6 @@ def layout_name(format: Format, options: FormatOptions) -> str:
 def register_layout(format_name: str, options: FormatOptions) -> str:
     """Make and register the layout class of a format with these options, once; returns its name."""
     format = get_format(format_name)
-    options = format.resolve(options)
     name = layout_name(format, options)
     if name not in LAYOUTS:
         register_layout_class(name, _make_layout(name, format, options))

@@ -7,15 +7,16 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from ...kernels.grids import Grid, Scale
-from ..errors import RecipeError, closest
+from ..errors import RecipeError
+from ..options import Configurable
 
 # Plain weight error allowed to a method whose objective is only a proxy, x nearest:
 # docs/rules.md#methods.
@@ -29,34 +30,6 @@ class WeightError:
     """In place of an objective: the method minimises ||Q - W||, which is measured of all codes
     anyway.
     """
-
-
-@dataclass(frozen=True)
-class MethodOptions:
-    """Options of one method: fields with defaults. `choices` lists allowed values, `ranges` closed
-    intervals.
-    """
-
-    choices: ClassVar[dict[str, tuple]] = {}
-    ranges: ClassVar[dict[str, tuple[float, float]]] = {}
-
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            self._check(entry.name, getattr(self, entry.name), type(entry.default))
-
-    def _check(self, name: str, value: object, kind: type) -> None:
-        if kind is float and type(value) is int:
-            value = float(value)  # 1 is a fine way to write 1.0
-            object.__setattr__(self, name, value)
-        if type(value) is not kind:
-            raise RecipeError(f"{name} must be {kind.__name__}, got {value!r}")
-        if name in self.choices and value not in self.choices[name]:
-            raise RecipeError(
-                f"{name}: unknown value {value!r}{_did_you_mean(value, self.choices[name])}"
-            )
-        low, high = self.ranges.get(name, (value, value))
-        if not low <= value <= high:
-            raise RecipeError(f"{name} must be from {low:g} to {high:g}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +56,7 @@ class Layer:
         return scale, self.grid.region_errors(self.weight, codes, scale)
 
 
-class Method(ABC):
+class Method(Configurable, ABC):
     """Chooses codes and scales for one layer; sees a grid, never a format.
 
     `proxy`: the objective leaves out part of the weight's error, so that the guard limits that
@@ -91,8 +64,7 @@ class Method(ABC):
     memory beside it, so that layers side by side are faster than threads inside one.
     """
 
-    name: str
-    Options: type[MethodOptions] = MethodOptions
+    noun = "method"
     proxy = False
     in_passes = False
 
@@ -100,23 +72,6 @@ class Method(ABC):
     def options(self) -> dict[str, object]:
         """Names of the options and their defaults."""
         return asdict(self.Options())
-
-    def configure(self, stated: Mapping[str, object]) -> MethodOptions:
-        """Defaults with the stated options in their place.
-
-        Raises:
-            RecipeError: an option the method does not have, of another type or out of range; with
-                the closest name.
-        """
-        for name in stated:
-            if name not in self.options:
-                raise RecipeError(
-                    f"method {self.name} has no option {name!r}{_did_you_mean(name, self.options)}"
-                )
-        try:
-            return self.Options(**stated)
-        except RecipeError as error:
-            raise RecipeError(f"method {self.name}: {error}") from None
 
     @abstractmethod
     def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, Objective | WeightError | None]:
@@ -206,8 +161,3 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise RecipeError(f"unknown method {name!r}; known methods: {', '.join(sorted(METHODS))}")
     return METHODS[name]
-
-
-def _did_you_mean(name: object, known: Iterable[str]) -> str:
-    guess = closest(str(name), known)
-    return f", did you mean {guess!r}?" if guess else f"; it allows: {', '.join(known) or 'none'}"

@@ -15,11 +15,12 @@ from typing import ClassVar
 import torch
 
 from ...kernels.grids import Scale
-from .base import Layer, Method, MethodOptions, WeightError, register_method
+from ..options import Options
+from .base import Layer, Method, WeightError, register_method
 
 
 @dataclass(frozen=True)
-class MseClipOptions(MethodOptions):
+class MseClipOptions(Options):
     """The search: multiples of the absmax scale from `lowest` to `highest`, `steps_per_octave` for
     each factor of 2.
 

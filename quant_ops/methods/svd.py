@@ -17,7 +17,8 @@ import torch
 
 from ...kernels.grids import Scale
 from ...kernels.scales import TINY
-from .base import Layer, Method, MethodOptions, Objective, register_method
+from ..options import Options
+from .base import Layer, Method, Objective, register_method
 from .learning_rate import SCHEDULES, LearningRate
 from .mse_clip import MseClipOptions, search_scale
 
@@ -49,7 +50,7 @@ PULL = 0.9  # a shift that costs more weight error than allowed shrinks by this 
 
 
 @dataclass(frozen=True)
-class SvdOptions(MethodOptions):
+class SvdOptions(Options):
     """Rank k = min(r, max_k, max(min_k, floor(top_p * r))), r = min(N, K); with k = r nothing is
     left to choose.
 

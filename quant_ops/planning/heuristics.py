@@ -21,7 +21,7 @@ def gains_nothing(layer: LayerInput, wish: Wish) -> str | None:
     nothing.
     """
     long, short = max(layer.shape), min(layer.shape)
-    block = wish.options.block_size
+    block = getattr(wish.options, "block_size", None)
     if block and short < block:
         return f"short side {short} < block {block}"
     obstacle = get_format(wish.format).check(layer, wish.options)

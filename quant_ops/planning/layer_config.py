@@ -1,4 +1,4 @@
-"""The layer-config JSON: validate it, rank its patterns (FORMATS section 7).
+"""The layer-config JSON: validate it, rank its patterns.
 
 Every problem of a file is collected before anything is refused. Settings that do not apply are
 warnings.
@@ -13,35 +13,36 @@ from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
 
-from ..errors import RecipeError
-from ..formats import FORMATS, get_format
+from ..errors import RecipeError, did_you_mean
+from ..formats import FORMATS, Format, read_as
+from ..formats.base import PRECISE, unknown_format
 from ..methods import METHODS
-from ..spec import FormatOptions
 from .match import REGEX, Regex, check_pattern, closed, shortened
-from .wish import Wish, did_you_mean
+from .wish import Wish, option_names
 
 DEFAULT, EXCLUSIONS = "_default", "_exclusions"
-SCALING_MODES = ("tensor", "row", "block", "block2d", "block3d")
-# setting -> type; a tuple lists the values where they do not depend on the format
-SETTINGS = {"format": str, "skip": bool, "block_size": int, "group_size": int, "scaling_mode": SCALING_MODES,
-            "method": str, "simple": bool, "full_precision_matrix_mult": bool, "convrot": bool,
-            "convrot_groupsize": int, "linear_dtype": str}  # fmt: skip
-INSTEAD = {"hybrid_mxfp8": "mxfp8", "bnb_af4": "bnb_nf4"}  # read, never written
+# settings that are no option of a format, or spelled otherwise there
+OWN_SETTINGS: dict[str, type | tuple] = {
+    "format": str,
+    "skip": bool,
+    "group_size": int,
+    "method": str,
+    "simple": bool,
+}
+SCALING, SCALING_MODE = "scaling", "scaling_mode"  # the option and its name in this file
 LISTED = 5  # entries named when many have the same problem
 
-# What a format stores, and where each scaling mode leads (FORMATS 7.4).
-STORES = {"float8_e4m3fn": "one scale", "float8_e5m2": "one scale", "float8_e4m3fn_rowwise": "one scale per row",
-          "float8_e4m3fn_blockwise": "one scale per square tile",
-          "float8_e4m3fn_block3d": "one scale per block of a row", "int8_tensorwise": "one scale, or one per row",
-          "int8_blockwise": "one scale per square tile", "int8_lodewise": "one scale per block of "
-                                                                          "a row"}  # fmt: skip
-FP8 = {"tensor": "float8_e4m3fn", "row": "float8_e4m3fn_rowwise", "block2d": "float8_e4m3fn_blockwise",
-       "block": "float8_e4m3fn_block3d", "block3d": "float8_e4m3fn_block3d"}  # fmt: skip
-INT8 = {"tensor": "int8_tensorwise", "row": "int8_tensorwise", "block2d": "int8_blockwise", "block": "int8_blockwise",
-        "block3d": "int8_lodewise"}  # fmt: skip
-LEADS_TO = {**{name: FP8 for name in STORES if name.startswith("float8_e4m3fn")},
-            **{name: INT8 for name in STORES if name.startswith("int8")},
-            "float8_e5m2": {"tensor": "float8_e5m2"}}  # fmt: skip
+
+def settings_allowed() -> dict[str, type | tuple]:
+    """setting -> type; a tuple lists the values where they do not depend on the format."""
+    modes = {mode: None for format in FORMATS.values() for mode in format.Options.values(SCALING)}
+    options = {
+        name: format.Options.kind(name)
+        for format in FORMATS.values()
+        for name in format.Options.names()
+        if name != SCALING
+    }
+    return {**OWN_SETTINGS, **options, SCALING_MODE: tuple(modes)}
 
 
 class LayerConfigError(RecipeError):
@@ -91,8 +92,8 @@ class LayerConfig:
         return parse_layer_config(dict(self.stated), fullmatch=self.fullmatch, unstated=primary)
 
     def ranked(self, names: Iterable[str]) -> tuple[Ranked, ...]:
-        """All patterns as one list in which the first match wins, for a model with these base names
-        (FORMATS 7.3).
+        """All patterns as one list in which the first match wins, for a model with these base
+        names.
         """
         names = set(names)
         rules = [
@@ -223,7 +224,7 @@ def parse_layer_config(
     unstated: Wish | None = None,
     problems: Iterable[str] = (),
 ) -> LayerConfig:
-    """Check a parsed layer-config (FORMATS 7.5).
+    """Check a parsed layer-config.
 
     Args:
         unstated: where an entry names no `full_precision_matrix_mult`, this wish's is used; where
@@ -245,6 +246,7 @@ class _Reader:
         self.warnings: list[str] = []
         self.entries: list[Entry] = []
         self.empty: list[str] = []
+        self.allowed = settings_allowed()
 
     def read(self, table: dict) -> LayerConfig:
         default = None
@@ -310,12 +312,12 @@ class _Reader:
         settings = {name: value for name, value in stated.items() if not name.startswith("_")}
         before = len(self.problems)
         for name, value in settings.items():
-            if name not in SETTINGS:
-                self.problems.append(f"{where}: unknown key {name!r}{did_you_mean(name, SETTINGS)}")
-            elif not _fits(value, SETTINGS[name]):
-                self.problems.append(
-                    f"{where}: {name!r} must be {_allowed(name, settings)}, got {_shown(value)}"
-                )
+            if name not in self.allowed:
+                hint = did_you_mean(name, sorted(self.allowed))
+                self.problems.append(f"{where}: unknown key {name!r}{hint}")
+            elif not _fits(value, self.allowed[name]):
+                wanted = _wanted(name, self.allowed[name], settings)
+                self.problems.append(f"{where}: {name!r} must be {wanted}, got {_shown(value)}")
         if settings.get("skip") is True:
             ignored = [name for name in settings if name != "skip"]
             if ignored:
@@ -331,15 +333,8 @@ class _Reader:
             self.problems.append(f"{where}: 'format' is required (or set \"skip\": true)")
         elif name == "":
             self.empty.append(key)
-        elif isinstance(name, str) and name in INSTEAD:
-            self.problems.append(
-                f"{where}: format {name!r} can be read but not written; use {INSTEAD[name]}"
-            )
         elif isinstance(name, str) and name not in FORMATS:
-            try:
-                get_format(name)
-            except RecipeError as error:
-                self.problems.append(f"{where}: {error}")
+            self.problems.append(f"{where}: {_unwritable(name)}")
         return isinstance(name, str) and name in FORMATS
 
     def _report_empty(self) -> None:
@@ -351,41 +346,35 @@ class _Reader:
             )
 
     def _build(self, where: str, settings: dict) -> Wish | None:
-        name = settings["format"]
-        format = FORMATS[name]
-        options = {"full_precision_matrix_mult": self._unstated_precision()}
-        if "full_precision_matrix_mult" in settings:
-            options["full_precision_matrix_mult"] = settings["full_precision_matrix_mult"]
-        mode = settings.get("scaling_mode")
+        format = FORMATS[settings["format"]]
+        options = {PRECISE: settings.get(PRECISE, self._unstated_precision())}
+        mode = settings.get(SCALING_MODE)
         if mode is not None:
-            if mode not in format.choices.get("scaling", ()):
-                self.problems.append(f"{where}: {_contradiction(name, mode)}")
+            if mode not in format.Options.values(SCALING):
+                self.problems.append(f"{where}: {_contradiction(format, mode)}")
                 return None
             # elsewhere it only repeats what the format's name says
-            if "scaling" in format.layout_options:
-                options["scaling"] = mode
+            if SCALING in format.layout_options:
+                options[SCALING] = mode
         sizes = {settings[alias] for alias in ("block_size", "group_size") if alias in settings}
         if len(sizes) > 1:
             self.problems.append(
                 f"{where}: 'block_size' and 'group_size' are one setting and differ"
             )
             return None
-        values = {
-            option: settings.get(option)
-            for option in ("convrot", "convrot_groupsize", "linear_dtype")
-        }
-        values["convrot"] = values["convrot"] or None
-        values["block_size"] = next(iter(sizes), None)
+        values = {name: settings[name] for name in settings if name in option_names()}
+        if sizes:
+            values["block_size"] = next(iter(sizes))
         for option, value in values.items():
-            if value is None:
+            if option == PRECISE or value is False:
                 continue
             spelled = option if option in settings else "group_size"
-            allowed = format.choices.get(option)
-            if allowed is None:
+            allowed = format.Options.values(option)
+            if option not in format.Options.names():
                 self.warnings.append(
-                    f"{where}: {spelled!r} does not apply to {name} and is ignored"
+                    f"{where}: {spelled!r} does not apply to {format.name} and is ignored"
                 )
-            elif value not in allowed:
+            elif allowed and value not in allowed:
                 names = ", ".join(map(str, allowed))
                 self.problems.append(
                     f"{where}: {spelled!r} must be one of {names}, got {_shown(value)}"
@@ -393,10 +382,10 @@ class _Reader:
                 return None
             else:
                 options[option] = value
-        return self._with_method(where, settings, Wish(name), FormatOptions(**options))
+        return self._with_method(where, settings, Wish(format.name), options)
 
     def _with_method(
-        self, where: str, settings: dict, wish: Wish, options: FormatOptions
+        self, where: str, settings: dict, wish: Wish, options: dict[str, object]
     ) -> Wish | None:
         method, simple = settings.get("method"), settings.get("simple", False)
         if simple and method not in (None, "nearest"):
@@ -425,42 +414,57 @@ class _Reader:
         return bool(self.unstated and self.unstated.options.full_precision_matrix_mult)
 
 
-def _contradiction(name: str, mode: str) -> str:
-    if name not in STORES:
-        return f"format {name} takes no scaling_mode; leave it out"
-    instead = LEADS_TO[name].get(mode)
+def _unwritable(name: str) -> str:
+    """Why an entry cannot name this format."""
+    instead = read_as(name)
+    if instead is not None:
+        return f"format {name!r} can be read but not written; use {instead.name}"
+    return unknown_format(name)
+
+
+def _contradiction(format: Format, mode: str) -> str:
+    """What a format stores, and which one the scaling mode leads to."""
+    if not format.Options.values(SCALING):
+        return f"format {format.name} takes no scaling_mode; leave it out"
+    instead = next((name for name in FORMATS if _leads_to(mode, FORMATS[name], format)), None)
     advice = (
         f"for scaling_mode {mode} use {instead}" if instead else f"it has no scaling_mode {mode}"
     )
-    return f"format {name} stores {STORES[name]}; {advice}"
+    return f"format {format.name} stores {format.stores}; {advice}"
+
+
+def _leads_to(mode: str, format: Format, named: Format) -> bool:
+    """Whether a mode beside the named format means this one: the same codes, other scales."""
+    if format is named or format.code_dtype != named.code_dtype:
+        return False
+    return mode in (*format.Options.values(SCALING), *format.modes_meant)
 
 
 def _fits(value: object, kind: type | tuple) -> bool:
     return value in kind if isinstance(kind, tuple) else type(value) is kind
 
 
-def _allowed(name: str, settings: dict) -> str:
+def _wanted(name: str, kind: type | tuple, settings: dict) -> str:
     """What a setting of the wrong type may be, in words."""
-    kind = SETTINGS[name]
     if isinstance(kind, tuple):
         return f"one of {', '.join(kind)}"
     if kind is bool:
         return "true or false"
-    option = "block_size" if name == "group_size" else name
-    format = (
-        FORMATS.get(settings.get("format")) if isinstance(settings.get("format"), str) else None
-    )
-    formats = [format] if format and option in format.choices else FORMATS.values()
-    values = sorted({value for format in formats for value in format.choices.get(option, ())})
+    values = _values(name, settings.get("format"))
+    if values:
+        return f"one of {', '.join(map(str, values))}"
+    return "a format's name" if name == "format" else "text"
+
+
+def _values(name: str, format: object) -> list:
+    """What a setting may be in an entry's format, or in any if it has no such option."""
     if name == "method":
-        values = sorted(METHODS)
-    return (
-        f"one of {', '.join(map(str, values))}"
-        if values
-        else "a format's name"
-        if name == "format"
-        else "text"
-    )
+        return sorted(METHODS)
+    option = "block_size" if name == "group_size" else name
+    named = FORMATS.get(format) if isinstance(format, str) else None
+    if named and named.Options.values(option):
+        return sorted(named.Options.values(option))
+    return sorted({value for each in FORMATS.values() for value in each.Options.values(option)})
 
 
 def _shown(value: object) -> str:
@@ -482,8 +486,8 @@ def _table(entry: Entry) -> dict:
     if entry.wish is None:
         return {"skip": True}
     options = entry.wish.options.stated()
-    scaling = {"scaling_mode": options.pop("scaling")} if "scaling" in options else {}
-    precise = {"full_precision_matrix_mult": options.pop("full_precision_matrix_mult", False)}
+    scaling = {SCALING_MODE: options.pop(SCALING)} if SCALING in options else {}
+    precise = {PRECISE: options.pop(PRECISE, False)}
     return {
         "format": entry.wish.format,
         **scaling,

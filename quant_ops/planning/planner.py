@@ -14,7 +14,6 @@ from ..formats import FORMATS, get_format
 from ..formats.base import marker_bytes
 from ..spec import (
     FLOAT_DTYPES,
-    FormatOptions,
     Header,
     LayerInput,
     LayerPlan,
@@ -285,9 +284,8 @@ class _Planner:
         layer = format.stored_layer(marker, by_suffix)
         decision = self.rules.decide(base, self._scope(base), layer)
         wish = decision.rule.wish
-        if wish is not None and (wish.format, _geometry_of(wish.options)) != (
-            format.name,
-            _geometry_of(options),
+        if wish is not None and not (
+            wish.format == format.name and format.same_codes(wish.options, options)
         ):
             raise RecipeError(
                 f"layer '{base}' is quantized already ({format.name}) and {wish.format} was asked "
@@ -335,12 +333,6 @@ class _Planner:
             format=format.name,
             marker=marker,
         )
-
-
-def _geometry_of(options: FormatOptions) -> FormatOptions:
-    return FormatOptions(
-        options.scaling, options.block_size, options.convrot, options.convrot_groupsize
-    )
 
 
 def _main_parts(parts: list[Part]) -> list[Part]:

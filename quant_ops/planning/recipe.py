@@ -32,14 +32,14 @@ from ..errors import RecipeError
 from ..spec import compact_json
 from .layer_config import LayerConfig, parse_layer_config
 from .match import check_pattern
-from .wish import OPTION_TYPES, Wish, known_keys, parse_wish, typed, wish_from_table
+from .wish import Wish, known_keys, parse_wish, typed, wish_from_table
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # the standard library has it from 3.11 on
     import tomli as tomllib
 
-__all__ = ["OPTION_TYPES", "Draft", "Recipe", "Rule", "Wish", "draft_from_table", "draft_from_text",
+__all__ = ["Draft", "Recipe", "Rule", "Wish", "draft_from_table", "draft_from_text",
            "draft_from_toml", "parse_rule", "parse_wish", "recipe_from_table", "recipe_from_toml", "recipe_to_toml",
            "rule_from"]  # fmt: skip
 

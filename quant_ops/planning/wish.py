@@ -4,15 +4,12 @@ filled in.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 
-from ..errors import RecipeError, closest
-from ..formats import Format, get_format
+from ..errors import RecipeError, did_you_mean
+from ..formats import FORMATS, Format, FormatOptions, get_format
 from ..methods import get_method
-from ..spec import FormatOptions
-
-OPTION_TYPES = {"scaling": str, "block_size": int, "convrot": bool, "convrot_groupsize": int, "linear_dtype": str,
-                "full_precision_matrix_mult": bool}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -20,13 +17,14 @@ class Wish:
     """What a layer shall become. `method_options` holds (name, value) pairs that differ from the
     method's defaults.
 
+    `options` are stated ones on the way in; afterwards they are the format's, defaults included.
     `method` is None only on the way in: the format's own is meant, and stands there afterwards.
     `names_method` keeps whether it was named, for layer-config entries that leave it to the
     primary; such wishes are equal otherwise.
     """
 
     format: str
-    options: FormatOptions = FormatOptions()
+    options: FormatOptions | Mapping[str, object] = field(default_factory=dict)
     method: str | None = None
     method_options: tuple[tuple[str, object], ...] = ()
     names_method: bool = field(init=False, compare=False, repr=False)
@@ -38,7 +36,9 @@ class Wish:
         object.__setattr__(
             self, "method_options", _method_options(self.method, dict(self.method_options))
         )
-        object.__setattr__(self, "options", get_format(self.format).resolve(self.options))
+        format = get_format(self.format)
+        if type(self.options) is not format.Options:
+            object.__setattr__(self, "options", format.configure(self.options))
 
     def to_json(self) -> dict:
         return {
@@ -50,7 +50,7 @@ class Wish:
 
     def to_text(self) -> str:
         """As `parse_wish` reads it: `FORMAT[:option=value,...]`, with nothing that is a default."""
-        unstated = get_format(self.format).resolve(FormatOptions()).stated()
+        unstated = get_format(self.format).configure({}).stated()
         options = {
             name: value
             for name, value in self.options.stated().items()
@@ -63,13 +63,12 @@ class Wish:
         ]
         return ":".join(filter(None, [self.format, ",".join(items)]))
 
-    def become(self, format: str, options: FormatOptions) -> Wish:
+    def become(self, format: str, stated: Mapping[str, object]) -> Wish:
         """The wish where another format takes over: precision goes along, a method unless it is the
         format's own.
         """
-        options = replace(
-            options, full_precision_matrix_mult=self.options.full_precision_matrix_mult
-        )
+        precise = self.options.full_precision_matrix_mult
+        options = {**stated, "full_precision_matrix_mult": precise}
         if format != self.format and self.method == get_format(self.format).method:
             return Wish(format, options)
         return replace(self, format=format, options=options)
@@ -99,20 +98,21 @@ def wish_from_table(where: str, table: dict) -> Wish:
     }
     format = get_format(names["format"]) if "format" in names else Format
     method_names = tuple(get_method(names.get("method", format.method)).options)
-    known_keys(where, table, {"format", "method", *OPTION_TYPES, *method_names})
+    known_keys(where, table, {"format", "method", *option_names(), *method_names})
     if "format" not in table:
         raise RecipeError(f"{where}: 'format' is required")
-    options = {
-        key: typed(f"{where}: {key}", table[key], kind)
-        for key, kind in OPTION_TYPES.items()
-        if key in table
-    }
     return Wish(
         names["format"],
-        FormatOptions(**options),
+        {key: table[key] for key in option_names() if key in table},
         names.get("method"),
         tuple((key, table[key]) for key in method_names if key in table),
     )
+
+
+def option_names() -> tuple[str, ...]:
+    """The options of all formats."""
+    names = (name for format in FORMATS.values() for name in format.Options.names())
+    return tuple(dict.fromkeys(names))
 
 
 def parse_value(text: str) -> object:
@@ -135,13 +135,7 @@ def known_keys(where: str, table: dict, known: set[str]) -> None:
     """
     for key in table:
         if key not in known:
-            raise RecipeError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}")
-
-
-def did_you_mean(name: str, known: set[str] | dict | tuple) -> str:
-    """`, did you mean 'x'?`, or the list of what is known."""
-    guess = closest(name, known)
-    return f", did you mean {guess!r}?" if guess else f"; known: {', '.join(sorted(known))}"
+            raise RecipeError(f"{where}: unknown key {key!r}{did_you_mean(key, sorted(known))}")
 
 
 def typed(where: str, value: object, kind: type) -> object:
@@ -166,6 +160,3 @@ def _method_options(method: str, stated: dict[str, object]) -> tuple[tuple[str, 
 
 def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-assert set(OPTION_TYPES) == {field.name for field in fields(FormatOptions)}

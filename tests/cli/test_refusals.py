@@ -15,7 +15,7 @@ REFUSED = {
     "--format int8_tensorwise:convrot=true,scaling=tensor": "convrot needs scaling row",
     "--format bnb_nf4 --method gtpq": "unknown method 'gtpq'; known methods: ",
     "--format bnb_nf4:method=svd,num_iters=5": "unknown key 'num_iters', did you mean 'num_iter'?",
-    "--format bnb_nf4:method=svd,optimizer=adam": "unknown value 'adam', did you mean 'radam'?",
+    "--format bnb_nf4:method=svd,optimizer=adam": "got 'adam', did you mean 'radam'?",
     "--format bnb_nf4:num_iter=5": "unknown key 'num_iter'",
     "--format mxfp8 --keep re:(": "pattern 're:(' is not a regular expression",
     "--format mxfp8 --rule a=fp9": "unknown format 'fp9'",

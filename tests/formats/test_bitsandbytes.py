@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from fewbits.quant_ops.spec import FormatOptions
 from support.codec import decode, encode
 from support.vectors import B
 
@@ -35,7 +34,7 @@ def codes_of(packed: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_nf4_codes_and_absmax_equal_bitsandbytes(dtype, group, seed):
     weight = weights(seed, dtype)
-    stored, _ = encode("bnb_nf4", weight, FormatOptions(block_size=group))
+    stored, _ = encode("bnb_nf4", weight, {"block_size": group})
     packed, state = theirs(weight, "nf4", group)
     assert torch.equal(stored["absmax"], state.absmax)
     assert torch.equal(stored["weight"].reshape(-1), packed.reshape(-1))
@@ -45,7 +44,7 @@ def test_nf4_codes_and_absmax_equal_bitsandbytes(dtype, group, seed):
 @each_group
 def test_fp4_codes_equal_bitsandbytes_but_for_zeros_and_rare_last_bits(group, seed):
     weight = weights(seed)
-    stored, _ = encode("bnb_fp4", weight, FormatOptions(block_size=group))
+    stored, _ = encode("bnb_fp4", weight, {"block_size": group})
     packed, state = theirs(weight, "fp4", group)
     assert torch.equal(stored["absmax"], state.absmax)
     ours, other = codes_of(stored["weight"]), codes_of(packed)
@@ -59,7 +58,7 @@ def test_fp4_codes_equal_bitsandbytes_but_for_zeros_and_rare_last_bits(group, se
 @each_seed
 def test_fp4_of_bf16_values_differs_only_at_ties(seed):
     weight = weights(seed, torch.bfloat16)
-    stored, _ = encode("bnb_fp4", weight, FormatOptions(block_size=64))
+    stored, _ = encode("bnb_fp4", weight, {"block_size": 64})
     packed, _ = theirs(weight, "fp4", 64)
     ours, other = codes_of(stored["weight"]), codes_of(packed)
     ours, other = ours.masked_fill(ours == 8, 0), other.masked_fill(other == 8, 0)
@@ -70,7 +69,7 @@ def test_fp4_of_bf16_values_differs_only_at_ties(seed):
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_bitsandbytes_decodes_our_codes_to_the_same_values(kind, group):
     weight = weights(2, torch.bfloat16)
-    stored, marker = encode(f"bnb_{kind}", weight, FormatOptions(block_size=group))
+    stored, marker = encode(f"bnb_{kind}", weight, {"block_size": group})
     _, state = theirs(weight, kind, group)
     state.absmax = stored["absmax"]
     decoded = functional.dequantize_4bit(stored["weight"].reshape(-1, 1), state)
@@ -80,7 +79,7 @@ def test_bitsandbytes_decodes_our_codes_to_the_same_values(kind, group):
 
 def test_the_golden_nf4_vector_is_what_bitsandbytes_writes():
     packed, state = theirs(B, "nf4", 64)
-    stored, _ = encode("bnb_nf4", B, FormatOptions(block_size=64))
+    stored, _ = encode("bnb_nf4", B, {"block_size": 64})
     assert torch.equal(stored["weight"].reshape(-1), packed.reshape(-1))
     assert torch.equal(stored["absmax"], state.absmax)
 
@@ -88,7 +87,7 @@ def test_the_golden_nf4_vector_is_what_bitsandbytes_writes():
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_a_partial_last_block_decodes_alike(kind):
     weight = weights(3)[:7, :90].contiguous()
-    stored, marker = encode(f"bnb_{kind}", weight, FormatOptions(block_size=64))
+    stored, marker = encode(f"bnb_{kind}", weight, {"block_size": 64})
     packed, state = theirs(weight, kind, 64)
     ours = decode(f"bnb_{kind}", stored, marker)
     other = functional.dequantize_4bit(packed, state).reshape(weight.shape)

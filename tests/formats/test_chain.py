@@ -6,7 +6,7 @@ from fewbits.quant_ops.errors import RecipeError
 from fewbits.quant_ops.formats import FORMATS, get_format
 from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
-from fewbits.quant_ops.spec import FormatOptions, Header, LayerPlan, TensorSpec
+from fewbits.quant_ops.spec import Header, LayerPlan, TensorSpec
 
 
 def plan(
@@ -159,26 +159,26 @@ def test_the_minimum_comfyui_is_that_of_the_format_page(name):
 
 
 REFUSED = [
-    ("mxfp8", FormatOptions(block_size=32), "format mxfp8 has no option 'block_size'"),
-    ("bnb_nf4", FormatOptions(block_size=48), "block_size must be one of 32, 64, 128"),
-    ("bnb_nf4", FormatOptions(scaling="row"), "has no option 'scaling'"),
+    ("mxfp8", {"block_size": 32}, "format mxfp8 has no option 'block_size'"),
+    ("bnb_nf4", {"block_size": 48}, "block_size must be one of 32, 64, 128"),
+    ("bnb_nf4", {"scaling": "row"}, "has no option 'scaling'"),
     (
         "convrot_w4a4",
-        FormatOptions(convrot_groupsize=1024),
+        {"convrot_groupsize": 1024},
         "convrot_groupsize must be one of 256, 64, 16",
     ),
-    ("convrot_w4a4", FormatOptions(linear_dtype="fp8"), "linear_dtype must be one of int4, int8"),
+    ("convrot_w4a4", {"linear_dtype": "fp8"}, "linear_dtype must be one of int4, int8"),
     (
         "int8_tensorwise",
-        FormatOptions(convrot_groupsize=64),
+        {"convrot_groupsize": 64},
         "convrot_groupsize needs convrot = true",
     ),
     (
         "int8_tensorwise",
-        FormatOptions(scaling="tensor", convrot=True),
+        {"scaling": "tensor", "convrot": True},
         "convrot needs scaling row; got tensor",
     ),
-    ("float8_e4m3fn", FormatOptions(convrot=True), "has no option 'convrot'"),
+    ("float8_e4m3fn", {"convrot": True}, "has no option 'convrot'"),
 ]
 
 
@@ -187,4 +187,4 @@ REFUSED = [
 )
 def test_options_that_do_not_apply_are_refused(name, options, message):
     with pytest.raises(RecipeError, match=message):
-        get_format(name).resolve(options)
+        get_format(name).configure(options)

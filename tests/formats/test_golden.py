@@ -9,20 +9,20 @@ import torch
 
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.formats.base import marker_bytes
-from fewbits.quant_ops.spec import FormatOptions, LayerInput
-from support.codec import encode
+from fewbits.quant_ops.spec import LayerInput
+from support.codec import encode, options_of
 from support.vectors import A, B, C, D, bits, floats, raw, sha
 
-BLOCK4 = FormatOptions(block_size=4)
-ROW, TENSOR = FormatOptions(scaling="row"), FormatOptions(scaling="tensor")
-ROTATED = FormatOptions(scaling="row", convrot=True, convrot_groupsize=64)
-G64 = FormatOptions(convrot_groupsize=64, linear_dtype="int4")
+BLOCK4 = {"block_size": 4}
+ROW, TENSOR = {"scaling": "row"}, {"scaling": "tensor"}
+ROTATED = {"scaling": "row", "convrot": True, "convrot_groupsize": 64}
+G64 = {"convrot_groupsize": 64}
 
 
 def store(
-    name: str, weight: torch.Tensor, options: FormatOptions = TENSOR
+    name: str, weight: torch.Tensor, options: dict[str, object] | None = None
 ) -> dict[str, torch.Tensor]:
-    return encode(name, weight, options)[0]
+    return encode(name, weight, options or {})[0]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ FP4_B = [
     "e5a92a12d63c4bf5be2a02a63d73c4be5a92a12d63c4bf5be2a02a63d73c4be5",
     "63c4bf5be2a02a63d73c4be5a92a12d63c4bf5be2a02a63d73c4be5a92a12d63",
 ]
-G = FormatOptions(block_size=64)
+G = {"block_size": 64}
 
 
 class TestBitsandbytes:
@@ -331,7 +331,7 @@ class TestBitsandbytes:
 
     def test_decoded_nf4_of_b_starts_as_the_format_page_says(self):
         decoded = get_format("bnb_nf4").dequantize(
-            store("bnb_nf4", B, G), LayerInput((4, 64), None), G
+            store("bnb_nf4", B, G), LayerInput((4, 64), None), options_of("bnb_nf4", G)
         )
         assert torch.equal(decoded[0, :4], floats("bf700000 be888828 3ed38a6c bf700000"))
 
@@ -348,8 +348,9 @@ RELATIVE_ERRORS = [
     ("name", "options", "error"), RELATIVE_ERRORS, ids=[case[0] for case in RELATIVE_ERRORS]
 )
 def test_relative_decode_error_of_b_is_the_golden_one(name, options, error):
-    format, layer = get_format(name), LayerInput((4, 64), None)
-    decoded = format.dequantize(store(name, B, options), layer, options)
+    format, layer, stored = get_format(name), LayerInput((4, 64), None), store(name, B, options)
+    options = options_of(name, options)
+    decoded = format.dequantize(stored, layer, options)
     assert round(float((decoded - B).norm() / B.norm()), 4) == error
     prepared = format.prepare(B, options)
     grid = format.grid(layer, options)
@@ -359,10 +360,10 @@ def test_relative_decode_error_of_b_is_the_golden_one(name, options, error):
 
 
 MARKERS = [
-    ("float8_e4m3fn", FormatOptions(), 27, "dc6ecd1e9459beb7"),
-    ("int8_blockwise", FormatOptions(), 78, "afe328f8fa785db1"),
-    ("int8_tensorwise", FormatOptions(convrot=True), 89, "7c7aca3fb3f26f7a"),
-    ("bnb_nf4", FormatOptions(), 132, "86161524d99d3e55"),
+    ("float8_e4m3fn", {}, 27, "dc6ecd1e9459beb7"),
+    ("int8_blockwise", {}, 78, "afe328f8fa785db1"),
+    ("int8_tensorwise", {"convrot": True}, 89, "7c7aca3fb3f26f7a"),
+    ("bnb_nf4", {}, 132, "86161524d99d3e55"),
 ]
 
 
@@ -371,5 +372,5 @@ MARKERS = [
 )
 def test_marker_bytes_are_the_golden_ones(name, options, length, digest):
     format = get_format(name)
-    text = marker_bytes(format.marker(LayerInput((4, 64), "BF16"), format.resolve(options)))
+    text = marker_bytes(format.marker(LayerInput((4, 64), "BF16"), format.configure(options)))
     assert (len(text), hashlib.sha256(text).hexdigest()[:16]) == (length, digest)

@@ -9,7 +9,6 @@ from comfy_kitchen.backends.eager import convrot_w4a4 as kitchen_w4a4
 from comfy_kitchen.backends.eager import quantization as kitchen
 from comfy_kitchen.float_utils import e8m0_to_f32, from_blocked
 
-from fewbits.quant_ops.spec import FormatOptions
 from support.codec import decode, encode, wish
 from support.vectors import raw
 
@@ -58,7 +57,7 @@ def test_fp8_equals_comfy_kitchen_bit_for_bit(name, dtype, seed):
 @pytest.mark.parametrize("scaling", ["row", "tensor"])
 def test_int8_equals_comfy_kitchen_bit_for_bit(scaling, dtype, seed):
     weight = weights(seed, dtype)
-    stored, _ = encode("int8_tensorwise", weight, FormatOptions(scaling=scaling))
+    stored, _ = encode("int8_tensorwise", weight, {"scaling": scaling})
     quantize = (
         kitchen.quantize_int8_rowwise if scaling == "row" else kitchen.quantize_int8_tensorwise
     )
@@ -72,7 +71,7 @@ def test_int8_equals_comfy_kitchen_bit_for_bit(scaling, dtype, seed):
 @pytest.mark.parametrize("shape", [SHAPE, (500, 1000)], ids=["whole blocks", "padded"])
 def test_nvfp4_equals_comfy_kitchen_bit_for_bit(shape, dtype, seed):
     weight = weights(seed, dtype)[: shape[0], : shape[1]].contiguous()
-    stored, _ = encode("nvfp4", weight, FormatOptions())
+    stored, _ = encode("nvfp4", weight, {})
     assert torch.equal(stored["weight_scale_2"], weight.abs().amax() / 2688)
     codes, scale = kitchen.quantize_nvfp4(weight, stored["weight_scale_2"], pad_16x=shape != SHAPE)
     assert raw(stored["weight"]) == raw(codes)
@@ -84,7 +83,7 @@ def test_nvfp4_equals_comfy_kitchen_bit_for_bit(shape, dtype, seed):
 @pytest.mark.parametrize("shape", [SHAPE, (500, 1000)], ids=["whole blocks", "padded"])
 def test_mxfp8_equals_comfy_kitchen_bit_for_bit(shape, dtype, seed):
     weight = weights(seed, dtype)[: shape[0], : shape[1]].contiguous()
-    stored, _ = encode("mxfp8", weight, FormatOptions())
+    stored, _ = encode("mxfp8", weight, {})
     codes, scale = kitchen.quantize_mxfp8(weight, pad_32x=shape != SHAPE)
     assert raw(stored["weight"]) == raw(codes)
     assert raw(stored["weight_scale"]) == raw(scale)
@@ -92,7 +91,7 @@ def test_mxfp8_equals_comfy_kitchen_bit_for_bit(shape, dtype, seed):
 
 def test_mxfp8_of_float32_differs_from_log2_only_where_log2_rounds_down():
     weight = weights(0, torch.float32)
-    stored, _ = encode("mxfp8", weight, FormatOptions())
+    stored, _ = encode("mxfp8", weight, {})
     _, scale = kitchen.quantize_mxfp8(weight)
     ours, theirs = stored["weight_scale"].int(), scale.view(torch.uint8).int()
     assert ((ours == theirs) | (ours == theirs + 1)).all()
@@ -102,7 +101,7 @@ def test_mxfp8_of_float32_differs_from_log2_only_where_log2_rounds_down():
 @pytest.mark.parametrize("group", [256, 64, 16])
 def test_rotated_int8_is_within_rounding_of_comfy_kitchen(group, seed):
     weight = weights(seed, torch.bfloat16)
-    options = FormatOptions(scaling="row", convrot=True, convrot_groupsize=group)
+    options = {"scaling": "row", "convrot": True, "convrot_groupsize": group}
     stored, _ = encode("int8_tensorwise", weight, options)
     codes, scale = kitchen.quantize_int8_convrot_weight(weight, group)
     assert ulps(stored["weight_scale"], scale) <= 16
@@ -114,9 +113,7 @@ def test_rotated_int8_is_within_rounding_of_comfy_kitchen(group, seed):
 @pytest.mark.parametrize("group", [256, 64, 16])
 def test_w4a4_is_within_rounding_of_comfy_kitchen(group, seed):
     weight = weights(seed, torch.bfloat16)
-    stored, _ = encode(
-        "convrot_w4a4", weight, FormatOptions(convrot_groupsize=group, linear_dtype="int4")
-    )
+    stored, _ = encode("convrot_w4a4", weight, {"convrot_groupsize": group, "linear_dtype": "int4"})
     codes, scale = kitchen_w4a4.quantize_convrot_w4a4_weight(weight, group)
     assert ulps(stored["weight_scale"], scale) <= 16
     assert differing(stored["weight"], codes) <= 1e-4
@@ -129,7 +126,7 @@ if find_spec(W4A8):  # comfy-kitchen has it from 0.2.27 on
     def test_w4a8_is_within_rounding_of_comfy_kitchen(group, seed):
         w4a8 = importlib.import_module(W4A8)
         weight = weights(seed, torch.bfloat16)
-        stored, _ = encode("asym_w4a8_int8", weight, FormatOptions(convrot_groupsize=group))
+        stored, _ = encode("asym_w4a8_int8", weight, {"convrot_groupsize": group})
         codes, relative, channel, correction, _ = w4a8.quantize_w4a8_int8_weight(
             weight, convrot_groupsize=group, codebook_tensor=stored["weight_codebook"]
         )
@@ -177,7 +174,7 @@ if find_spec(W4A8):
     def test_comfy_kitchen_reads_w4a8_as_we_do():
         w4a8 = importlib.import_module(W4A8)
         weight = weights(0, torch.bfloat16)
-        stored, marker = encode("asym_w4a8_int8", weight, FormatOptions(convrot_groupsize=64))
+        stored, marker = encode("asym_w4a8_int8", weight, {"convrot_groupsize": 64})
         theirs = w4a8.dequantize_w4a8_int8_weight(
             stored["weight"], stored["weight_s_rel"], stored["weight_s_channel"], stored["weight_codebook"],
             convrot_groupsize=64, output_dtype=torch.float32,
@@ -189,7 +186,7 @@ if find_spec(W4A8):
 
 def test_comfy_kitchen_finds_our_block_scales_where_it_looks():
     weight = weights(0, torch.bfloat16)
-    stored, _ = encode("mxfp8", weight, FormatOptions())
+    stored, _ = encode("mxfp8", weight, {})
     logical = from_blocked(stored["weight_scale"], SHAPE[0], SHAPE[1] // 32)
     largest = weight.view(SHAPE[0], -1, 32).abs().amax(2)
     scaled = largest / e8m0_to_f32(logical.contiguous())

@@ -8,7 +8,7 @@ import torch
 from fewbits.quant_ops.errors import CheckpointError, QuantError
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.formats.base import FORMATS, dtype_from_json
-from fewbits.quant_ops.spec import FormatOptions, LayerInput, TensorSpec
+from fewbits.quant_ops.spec import LayerInput, TensorSpec
 from support.codec import CANONICAL, encode, layer_of, specs_of, wish
 
 ANY = LayerInput((256, 256), None)
@@ -69,9 +69,9 @@ MARKERS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_default_marker_has_the_keys_of_the_format_page_in_its_order(name):
     format = get_format(name)
-    marker = format.marker(LayerInput((100, 70), "BF16"), format.defaults)
+    marker = format.marker(LayerInput((100, 70), "BF16"), format.Options())
     assert list(marker.items()) == list(MARKERS[name].items())
-    precise = dataclasses.replace(format.defaults, full_precision_matrix_mult=True)
+    precise = dataclasses.replace(format.Options(), full_precision_matrix_mult=True)
     assert (
         list(format.marker(LayerInput((100, 70), "BF16"), precise))[-1]
         == "full_precision_matrix_mult"
@@ -84,14 +84,14 @@ def test_markers_state_tensor_scales_rotation_and_activations_when_asked():
         get_format("convrot_w4a4"),
         LayerInput((64, 256), "F32"),
     )
-    assert int8.marker(layer, int8.resolve(FormatOptions(scaling="tensor"))) == {
+    assert int8.marker(layer, int8.configure({"scaling": "tensor"})) == {
         "format": "int8_tensorwise"
     }
-    rotated = int8.marker(layer, int8.resolve(FormatOptions(convrot=True, convrot_groupsize=16)))
+    rotated = int8.marker(layer, int8.configure({"convrot": True, "convrot_groupsize": 16}))
     assert list(rotated.items()) == [
         ("format", "int8_tensorwise"), ("convrot", True), ("convrot_groupsize", 16), ("per_row", True),
     ]  # fmt: skip
-    asked = w4a4.marker(layer, w4a4.resolve(FormatOptions(linear_dtype="int8")))
+    asked = w4a4.marker(layer, w4a4.configure({"linear_dtype": "int8"}))
     assert list(asked.items()) == [
         ("format", "convrot_w4a4"),
         ("convrot_groupsize", 256),
@@ -112,7 +112,7 @@ def test_markers_state_tensor_scales_rotation_and_activations_when_asked():
 @pytest.mark.parametrize("name", STATES_DTYPE)
 def test_the_marker_states_the_source_dtype(name, dtype, stated):
     format = get_format(name)
-    marker = format.marker(layer_of(torch.zeros(64, 64, dtype=dtype)), format.defaults)
+    marker = format.marker(layer_of(torch.zeros(64, 64, dtype=dtype)), format.Options())
     assert marker["orig_dtype" if "orig_dtype" in marker else "dtype"] == stated
 
 
@@ -134,25 +134,21 @@ def test_dtypes_are_read_with_and_without_the_torch_prefix(text, dtype):
 def test_comfyui_s_own_files_state_no_shape_and_keep_stating_none():
     """ComfyUI saves nvfp4 and mxfp8 with `format` alone; the padded matrix is then the layer."""
     for name, scale in (("nvfp4", "U8"), ("mxfp8", "F8_E8M0")):
-        tensors, _ = encode(name, torch.randn(100, 70), FormatOptions())
+        tensors, _ = encode(name, torch.randn(100, 70), {})
         format, specs = get_format(name), specs_of(tensors)
         specs["weight_scale"] = dataclasses.replace(specs["weight_scale"], dtype=scale)
-        assert format.options_from({"format": name}, specs) == FormatOptions()
+        assert format.options_from({"format": name}, specs) == format.Options()
         stored = format.stored_layer({"format": name}, specs)
         assert stored == LayerInput({"nvfp4": (112, 80), "mxfp8": (128, 96)}[name], None)
-        assert "orig_shape" not in format.marker(stored, FormatOptions())
+        assert "orig_shape" not in format.marker(stored, format.Options())
 
 
 @pytest.mark.parametrize("group", [4, 16, 64, 256, 1024])
 @pytest.mark.parametrize("name", ["int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"])
 def test_every_rotation_group_is_read_also_those_that_are_not_written(name, group):
     format = get_format(name)
-    options = FormatOptions(
-        scaling="row" if name == "int8_tensorwise" else None,
-        convrot=True if name == "int8_tensorwise" else None,
-        convrot_groupsize=group,
-        linear_dtype="int4" if name == "convrot_w4a4" else None,
-    )
+    rotated = {"convrot": True} if name == "int8_tensorwise" else {}
+    options = format.Options(convrot_groupsize=group, **rotated)
     weight = torch.randn(16, 1024)
     tensors, marker = encode(name, weight, options)
     assert format.options_from(marker, specs_of(tensors)) == options
@@ -240,7 +236,7 @@ WRONG_MARKERS = {
     "low nibble first": ("bnb_nf4", {"nibble_order": "low"}, "nibble_order is 'low'"),
     "no nibble order": ("bnb_nf4", {"nibble_order": None}, "nibble_order is None"),
     "a shape that is not the weight's": ("bnb_nf4", {"shape": [256, 64]}, "shape is"),
-    "a group size as text": ("bnb_nf4", {"group_size": "64"}, "block_size must be one of"),
+    "a group size as text": ("bnb_nf4", {"group_size": "64"}, "block_size must be int"),
     "a shape that does not pad to the weight": ("nvfp4", {"orig_shape": [20, 40]}, "orig_shape is"),
     "a shape that is no pair": ("mxfp8", {"orig_shape": 64}, "orig_shape is 64"),
     "a rotation that is no power of four": (
@@ -273,7 +269,7 @@ def test_markers_that_contradict_the_tensors_are_refused(name, marker, message):
     [
         (name, suffix)
         for name, format in FORMATS.items()
-        for suffix in format.tensor_specs(ANY, format.defaults)
+        for suffix in format.tensor_specs(ANY, format.Options())
     ],
     ids=lambda value: value,
 )

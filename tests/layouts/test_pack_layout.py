@@ -10,23 +10,20 @@ from comfy_kitchen.tensor.base import QuantizedTensor, get_layout_class
 from fewbits.quant_ops.errors import UnsupportedLayerError
 from fewbits.quant_ops.formats import FORMATS, get_format
 from fewbits.quant_ops.layouts import linear, register_layout
-from fewbits.quant_ops.spec import FormatOptions
 
 WISHES = [
-    (name, FormatOptions()) for name in FORMATS if name not in ("mxfp8", "nvfp4")
+    (name, {}) for name in FORMATS if name not in ("mxfp8", "nvfp4")
 ]  # those are always ComfyUI's own
-WISHES += [("int8_tensorwise", FormatOptions(convrot=True, convrot_groupsize=16)), ("int8_tensorwise", FormatOptions("tensor")),
-           ("int8_blockwise", FormatOptions(block_size=16)), ("bnb_nf4", FormatOptions(block_size=32))]  # fmt: skip
+WISHES += [("int8_tensorwise", {"convrot": True, "convrot_groupsize": 16}), ("int8_tensorwise", {"scaling": "tensor"}),
+           ("int8_blockwise", {"block_size": 16}), ("bnb_nf4", {"block_size": 32})]  # fmt: skip
 SHAPES = [(1, 1), (17, 129), (64, 256), (256, 64), (0, 64)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(
-    params=WISHES, ids=lambda wish: "-".join([wish[0], *map(str, wish[1].stated().values())])
-)
+@pytest.fixture(params=WISHES, ids=lambda wish: "-".join([wish[0], *map(str, wish[1].values())]))
 def layout(request):
     name, options = request.param
-    return register_layout(name, get_format(name).resolve(options))
+    return register_layout(name, get_format(name).configure(options))
 
 
 @pytest.fixture(params=SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
@@ -365,9 +362,9 @@ def test_state_dict_pieces_are_the_stored_tensors(layout, weight):
 )
 def test_full_precision_in_the_marker_leaves_activations_alone(name):
     format = get_format(name)
-    rounding = register_layout(name, format.defaults)
+    rounding = register_layout(name, format.Options())
     precise = register_layout(
-        name, dataclasses.replace(format.defaults, full_precision_matrix_mult=True)
+        name, dataclasses.replace(format.Options(), full_precision_matrix_mult=True)
     )
     assert precise == f"{rounding}Precise"
     weight, x = torch.randn(256, 256), torch.randn(7, 256)
@@ -380,11 +377,15 @@ def test_full_precision_in_the_marker_leaves_activations_alone(name):
 
 
 def test_the_name_carries_the_options_and_registers_once():
-    a = register_layout("int8_blockwise", FormatOptions(block_size=64))
+    a = register_layout(
+        "int8_blockwise", get_format("int8_blockwise").configure({"block_size": 64})
+    )
     assert (
         a
         == "FewBitsInt8Blockwise64"
-        == register_layout("int8_blockwise", FormatOptions(block_size=64))
+        == register_layout(
+            "int8_blockwise", get_format("int8_blockwise").configure({"block_size": 64})
+        )
     )
     assert get_layout_class(a) is get_layout_class(a)
     assert not get_layout_class(a).supports_fast_matmul()
@@ -394,7 +395,7 @@ def test_the_name_carries_the_options_and_registers_once():
 @pytest.mark.parametrize("name", ["int8_blockwise", "float8_e4m3fn_rowwise", "bnb_nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_compiled_linear_has_no_graph_breaks(name, dtype):
-    layout = register_layout(name, get_format(name).defaults)
+    layout = register_layout(name, get_format(name).Options())
     module = torch.nn.Linear(256, 128, dtype=dtype)
     module.weight = torch.nn.Parameter(
         quantized(module.weight.detach(), layout), requires_grad=False

@@ -120,7 +120,7 @@ def test_codes_are_those_of_the_weight_widened_to_float32(name, dtype):
         (
             "svd",
             {"optimizer": "adam"},
-            "method svd: optimizer: unknown value 'adam', did you mean 'radam'?",
+            "method svd: optimizer must be one of original, adamw, radam; got 'adam', did you mean 'radam'?",
         ),
         ("svd", {"lr_schedule": "cosine"}, "it allows: adaptive, exponential, plateau"),
         ("svd", {"num_iter": 1.5}, "num_iter must be int, got 1.5"),

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from fewbits.quant_ops.spec import FormatOptions
 from support import dialects
 
 N, K = 40, 256
@@ -41,9 +40,7 @@ def ask_again(comfy, monkeypatch):
 def stored(case, weight):
     format = case if case.startswith("float8") else "int8_tensorwise"
     tensors, marker = dialects.native(format, weight, **READ[case])
-    return dialects.under("table", tensors, marker), decoded(
-        format, tensors, FormatOptions(**READ[case])
-    )
+    return dialects.under("table", tensors, marker), decoded(format, tensors, READ[case])
 
 
 def decoded(name, tensors, options):
@@ -51,7 +48,7 @@ def decoded(name, tensors, options):
     from fewbits.quant_ops.spec import LayerInput
 
     format = get_format(name)
-    return format.dequantize(tensors, LayerInput((N, K), None), format.resolve(options))
+    return format.dequantize(tensors, LayerInput((N, K), None), format.configure(options))
 
 
 def load(cls, state, dtype):

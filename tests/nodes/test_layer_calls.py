@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fewbits.quant_ops.bench import quantized_layer
 from fewbits.quant_ops.formats import get_format
-from fewbits.quant_ops.spec import FormatOptions, LayerInput
+from fewbits.quant_ops.spec import LayerInput
 
 FORMATS = ["int8_blockwise", "bnb_nf4", "float8_e4m3fn_rowwise"]
 
@@ -16,7 +16,7 @@ FORMATS = ["int8_blockwise", "bnb_nf4", "float8_e4m3fn_rowwise"]
 @pytest.fixture(params=FORMATS)
 def layer(comfy, request):
     format = get_format(request.param)
-    options = format.resolve(FormatOptions())
+    options = format.configure({})
     weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
     marker = json.dumps(format.marker(LayerInput((128, 256), "F32"), options)).encode()
     state = {**quantized_layer(format, weight, options), "bias": torch.randn(128)}

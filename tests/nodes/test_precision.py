@@ -7,13 +7,13 @@ import torch
 
 from fewbits.quant_ops.bench import quantized_layer
 from fewbits.quant_ops.formats import get_format
-from fewbits.quant_ops.spec import FormatOptions, LayerInput
+from fewbits.quant_ops.spec import LayerInput
 
 
 def output(comfy, full_precision_mm, marked):
     """(what a loaded int8_blockwise layer gives, what its decoded weight gives)"""
     format = get_format("int8_blockwise")
-    options = format.resolve(FormatOptions(full_precision_matrix_mult=marked))
+    options = format.configure({"full_precision_matrix_mult": marked})
     weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
     stored = quantized_layer(format, weight, options)
     marker = json.dumps(format.marker(LayerInput((128, 256), "F32"), options)).encode()

@@ -156,7 +156,7 @@ def test_a_lora_is_baked_in_before_rounding(clip, clip_file, quantize_clip, enco
     name = key.removeprefix("clip_l.transformer.")
     merged = load_file(clip_file)[name].float() + patches[key][1][0]
     format = get_format("bnb_nf4")
-    grid = format.grid(LayerInput((512, 128), "F32"), format.defaults)
+    grid = format.grid(LayerInput((512, 128), "F32"), format.Options())
     scale = grid.scale(merged)
     wanted = grid.decode(grid.encode(merged, scale), scale)
     got = layers(new)[key.removesuffix(".weight")].weight.dequantize()

@@ -319,7 +319,7 @@ BAD = {
     "method": ({"K": {**FP8, "method": "gtpq"}}, "'method' must be one of "),
     "mode": (
         {"K": {**FP8, "scaling_mode": "rows"}},
-        "must be one of tensor, row, block, block2d, block3d, got 'rows' (str)",
+        "must be one of tensor, row, block2d, block, block3d, got 'rows' (str)",
     ),
     "contradiction": (
         {"x": {**FP8, "scaling_mode": "row"}},

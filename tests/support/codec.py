@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from fewbits.quant_ops.formats import get_format
+from fewbits.quant_ops.formats import FormatOptions, get_format
 from fewbits.quant_ops.methods import Layer, choose, get_method, layer_generator
 from fewbits.quant_ops.sources import DTYPE_NAMES, spec_of
-from fewbits.quant_ops.spec import FormatOptions, LayerInput, TensorSpec
+from fewbits.quant_ops.spec import LayerInput, TensorSpec
 
 CANONICAL = (
     "float8_e4m3fn",
@@ -28,21 +30,30 @@ CANONICAL = (
     "bnb_fp4",
 )
 VARIANTS = {
-    "float8_e4m3fn_blockwise": FormatOptions(block_size=16),
-    "float8_e4m3fn_block3d": FormatOptions(block_size=16),
-    "int8_blockwise": FormatOptions(block_size=16),
-    "int8_lodewise": FormatOptions(block_size=16),
-    "int8_tensorwise:tensor": FormatOptions(scaling="tensor"),
-    "int8_tensorwise:convrot": FormatOptions(convrot=True, convrot_groupsize=64),
-    "convrot_w4a4": FormatOptions(convrot_groupsize=64),
-    "asym_w4a8_int8": FormatOptions(convrot_groupsize=64),
+    "float8_e4m3fn_blockwise": {"block_size": 16},
+    "float8_e4m3fn_block3d": {"block_size": 16},
+    "int8_blockwise": {"block_size": 16},
+    "int8_lodewise": {"block_size": 16},
+    "int8_tensorwise:tensor": {"scaling": "tensor"},
+    "int8_tensorwise:convrot": {"convrot": True, "convrot_groupsize": 64},
+    "convrot_w4a4": {"convrot_groupsize": 64},
+    "asym_w4a8_int8": {"convrot_groupsize": 64},
 }
 
 
+def options_of(name: str, stated: Mapping[str, object]) -> FormatOptions:
+    """The format's options; blocks may be as small as the vectors of the tests."""
+    kind, size = get_format(name).Options, stated.get("block_size")
+    if size is None or size in kind.values("block_size"):
+        return get_format(name).configure(stated)
+    small = type("Small", (kind,), {"choices": {**kind.choices, "block_size": (size,)}})
+    return small(**stated)
+
+
 def wish(case: str) -> tuple[str, FormatOptions]:
-    """`int8_tensorwise:convrot` -> format name and resolved options; blocks and rotations are small."""
+    """`int8_tensorwise:convrot` -> format name and its options; blocks and rotations are small."""
     name = case.partition(":")[0]
-    return name, get_format(name).resolve(VARIANTS.get(case, FormatOptions()))
+    return name, options_of(name, VARIANTS.get(case, {}))
 
 
 def layer_of(weight: torch.Tensor) -> LayerInput:
@@ -50,10 +61,15 @@ def layer_of(weight: torch.Tensor) -> LayerInput:
 
 
 def encode(
-    name: str, weight: torch.Tensor, options: FormatOptions, method: str = "nearest"
+    name: str,
+    weight: torch.Tensor,
+    options: FormatOptions | Mapping[str, object],
+    method: str = "nearest",
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """(stored tensors by suffix, marker)."""
     format, layer = get_format(name), layer_of(weight)
+    if not isinstance(options, FormatOptions):
+        options = options_of(name, options)
     prepared = format.prepare(weight, options)
     chosen = get_method(method)
     generator = layer_generator(0, name, prepared.device)

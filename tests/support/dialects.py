@@ -8,7 +8,7 @@ import torch
 
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.sources import DTYPE_NAMES
-from fewbits.quant_ops.spec import FormatOptions, LayerInput
+from fewbits.quant_ops.spec import LayerInput
 
 FP4_BY_MAGNITUDE = (0, 0.00520833, 0.16666667, 0.25, 0.33333333, 0.5, 0.66666667, 1.0)
 TO_MAGNITUDE = {
@@ -39,7 +39,7 @@ def native(
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors by suffix, marker) of one of our own formats."""
     format = get_format(name)
-    options = format.resolve(FormatOptions(**options))
+    options = format.configure(options)
     layer = LayerInput(tuple(weight.shape), DTYPE_NAMES[weight.dtype])
     prepared = format.prepare(weight, options)
     grid = format.grid(layer, options)

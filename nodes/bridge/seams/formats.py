@@ -14,15 +14,12 @@ from __future__ import annotations
 import comfy.quant_ops
 from comfy_kitchen.tensor import get_layout_class
 
-from ....quant_ops.formats import FORMATS, get_format
+from ....quant_ops.formats import FORMATS, FormatOptions, get_format
 from ....quant_ops.layouts import register_layout
 from ....quant_ops.sources import TORCH_DTYPES
-from ....quant_ops.spec import FormatOptions, LayerInput
 
 # Formats that ComfyUI did not know when we registered; the others stay ComfyUI's own.
 OWNED: set[str] = set()
-# a layer that every format fits, to ask which tensors it stores
-PROBE = LayerInput((256, 256), None)
 
 
 def install() -> None:
@@ -35,11 +32,10 @@ def install() -> None:
         if name not in OWNED:
             continue
         format = get_format(name)
-        specs = format.tensor_specs(PROBE, format.defaults)
         algos[name] = {
-            "storage_t": TORCH_DTYPES[specs["weight"][0]],
-            "parameters": set(specs) - {"weight"},
-            "comfy_tensor_layout": layout_of(name, format.defaults),
+            "storage_t": TORCH_DTYPES[format.code_dtype],
+            "parameters": set(format.dtypes) - {"weight"},
+            "comfy_tensor_layout": layout_of(name, format.Options()),
             "quantize_input": False,
         }
 

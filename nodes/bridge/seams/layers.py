@@ -21,14 +21,13 @@ from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 from ....quant_ops.checkpoint.metadata import parse_marker
 from ....quant_ops.errors import CheckpointError, UnsupportedLayerError
 from ....quant_ops.formats import FORMATS, get_format
+from ....quant_ops.formats.base import is_precise
 from ....quant_ops.layouts import linear
 from ....quant_ops.sources import spec_of
 from ....quant_ops.spec import LayerInput
 from ..compat import embedding_reads, weight_only_path
-from .formats import OWNED, PROBE, layout_of
+from .formats import OWNED, layout_of
 from .wrap import wrap
-
-LOOKED_UP = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # rows can be decoded one by one
 
 
 def install() -> None:
@@ -83,7 +82,7 @@ class OwnFormats:
         layer = prefix.rstrip(".")
         format = get_format(marker["format"])
         expected = LayerInput(shape, None)
-        wanted = (*format.tensor_specs(PROBE, format.defaults), "comfy_quant")
+        wanted = (*format.dtypes, "comfy_quant")
         stored = {suffix: state_dict.pop(f"{prefix}{suffix}", None) for suffix in wanted}
         stored = {suffix: tensor for suffix, tensor in stored.items() if tensor is not None}
         specs = {suffix: spec_of(suffix, tensor) for suffix, tensor in stored.items()}
@@ -101,7 +100,7 @@ class OwnFormats:
             )
         self.layout_type = layout_of(format.name, options)
         self.quant_format = format.name
-        self._full_precision_mm_config = bool(marker.get("full_precision_matrix_mult", False))
+        self._full_precision_mm_config = is_precise(marker)
         stored = {suffix: tensor.to(device=device) for suffix, tensor in stored.items()}
         params = get_layout_class(self.layout_type).params_of(stored, dtype, shape)
         self.weight = _parameter(QuantizedTensor(stored["weight"], self.layout_type, params))
@@ -204,8 +203,8 @@ class OwnLinear(OwnFormats):
 
 
 class OwnEmbedding(OwnFormats):
-    """Mixed in before Embedding: the formats of `LOOKED_UP` where ComfyUI's own does not read them
-    (<= 0.20, 0.28).
+    """Mixed in before Embedding: formats whose rows can be looked up, where ComfyUI's own does not
+    read them (<= 0.20, 0.28).
 
     Every other format is refused by name: ComfyUI would take its codes for weights without a word.
     """
@@ -218,12 +217,13 @@ class OwnEmbedding(OwnFormats):
         if marker is None or embedding_reads(marker["format"], self._fewbits_core):
             super()._load_from_state_dict(state_dict, prefix, *others)
             return
-        if marker["format"] not in LOOKED_UP:
+        if get_format(marker["format"]).embedding_min_comfyui is None:
+            looked_up = (name for name in FORMATS if FORMATS[name].embedding_min_comfyui)
             raise _unsupported(
                 self,
                 prefix,
                 marker,
-                "make the file again with this layer kept, or as int8_tensorwise or float8_e4m3fn",
+                f"make the file again with this layer kept, or as {' or '.join(looked_up)}",
             )
         shape = (self.num_embeddings, self.embedding_dim)
         self._fewbits_load(marker, state_dict, prefix, shape, None, self._fewbits_dtype)

@@ -20,11 +20,12 @@ from ....kernels.hadamard import rotate
 from ....kernels.packing import unpack_nibbles
 from ....kernels.w4a8 import GROUP
 from ...errors import CheckpointError
+from ...formats.asym_w4a8 import AsymW4A8 as Written
 from ...formats.convrot import stored_group
 from ...spec import LayerInput
 from .base import ImportOptions, StoredLayer, Tensors, Translation, fit, floating
 
-NAME = "asym_w4a8_int8"
+NAME = Written.name
 
 
 class AsymW4A8:

@@ -5,7 +5,7 @@ canonical translation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -14,16 +14,14 @@ import torch
 
 from ...errors import CheckpointError, RecipeError
 from ...files import InputFile
-from ...formats import get_format
-from ...formats.base import dtype_from_json
+from ...formats import FormatOptions, get_format
+from ...formats.base import dtype_from_json, is_precise
 from ...sources import TORCH_DTYPES
-from ...spec import FLOAT_DTYPES, FormatOptions, LayerInput, TensorSpec
+from ...spec import FLOAT_DTYPES, LayerInput, TensorSpec
 
 Tensors = dict[str, torch.Tensor]
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 
-# formats with an input_scale
-STATIC_INPUT = ("float8_e4m3fn", "float8_e5m2", "nvfp4")
 FP8 = ("F8_E4M3", "F8_E5M2")
 
 
@@ -117,7 +115,7 @@ class StoredLayer:
 
     @property
     def precise(self) -> bool:
-        return bool(self.said.get("full_precision_matrix_mult", False))
+        return is_precise(self.said)
 
     @property
     def orig_dtype(self) -> str:
@@ -147,7 +145,7 @@ class Translation:
     convert: Callable[[Tensors], Tensors]
     note: str
     format: str | None = None
-    options: FormatOptions = FormatOptions()
+    options: FormatOptions = field(default_factory=FormatOptions)
     layer: LayerInput | None = None
     marker: dict | None = None
     float_dtype: str = "BF16"  # what the layer becomes if it has to be decoded
@@ -302,7 +300,7 @@ def input_scale_problem(layer: StoredLayer, suffix: str, format_name: str) -> st
 
     A scale equal to the weight's own is a copy, unless both are 1.0: old FP8 files mean that.
     """
-    if format_name not in STATIC_INPUT:
+    if not get_format(format_name).static_input:
         return f"{format_name} scales its input while running"
     value = layer.number(suffix)
     if value is None:
@@ -320,9 +318,9 @@ def input_scale_problem(layer: StoredLayer, suffix: str, format_name: str) -> st
     return None
 
 
-def resolved(format_name: str, options: FormatOptions) -> FormatOptions | None:
+def resolved(format_name: str, stated: Mapping[str, object]) -> FormatOptions | None:
     """The options with defaults, or None when the format does not write such sizes."""
     try:
-        return get_format(format_name).resolve(options)
+        return get_format(format_name).configure(stated)
     except RecipeError:
         return None

@@ -14,14 +14,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...errors import CheckpointError, RecipeError
-from ...formats import FORMATS, get_format
-from ...formats.base import Format
-from ...spec import FLOAT_DTYPES, ITEM_SIZES, FormatOptions, TensorSpec
-from ..labels import LABELS
+from ...formats import FORMATS, Format, FormatOptions, get_format
+from ...spec import FLOAT_DTYPES, ITEM_SIZES, TensorSpec
+from ..labels import is_scaled, labels
 from .base import ImportOptions, StoredLayer, Tensors, Translation, quantized
 from .scaled import translate_scaled
 
-SCALED = {name for names in LABELS.values() for name in names.values()}
 NOT_READ = ("awq_w4a16", "svdquant_w4a4")
 
 
@@ -40,7 +38,7 @@ class ComfyQuant:
         except RecipeError as error:
             raise CheckpointError(str(error)) from None
         fitting = _fitting(format, layer)
-        if fitting is None and name in SCALED and layer.weight.dtype in LABELS:
+        if fitting is None and is_scaled(name) and layer.weight.dtype in labels():
             convrot = (
                 layer.said.get("convrot_groupsize", 256) if layer.said.get("convrot") else None
             )
@@ -102,7 +100,7 @@ def _tidied(format: Format, layer: StoredLayer) -> tuple[dict[str, TensorSpec], 
     """
     source = format.stored_layer(layer.said, layer.specs)
     specs = dict(layer.specs)
-    for suffix, (dtype, shape) in format.tensor_specs(source, format.defaults).items():
+    for suffix, (dtype, shape) in format.tensor_specs(source, format.Options()).items():
         stored = layer.specs.get(suffix)
         if stored is None or suffix == "weight":
             continue

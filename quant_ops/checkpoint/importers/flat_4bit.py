@@ -14,10 +14,12 @@ from __future__ import annotations
 import torch
 
 from ...errors import CheckpointError
-from ...spec import FormatOptions, LayerInput
+from ...formats.bnb_4bit import PREFIX
+from ...spec import LayerInput
 from .base import ImportOptions, StoredLayer, Tensors, Translation, quantized, resolved
 from .four_bit import (
     ORDERS,
+    TABLES,
     WRITTEN,
     Codes,
     group_size,
@@ -38,7 +40,7 @@ class Flat4Bit:
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
         kind = _kind(layer)
         if "absmax" not in layer.specs:
-            raise CheckpointError(f"absmax is missing; bnb_{kind} needs it")
+            raise CheckpointError(f"absmax is missing; {PREFIX}{kind} needs it")
         size = group_size(layer.said.get("group_size", layer.said.get("blocksize")))
         if is_zero_defect(layer, size):
             return _zero_layer(layer, kind, size)
@@ -65,9 +67,11 @@ def _note(order: str) -> str:
 
 
 def _kind(layer: StoredLayer) -> str | None:
-    name = layer.said.get("format") or f"bnb_{layer.said.get('quant_type', '')}"
-    kind = name.removeprefix("bnb_") if isinstance(name, str) and name.startswith("bnb_") else None
-    return kind if kind in ("nf4", "fp4", "af4") and layer.marker is not None else None
+    name = layer.said.get("format") or f"{PREFIX}{layer.said.get('quant_type', '')}"
+    if layer.marker is None or not isinstance(name, str) or not name.startswith(PREFIX):
+        return None
+    kind = name.removeprefix(PREFIX)
+    return kind if kind in TABLES else None
 
 
 def _is_ours(layer: StoredLayer) -> bool:
@@ -86,10 +90,10 @@ def is_zero_defect(layer: StoredLayer, size: int) -> bool:
 
 
 def _zero_layer(layer: StoredLayer, kind: str, size: int) -> Translation:
-    options = resolved(WRITTEN.get(kind, "bnb_nf4"), FormatOptions(block_size=size))
-    if kind not in ZERO_BYTE or options is None:
+    options = resolved(WRITTEN[kind], {"block_size": size}) if kind in WRITTEN else None
+    if options is None:
         raise CheckpointError(
-            f"zero layer of bnb_{kind} in groups of {size}; start from the original model"
+            f"zero layer of {PREFIX}{kind} in groups of {size}; start from the original model"
         )
     n, k = layer.matrix
     blocks = layer.specs["absmax"].numel

@@ -13,8 +13,10 @@ import torch
 
 from ....kernels.codebook4 import FP4_MAGNITUDES, NF4_VALUES
 from ...errors import CheckpointError
-from ...formats.base import dtype_from_json
-from ...spec import FormatOptions, LayerInput
+from ...formats import FORMATS, FormatOptions
+from ...formats.base import PRECISE, dtype_from_json
+from ...formats.bnb_4bit import Bnb4Bit
+from ...spec import LayerInput
 from .base import ImportOptions, StoredLayer, Tensors, Translation, floating, quantized, resolved
 
 FP4_VALUES = (*FP4_MAGNITUDES, *(-value for value in FP4_MAGNITUDES))
@@ -23,7 +25,8 @@ AF4_VALUES = (
     0.0, -0.04934812, -0.14982478, -0.25607552, -0.3736951, -0.51243739, -0.69441008, -1.0,
 )  # fmt: skip
 TABLES = {"nf4": NF4_VALUES, "fp4": FP4_VALUES, "af4": AF4_VALUES}
-WRITTEN = {"nf4": "bnb_nf4", "fp4": "bnb_fp4"}
+# table -> the format of ours that has it
+WRITTEN = {format.table: name for name, format in FORMATS.items() if isinstance(format, Bnb4Bit)}
 IDENTITY = tuple(range(16))
 # tables are stored with 4 to 9 digits; the closest two levels, 0 and 0.0625/12, are 5 times as far
 # apart
@@ -69,12 +72,7 @@ def translate_codes(
         )
     name = WRITTEN.get(codes.kind)
     options = (
-        resolved(
-            name,
-            FormatOptions(block_size=codes.group_size, full_precision_matrix_mult=layer.precise),
-        )
-        if name
-        else None
+        resolved(name, {"block_size": codes.group_size, PRECISE: layer.precise}) if name else None
     )
     recoded = _recoding(codes)
     obstacle = _obstacle(codes, options, recoded)

@@ -5,28 +5,22 @@ from the shapes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from ....kernels.grids import E4M3, E5M2, INT8, decode
-from ....kernels.scales import Geometry
+from ....kernels.grids import Levels, decode
 from ...errors import CheckpointError
+from ...formats import Arrangement, get_format
+from ...formats.base import PRECISE
 from ...formats.convrot import stored_group
+from ...sources import DTYPE_NAMES
 from ...spec import FLOAT_DTYPES, LayerInput
-from ..labels import Label, label_of
+from ..labels import Label, label_of, labels
 from .base import StoredLayer, Tensors, Translation, floating, quantized, resolved
 
 logger = logging.getLogger(__name__)
 
-LEVELS = {"F8_E4M3": E4M3, "F8_E5M2": E5M2, "I8": INT8}
-GEOMETRIES: dict[str, Callable[[Label], Geometry]] = {
-    "tensor": lambda label: Geometry(None, None),
-    "row": lambda label: Geometry(1, None),
-    "group": lambda label: Geometry(1, label.size),
-    "tile": lambda label: Geometry(label.size, label.size),
-}
 UNSCALED = "no scale: assumed 1.0"
 
 
@@ -68,10 +62,10 @@ def translate_scaled(
     label = label_of(
         layer.weight.dtype, layer.matrix, scale_shape, tag, layer.said.get("group_size")
     )
-    options = resolved(label.format, replace(label.options, full_precision_matrix_mult=precise))
+    options = resolved(label.format, {**label.options, PRECISE: precise})
     source = LayerInput(layer.matrix, None)
     if convrot is not None:
-        if label.geometry != "row":
+        if label.geometry is not Arrangement.ROW:
             raise CheckpointError(
                 f"weight_scale is {list(scale_shape)}; rotated codes (convrot) need one scale per "
                 f"row, as ({source.shape[0]}, 1)"
@@ -102,15 +96,20 @@ def is_saturated(weight: torch.Tensor) -> bool:
     """Whether the largest magnitude of FP8 codes is exactly 448 or 57344: scaled codes reach it,
     plain casts do not.
     """
-    levels = next(levels for levels in LEVELS.values() if levels.dtype == weight.dtype)
+    levels = _levels(weight.dtype)
     return weight.numel() > 0 and float(levels.widen(weight).abs_().max()) == levels.qmax
 
 
 def _decode(tensors: Tensors, suffix: str, label: Label) -> torch.Tensor:
-    codes, geometry = tensors["weight"], GEOMETRIES[label.geometry](label)
+    codes, geometry = tensors["weight"], label.geometry.geometry(label.size)
     scale = tensors[suffix].float().reshape(geometry.grid_shape(tuple(codes.shape)))
-    levels = next(levels for levels in LEVELS.values() if levels.dtype == codes.dtype)
-    return decode(codes, scale, levels, geometry)
+    return decode(codes, scale, _levels(codes.dtype), geometry)
+
+
+def _levels(dtype: torch.dtype) -> Levels:
+    """What one-byte codes of an FP8 or INT8 layer stand for."""
+    names = labels()[DTYPE_NAMES[dtype]].values()
+    return get_format(next(iter(names))).levels
 
 
 def _odd_rank(dialect: str, layer: StoredLayer, suffix: str | None, note: str) -> Translation:
@@ -123,10 +122,10 @@ def _odd_rank(dialect: str, layer: StoredLayer, suffix: str | None, note: str) -
             f"weight is {len(shape)}-D {list(shape)} with {suffix} "
             f"{list(layer.specs[suffix].shape)}; only matrices can have more than one scale"
         )
-    widen = LEVELS[layer.weight.dtype].widen
 
     def decode_plain(tensors: Tensors) -> torch.Tensor:
-        values = widen(tensors["weight"])
+        weight = tensors["weight"]
+        values = _levels(weight.dtype).widen(weight)
         return values if suffix is None else values * tensors[suffix].float().reshape(())
 
     return floating(

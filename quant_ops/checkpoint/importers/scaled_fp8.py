@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ...formats.fp8 import Float8E4M3
 from .base import FP8, ImportOptions, StoredLayer, Translation
 from .scaled import translate_scaled
 
@@ -35,7 +36,7 @@ class ScaledFp8:
         precise = options.full_precision_mm or scope == PRECISE
         made = translate_scaled("scaled_fp8", layer, "codes kept", precise=precise)
         # stock ComfyUI casts e5m2 to e4m3fn and takes any scale for one number
-        made = replace(made, stock=made.format == "float8_e4m3fn")
+        made = replace(made, stock=made.format == Float8E4M3.name)
         if scope is None:
             made = replace(
                 made, warnings=(*made.warnings, "scaled FP8 layers without a scaled_fp8 marker")

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from ....kernels.hadamard import rotate
-from ....kernels.packing import unswizzle_scales
-from ...formats import get_format
+from ...formats import FORMATS, Format
+from ...formats.bnb_4bit import Bnb4Bit
 from ..importers import Translation
 from ..importers.base import Tensors
 from ..importers.four_bit import swap_nibbles
 from .findings import ORIGINAL, Finding, Mistake
-from .values import INT8_FORMATS, NIBBLES_SWAPPED
+from .values import NIBBLES_SWAPPED
 
 WRONG = 0.5  # rel_l2 above this is another weight: 4-bit codes reach 0.13, swapped nibbles 1.3
 TRUNCATED_STEPS = 0.25  # mean of |w / scale| - |q|: 0 when rounded, 0.5 when truncated
@@ -46,10 +46,14 @@ class Pair:
 
     @property
     def decode(self) -> Callable[[Tensors], torch.Tensor]:
-        if self.made.format is None:
+        format = self.format
+        if format is None:
             return lambda tensors: tensors["weight"].float()
-        format = get_format(self.made.format)
         return lambda tensors: format.dequantize(tensors, self.made.layer, self.made.options)
+
+    @property
+    def format(self) -> Format | None:
+        return FORMATS.get(self.made.format)
 
     def error_of(self, weight: torch.Tensor) -> float:
         """||weight - original|| / ||original||."""
@@ -74,8 +78,7 @@ def _explained(pair: Pair, decoded: torch.Tensor, error: float) -> Finding:
     """Which known mistake a wrong weight comes from: the reading that brings it close to the
     original.
     """
-    format = pair.made.format
-    if format in ("bnb_nf4", "bnb_fp4"):
+    if isinstance(pair.format, Bnb4Bit):
         swapped = {**pair.canonical, "weight": swap_nibbles(pair.canonical["weight"])}
         other = pair.error_of(pair.decode(swapped))
         if other < WRONG:
@@ -87,12 +90,13 @@ def _explained(pair: Pair, decoded: torch.Tensor, error: float) -> Finding:
             if other < WRONG:
                 what = f"rel_l2 {error:.2f}, un-rotated in groups of {group} {other:.2f}"
                 return ROTATION_UNSAID.at(pair.name, what)
-    mistake = BLOCK_SCALES if format in ("mxfp8", "nvfp4") else FAR
+    mistake = BLOCK_SCALES if pair.format and pair.format.swizzled else FAR
     return mistake.at(pair.name, f"rel_l2 {error:.2f}")
 
 
 def _truncation(pair: Pair, decoded: torch.Tensor) -> list[Finding]:
-    if pair.made.format not in INT8_FORMATS or pair.made.options.convrot:
+    format = pair.format
+    if format is None or format.unused_code is None or format.rotation(pair.made.options):
         return []
     bias = _steps_lost(pair.canonical["weight"], decoded, pair.original)
     if bias <= TRUNCATED_STEPS:
@@ -113,15 +117,5 @@ def _steps_lost(codes: torch.Tensor, decoded: torch.Tensor, weight: torch.Tensor
 
 
 def _clipping(pair: Pair) -> list[Finding]:
-    if pair.made.format != "mxfp8":
-        return []
-    clipped = _clipped_blocks(pair.canonical, pair.original)
+    clipped = pair.format.overflowing(pair.canonical, pair.original) if pair.format else 0
     return [BLOCKS_CLIPPED.at(pair.name, f"{clipped} blocks")] if clipped else []
-
-
-def _clipped_blocks(canonical: Tensors, weight: torch.Tensor) -> int:
-    """Blocks of 32 whose maximum is larger than their exponent can hold."""
-    n, k = weight.shape
-    exponents = unswizzle_scales(canonical["weight_scale"].view(torch.uint8), n, k // 32).float()
-    largest = weight[:, : k // 32 * 32].reshape(n, -1, 32).abs().amax(-1)
-    return int((largest > 448 * torch.exp2(exponents - 127)).sum())

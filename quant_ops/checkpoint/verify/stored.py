@@ -7,13 +7,14 @@ from dataclasses import replace
 
 from ....kernels.hadamard import is_group_size
 from ...errors import CheckpointError, RecipeError
-from ...formats import FORMATS, get_format
+from ...formats import FORMATS, Arrangement, get_format, read_as
+from ...formats.bnb_4bit import PREFIX, Bnb4Bit
 from ...spec import FLOAT_DTYPES
 from ..importers import StoredLayer
 from ..importers.base import input_scale_problem
-from ..importers.comfy_quant import SCALED
 from ..importers.flat_4bit import is_zero_defect
-from ..labels import EMBEDDING, LABELS, Label, is_bank, label_of
+from ..importers.hybrid_mxfp8 import HYBRID
+from ..labels import EMBEDDING, Label, is_bank, is_scaled, label_of, labels
 from .findings import ORIGINAL, REPAIR, SHAPES, Finding, Mistake
 
 Problems = Iterable[str]
@@ -21,7 +22,6 @@ SCALES = (
     "weight_scale", "weight_scale_2", "scale_weight", "absmax", "weight.absmax", "weight_s_channel", "input_scale",
     "scale_input",
 )  # fmt: skip
-OTHER_NAMES = ("hybrid_mxfp8", "bnb_af4")  # formats that are read and never written
 
 
 def comfyui_bank(layer: StoredLayer) -> bool:
@@ -53,12 +53,12 @@ def _no_format(layer: StoredLayer) -> Problems:
 
 def _unknown_format(layer: StoredLayer) -> Problems:
     name = layer.said.get("format")
-    if name is not None and name not in FORMATS and name not in OTHER_NAMES:
+    if name is not None and name not in FORMATS and read_as(name) is None:
         yield f"{name!r}"
 
 
 def _hybrid(layer: StoredLayer) -> Problems:
-    if layer.said.get("format") == "hybrid_mxfp8":
+    if layer.said.get("format") == HYBRID:
         yield "weight_scalar" if "weight_scalar" in layer.specs else "the format's name"
 
 
@@ -70,7 +70,7 @@ def _group_size_places(layer: StoredLayer) -> tuple[bool, bool] | None:
     of it.
     """
     format = FORMATS.get(layer.said.get("format"))
-    if format is None or "block_size" not in format.choices or comfyui_bank(layer):
+    if format is None or "block_size" not in format.Options.names() or comfyui_bank(layer):
         return None
     marker = layer.marker or {}
     params = marker.get("params")
@@ -85,7 +85,8 @@ def _group_size_once(layer: StoredLayer) -> Problems:
 
 def _group_size_unsaid(layer: StoredLayer) -> bool:
     """1 x b blocks whose b stands nowhere; one that does not say its tiles is completed silently."""
-    grouped = layer.said.get("format") == "float8_e4m3fn_block3d"
+    format = FORMATS.get(layer.said.get("format"))
+    grouped = format is not None and format.lacks_group_size
     return grouped and not any(_group_size_places(layer) or ())
 
 
@@ -102,7 +103,7 @@ def _relabelled(layer: StoredLayer) -> Label | None:
     JSON names; None where they agree, or mean nothing.
     """
     name, scale = layer.said.get("format"), layer.specs.get("weight_scale")
-    known = name in SCALED and layer.weight.dtype in LABELS
+    known = is_scaled(name) and layer.weight.dtype in labels()
     if not known or scale is None or len(layer.weight.shape) != 2:
         return None
     widened = {**layer.specs, "weight_scale": replace(scale, dtype="F32")}
@@ -118,12 +119,12 @@ def _relabelled(layer: StoredLayer) -> Label | None:
         return None  # reported as unreadable
 
 
-def _scale_shape(geometry: str) -> Callable[[StoredLayer], Problems]:
+def _scale_shape(geometry: Arrangement) -> Callable[[StoredLayer], Problems]:
     """The right tag, and a scale of another rank than the format's."""
 
     def check(layer: StoredLayer) -> Problems:
         label = _relabelled(layer)
-        if label is None or label.format != layer.said["format"] or label.geometry != geometry:
+        if label is None or label.format != layer.said["format"] or label.geometry is not geometry:
             return
         shape = layer.specs["weight_scale"].shape
         if shape:
@@ -147,11 +148,12 @@ def _tag(mistake: str) -> Callable[[StoredLayer], Problems]:
 
 
 def _mislabelled(tag: str, label: Label) -> str:
-    if label.format == "float8_e4m3fn_block3d":
-        return "group"
-    if tag.endswith("_blockwise") and label.geometry == "row":
+    tagged = get_format(tag)
+    if tagged.arrangements == (Arrangement.TILE,) and label.geometry is Arrangement.ROW:
         return "blocks"
-    return "int8" if tag.startswith("int8") else "scalar"
+    if tagged.code_dtype == "I8":
+        return "int8"
+    return "group" if label.geometry is Arrangement.GROUP else "scalar"
 
 
 # ---- scales ----
@@ -199,14 +201,14 @@ def _place(layer: StoredLayer) -> Problems:
         return
     if EMBEDDING.fullmatch(layer.name) and FORMATS[name].embedding_min_comfyui is None:
         yield f"embedding table in {name}"
-    elif len(layer.weight.shape) not in (2, 3) and not name.startswith("bnb_"):
+    elif len(layer.weight.shape) not in (2, 3) and not isinstance(FORMATS[name], Bnb4Bit):
         yield f"{len(layer.weight.shape)}-D weight in {name}"
 
 
 def _flat_size(layer: StoredLayer) -> int | None:
     """The group size of a 4-bit layer with absmax; None for any other layer."""
     name, size = layer.said.get("format"), layer.said.get("group_size")
-    four_bit = isinstance(name, str) and name.startswith("bnb_") and "absmax" in layer.specs
+    four_bit = isinstance(name, str) and name.startswith(PREFIX) and "absmax" in layer.specs
     return size if four_bit and type(size) is int else None
 
 
@@ -240,7 +242,7 @@ STORED = (
     ),
     Mistake("format-missing", "the JSON has no format", REPAIR, _no_format),
     FORMAT_UNKNOWN,
-    Mistake("hybrid-scalar", "hybrid_mxfp8 carries one number for many exponents", REPAIR, _hybrid),
+    Mistake("hybrid-scalar", f"{HYBRID} carries one number for many exponents", REPAIR, _hybrid),
     Mistake("group-size-missing", "1 x b blocks without group size", REPAIR, _group_size_missing),
     Mistake(
         "group-size-once",
@@ -262,8 +264,15 @@ STORED = (
         _tag("blocks"),
     ),
     Mistake("int8-tag-wrong", "the INT8 tag contradicts the scale's shape", REPAIR, _tag("int8")),
-    Mistake("scale-not-0d", "a single scale is not 0-dimensional", REPAIR, _scale_shape("tensor")),
-    Mistake("row-scale-shape", "row scales have the wrong shape", REPAIR, _scale_shape("row")),
+    Mistake(
+        "scale-not-0d",
+        "a single scale is not 0-dimensional",
+        REPAIR,
+        _scale_shape(Arrangement.TENSOR),
+    ),
+    Mistake(
+        "row-scale-shape", "row scales have the wrong shape", REPAIR, _scale_shape(Arrangement.ROW)
+    ),
     Mistake("scale-not-float32", "scales in bf16 or fp16", REPAIR, _half_scales),
     Mistake("input-scale-wrong", "input_scale cannot be one", REPAIR, _input_scale),
     Mistake(

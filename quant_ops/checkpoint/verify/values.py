@@ -6,14 +6,12 @@ from collections.abc import Iterable
 
 import torch
 
-from ....kernels.packing import unpack_nibbles
+from ...formats import FORMATS
 from ..importers import StoredLayer, Translation
 from ..importers.base import FP8, Tensors
 from ..importers.bitsandbytes import LOW_NIBBLE
 from ..importers.scaled import is_saturated
 from .findings import ORIGINAL, REPAIR, Finding, Mistake
-
-INT8_FORMATS = ("int8_tensorwise", "int8_blockwise", "int8_lodewise")
 
 
 def _swapped(
@@ -43,14 +41,12 @@ def _lost_scale(
 def _lowest_code(
     layer: StoredLayer, stored: Tensors, made: Translation, canonical: Tensors
 ) -> Iterable[str]:
-    if made.format in INT8_FORMATS:
-        lowest, code = int((stored["weight"] == -128).sum()), -128
-    elif made.format == "convrot_w4a4":
-        lowest, code = int((unpack_nibbles(stored["weight"], high_first=False) == 8).sum()), -8
-    else:
+    format = FORMATS.get(made.format)
+    if format is None or format.unused_code is None:
         return
+    lowest = int((format.codes(stored) == format.unused_code).sum())
     if lowest:
-        yield f"{lowest} codes are {code}"
+        yield f"{lowest} codes are {format.unused_code}"
 
 
 def _broken_scales(
