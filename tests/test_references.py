@@ -50,6 +50,21 @@ def missing(page: Path, target: str) -> str | None:
     return None
 
 
+# Numbers of sections, seams, mistakes and dialects on pages that only the makers of a file have.
+MAKERS = r"(?:FORMATS|COMFYUI|ARCHITECTURE|CLI|PERFORMANCE|STYLE)(?:\.md)?\s+(?:section\s+)?\d"
+NUMBERS = re.compile(rf"{MAKERS}|\b[Ss]eam \d|\b[Ss]ections? \d|\bM\d\d\b|\bhouse plan\b")
+
+
+def test_nothing_points_at_a_numbered_section():
+    wrong = []
+    for path in tracked():
+        if "assets" in path.parts or path == Path(__file__).resolve():
+            continue
+        for found in NUMBERS.finditer(path.read_text(encoding="utf-8")):
+            wrong.append(f"{path.relative_to(ROOT)}: {found[0]!r}")
+    assert wrong == []
+
+
 PAGES = [path for path in tracked() if path.suffix == ".md" and "assets" not in path.parts]
 
 
