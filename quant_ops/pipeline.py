@@ -13,7 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from .checkpoint.metadata import parse_marker
-from .checkpoint.reader import tensor_bytes
+from .checkpoint.reader import stored_text
+from .checkpoint.scales import scale_problem
 from .errors import CheckpointError, RecipeError
 from .formats import get_format
 from .formats.base import marker_bytes
@@ -50,7 +51,7 @@ def plan_source(source: TensorSource, recipe: Recipe) -> ModelPlan:
     try:
         for name in stored_markers_needed(source.header):
             base = name.removesuffix(".comfy_quant")
-            markers[base] = parse_marker(base, bytes(tensor_bytes(source.read(name).cpu())))
+            markers[base] = parse_marker(base, stored_text(source, name))
         return make_plan(source.header, recipe, markers)
     except CheckpointError as error:
         raise CheckpointError(f"{source.name}: {error}") from None
@@ -233,6 +234,13 @@ def _convert(
             for spec in layer.outputs
             if spec.name in tensors
         }
+        problem = scale_problem(
+            {name[len(layer.name) + 1 :]: tensor for name, tensor in copied.items()}
+        )
+        if problem:
+            raise CheckpointError(
+                f"{file}: layer '{layer.name}': {problem}; the file is damaged: get a good copy"
+            )
         return {**copied, f"{layer.name}.comfy_quant": marker}, None
     key = f"{layer.name}.weight"
     # no other reference: a rotated weight replaces the source in memory

@@ -24,7 +24,7 @@ def parse(text: str) -> object:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    _check(value)
+    check(value)
     return value
 
 
@@ -73,8 +73,12 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON")
 
 
-def _check(value: object) -> None:
-    """Depth and characters, without recursion."""
+def check(value: object) -> None:
+    """Depth and characters of a parsed value.
+
+    Raises:
+        ValueError: nested too deeply, or half a surrogate pair.
+    """
     level = [value]
     for _ in range(MAX_DEPTH):
         below = []

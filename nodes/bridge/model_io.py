@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...quant_ops.checkpoint.importers.source import open_checkpoint
 from ...quant_ops.checkpoint.metadata import HEADER_KEY, parse_marker
-from ...quant_ops.checkpoint.reader import tensor_bytes
+from ...quant_ops.checkpoint.reader import tensor_text
 from ...quant_ops.errors import CheckpointError, QuantError, UnsupportedLayerError
 from ...quant_ops.pipeline import (
     COPY,
@@ -343,4 +343,4 @@ def _find_origin(patcher: ModelPatcher) -> tuple[TensorSource | None, bool, tupl
 
 
 def _marker(base: str, tensor: torch.Tensor) -> dict:
-    return parse_marker(base, bytes(tensor_bytes(tensor.detach().cpu())))
+    return parse_marker(base, tensor_text(tensor))

@@ -10,6 +10,7 @@ from ..errors import CheckpointError
 from ..strict_json import parse, parse_bytes, shown
 
 HEADER_KEY = "_quantization_metadata"
+MAX_JSON_BYTES = 1 << 16  # of one layer's JSON; real ones have 20 to 400
 OURS = "fewbits."  # prefix of the metadata keys that are rebuilt on every write
 
 

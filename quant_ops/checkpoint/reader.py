@@ -17,10 +17,11 @@ import torch
 
 from ..errors import CheckpointError
 from ..files import InputFile, read_text
-from ..sources import TORCH_DTYPES
+from ..sources import TORCH_DTYPES, TensorSource
 from ..spec import Header, TensorSpec
 from ..strict_json import parse, shown
 from .header import read_header
+from .metadata import MAX_JSON_BYTES
 
 READ_STEP = 1 << 30  # Linux moves at most 2 GiB a call
 REUSED_FROM = 1 << 20  # smaller tensors get memory of their own: the allocator reuses that anyway
@@ -47,6 +48,27 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     )
     array.owner = tensor  # the view must keep the memory alive
     return memoryview(array).cast("B")
+
+
+def tensor_text(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor that holds JSON, whatever its dtype and device.
+
+    Raises:
+        CheckpointError: it is too large for that.
+    """
+    _refuse_long_text(tensor.nbytes)
+    return bytes(tensor_bytes(tensor.detach().cpu().contiguous()))
+
+
+def stored_text(source: TensorSource, name: str) -> bytes:
+    """`tensor_text` of a tensor that is read for it, unless it is too large."""
+    _refuse_long_text(source.header.tensors[name].nbytes)
+    return tensor_text(source.read(name))
+
+
+def _refuse_long_text(nbytes: int) -> None:
+    if nbytes > MAX_JSON_BYTES:
+        raise CheckpointError(f"of {nbytes} bytes; JSON of {MAX_JSON_BYTES} is read at most")
 
 
 class _ReadMemory:
@@ -235,10 +257,10 @@ def _read_index(path: Path, index: Path) -> tuple[Header, tuple[InputFile, ...]]
     file = InputFile.found(index)
     weight_map = _weight_map(index)
     names = list(dict.fromkeys(weight_map.values()))
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(index.parent / name)]
     if missing:
         raise CheckpointError(
-            f"{index.name}: shard {missing[0]} is missing ({len(missing)} of {len(names)} not "
+            f"{index.name}: shard {shown(missing[0])} is missing ({len(missing)} of {len(names)} not "
             "found)"
         )
     header, files = _merge_shards(path, [index.parent / name for name in names])

@@ -7,6 +7,7 @@ warnings.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,9 +15,11 @@ from glob import escape
 from pathlib import Path
 
 from ..errors import RecipeError, did_you_mean
+from ..files import read_text
 from ..formats import FORMATS, Format, read_as
 from ..formats.base import PRECISE, unknown_format
 from ..methods import METHODS
+from ..strict_json import check
 from .match import REGEX, Regex, check_pattern, closed, shortened
 from .wish import Wish, option_names
 
@@ -185,12 +188,9 @@ def load_layer_config(
 ) -> LayerConfig:
     """Read and check a file; see `parse_layer_config`."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"layer-config not found: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"layer-config {path}: {error}") from None
+    if not os.path.exists(path):
+        raise RecipeError(f"layer-config not found: {path}")
+    text = read_text(path, RecipeError)
     return parse_layer_config_text(text, str(path), fullmatch=fullmatch, unstated=unstated)
 
 
@@ -210,10 +210,13 @@ def parse_layer_config_text(
 
     try:
         table = json.loads(text, object_pairs_hook=unique)
+        check(table)
     except json.JSONDecodeError as error:
         raise RecipeError(
             f"layer-config {name} line {error.lineno} column {error.colno}: {error.msg}"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"layer-config {name}: cannot be read ({error})") from None
     return parse_layer_config(table, fullmatch=fullmatch, unstated=unstated, problems=twice)
 
 

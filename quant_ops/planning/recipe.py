@@ -21,6 +21,7 @@ heuristics = false                   # true: keep what gains nothing by its shap
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -29,7 +30,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import RecipeError
+from ..files import read_text
 from ..spec import compact_json
+from ..strict_json import check
 from .layer_config import LayerConfig, parse_layer_config
 from .match import check_pattern
 from .wish import Wish, known_keys, parse_wish, typed, wish_from_table
@@ -187,18 +190,23 @@ def draft_from_toml(path: Path) -> Draft:
             methods.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"recipe not found: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path.name}: {error}") from None
-    return draft_from_text(text, path.name)
+    if not os.path.exists(path):
+        raise RecipeError(f"recipe not found: {path}")
+    return draft_from_text(read_text(path, RecipeError), path.name)
 
 
 def draft_from_text(text: str, name: str) -> Draft:
     """Read TOML text; `name` says in errors where it came from."""
-    return _named(name, lambda: draft_from_table(tomllib.loads(text)))
+    return _named(name, lambda: draft_from_table(_parsed(text)))
+
+
+def _parsed(text: str) -> dict:
+    try:
+        table = tomllib.loads(text)
+        check(table)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(str(error)) from None
+    return table
 
 
 def draft_from_table(table: dict) -> Draft:
@@ -229,7 +237,7 @@ def _named(name: str, read: Callable[[], T]) -> T:
     """What `read` returns; its refusals name the recipe."""
     try:
         return read()
-    except (tomllib.TOMLDecodeError, RecipeError) as error:
+    except RecipeError as error:
         raise RecipeError(f"recipe {name}: {error}") from None
 
 

@@ -63,7 +63,9 @@ def test_an_index_and_its_folder_read_like_one_file(tmp_path):
 def test_a_missing_shard_is_named(tmp_path):
     index = shards(tmp_path, random_tensors({"a.weight": (32, 32), "b.weight": (16, 8)}))
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="shard model-00002-of-00002.safetensors is missing"):
+    with pytest.raises(
+        CheckpointError, match="shard 'model-00002-of-00002.safetensors' is missing"
+    ):
         FileSource(index)
 
 

@@ -16,6 +16,7 @@ import comfy.model_detection
 import torch
 
 from ....quant_ops.checkpoint.metadata import parse_marker
+from ....quant_ops.checkpoint.reader import tensor_text
 from ....quant_ops.errors import CheckpointError
 from ....quant_ops.formats import get_format
 from ....quant_ops.sources import spec_of
@@ -47,7 +48,7 @@ def logical_weights(state_dict: Mapping, owned: set[str]) -> dict[str, torch.Ten
         if suffix != "comfy_quant" or key not in state_dict or state_dict[name].is_meta:
             continue  # without data (a header sent through detection) there is nothing to read
         try:
-            marker = parse_marker(base, bytes(state_dict[name].cpu().tolist()))
+            marker = parse_marker(base, tensor_text(state_dict[name]))
             if marker.get("format") not in owned:
                 continue
             stored = {"weight": spec_of("weight", state_dict[key])}

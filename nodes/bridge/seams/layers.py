@@ -19,6 +19,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 
 from ....quant_ops.checkpoint.metadata import parse_marker
+from ....quant_ops.checkpoint.reader import tensor_text
 from ....quant_ops.errors import CheckpointError, UnsupportedLayerError
 from ....quant_ops.formats import FORMATS, get_format
 from ....quant_ops.formats.base import is_precise
@@ -50,7 +51,7 @@ def _marker(state_dict: dict, prefix: str) -> dict | None:
     if data is None:
         return None
     try:
-        marker = parse_marker(prefix.rstrip("."), bytes(data.cpu().tolist()))
+        marker = parse_marker(prefix.rstrip("."), tensor_text(data))
     except CheckpointError:
         return None  # ComfyUI reports it in its own way
     return marker if marker.get("format") in FORMATS else None

@@ -23,6 +23,7 @@ from ...errors import CheckpointError
 from ...formats.asym_w4a8 import AsymW4A8 as Written
 from ...formats.convrot import stored_group
 from ...spec import LayerInput
+from ...strict_json import shown
 from .base import ImportOptions, StoredLayer, Tensors, Translation, fit, floating
 
 NAME = Written.name
@@ -35,13 +36,12 @@ class AsymW4A8:
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation | None:
         if NAME in options.host_formats:
             return None  # the host's own layout reads these variants
-        missing = [
-            suffix for suffix in ("weight_s_rel", "weight_s_channel") if suffix not in layer.specs
-        ]
-        if missing:
-            raise CheckpointError(f"{missing[0]} is missing; {NAME} needs it")
-        (n, row_bytes), (_, groups) = layer.matrix, layer.specs["weight_s_rel"].shape
+        (n, row_bytes), groups = layer.matrix, _groups(layer)
         size = layer.said.get("group_size", GROUP)
+        if type(size) is not int or not 0 < size <= 8 * row_bytes:
+            raise CheckpointError(
+                f"group_size is {shown(size)}, a number up to the weights of a row is needed"
+            )
         k = groups * size
         bits = 8 * row_bytes / k if k else 0
         if bits not in (4, 6):
@@ -55,6 +55,37 @@ class AsymW4A8:
             return rotate(rotated, group)
 
         return floating("asym_w4a8", layer, (n, k), decode, "variant of another writer: decoded")
+
+
+def _groups(layer: StoredLayer) -> int:
+    """Groups of a row.
+
+    Raises:
+        CheckpointError: a tensor is missing, or does not fit the others.
+    """
+    n, specs = layer.matrix[0], layer.specs
+    for suffix in ("weight_s_rel", "weight_s_channel"):
+        if suffix not in specs:
+            raise CheckpointError(f"{suffix} is missing; {NAME} needs it")
+    relative = specs["weight_s_rel"].shape
+    groups = relative[1] if len(relative) == 2 else 0
+    wanted = {
+        "weight_s_rel": (n, groups),
+        "weight_correction": (groups, n),
+        "weight_codebook": (16,),
+    }
+    for suffix, shape in wanted.items():
+        if suffix in specs and specs[suffix].shape != shape:
+            raise CheckpointError(
+                f"{suffix} is {list(specs[suffix].shape)}, {list(shape)} is needed"
+            )
+    if specs["weight_s_channel"].numel != n:
+        raise CheckpointError(
+            f"weight_s_channel has {specs['weight_s_channel'].numel} entries for {n} rows"
+        )
+    if layer.weight.dtype not in ("I8", "U8"):
+        raise CheckpointError(f"weight is {layer.weight.dtype}, packed codes are I8 or U8")
+    return groups
 
 
 def _is_ours(layer: StoredLayer) -> bool:

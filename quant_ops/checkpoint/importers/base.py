@@ -225,7 +225,7 @@ def quantized(
     """
     format = get_format(format_name)
     specs = format.tensor_specs(source, options)
-    sides, dropped = _kept_sides(layer, format_name)
+    sides, dropped = _kept_sides(layer, format_name, source.shape)
 
     def translate(tensors: Tensors) -> Tensors:
         made = convert(tensors)
@@ -264,6 +264,7 @@ def floating(
 ) -> Translation:
     """A translation into a plain weight; `decode` gives float32, rounded here once."""
     dtype = dtype or layer.orig_dtype
+    _refuse_misfit(layer, shape)
 
     def translate(tensors: Tensors) -> Tensors:
         weight = decode(tensors).reshape(shape)
@@ -274,14 +275,31 @@ def floating(
     return Translation(dialect, {"weight": (dtype, shape)}, translate, note, nibbles=nibbles)
 
 
+def _refuse_misfit(layer: StoredLayer, shape: tuple[int, ...]) -> None:
+    """`pre_quant_scale` has one number per column.
+
+    Raises:
+        CheckpointError: it has another shape or holds no numbers.
+    """
+    spec = layer.specs.get("pre_quant_scale")
+    if spec is None:
+        return
+    if len(shape) != 2 or spec.shape != (shape[1],) or spec.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"pre_quant_scale is {spec.dtype} {list(spec.shape)}; a weight of {list(shape)} needs "
+            "one number per column"
+        )
+
+
 def _kept_sides(
-    layer: StoredLayer, format_name: str
+    layer: StoredLayer, format_name: str, shape: tuple[int, ...]
 ) -> tuple[dict[str, tuple[str, str, tuple[int, ...]]], tuple[str, ...]]:
     """(canonical suffix -> (stored suffix, dtype, shape), warnings) of the tensors that stay beside
     the weight.
     """
     sides = {}
     warnings = []
+    _refuse_misfit(layer, shape)
     if "pre_quant_scale" in layer.specs:
         spec = layer.specs["pre_quant_scale"]
         sides["pre_quant_scale"] = ("pre_quant_scale", spec.dtype, spec.shape)

@@ -12,15 +12,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ...errors import CheckpointError
+from ...strict_json import shown
 from .base import ImportOptions, StoredLayer, Tensors, Translation
 from .four_bit import (
     Codes,
+    finite,
     group_size,
     logical_shape,
     nibble_order,
+    plain_absmax,
     quant_state,
     source_dtype,
     stored_table,
@@ -40,7 +45,7 @@ class BitsAndBytes:
         text, state = quant_state(layer, suffix)
         kind = state.get("quant_type", suffix[len(STATE) :])
         if kind not in ("nf4", "fp4", "af4"):
-            raise CheckpointError(f"{suffix} says quant_type {kind!r}; nf4 and fp4 are read")
+            raise CheckpointError(f"{suffix} says quant_type {shown(kind)}; nf4 and fp4 are read")
         if "weight.absmax" not in layer.specs:
             raise CheckpointError("weight.absmax is missing; bitsandbytes layers need it")
         nested = "weight.nested_absmax" in layer.specs
@@ -60,7 +65,7 @@ class BitsAndBytes:
             shape=logical_shape(layer, state.get("shape"), options),
             order=order,
             table=table,
-            absmax=_nested(state) if nested else lambda tensors: tensors["weight.absmax"],
+            absmax=_nested(layer, state) if nested else plain_absmax(layer, "weight.absmax"),
             absmax_count=layer.specs["weight.absmax"].numel,
             dtype=source_dtype(state.get("dtype")),
         )
@@ -72,11 +77,28 @@ class BitsAndBytes:
         return translate_codes("bitsandbytes", layer, codes, "codes kept", warnings)
 
 
-def _nested(state: dict):
+def _nested(layer: StoredLayer, state: dict) -> Callable[[Tensors], torch.Tensor]:
+    """How to decode absmax.
+
+    Raises:
+        CheckpointError: its tensors do not fit each other, or its numbers are none.
+    """
     size = group_size(state.get("nested_blocksize"))
-    offset = state.get("nested_offset")
-    if not isinstance(offset, (int, float)):
-        raise CheckpointError(f"nested_offset is {offset!r}, a number is needed")
+    offset = finite(state.get("nested_offset"), "nested_offset")
+    codes, nested = layer.specs["weight.absmax"], layer.specs["weight.nested_absmax"]
+    table = layer.specs.get("weight.nested_quant_map")
+    if codes.dtype != "U8":
+        raise CheckpointError(f"weight.absmax is {codes.dtype}, nested it is U8 codes")
+    if table is None or table.numel != 256:
+        found = "missing" if table is None else f"of {table.numel} entries"
+        raise CheckpointError(f"weight.nested_quant_map is {found}; 256 are needed")
+    blocks = -(-codes.numel // size)
+    if nested.numel != blocks:
+        raise CheckpointError(
+            f"weight.nested_absmax has {nested.numel} entries, {codes.numel} codes in groups of "
+            f"{size} need {blocks}"
+        )
+    size = min(size, codes.numel)
 
     def absmax(tensors: Tensors) -> torch.Tensor:
         return nested_absmax(

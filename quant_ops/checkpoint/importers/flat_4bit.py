@@ -25,6 +25,7 @@ from .four_bit import (
     group_size,
     logical_shape,
     nibble_order,
+    plain_absmax,
     source_dtype,
     stored_table,
     translate_codes,
@@ -52,7 +53,7 @@ class Flat4Bit:
             shape=logical_shape(layer, None, options),
             order=order,
             table=table,
-            absmax=lambda tensors: tensors["absmax"],
+            absmax=plain_absmax(layer, "absmax"),
             absmax_count=layer.specs["absmax"].numel,
             dtype=source_dtype(layer.said.get("dtype")),
         )

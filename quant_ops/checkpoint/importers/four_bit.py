@@ -4,8 +4,8 @@ that has them.
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +16,11 @@ from ...errors import CheckpointError
 from ...formats import FORMATS, FormatOptions
 from ...formats.base import PRECISE, dtype_from_json
 from ...formats.bnb_4bit import Bnb4Bit
-from ...spec import LayerInput
+from ...spec import FLOAT_DTYPES, LayerInput
+from ...strict_json import parse, shown
+from ..header import MAX_RANK, MAX_SIZE
+from ..metadata import MAX_JSON_BYTES
+from ..reader import tensor_text
 from .base import ImportOptions, StoredLayer, Tensors, Translation, floating, quantized, resolved
 
 FP4_VALUES = (*FP4_MAGNITUDES, *(-value for value in FP4_MAGNITUDES))
@@ -60,6 +64,8 @@ def translate_codes(
         CheckpointError: byte or absmax counts do not fit the shape.
     """
     numel = math.prod(codes.shape)
+    if not numel:
+        raise CheckpointError(f"shape is {list(codes.shape)}: there is nothing in this layer")
     if layer.weight.nbytes != -(-numel // 2):
         raise CheckpointError(
             f"weight has {layer.weight.nbytes} bytes, {list(codes.shape)} needs {-(-numel // 2)} "
@@ -100,6 +106,18 @@ def translate_codes(
     return quantized(
         dialect, layer, name, source, options, convert, note, nibbles=codes.order, warnings=warnings
     )
+
+
+def plain_absmax(layer: StoredLayer, suffix: str) -> Callable[[Tensors], torch.Tensor]:
+    """The absmax that is stored as numbers.
+
+    Raises:
+        CheckpointError: it is stored as something else.
+    """
+    dtype = layer.specs[suffix].dtype
+    if dtype not in FLOAT_DTYPES:
+        raise CheckpointError(f"{suffix} is {dtype}; F32 is needed (BF16, F16 and F64 are read)")
+    return lambda tensors: tensors[suffix]
 
 
 def _obstacle(
@@ -144,7 +162,9 @@ def decode_codes(tensors: Tensors, codes: Codes) -> torch.Tensor:
         codes.table or TABLES[codes.kind], dtype=torch.float32, device=packed.device
     )
     values = torch.index_select(table, 0, indices)
-    scale = codes.absmax(tensors).float().reshape(-1).repeat_interleave(codes.group_size)[:numel]
+    # one block may be stated far larger than the layer: what is allocated follows the layer
+    size = min(codes.group_size, numel)
+    scale = codes.absmax(tensors).float().reshape(-1).repeat_interleave(size)[:numel]
     return values.mul_(scale).reshape(codes.shape)
 
 
@@ -176,7 +196,7 @@ def logical_shape(layer: StoredLayer, stated: object, options: ImportOptions) ->
     """
     for shape in (layer.said.get("shape"), stated, options.shapes.get(f"{layer.name}.weight")):
         if shape is not None:
-            return _sizes(shape)
+            return sizes(shape)
     count = 2 * layer.weight.nbytes
     if layer.bias and count % layer.bias == 0:
         return layer.bias, count // layer.bias
@@ -187,22 +207,29 @@ def logical_shape(layer: StoredLayer, stated: object, options: ImportOptions) ->
     )
 
 
-def _sizes(shape: object) -> tuple[int, ...]:
-    if not isinstance(shape, (list, tuple)) or not all(
-        type(size) is int and size > 0 for size in shape
+def sizes(shape: object) -> tuple[int, ...]:
+    """A stated shape.
+
+    Raises:
+        CheckpointError: not a short list of positive sizes.
+    """
+    if (
+        not isinstance(shape, (list, tuple))
+        or len(shape) > MAX_RANK
+        or not all(type(size) is int and 0 < size <= MAX_SIZE for size in shape)
     ):
-        raise CheckpointError(f"shape is {shape!r}, a list of sizes is needed")
+        raise CheckpointError(f"shape is {shown(shape)}, a list of sizes is needed")
     return tuple(shape)
 
 
 def group_size(value: object) -> int:
-    """A stated group size.
+    """A stated group size. It may be larger than the layer, whose only block then is not full.
 
     Raises:
         CheckpointError: not a positive number.
     """
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"group size is {value!r}, a positive number is needed")
+    if type(value) is not int or not 0 < value <= MAX_SIZE:
+        raise CheckpointError(f"group size is {shown(value)}, a positive number is needed")
     return value
 
 
@@ -212,20 +239,27 @@ def stored_table(layer: StoredLayer, suffix: str) -> tuple[float, ...] | None:
     Raises:
         CheckpointError: not 16 numbers.
     """
-    values = (
-        layer.read(suffix).float().reshape(-1).tolist()
-        if suffix in layer.specs
-        else layer.said.get("quant_map")
-    )
-    if values is None:
+    stated = layer.said.get("quant_map")
+    if suffix in layer.specs:
+        if layer.specs[suffix].numel != len(IDENTITY):
+            raise CheckpointError(f"{suffix} has {layer.specs[suffix].numel} entries, not 16")
+        stated = layer.read(suffix).float().reshape(-1).tolist()
+    if stated is None:
         return None
-    if (
-        not isinstance(values, list)
-        or len(values) != 16
-        or not all(isinstance(v, (int, float)) for v in values)
-    ):
+    if not isinstance(stated, list) or len(stated) != 16:
         raise CheckpointError(f"{suffix} must hold 16 numbers")
-    return tuple(float(value) for value in values)
+    return tuple(finite(value, suffix) for value in stated)
+
+
+def finite(value: object, what: str) -> float:
+    """A stated number.
+
+    Raises:
+        CheckpointError: no number, or none that a float holds.
+    """
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise CheckpointError(f"{what} is {shown(value)}, a finite number is needed")
+    return float(value)
 
 
 def nibble_order(
@@ -240,7 +274,7 @@ def nibble_order(
 ) -> tuple[str, tuple[str, ...]]:
     """("high" | "low", warnings): the first rule that applies decides."""
     said = layer.said.get("nibble_order")
-    if said in ORDERS:
+    if isinstance(said, str) and said in ORDERS:
         return ORDERS[said], ()
     if nested:
         return "high", ()
@@ -269,7 +303,7 @@ def nibble_order(
 
 def _parsed(text: str) -> dict:
     try:
-        parsed = json.loads(text) if text else {}
+        parsed = parse(text) if text else {}
     except ValueError:
         return {}
     return parsed if isinstance(parsed, dict) else {}
@@ -281,7 +315,10 @@ def quant_state(layer: StoredLayer, suffix: str) -> tuple[str, dict]:
     Raises:
         CheckpointError: not JSON.
     """
-    text = bytes(layer.read(suffix).cpu().reshape(-1).tolist()).decode("utf-8", "replace")
+    spec = layer.specs[suffix]
+    if spec.dtype not in ("U8", "I8") or spec.nbytes > MAX_JSON_BYTES:
+        raise CheckpointError(f"{suffix} is {spec.dtype} of {spec.nbytes} bytes, JSON is needed")
+    text = tensor_text(layer.read(suffix)).decode("utf-8", "replace")
     state = _parsed(text)
     if not state:
         raise CheckpointError(f"{suffix} is not JSON; the file is damaged")

@@ -10,12 +10,14 @@ by dtypes.
 from __future__ import annotations
 
 from ...errors import CheckpointError
+from ...strict_json import shown
 from .base import ImportOptions, StoredLayer, Translation
 from .four_bit import (
     Codes,
     group_size,
     logical_shape,
     nibble_order,
+    plain_absmax,
     quant_state,
     source_dtype,
     stored_table,
@@ -36,7 +38,9 @@ class StateWithoutWeight:
         text, state = quant_state(layer, suffix)
         kind = state.get("quant_type", suffix[len(STATE) :])
         if kind not in ("nf4", "fp4", "af4"):
-            raise CheckpointError(f"{suffix} says quant_type {kind!r}; nf4, fp4 and af4 are read")
+            raise CheckpointError(
+                f"{suffix} says quant_type {shown(kind)}; nf4, fp4 and af4 are read"
+            )
         table = stored_table(layer, "quant_map")
         order, warnings = nibble_order(layer, options, kind=kind, table=table, state_text=text)
         codes = Codes(
@@ -45,7 +49,7 @@ class StateWithoutWeight:
             shape=logical_shape(layer, state.get("shape"), options),
             order=order,
             table=table,
-            absmax=lambda tensors: tensors["absmax"],
+            absmax=plain_absmax(layer, "absmax"),
             absmax_count=layer.specs["absmax"].numel,
             dtype=source_dtype(state.get("dtype")),
         )
@@ -81,7 +85,7 @@ class BytesWithScales:
             shape=logical_shape(layer, None, options),
             order="low",
             table=None,
-            absmax=lambda tensors: tensors["scale_weight"],
+            absmax=plain_absmax(layer, "scale_weight"),
             absmax_count=scales,
         )
         return translate_codes(

@@ -19,7 +19,8 @@ from ...spec import Header, TensorSpec
 from ...strict_json import parse
 from ..labels import EMBEDDING
 from ..metadata import HEADER_KEY, markers_in, read_marker
-from ..reader import FileSource, tensor_bytes
+from ..reader import FileSource, stored_text
+from ..scales import scale_problem
 from . import translate
 from .base import FP8, FileFacts, ImportOptions, StoredLayer, Translation
 
@@ -181,10 +182,9 @@ def _stored_layer(
 
     tensor_marker, unreadable = None, None
     if "comfy_quant" in specs:
-        data = bytes(tensor_bytes(read("comfy_quant").detach().cpu().contiguous()))
         try:
-            tensor_marker = read_marker(data)
-        except ValueError as error:
+            tensor_marker = read_marker(stored_text(source, f"{base}.comfy_quant"))
+        except (ValueError, CheckpointError) as error:
             unreadable = str(error)
     bias = source.header.tensors.get(f"{base}.bias")
     return StoredLayer(
@@ -319,9 +319,16 @@ class ImportedSource:
     def layer(self, base: str) -> dict[str, torch.Tensor]:
         """All canonical tensors of a layer by suffix."""
         stored = self.contents.layers[base]
-        return self.translations[base].convert(
-            {suffix: stored.read(suffix) for suffix in stored.specs}
-        )
+        tensors = {suffix: stored.read(suffix) for suffix in stored.specs}
+        where = f"{self.name}: layer '{base}'"
+        problem = scale_problem(tensors)
+        if problem:
+            raise CheckpointError(f"{where}: {problem}; the file is damaged: get a good copy")
+        try:
+            return self.translations[base].convert(tensors)
+        except (RuntimeError, IndexError) as error:  # tensors that torch cannot bring together
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{where} cannot be decoded: {reason}") from error
 
     def read(self, name: str) -> torch.Tensor:
         if name not in self._owners:
