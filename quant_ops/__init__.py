@@ -2,22 +2,25 @@
 models.
 """
 
-from .doors import convert_file, inspect_file, quantize_file, repair_file, verify_file
-from .formats import FORMATS
-from .methods import METHODS
-from .pipeline import quantize
-from .planning.planner import make_plan
-from .planning.recipe import Recipe
+import importlib
 
-__all__ = [
-    "FORMATS",
-    "METHODS",
-    "Recipe",
-    "convert_file",
-    "inspect_file",
-    "make_plan",
-    "quantize",
-    "quantize_file",
-    "repair_file",
-    "verify_file",
-]
+# name -> its module, imported on first use: `fewbits --help` shall not wait for torch
+_HOMES = {
+    "FORMATS": ".formats",
+    "METHODS": ".methods",
+    "Recipe": ".planning.recipe",
+    "convert_file": ".doors",
+    "inspect_file": ".doors",
+    "make_plan": ".planning.planner",
+    "quantize": ".pipeline",
+    "quantize_file": ".doors",
+    "repair_file": ".doors",
+    "verify_file": ".doors",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)

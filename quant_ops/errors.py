@@ -34,6 +34,10 @@ class RecipeError(QuantError):
     """A wish that cannot be fulfilled: unknown names, contradicting or malformed options."""
 
 
+class SourceError(RecipeError):
+    """A wish that this model cannot fulfil; whoever knows its file adds the name."""
+
+
 class UnsupportedLayerError(QuantError):
     """A layer that is read correctly but cannot run or be written here."""
 
@@ -52,3 +56,12 @@ def did_you_mean(name: object, known: Iterable[str], otherwise: str = "known") -
     if guess:
         return f", did you mean {guess!r}?"
     return f"; {otherwise}: {', '.join(names) or 'none'}" if otherwise else ""
+
+
+def visible(text: str) -> str:
+    """Text on one line, without characters that a terminal obeys: control characters, marks that
+    turn the direction of writing, and halves of characters are spelled as escapes.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)

@@ -15,7 +15,7 @@ import torch
 from .checkpoint.metadata import parse_marker
 from .checkpoint.reader import stored_text
 from .checkpoint.scales import scale_problem
-from .errors import CheckpointError, RecipeError
+from .errors import CheckpointError, RecipeError, SourceError
 from .formats import get_format
 from .formats.base import marker_bytes
 from .methods import Layer, choose, get_method, layer_generator
@@ -53,8 +53,8 @@ def plan_source(source: TensorSource, recipe: Recipe) -> ModelPlan:
             base = name.removesuffix(".comfy_quant")
             markers[base] = parse_marker(base, stored_text(source, name))
         return make_plan(source.header, recipe, markers)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source.name}: {error}") from None
+    except (CheckpointError, SourceError) as error:
+        raise error.at(source.name) from None
 
 
 def rewrite(

@@ -6,20 +6,40 @@ Exit 0 = complete and verified, 1 = problems found, 2 = refused, 130 = interrupt
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from collections.abc import Callable
 
-from ..errors import QuantError, RecipeError, closest
+from ..errors import RecipeError, closest
 from ..version import VERSION
-from . import bench, convert, info, plan, quantize, repair, verify
-from .common import with_flag
+from .door import run_command
+
+# name -> what it does; the module of that name has the arguments and is imported when it is asked
+COMMANDS = {
+    "quantize": "write a quantized copy of a model",
+    "convert": "write a file in another dialect; codes stay as they are",
+    "plan": "show what would happen to every layer; reads headers only",
+    "inspect": "show family, layers per format, sizes and problems of a file",
+    "verify": "decode and check every layer of a file",
+    "repair": "write a copy with every known mistake fixed that can be",
+    "bench": "time every format on this machine, and say which kernel runs and why",
+}
+MODULES = {"inspect": "info"}  # inspect is a module of the standard library
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose refusals are one line, like all others; subparsers are of this class too."""
+    """argparse whose refusals are one line, like all others; subparsers are of this class too, and
+    get their arguments when they are used.
+    """
+
+    fill: Callable[[argparse.ArgumentParser], None] | None = None
 
     def parse_known_args(
         self, *args: object, **kwargs: object
     ) -> tuple[argparse.Namespace, list[str]]:
+        if self.fill:
+            fill, self.fill = self.fill, None
+            fill(self)
         found, rest = super().parse_known_args(*args, **kwargs)
         if rest:  # here, and not after all parsers are done, the options of the command are known
             name = next((word.partition("=")[0] for word in rest if word.startswith("-")), "")
@@ -32,29 +52,31 @@ class Parser(argparse.ArgumentParser):
         raise RecipeError(f"{message}; see {self.prog} --help")
 
 
-COMMANDS = (quantize, convert, plan, info, verify, repair, bench)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fewbits", description="Make models small and fast for ComfyUI.")
     parser.add_argument("--version", action="version", version=f"fewbits {VERSION}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add_parser(subparsers)
+    for name, help in COMMANDS.items():
+        subparsers.add_parser(name, help=help).fill = _filler(name)
     return parser
+
+
+def _filler(name: str) -> Callable[[argparse.ArgumentParser], None]:
+    def fill(parser: argparse.ArgumentParser) -> None:
+        module = importlib.import_module(f".{MODULES.get(name, name)}", __package__)
+        module.add_arguments(parser)
+
+    return fill
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    try:
+
+    def work() -> int | None:
         args = build_parser().parse_args(argv)
-        return args.run(args) or 0
-    except QuantError as error:
-        print(f"fewbits: {with_flag(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("fewbits: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        return args.run(args)
+
+    return run_command("fewbits", work)
 
 
 def run() -> None:

@@ -14,10 +14,7 @@ from ..formats import get_format
 from .quantize import pick_device
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "bench", help="time every format on this machine, and say which kernel runs and why"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", dest="formats", action="append", metavar="F", help="only this one; repeatable"
     )

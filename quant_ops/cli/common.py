@@ -7,26 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import QuantError, RecipeError
+from ..errors import RecipeError
 from ..formats import FORMATS, own_methods
 from ..methods import METHODS
 from ..planning.layer_config import load_layer_config
 from ..planning.recipe import Draft, Recipe, Rule, Wish, draft_from_toml, parse_rule, parse_wish
-
-# The flag of each setting that an error names.
-FLAGS = {
-    "assume": "--assume nf4 or --assume fp4",
-    "hp_filter": "--hp-filter",
-    "nibble_order": "--nibble-order low or --nibble-order high",
-    "overwrite": "--overwrite",
-    "shapes": "--shapes-from ORIGINAL",
-}
-
-
-def with_flag(error: QuantError) -> str:
-    """The error's text, and the flag that answers it."""
-    flag = FLAGS.get(error.option)
-    return f"{error} ({flag})" if flag else str(error)
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:

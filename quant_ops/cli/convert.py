@@ -12,13 +12,11 @@ from ..checkpoint.exporters import TARGETS
 from ..checkpoint.importers import ImportOptions
 from ..checkpoint.reader import FileSource
 from ..doors import convert_file
+from .door import say
 from .progress import progress_bar
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "convert", help="write a file in another dialect; codes stay as they are"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards"
     )
@@ -100,5 +98,5 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"output": str(args.output), **result.to_json()}, indent=2))
     elif not args.quiet:
-        print(result.to_text())
-        print(args.output)
+        say(result.to_text())
+        say(str(args.output))

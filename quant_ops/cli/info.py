@@ -9,12 +9,10 @@ import json
 from pathlib import Path
 
 from ..doors import inspect_file
+from .door import say
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "inspect", help="show family, layers per format, sizes and problems of a file"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
@@ -22,4 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     inspection = inspect_file(args.file)
-    print(json.dumps(inspection.to_json(), indent=2) if args.json else inspection.to_text())
+    if args.json:
+        print(json.dumps(inspection.to_json(), indent=2))
+    else:
+        say(inspection.to_text())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from ..checkpoint.header import build_header
@@ -15,12 +14,10 @@ from ..planning.template import write_template
 from ..report.report import layer_lines, megabytes, plan_lines
 from ..spec import ModelPlan
 from .common import add_recipe_arguments, recipe_from
+from .door import say, warn
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "plan", help="show what would happen to every layer; reads headers only"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards"
     )
@@ -37,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.template:
-        print(write_template(args.input, overwrite=args.overwrite))
+        say(str(write_template(args.input, overwrite=args.overwrite)))
     else:
         print_plan(args.input, recipe_from(args), as_json=args.json)
 
@@ -45,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
 def print_warnings(plan: ModelPlan) -> None:
     """What the plan warns of, on stderr, wherever its text goes."""
     for warning in plan.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(f"warning: {warning}")
 
 
 def print_plan(path: Path, recipe: Recipe, *, as_json: bool) -> None:
@@ -59,5 +56,5 @@ def print_plan(path: Path, recipe: Recipe, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**plan.to_json(), "file_bytes": file_bytes}, indent=2))
         return
-    print("\n".join([*layer_lines(plan), "", *plan_lines(plan)]))
-    print(f"file size {megabytes(file_bytes)} ({file_bytes} bytes)")
+    say(*layer_lines(plan), "", *plan_lines(plan))
+    say(f"file size {megabytes(file_bytes)} ({file_bytes} bytes)")

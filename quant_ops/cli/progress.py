@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from ..errors import visible
 from ..pipeline import ProgressFn
 
 
@@ -22,7 +23,7 @@ def progress_bar(hidden: bool) -> Iterator[ProgressFn]:
 
         def show(done: int, total: int, layer: str) -> None:
             bar.total = total
-            bar.set_postfix_str(layer, refresh=False)
+            bar.set_postfix_str(visible(layer), refresh=False)
             bar.update(done - bar.n)
 
         yield show

@@ -11,12 +11,12 @@ import torch
 from ..doors import quantize_file
 from ..errors import RecipeError
 from .common import add_recipe_arguments, recipe_from
+from .door import say
 from .plan import print_plan, print_warnings
 from .progress import progress_bar
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser("quantize", help="write a quantized copy of a model")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards"
     )
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"output": str(args.output), **report.to_json()}, indent=2))
     elif not args.quiet:
-        print(report.to_text())
-        print(args.output)
+        say(report.to_text())
+        say(str(args.output))
 
 
 def pick_device(name: str) -> torch.device:
@@ -66,6 +66,10 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RecipeError(
+                f"--device {name}: nothing is computed there; allowed: auto, cpu, cuda"
+            )
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}") from None

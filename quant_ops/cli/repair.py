@@ -10,13 +10,11 @@ from pathlib import Path
 
 from ..doors import repair_file
 from .convert import add_import_arguments, import_options
+from .door import say
 from .progress import progress_bar
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "repair", help="write a copy with every known mistake fixed that can be"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards"
     )
@@ -40,5 +38,5 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"output": str(args.output), **done.to_json()}, indent=2))
     elif not args.quiet:
-        print(done.to_text())
-        print(args.output)
+        say(done.to_text())
+        say(str(args.output))

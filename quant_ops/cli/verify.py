@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 
 from ..doors import verify_file
+from .door import say
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser("verify", help="decode and check every layer of a file")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards"
     )
@@ -25,5 +25,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     found = verify_file(args.file, args.against)
-    print(json.dumps(found.to_json(), indent=2) if args.json else found.to_text())
+    if args.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        say(found.to_text())
     return 0 if found.ok else 1

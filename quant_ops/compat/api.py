@@ -1,51 +1,23 @@
-"""The classic command and the functions that scripts call: flags in, a job out, run by the
-engine.
-"""
+"""The functions that scripts call: flags in, a job out, run by the engine."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import shlex
-import sys
 from pathlib import Path
 
 from ..checkpoint.importers import ImportOptions
 from ..checkpoint.importers.source import open_checkpoint
-from ..cli.__main__ import build_parser
-from ..cli.common import with_flag
 from ..cli.quantize import pick_device
 from ..doors import Conversion, convert_file, quantize_file
-from ..errors import QuantError, RecipeError, closest
 from ..pipeline import plan_source
 from ..planning.template import write_template
 from ..report.report import Report
 from ..spec import ModelPlan
-from ..version import VERSION
-from .flags import FLAGS, SHORT, dashed, underscored
 from .job import Job, make_job
 
 # Names that the classic functions give to flags.
 ARGUMENTS = {"include_input_scale": "input_scale", "no_learned_rounding": "simple", "skip_inefficient_layers": "heur",
              "layer_config_fullmatch": "fullmatch"}  # fmt: skip
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the classic command; returns the exit status: 0 complete, 2 refused, 130 interrupted."""
-    try:
-        job = make_job(_parse(sys.argv[1:] if argv is None else argv))
-        for note in job.notes:
-            print(f"convert_to_quant: {note}", file=sys.stderr)
-        if not {"quiet", "json"} & set(job.options):
-            print(f"+ {shlex.join(['fewbits', *job.arguments])}", flush=True)
-        args = build_parser().parse_args(list(job.arguments))
-        return args.run(args) or 0
-    except QuantError as error:
-        print(f"convert_to_quant: {with_flag(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert_to_quant: interrupted; nothing was written", file=sys.stderr)
-        return 130
 
 
 def quantize(**flags: object) -> Report | ModelPlan | Conversion | Path:
@@ -135,41 +107,3 @@ def _perform(job: Job) -> Report | ModelPlan | Conversion | Path:
         )
     device = pick_device(job.options.get("device", "auto"))
     return quantize_file(job.input, job.output, job.recipe, overwrite=overwrite, device=device)
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of printing its usage and leaving."""
-
-    def error(self, message: str) -> None:
-        raise RecipeError(message)
-
-
-def _parse(argv: list[str]) -> dict[str, object]:
-    """Command line -> flag values by name, as text; an unknown flag is refused with the closest
-    one.
-    """
-    parser = _Parser(prog="convert_to_quant", description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--version", action="version", version=f"convert_to_quant (FewBits {VERSION})"
-    )
-    for flag in FLAGS:
-        short = [SHORT[flag.name]] if flag.name in SHORT else []
-        name = {
-            "dest": underscored(flag.name),
-            "help": flag.help or None,
-            "default": argparse.SUPPRESS,
-        }
-        if flag.value is bool:
-            parser.add_argument(*short, *flag.spellings, action="store_true", **name)
-        elif flag.without:
-            parser.add_argument(*short, *flag.spellings, nargs="?", const=flag.without, **name)
-        else:
-            parser.add_argument(*short, *flag.spellings, **name)
-    known, rest = parser.parse_known_args(argv)
-    if rest:
-        name = rest[0].split("=")[0]
-        spelled = [dashed(spelling) for flag in FLAGS for spelling in flag.spellings]
-        guess = closest(dashed(name), spelled) if name.startswith("--") else None
-        hint = f", did you mean {guess}?" if guess else "; see --help"
-        raise RecipeError(f"unknown argument {rest[0]}{hint}")
-    return vars(known)

@@ -13,7 +13,7 @@ from ..checkpoint.importers.scaled_fp8 import ScaledFp8
 from ..checkpoint.importers.source import ImportedSource
 from ..checkpoint.reader import FileSource
 from ..checkpoint.writer import FileSink
-from ..errors import CheckpointError, RecipeError
+from ..errors import CheckpointError, RecipeError, visible
 from ..pipeline import COPY, ProgressFn, ignore_progress, rewrite
 from ..planning.match import Regex, shortened
 from ..report.report import Report, plan_lines
@@ -39,7 +39,7 @@ class Conversion:
         ]
         if self.high_precision is not None:
             lines.append(f"{self.high_precision} layers match the filter, all high precision")
-        return "\n".join([*lines, *plan_lines(self.report.plan)])
+        return "\n".join([*map(visible, lines), *plan_lines(self.report.plan)])
 
     def to_json(self) -> dict:
         return {

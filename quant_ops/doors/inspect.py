@@ -11,7 +11,7 @@ from ..checkpoint.importers.source import ImportedSource, open_checkpoint
 from ..checkpoint.metadata import HEADER_KEY
 from ..checkpoint.reader import FileSource
 from ..checkpoint.verify import stored_findings
-from ..errors import QuantError
+from ..errors import QuantError, visible
 from ..pipeline import COPY, plan_source
 from ..planning.model_family import find_parts
 from ..report.report import megabytes
@@ -57,7 +57,7 @@ class Inspection:
             f"  {key} = {value[:100]}" for key, value in self.metadata.items() if key != HEADER_KEY
         ]
         lines += [f"problem: {finding}" for finding in self.findings] or ["no problems found"]
-        return "\n".join(lines)
+        return "\n".join(map(visible, lines))
 
 
 def inspect_file(path: str | os.PathLike) -> Inspection:

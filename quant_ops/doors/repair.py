@@ -14,6 +14,7 @@ from ..checkpoint.importers.source import ImportedSource
 from ..checkpoint.reader import FileSource
 from ..checkpoint.verify import Finding, Verification
 from ..checkpoint.writer import FileSink
+from ..errors import visible
 from ..pipeline import COPY, ProgressFn, ignore_progress, rewrite
 from .verify import verify
 
@@ -42,7 +43,7 @@ class Repair:
         lines += [f"  {count:>5} layers  {origin}" for origin, count in self.origins.items()]
         lines += [f"fixed {finding.to_text()}" for finding in self.fixed]
         lines += [f"left  {finding.to_text()}" for finding in self.left]
-        return "\n".join(lines)
+        return "\n".join(map(visible, lines))
 
 
 def repair_file(

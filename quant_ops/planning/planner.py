@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ..checkpoint.labels import EMBEDDING, is_bank
 from ..checkpoint.metadata import header_markers, output_metadata
-from ..errors import CheckpointError, RecipeError
+from ..errors import CheckpointError, RecipeError, SourceError
 from ..formats import FORMATS, get_format
 from ..formats.base import marker_bytes
 from ..spec import (
@@ -49,7 +49,7 @@ def make_plan(header: Header, recipe: Recipe, markers: dict[str, dict] | None = 
     refused = next((part for part in parts if part.family.kind == "refuse"), None)
     known = [part for part in parts if part.family.kind != "refuse"]
     if refused and not known and recipe.primary:
-        raise RecipeError(f"this is a {refused.family.title} file: {refused.family.why}")
+        raise SourceError(f"this is a {refused.family.title} file: {refused.family.why}")
     planner = _Planner(header, recipe, header_markers(header.metadata) or markers or {}, known)
     return planner.plan()
 
@@ -287,7 +287,7 @@ class _Planner:
         if wish is not None and not (
             wish.format == format.name and format.same_codes(wish.options, options)
         ):
-            raise RecipeError(
+            raise SourceError(
                 f"layer '{base}' is quantized already ({format.name}) and {wish.format} was asked "
                 "for: rounding twice loses quality; start from the original model, or keep the "
                 "layer with a rule"

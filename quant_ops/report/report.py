@@ -8,6 +8,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
+from ..errors import visible
 from ..spec import ModelPlan
 from ..version import VERSION
 
@@ -110,7 +111,7 @@ class Report:
         if self.results:
             lines.append("largest errors:")
             lines += [f"  {result.rel_l2:.4f}  {result.name}" for result in self.worst()]
-        return "\n".join(lines)
+        return "\n".join(map(visible, lines))
 
     def _method_lines(self) -> list[str]:
         """One line per method that is compared with nearest: medians over its layers."""
@@ -147,7 +148,7 @@ def plan_lines(plan: ModelPlan) -> list[str]:
     )
     lines.append(f"family {plan.family}; {plan.loads_in()}")
     lines += [f"note: {warning}" for warning in plan.warnings]
-    return lines
+    return [visible(line) for line in lines]
 
 
 def layer_lines(plan: ModelPlan) -> list[str]:
@@ -166,7 +167,7 @@ def layer_lines(plan: ModelPlan) -> list[str]:
     for rule in plan.rules:
         unmatched = "" if rule.matched else "  (matched nothing)"
         lines.append(f"{rule.won:>6} / {rule.matched:<6} {rule.action:<9} {rule.rule}{unmatched}")
-    return lines
+    return [visible(line) for line in lines]
 
 
 def megabytes(count: int) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fewbits.quant_ops import conversion, pipeline
+from fewbits.quant_ops import doors
 from fewbits.quant_ops.checkpoint.importers import ImportOptions
 from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.errors import CheckpointError
@@ -19,12 +19,10 @@ from support.helpers import random_tensors, tiny_checkpoint
 INT8 = Recipe(primary=parse_wish("int8_tensorwise"), preset="none")
 SHAPES = {"a.weight": (64, 64), "b.weight": (64, 32)}
 DOORS = {
-    "quantize": lambda source, out, **options: pipeline.quantize_file(source, out, INT8, **options),
-    "convert": conversion.convert_file,
-    "to bf16": lambda source, out, **options: conversion.convert_file(
-        source, out, to="bf16", **options
-    ),
-    "repair": conversion.repair_file,
+    "quantize": lambda source, out, **options: doors.quantize_file(source, out, INT8, **options),
+    "convert": doors.convert_file,
+    "to bf16": lambda source, out, **options: doors.convert_file(source, out, to="bf16", **options),
+    "repair": doors.repair_file,
 }
 every_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 
@@ -86,9 +84,7 @@ def test_the_file_that_says_the_shapes_is_no_output(tmp_path):
         shapes = {name: spec.shape for name, spec in opened.header.tensors.items()}
         options = ImportOptions(shapes=shapes, files=opened.files)
     with pytest.raises(CheckpointError, match="an input is never changed"):
-        conversion.convert_file(
-            tmp_path / "flat.safetensors", original, options=options, overwrite=True
-        )
+        doors.convert_file(tmp_path / "flat.safetensors", original, options=options, overwrite=True)
     arguments = ["convert", tmp_path / "flat.safetensors", "-o", original, "--overwrite"]
     assert main([*map(str, arguments), "--shapes-from", str(original)]) == 2
     assert original.read_bytes() == before
@@ -98,7 +94,7 @@ def test_another_file_is_still_overwritten(tmp_path):
     model = tiny_checkpoint(tmp_path / "m.safetensors", SHAPES)
     out = tiny_checkpoint(tmp_path / "q.safetensors", SHAPES)
     before = out.read_bytes()
-    pipeline.quantize_file(model, out, INT8, overwrite=True)
+    doors.quantize_file(model, out, INT8, overwrite=True)
     assert out.read_bytes() != before
 
 
@@ -189,9 +185,9 @@ def test_a_name_longer_than_the_system_takes_is_refused(tmp_path):
     model = tiny_checkpoint(tmp_path / "m.safetensors", SHAPES)
     for name in ("x" * 300 + ".safetensors", "zero\0byte.safetensors"):
         with pytest.raises(CheckpointError, match="cannot be a file's name"):
-            pipeline.quantize_file(model, tmp_path / name, INT8)
+            doors.quantize_file(model, tmp_path / name, INT8)
         with pytest.raises(CheckpointError, match="cannot be read|not a file name"):
             FileSource(tmp_path / name)
     longest = tmp_path / ("x" * (255 - len(".safetensors")) + ".safetensors")
-    pipeline.quantize_file(model, longest, INT8)
+    doors.quantize_file(model, longest, INT8)
     assert longest.is_file()

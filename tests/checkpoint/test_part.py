@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fewbits.quant_ops import part, pipeline
+from fewbits.quant_ops import doors, part
 from fewbits.quant_ops.part import PartFile, remove_leftovers, write_whole
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from support.helpers import tiny_checkpoint
@@ -85,7 +85,7 @@ def test_the_next_conversion_into_a_folder_removes_what_a_killed_one_left(tmp_pa
     assert killed.returncode == -signal.SIGKILL
     (left,) = (tmp_path / "out").iterdir()
     assert part.NAME.fullmatch(left.name) and left.stat().st_size == 1000
-    pipeline.quantize_file(model, tmp_path / "out" / "q.safetensors", INT8)
+    doors.quantize_file(model, tmp_path / "out" / "q.safetensors", INT8)
     assert os.listdir(tmp_path / "out") == ["q.safetensors"]
 
 

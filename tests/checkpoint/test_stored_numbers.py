@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fewbits.quant_ops import conversion, pipeline
+from fewbits.quant_ops import doors
 from fewbits.quant_ops.checkpoint.importers import ImportOptions
 from fewbits.quant_ops.checkpoint.importers.source import ImportedSource
 from fewbits.quant_ops.checkpoint.reader import FileSource
@@ -66,7 +66,9 @@ def source_tensors(source):
 def test_a_single_block_decodes_alike_whatever_its_stated_size():
     exact = ImportedSource(MemorySource(tiny(64)), retarget=lambda made: made.decoded("F32", ""))
     stated = ImportedSource(MemorySource(tiny(HUGE)), retarget=lambda made: made.decoded("F32", ""))
-    assert torch.equal(exact.layer("a")["weight"], stated.layer("a")["weight"])
+    assert torch.equal(
+        exact.layer("a")["weight"].bfloat16(), stated.layer("a")["weight"]
+    )  # not a size of ours
 
 
 MISFITS = {
@@ -142,9 +144,9 @@ def damaged(request, tmp_path):
 
 
 DOORS = {
-    "convert": lambda source, out: conversion.convert_file(source, out),
-    "to bf16": lambda source, out: conversion.convert_file(source, out, to="bf16"),
-    "quantize": lambda source, out: pipeline.quantize_file(source, out, Recipe(primary=None)),
+    "convert": lambda source, out: doors.convert_file(source, out),
+    "to bf16": lambda source, out: doors.convert_file(source, out, to="bf16"),
+    "quantize": lambda source, out: doors.quantize_file(source, out, Recipe(primary=None)),
 }
 
 
@@ -168,14 +170,17 @@ def test_block_scales_that_are_no_numbers_are_refused(tmp_path, name):
 
 def test_absmax_that_bitsandbytes_rounded_below_zero_is_read(tmp_path):
     """A block of zeros beside others: nested statistics are rounded around their mean."""
-    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    weight[::7] = 0
-    tensors = dialects.nested("a", weight)
-    layer = ImportedSource(MemorySource(tensors)).layer("a")
-    assert float(layer["absmax"].min()) < 0
+    for seed in range(50):
+        weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(seed))
+        weight[::7] = 0
+        tensors = dialects.nested("a", weight)
+        if float(ImportedSource(MemorySource(tensors)).layer("a")["absmax"].min()) < 0:
+            break
+    else:
+        raise AssertionError("no layer came out below zero")
     save_file(tensors, tmp_path / "m.safetensors")
-    conversion.convert_file(tmp_path / "m.safetensors", tmp_path / "ours.safetensors")
-    conversion.convert_file(tmp_path / "ours.safetensors", tmp_path / "bf16.safetensors", to="bf16")
+    doors.convert_file(tmp_path / "m.safetensors", tmp_path / "ours.safetensors")
+    doors.convert_file(tmp_path / "ours.safetensors", tmp_path / "bf16.safetensors", to="bf16")
     with FileSource(tmp_path / "bf16.safetensors") as found:
         assert not found.read("a.weight")[::7].any()
 
@@ -200,7 +205,7 @@ def test_json_of_a_wrong_kind_is_an_error_of_ours(tmp_path, marker, place):
     )
     named = dialects.under("a", tensors, marker if place == "layer" else None)
     save_file(named, tmp_path / "m.safetensors", metadata=header)
-    for run in (*DOORS.values(), lambda source, out: pipeline.quantize_file(source, out, INT8)):
+    for run in (*DOORS.values(), lambda source, out: doors.quantize_file(source, out, INT8)):
         try:
             run(
                 tmp_path / "m.safetensors",

@@ -8,7 +8,7 @@ import pytest
 from fewbits.quant_ops.cli.__main__ import build_parser
 from fewbits.quant_ops.cli.common import recipe_from
 from fewbits.quant_ops.compat import main
-from fewbits.quant_ops.compat.api import _parse
+from fewbits.quant_ops.compat.command import parse
 from fewbits.quant_ops.compat.flags import FLAGS, TARGETS, dashed, underscored
 from fewbits.quant_ops.compat.job import make_job
 from fewbits.quant_ops.errors import RecipeError
@@ -28,7 +28,7 @@ DOCUMENTED = """--input --output --comfy_quant --int8 --nf4 --fp4 --nvfp4 --mxfp
 
 
 def job(*arguments):
-    return make_job(_parse(["-i", "m.safetensors", *map(str, arguments)]))
+    return make_job(parse(["-i", "m.safetensors", *map(str, arguments)]))
 
 
 def recipe(*arguments):

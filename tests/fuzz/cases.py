@@ -19,7 +19,7 @@ from fewbits.quant_ops.checkpoint.labels import label_of
 from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.checkpoint.verify import stored_findings, verify_source
 from fewbits.quant_ops.errors import QuantError
-from fewbits.quant_ops.pipeline import quantize
+from fewbits.quant_ops.pipeline import quantize, rewrite
 from fewbits.quant_ops.planning.layer_config import parse_layer_config_text
 from fewbits.quant_ops.planning.recipe import Recipe, draft_from_text, parse_rule, parse_wish
 from fewbits.quant_ops.sources import MemorySink, MemorySource
@@ -47,11 +47,11 @@ def blob(dice: random.Random) -> None:
     options = ImportOptions(foreign_only=dice.random() < 0.3, **assume)
     with refused:
         sink = MemorySink()
-        quantize(ImportedSource(source, options, TARGETS["comfy_quant"]), sink, COPY)
+        rewrite(ImportedSource(source, options, TARGETS["comfy_quant"]), sink, COPY)
         for name, tensor in sink.tensors.items():
             assert tensor is not None, name
     with refused:
-        quantize(
+        rewrite(
             ImportedSource(source, options, TARGETS[dice.choice(("bf16", "bnb"))]),
             MemorySink(),
             COPY,

@@ -81,7 +81,7 @@ def translate_scaled(
     def rename(tensors: Tensors) -> Tensors:
         if suffix is None and is_saturated(tensors["weight"]):
             logger.warning(
-                "layer '%s': largest code is the largest possible: its scale was probably lost",
+                "layer %r: largest code is the largest possible: its scale was probably lost",
                 layer.name,
             )
         return {

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
+from ...errors import visible
+
 REPAIR = "fewbits repair"
 SHAPES = "fewbits repair, told the shapes of the original"
 ORIGINAL = None  # nothing but the original model mends it
@@ -119,4 +121,4 @@ class Verification:
         lines += [f"  {layer.rel_l2:.4f}  {layer.name}" for layer in self.worst()]
         lines += [f"note: {warning}" for warning in self.warnings]
         lines += [finding.to_text() for finding in self.findings] or ["no problems found"]
-        return "\n".join(lines)
+        return "\n".join(map(visible, lines))

@@ -1,0 +1,224 @@
+"""What both commands do around their work: fast help, signals, readers that go away, text a terminal must not obey."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fewbits.quant_ops.cli import door
+from fewbits.quant_ops.cli.__main__ import main
+from fewbits.quant_ops.errors import CheckpointError, visible
+from support.helpers import random_tensors, tiny_checkpoint
+
+SHAPES = {"a.weight": (64, 64), "b.weight": (64, 32)}
+ESCAPE = "\x1b[2J\x1b]0;owned\x07"
+HELP = (
+    "import sys\n"
+    "from fewbits.quant_ops.cli.__main__ import main as fewbits\n"
+    "from fewbits.quant_ops.compat import main as classic\n"
+    "for command, argument in ((fewbits, '--help'), (fewbits, '--version'), (classic, '--help'), (classic, '--version')):\n"
+    "    try: command([argument])\n"
+    "    except SystemExit as left: assert left.code == 0\n"
+    "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+)
+
+
+def python(script, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, **kwargs
+    )
+
+
+def test_help_and_version_of_both_commands_import_no_torch():
+    result = python(HELP)
+    assert result.returncode == 0, result.stderr
+    assert "verify" in result.stdout and "--input" in result.stdout
+
+
+def test_every_command_has_its_module_and_arguments(capsys):
+    from fewbits.quant_ops.cli.__main__ import COMMANDS
+
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as left:
+            main([name, "--help"])
+        assert left.value.code == 0 and f"fewbits {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_work_and_removes_the_part(tmp_path, number, capsys, monkeypatch):
+    model = tiny_checkpoint(tmp_path / "m.safetensors", SHAPES)
+    from fewbits.quant_ops import pipeline
+
+    def end(*arguments):
+        assert any(path.suffix == ".part" for path in tmp_path.iterdir())
+        os.kill(os.getpid(), getattr(signal, number))
+        while True:  # a layer that takes long; its last argument says when to stop
+            time.sleep(0.01)
+            arguments[-1]()
+
+    monkeypatch.setattr(pipeline, "_convert", end)
+    before = signal.getsignal(getattr(signal, number))
+    arguments = ["quantize", model, "-o", tmp_path / "q.safetensors", "--format", "int8_tensorwise"]
+    assert main(list(map(str, arguments))) == 128 + getattr(signal, number)
+    assert capsys.readouterr().err.endswith(f"\nfewbits: ended by {number}; nothing was written\n")
+    assert os.listdir(tmp_path) == ["m.safetensors"]
+    assert signal.getsignal(getattr(signal, number)) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert door.run_command("x", lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
+    model = tiny_checkpoint(tmp_path / "m.safetensors", SHAPES)
+    script = (
+        "import sys, fewbits.quant_ops.cli.__main__ as cli\n"
+        f"sys.argv = ['fewbits', 'plan', {str(model)!r}, '--format', 'int8_tensorwise', '--json']\n"
+        "cli.run()\n"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    os.close(writing)
+    assert process.stderr.startswith("warning: ") and process.stderr.count("\n") == 1
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_ctrl_c_while_torch_is_imported_is_an_interrupt(tmp_path):
+    script = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'torch': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from fewbits.quant_ops.cli.__main__ import main as fewbits\n"
+        "from fewbits.quant_ops.compat import main as classic\n"
+        "assert fewbits(['quantize', 'a', '-o', 'b.safetensors', '--format', 'mxfp8']) == 130\n"
+        "assert classic(['-i', 'a.safetensors', '--int8']) == 130\n"
+    )
+    result = python(script)
+    assert result.returncode == 0, result.stderr
+    assert (
+        result.stderr
+        == "fewbits: interrupted; nothing was written\nconvert_to_quant: interrupted; nothing was written\n"
+    )
+
+
+NO_MEMORY = {
+    "python": MemoryError(),
+    "torch": RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("error", NO_MEMORY.values(), ids=NO_MEMORY)
+def test_no_memory_is_one_line_and_status_2(error, capsys):
+    def work():
+        raise error
+
+    assert door.run_command("fewbits", work) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("fewbits: out of memory: ") and shown.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback():
+    def work():
+        raise RuntimeError("a mistake of ours")
+
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        door.run_command("fewbits", work)
+
+
+@pytest.mark.parametrize("device", ["meta", "vulkan", "nonsense", "cuda:99"])
+def test_a_device_that_computes_nothing_is_refused(tmp_path, device, capsys):
+    model = tiny_checkpoint(tmp_path / "m.safetensors", SHAPES)
+    arguments = [
+        "quantize",
+        model,
+        "-o",
+        tmp_path / "q.safetensors",
+        "--format",
+        "mxfp8",
+        "--device",
+        device,
+    ]
+    assert main(list(map(str, arguments))) == 2
+    assert f"--device {device}" in capsys.readouterr().err
+
+
+def test_what_a_terminal_obeys_is_spelled_out():
+    assert visible("plain, 中文 and\ttabs") == "plain, 中文 and\ttabs"
+    assert (
+        visible("\x1b[2J\r\n\x07\x9b1m\u202e\ud800\x7f") == r"\x1b[2J\r\n\x07\x9b1m\u202e\ud800\x7f"
+    )
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["verify"], ["plan", "--format", "int8_tensorwise", "--preset", "none"], ["convert", "-o", "OUT"], ["repair", "-o", "OUT"], ["quantize", "--format", "int8_tensorwise", "--preset", "none", "-o", "OUT"]], ids=lambda command: command[0])  # fmt: skip
+def test_names_and_metadata_are_printed_without_obeying_them(tmp_path, command, capsys, caplog):
+    name = f"a{ESCAPE}\nforged line"
+    tensors = random_tensors({f"{name}.weight": (64, 64), f"{name}.odd{ESCAPE}": (3,)})
+    tensors[f"{name}.b.absmax"] = torch.ones(3)  # belongs to no weight: a warning names it
+    save_file(
+        tensors,
+        tmp_path / "m.safetensors",
+        metadata={f"key{ESCAPE}": f"value{ESCAPE}\nforged line"},
+    )
+    arguments = [
+        str(tmp_path / "out.safetensors") if word == "OUT" else word for word in command[1:]
+    ]
+    main([command[0], str(tmp_path / "m.safetensors"), *arguments])
+    shown = capsys.readouterr()
+    printed = shown.out + shown.err
+    assert "\x1b" not in printed and "\x07" not in printed and "\nforged line" not in printed
+    assert printed.replace("\n", "").isprintable()
+
+
+def test_an_error_that_names_a_tensor_is_one_line_without_escapes(tmp_path, capsys):
+    tensors = {f"a{ESCAPE}\n.weight": torch.full((32, 32), float("nan"))}
+    save_file(tensors, tmp_path / "m.safetensors")
+    arguments = ["quantize", str(tmp_path / "m.safetensors"), "-o", str(tmp_path / "q.safetensors"), "--format", "int8_tensorwise"]  # fmt: skip
+    assert main([*arguments, "--preset", "none"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.count("\n") == 1 + error.count("warning: ")
+        and "\x1b" not in error
+        and r"\x1b[2J" in error
+    )
+
+
+def test_quantized_already_names_the_file(tmp_path):
+    from fewbits.quant_ops.doors import quantize_file
+    from fewbits.quant_ops.errors import RecipeError
+    from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
+
+    model, first = (
+        tiny_checkpoint(tmp_path / "m.safetensors", SHAPES),
+        tmp_path / "first.safetensors",
+    )
+    quantize_file(model, first, Recipe(parse_wish("int8_tensorwise"), preset="none"))
+    with pytest.raises(RecipeError, match="^first.safetensors: layer 'a' is quantized already"):
+        quantize_file(first, tmp_path / "q.safetensors", Recipe(parse_wish("mxfp8"), preset="none"))
+
+
+def test_a_refusal_of_the_work_is_one_line_and_status_2(capsys):
+    def work():
+        raise CheckpointError("two\nlines")
+
+    assert door.run_command("fewbits", work) == 2
+    assert capsys.readouterr().err == "fewbits: two\\nlines\n"
