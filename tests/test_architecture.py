@@ -12,8 +12,8 @@ MAY_IMPORT = {
     "nodes": {"quant_ops", "nodes"},
 }
 INSIDE = {  # rooms of quant_ops, lowest first; a room may import those in lines above and its own
-    "ground": {"errors", "options", "files", "part", "spec", "sources", "strict_json", "version",
-               "workers"},
+    "ground": {"errors", "options", "files", "part", "reference", "spec", "sources", "strict_json",
+               "version", "workers"},
     "parts": {"formats", "methods", "checkpoint", "report"},
     "planning": {"planning"},
     "engines": {"pipeline", "layouts", "bench", "doors"},

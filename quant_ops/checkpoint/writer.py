@@ -8,7 +8,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,14 +38,25 @@ class FileSink:
     renames. A process that is killed leaves at most the hidden part, which the next one removes;
     never the target.
 
+    Args:
+        check: called with the finished part before it is published; what it raises keeps the target
+            as it was.
+
     Raises:
         CheckpointError: existing output without `overwrite`, missing or unwritable folder, full
             disk, or an output that is one of the inputs.
     """
 
-    def __init__(self, path: str | os.PathLike, *, overwrite: bool = False):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        overwrite: bool = False,
+        check: Callable[[Path], None] | None = None,
+    ):
         self.path = Path(path)
         self.overwrite = overwrite
+        self._check = check
         self._part: PartFile | None = None
         self._inputs: tuple[InputFile, ...] = ()
         self._pending: dict[str, TensorSpec] = {}
@@ -103,6 +114,11 @@ class FileSink:
             raise CheckpointError(
                 f"{self.path.name}: the written header does not read back as planned"
             )
+        if self._check:
+            try:
+                self._check(self._part.path)
+            except CheckpointError as error:
+                raise error.at(self.path.name) from error
         for file in self._inputs:
             file.refuse_change()
         refuse_as_output(self._inputs, self.path)

@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mark FP8 layers for full-precision products",
     )
     add_import_arguments(parser)
+    parser.add_argument(
+        "--verify", action="store_true", help="decode what was written by a second decoder too"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -93,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
             only=args.only,
             hp_filter=args.hp_filter,
             overwrite=args.overwrite,
+            verify=args.verify,
             on_progress=show,
         )
     if args.json:

@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="auto (cuda when there is one), cpu, cuda, cuda:1"
     )
+    parser.add_argument(
+        "--verify", action="store_true", help="decode what was written by a second decoder too"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and convert nothing")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -45,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
             args.output,
             recipe,
             overwrite=args.overwrite,
+            verify=args.verify,
             device=pick_device(args.device),
             on_plan=None if args.quiet else print_warnings,
             on_progress=show,

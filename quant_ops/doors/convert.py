@@ -12,6 +12,7 @@ from ..checkpoint.importers import ImportOptions
 from ..checkpoint.importers.scaled_fp8 import ScaledFp8
 from ..checkpoint.importers.source import ImportedSource
 from ..checkpoint.reader import FileSource
+from ..checkpoint.second_reading import refuse_other_reading
 from ..checkpoint.writer import FileSink
 from ..errors import CheckpointError, RecipeError, visible
 from ..pipeline import COPY, ProgressFn, ignore_progress, rewrite
@@ -58,6 +59,7 @@ def convert_file(
     only: str | None = None,
     hp_filter: str | None = None,
     overwrite: bool = False,
+    verify: bool = False,
     on_progress: ProgressFn = ignore_progress,
 ) -> Conversion:
     """Convert a file to another dialect: codes unchanged where that is possible, decoded where it
@@ -65,6 +67,8 @@ def convert_file(
 
     Args:
         to: comfy_quant, bnb or bf16.
+        verify: before the file gets its name, decode every layer by the reference decoder too;
+            only for comfy_quant, the one it reads.
         only: "fp8_scaled" refuses any file that is not one.
         hp_filter: regular expression; every layer whose base name it finds must be high precision.
 
@@ -78,7 +82,10 @@ def convert_file(
     pattern = None
     if hp_filter is not None:
         pattern = Regex(hp_filter, f"high-precision filter {shortened(hp_filter)!r}")
-    sink = FileSink(target, overwrite=overwrite)
+    if verify and to != "comfy_quant":
+        raise RecipeError(f"verify reads comfy_quant files, not {to}; leave it out")
+    check = refuse_other_reading if verify else None
+    sink = FileSink(target, overwrite=overwrite, check=check)
     with FileSource(source) as file, closing(ImportedSource(file, options, TARGETS[to])) as opened:
         if only == "fp8_scaled":
             _refuse_unscaled(opened)

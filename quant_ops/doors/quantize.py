@@ -7,6 +7,7 @@ import os
 import torch
 
 from ..checkpoint.importers.source import open_checkpoint
+from ..checkpoint.second_reading import refuse_other_reading
 from ..checkpoint.writer import FileSink
 from ..pipeline import PlanFn, ProgressFn, ignore_progress, quantize
 from ..planning.recipe import Recipe
@@ -19,6 +20,7 @@ def quantize_file(
     recipe: Recipe,
     *,
     overwrite: bool = False,
+    verify: bool = False,
     device: torch.device | str = "cpu",
     on_plan: PlanFn | None = None,
     on_progress: ProgressFn = ignore_progress,
@@ -28,10 +30,14 @@ def quantize_file(
 
     Layers in a foreign dialect are quantized already, and treated as such.
 
+    Args:
+        verify: before the file gets its name, decode every layer by the reference decoder too.
+
     Raises:
-        QuantError: see `quantize`.
+        QuantError: see `quantize`; and for a file that the reference decoder reads differently.
     """
-    sink = FileSink(target, overwrite=overwrite)
+    check = refuse_other_reading if verify else None
+    sink = FileSink(target, overwrite=overwrite, check=check)
     for_gpu = torch.device(device).type == "cuda"
     # the sink writes every tensor away
     with open_checkpoint(source, short_lived=True, for_gpu=for_gpu) as opened:

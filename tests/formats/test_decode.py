@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from fewbits.quant_ops import reference
 from fewbits.quant_ops.formats import FORMATS, get_format
 from fewbits.quant_ops.spec import LayerInput
-from support import reference
 from support.codec import CANONICAL, decode, encode, layer_of, specs_of, wish
 from support.vectors import raw
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from fewbits.quant_ops import reference
 from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.errors import CheckpointError, RecipeError
 from fewbits.quant_ops.pipeline import plan_source, quantize
 from fewbits.quant_ops.planning.recipe import Recipe, Wish, parse_wish
 from fewbits.quant_ops.sources import MemorySink, MemorySource, spec_of
-from support import reference
 from support.codec import CANONICAL, wish
 from support.helpers import EMOJI
 from support.vectors import raw

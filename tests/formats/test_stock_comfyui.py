@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fewbits.quant_ops import reference
 from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.spec import version_key
-from support import reference
 from support.helpers import flux_shapes, tiny_checkpoint
 
 WISHES = {

@@ -18,7 +18,7 @@ from fewbits.kernels.codebook4 import (
     round_nf4,
 )
 from fewbits.kernels.w4a8 import LEVELS, round_level
-from support import reference
+from fewbits.quant_ops import reference
 from support.vectors import bits, floats
 
 ROUNDINGS = [round_nf4, round_fp4, round_e2m1, round_level]

@@ -5,7 +5,7 @@ import torch
 
 from fewbits.kernels.grids import E4M3, E5M2, INT4, INT8, TiledGrid, decode, encode
 from fewbits.kernels.scales import CHUNK_ELEMENTS, TINY, Geometry, scale_from_absmax
-from support import reference
+from fewbits.quant_ops import reference
 from support.vectors import raw
 
 TENSOR, ROW = Geometry(None, None), Geometry(1, None)

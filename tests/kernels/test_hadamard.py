@@ -4,7 +4,7 @@ import torch
 from fewbits.kernels.dispatch import use_backend
 from fewbits.kernels.hadamard import is_group_size, rotate
 from fewbits.kernels.scales import CHUNK_ELEMENTS
-from support.reference import hadamard
+from fewbits.quant_ops.reference import hadamard
 
 GROUPS = (4, 16, 64, 256, 1024)
 

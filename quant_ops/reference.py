@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,24 +161,33 @@ def _w4a8(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
     return rotate(grid * _array(tensors["weight_s_channel"])[:, None], marker["convrot_groupsize"])
 
 
+def read_layers(path: Path) -> Iterator[tuple[str, dict, dict[str, Stored]]]:
+    """(base name, marker, tensors by suffix) of every quantized layer of a safetensors file, one at
+    a time.
+
+    Raises:
+        ValueError: the markers of the file's header and of the layers differ.
+    """
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        text = header.pop("__metadata__", {}).get("_quantization_metadata", '{"layers": {}}')
+        names: dict[str, list[str]] = {}
+        for name in header:
+            names.setdefault(name.rpartition(".")[0], []).append(name)
+        for base, marker in json.loads(text)["layers"].items():
+            stored = {}
+            for name in names[base]:
+                entry = header[name]
+                begin, end = entry["data_offsets"]
+                file.seek(8 + length + begin)
+                data = file.read(end - begin)
+                stored[name[len(base) + 1 :]] = Stored(entry["dtype"], tuple(entry["shape"]), data)
+            if json.loads(stored["comfy_quant"].data) != marker:
+                raise ValueError(f"layer {base!r}: its JSON and the file header's differ")
+            yield base, marker, stored
+
+
 def decode_file(path: Path) -> dict[str, np.ndarray]:
     """Every quantized layer of a safetensors file: base name -> (N, K)."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    metadata = header.pop("__metadata__", {})
-    body = data[8 + length :]
-    stored = {
-        name: Stored(entry["dtype"], tuple(entry["shape"]), body[slice(*entry["data_offsets"])])
-        for name, entry in header.items()
-    }
-    layers = {}
-    for base, marker in json.loads(metadata["_quantization_metadata"])["layers"].items():
-        assert json.loads(stored[f"{base}.comfy_quant"].data) == marker
-        own = {
-            name[len(base) + 1 :]: entry
-            for name, entry in stored.items()
-            if name.startswith(f"{base}.")
-        }
-        layers[base] = decode(marker, own)
-    return layers
+    return {base: decode(marker, stored) for base, marker, stored in read_layers(path)}

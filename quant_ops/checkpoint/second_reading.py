@@ -1,0 +1,63 @@
+"""A written file read a second time, by a decoder that shares no code with what wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import CheckpointError
+from ..formats import get_format
+from ..reference import Stored, decode, read_layers
+from ..sources import TORCH_DTYPES
+from ..spec import TensorSpec
+
+# Both decode the same codes: float32 against float64 in rotations differ by 3e-7 of the norm.
+ALIKE = 1e-5
+
+
+def refuse_other_reading(path: Path) -> None:
+    """Decode every quantized layer of a file of ours by both decoders.
+
+    Raises:
+        CheckpointError: they read different weights, or one cannot read a layer.
+    """
+    try:
+        for base, marker, stored in read_layers(path):
+            if len(stored["weight"].shape) != 2:
+                continue  # a bank of experts, copied as ComfyUI wrote it
+            _compare(base, marker, stored)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise CheckpointError(
+            f"the reference decoder cannot read what was written ({error}); nothing is kept, please "
+            "report it"
+        ) from error
+
+
+def _compare(base: str, marker: dict, stored: dict[str, Stored]) -> None:
+    theirs = decode(marker, stored)
+    ours = _ours(marker, stored)
+    norm = float(np.linalg.norm(theirs))
+    same_shape = theirs.shape == ours.shape
+    difference = float(np.linalg.norm(theirs - ours)) if same_shape else np.inf
+    if not difference <= ALIKE * norm:
+        raise CheckpointError(
+            f"layer '{base}': the reference decoder reads other weights than ours (rel_l2 "
+            f"{difference / norm if norm else difference:.2g}); nothing is kept, please report it"
+        )
+
+
+def _ours(marker: dict, stored: dict[str, Stored]) -> np.ndarray:
+    format = get_format(marker["format"])
+    specs = {
+        suffix: TensorSpec(suffix, tensor.dtype, tensor.shape) for suffix, tensor in stored.items()
+    }
+    tensors = {
+        suffix: torch.frombuffer(bytearray(tensor.data), dtype=TORCH_DTYPES[tensor.dtype]).reshape(
+            tensor.shape
+        )
+        for suffix, tensor in stored.items()
+    }
+    options, layer = format.options_from(marker, specs), format.stored_layer(marker, specs)
+    return format.dequantize(tensors, layer, options).numpy()
