@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fewbits import Recipe, inspect_file, quantize_file
-from fewbits.quant_ops.compat.api import _parse
+from fewbits.quant_ops.compat.command import parse
 from fewbits.quant_ops.compat.flags import FLAGS
 from fewbits.quant_ops.compat.job import make_job
 from fewbits.quant_ops.errors import QuantError
@@ -138,7 +138,7 @@ def test_every_classic_command_shown_is_accepted(line, tmp_path):
     if "--layer-config" in words:
         (tmp_path / "c.json").write_text('{"a": {"format": "bnb_nf4"}}')
         words[words.index("--layer-config") + 1] = str(tmp_path / "c.json")
-    assert make_job(_parse(words)).arguments
+    assert make_job(parse(words)).arguments
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_every_classic_command_shown_is_accepted(line, tmp_path):
     ],
 )  # fmt: skip
 def test_the_table_of_formats_is_what_the_flags_do(flags, format):
-    assert make_job(_parse(["-i", "m", *flags.split()])).recipe.primary.format == format
+    assert make_job(parse(["-i", "m", *flags.split()])).recipe.primary.format == format
 
 
 def test_flags_and_methods_named_on_the_pages_exist():

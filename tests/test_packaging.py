@@ -149,7 +149,7 @@ def test_the_installed_classic_names_are_thin_aliases(installed, tmp_path):
         "print(main.__module__)"
     )
     result = elsewhere([installed[0], "-c", code], tmp_path)
-    assert result.stdout.strip() == "fewbits.quant_ops.compat.api", result.stderr
+    assert result.stdout.strip() == "fewbits.quant_ops.compat", result.stderr
     result = elsewhere(
         [installed[1] / "convert_to_quant", "-i", EMOJI, "--simple", "--dry-run"], tmp_path
     )
