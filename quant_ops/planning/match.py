@@ -2,6 +2,7 @@ r"""Patterns on layer names: exact, glob, parts of a name, or a regular expressi
 
 - `img_in`, `double_blocks.*.proj`: the whole base name; `fnmatch` syntax, `*` crosses dots.
 - `part:*norm*`: a glob for any one part of the name between its dots, in any case.
+- `top:*_in`: the same for layers outside numbered blocks: `model.txt_in.0`, but not `blocks.0.proj_in`.
 - `re:...`: must match the whole base name.
 - `search:...`: may match anywhere in the full key (`<base>.weight`), which is what the classic
   command's `--custom-layers` and `--exclude-layers` do.
@@ -24,8 +25,8 @@ try:
 except ImportError:  # it is in requirements.txt; all but regular expressions works without it
     re2 = None
 
-REGEX, SEARCH, PART = "re:", "search:", "part:"
-PREFIXES = (REGEX, SEARCH, PART)
+REGEX, SEARCH, PART, TOP = "re:", "search:", "part:", "top:"
+PREFIXES = (REGEX, SEARCH, PART, TOP)
 GLOB_SIGNS = frozenset("*?[")
 # An alternative of 100 full layer names fits.
 LONGEST = 4000
@@ -108,6 +109,11 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     if pattern.startswith(PART):
         part = _glob(pattern[len(PART) :].lower())
         return lambda name: any(map(part.fullmatch, name.lower().split(".")))
+    if pattern.startswith(TOP):
+        part = _glob(pattern[len(TOP) :].lower())
+        return lambda name: (
+            not _in_a_block(name) and any(map(part.fullmatch, name.lower().split(".")))
+        )
     if is_plain(pattern):
         return pattern.__eq__
     glob = _glob(pattern)
@@ -141,6 +147,12 @@ def shortened(text: str) -> str:
 
 def _glob(pattern: str) -> re.Pattern:
     return re.compile(fnmatch.translate(closed(pattern)))
+
+
+def _in_a_block(name: str) -> bool:
+    """Whether a number in the name is followed by a word: `blocks.0.proj`, but not `mlp.0`."""
+    parts = name.split(".")
+    return any(part.isdigit() and not after.isdigit() for part, after in zip(parts, parts[1:]))
 
 
 def _options() -> object:

@@ -5,12 +5,13 @@ recipes/*.toml.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from ..errors import RecipeError, closest
+from ..spec import TensorSpec
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -18,17 +19,26 @@ else:  # the standard library has it from 3.11 on
     import tomli as tomllib
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-WIDTHS = "widths"  # the table of families.toml that is not a family
+WIDTHS, WHY = "widths", "why"  # tables of families.toml that are no families
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that a preset keeps or leaves out, and why."""
+
+    match: tuple[str, ...]
+    why: str
 
 
 @dataclass(frozen=True)
 class Family:
     """One entry of families.toml.
 
-    `keys` must all exist under one common prefix and none of `without`; `kind` is "diffusion",
-    "text" or "refuse". `stock` is False where stock ComfyUI would read quantized layers of this
-    family as plain numbers. `widths` names the entry of the widths table, the family's own name
-    unless stated.
+    `keys` must all exist under one common prefix and none of `without`, and tensors of `size` must
+    have that many rows; `kind` is "diffusion", "text" or "refuse". `stock` is False where stock
+    ComfyUI would read quantized layers of this family as plain numbers. `widths` names the entry of
+    the widths table, the family's own name unless stated. `preset` names a file of recipes/, `keep`
+    holds what the family keeps besides. `tables` are lookup tables that are never quantized.
     """
 
     name: str
@@ -40,6 +50,15 @@ class Family:
     stock: bool = True
     why: str = ""
     widths: str = ""
+    size: tuple[tuple[str, int], ...] = ()
+    keep: tuple[Group, ...] = ()
+    tables: tuple[str, ...] = ()
+
+    @property
+    def own_preset(self) -> Preset:
+        """What `auto` keeps and leaves out."""
+        stated = load_preset(self.preset) if self.preset else Preset(self.name)
+        return Preset(stated.name, (*stated.exclude, *self.keep), stated.drop)
 
 
 @dataclass(frozen=True)
@@ -48,14 +67,6 @@ class Part:
 
     family: Family
     prefix: str
-
-
-@dataclass(frozen=True)
-class Group:
-    """Layers that a preset keeps or leaves out, and why."""
-
-    match: tuple[str, ...]
-    why: str
 
 
 @dataclass(frozen=True)
@@ -74,15 +85,22 @@ def _load(path: Path) -> dict:
 @cache
 def families() -> tuple[Family, ...]:
     """All families, in the order in which they are tried."""
-    lists = ("keys", "without")
+    table = _load(RECIPES / "families.toml")
+    reasons = table[WHY]
     return tuple(
-        Family(
-            name=name,
-            **{key: tuple(value) if key in lists else value for key, value in entry.items()},
-        )
-        for name, entry in _load(RECIPES / "families.toml").items()
-        if name != WIDTHS
+        _family(name, dict(entry), reasons)
+        for name, entry in table.items()
+        if name not in (WIDTHS, WHY)
     )
+
+
+def _family(name: str, entry: dict, reasons: dict[str, str]) -> Family:
+    for field in ("keys", "without", "tables"):
+        entry[field] = tuple(entry.get(field, ()))
+    entry["size"] = tuple(entry.get("size", {}).items())
+    kept = entry.pop("keep", {}).items()
+    groups = tuple(Group(tuple(patterns), reasons[reason]) for reason, patterns in kept)
+    return Family(name, **entry, keep=groups)
 
 
 @cache
@@ -99,7 +117,16 @@ def width_layers(family: str | None) -> tuple[str, ...]:
 
 @cache
 def preset_names() -> tuple[str, ...]:
-    return tuple(sorted(path.stem for path in RECIPES.glob("*.toml") if path.stem != "families"))
+    return tuple(sorted({*_preset_files(), *_family_presets()}))
+
+
+@cache
+def _preset_files() -> frozenset[str]:
+    return frozenset(path.stem for path in RECIPES.glob("*.toml")) - {"families"}
+
+
+def _family_presets() -> dict[str, Family]:
+    return {family.name: family for family in families() if family.keep and not family.preset}
 
 
 @cache
@@ -126,6 +153,8 @@ def load_preset(name: str) -> Preset:
         raise RecipeError(
             f"unknown preset {name!r}{hint} known: auto, none, {', '.join(preset_names())}"
         )
+    if name not in _preset_files():
+        return _family_presets()[name].own_preset
     table = _load(RECIPES / f"{name}.toml")
     included = [load_preset(part) for part in table.get("include", ())]
     groups = {
@@ -138,22 +167,38 @@ def load_preset(name: str) -> Preset:
     return Preset(name, **groups)
 
 
-def find_parts(names: Iterable[str]) -> tuple[Part, ...]:
+def find_parts(tensors: Iterable[str] | Mapping[str, TensorSpec]) -> tuple[Part, ...]:
     """Every recognised model part of a file, longest prefix first.
 
     A family matches under a prefix when all its keys exist there; the prefix is read off the first
-    key, so nested checkpoints and bare files need no list of known prefixes.
+    key, so nested checkpoints and bare files need no list of known prefixes. The first family that
+    fits claims a prefix. Without shapes, a family's `size` is taken as given.
     """
-    keys = set(names)
-    parts = []
+    specs = tensors if isinstance(tensors, Mapping) else dict.fromkeys(tensors)
+    endings: dict[str, list[str]] = {}
+    for key in specs:
+        endings.setdefault(_ending(key), []).append(key)
+    claimed: dict[str, Family] = {}
     for family in families():
         first = family.keys[0]
-        for key in keys:
-            prefix = key[: -len(first)]
-            if not key.endswith(first) or (prefix and not prefix.endswith(".")):
-                continue
-            if all(prefix + k in keys for k in family.keys) and not any(
-                prefix + k in keys for k in family.without
-            ):
-                parts.append(Part(family, prefix))
+        for key in endings.get(_ending(first), ()):
+            if f".{key}".endswith(f".{first}"):
+                prefix = key[: -len(first)]
+                if prefix not in claimed and _fits(family, prefix, specs):
+                    claimed[prefix] = family
+    parts = [Part(family, prefix) for prefix, family in claimed.items()]
     return tuple(sorted(parts, key=lambda part: (-len(part.prefix), part.family.name)))
+
+
+def _fits(family: Family, prefix: str, specs: Mapping[str, TensorSpec | None]) -> bool:
+    if not all(prefix + key in specs for key in family.keys):
+        return False
+    if any(prefix + key in specs for key in family.without):
+        return False
+    sized = ((specs.get(prefix + key), rows) for key, rows in family.size)
+    return all(spec is None or spec.shape[:1] == (rows,) for spec, rows in sized)
+
+
+def _ending(key: str) -> str:
+    """The last two parts of a name, by which families find theirs among thousands."""
+    return ".".join(key.split(".")[-2:])

@@ -23,13 +23,24 @@ from ..spec import (
 )
 from ..version import VERSION
 from .match import matches
-from .model_family import Part, find_parts, load_preset, width_layers
+from .model_family import Family, Part, find_parts, load_preset, width_layers
 from .recipe import Recipe, recipe_to_toml
 from .rules import CompiledRule, Decision, RuleList, Tally, compile_rules
 
 SMALLEST_SIDE = 16  # smaller layers gain nothing, and some kernels refuse them
 BANKS_SINCE = "0.23.0"  # the first ComfyUI that reads quantized banks of experts
 READS_WIDTH = "ComfyUI reads its width to recognise the model"
+TABLE = "lookup table, which ComfyUI reads only as it is"
+MAYBE_TABLE = "could be a lookup table"
+# Names of lookup tables in published models, and how tall one is: the widest layer that multiplies
+# without a bias is 9 times as high as wide (Flux.2), the lowest vocabulary 18 times (Qwen 7B).
+TABLE_NAMES = ("part:*embed*", "part:*emb", "part:*embs", "part:*_token", "part:*_tokens")
+TABLE_NAMES += ("part:*table*", "part:*codebook*", "part:wte", "part:wpe", "part:shared")
+TABLE_RATIO, TABLE_ROWS = 16, 1000
+LISTED = 5  # layers named in one warning
+# Where checkpoints keep their diffusion model; ComfyUI takes a prefix with more than 5 names.
+DIFFUSION_PREFIXES, FEW = ("model.diffusion_model.", "net."), 5
+UNKNOWN = Family("unknown", "diffusion model of unknown family", "diffusion", (), preset="generic")
 
 
 def make_plan(header: Header, recipe: Recipe, markers: dict[str, dict] | None = None) -> ModelPlan:
@@ -48,6 +59,7 @@ def make_plan(header: Header, recipe: Recipe, markers: dict[str, dict] | None = 
     parts = find_parts(header.tensors)
     refused = next((part for part in parts if part.family.kind == "refuse"), None)
     known = [part for part in parts if part.family.kind != "refuse"]
+    known += _unknown_parts(header.tensors, parts)
     if refused and not known and recipe.primary:
         raise SourceError(f"this is a {refused.family.title} file: {refused.family.why}")
     planner = _Planner(header, recipe, header_markers(header.metadata) or markers or {}, known)
@@ -69,6 +81,7 @@ class _Planner:
     def __init__(self, header: Header, recipe: Recipe, markers: dict[str, dict], parts: list[Part]):
         self.header, self.recipe, self.markers = header, recipe, markers
         self.warnings: list[str] = list(header.warnings)
+        self.maybe_tables: list[str] = []
         self.parts, self.main = parts, _main_parts(parts)
         main = [(part.prefix, self._preset(part)) for part in self.main] or [
             ("", self._preset(None))
@@ -84,7 +97,7 @@ class _Planner:
     def _preset(self, part: Part | None):
         if self.recipe.preset != "auto":
             return load_preset(self.recipe.preset)
-        if part is None:
+        if part is None or part.family is UNKNOWN:
             if self.recipe.primary:
                 self.warnings.append(
                     "model family not recognised: the generic rule keeps embeddings, norms, "
@@ -92,7 +105,7 @@ class _Planner:
                     "rule if that is not enough"
                 )
             return load_preset("generic")
-        return load_preset(part.family.preset)
+        return part.family.own_preset
 
     def plan(self) -> ModelPlan:
         planned = [self._layer(base, specs) for base, specs in self._units()]
@@ -116,6 +129,11 @@ class _Planner:
             not FORMATS[layer.format].native for layer in quantized
         )
         self.warnings += tally.warnings()
+        if self.maybe_tables:
+            self.warnings.append(
+                f"kept, as they could be lookup tables: {_listed(self.maybe_tables)}; a rule that "
+                "names a layer quantizes it"
+            )
         return ModelPlan(
             layers=layers,
             metadata=self._metadata(quantized, min_comfyui, requires_pack),
@@ -189,7 +207,7 @@ class _Planner:
         if base in self.markers:
             return self._recode(base, specs)
         (spec,) = specs
-        obstacle = not_a_candidate(spec) or self.header.fixed.get(base)
+        obstacle = not_a_candidate(spec) or self._fixed(base)
         if obstacle:
             named = spec.name.endswith(".weight")
             return _keep(base, spec, obstacle), self.rules.notice(base, scope) if named else None
@@ -200,9 +218,34 @@ class _Planner:
         rule = decision.rule
         if rule.wish is None:
             plan = _keep(base, spec, decision.reason)
+        elif self._maybe_table(base, layer) and not rule.users:
+            self.maybe_tables.append(base)
+            plan = _keep(
+                base, spec, f"{decision.reason}; {MAYBE_TABLE}", requested=rule.wish.format
+            )
         else:
             plan = self._quantize(base, spec, layer, rule, decision.reason)
         return replace(plan, rule=rule.label), decision
+
+    def _fixed(self, base: str) -> str | None:
+        """Why a layer can never be quantized although its shape allows it."""
+        owner = self._owner(base)
+        below = base[len(owner.prefix) :] if owner else base
+        if owner and any(matches(name, below) for name in owner.family.tables):
+            return TABLE
+        return self.header.fixed.get(base)
+
+    def _maybe_table(self, base: str, layer: LayerInput) -> bool:
+        """Whether a matrix of an unknown model could be looked up instead of multiplied."""
+        if layer.bias or not self._unknown(base) or EMBEDDING.fullmatch(base):
+            return False
+        rows, width = layer.shape
+        tall = rows >= TABLE_ROWS and rows >= TABLE_RATIO * width
+        return tall or any(matches(name, base) for name in TABLE_NAMES)
+
+    def _unknown(self, base: str) -> bool:
+        owner = self._owner(base)
+        return owner.family is UNKNOWN if owner else not self.parts
 
     def _scope(self, base: str) -> str | None:
         """The prefix of the part a layer belongs to; all layers of an unrecognised model are one
@@ -229,7 +272,9 @@ class _Planner:
             return _keep(base, spec, "embedding table", requested=requested)
         packed = format.tensor_specs(layer, options)["weight"][1] != layer.shape
         if packed and self._width_is_read(base):
-            if not rule.users and self.recipe.preset != "none":
+            if format.native or not rule.users:
+                if rule.users:
+                    self.warnings.append(f"layer '{base}' does not become {name}: {READS_WIDTH}")
                 return self._unpacked(base, spec, layer, rule, "; ".join([*steps, READS_WIDTH]))
             self.warnings.append(
                 f"layer '{base}' becomes {name}, but {READS_WIDTH}; keep it with a rule"
@@ -250,12 +295,12 @@ class _Planner:
 
     def _width_is_read(self, base: str) -> bool:
         owner = self._owner(base)
-        if owner is not None:
+        if owner is not None and owner.family is not UNKNOWN:
             return any(
                 matches(pattern, base[len(owner.prefix) :])
                 for pattern in width_layers(owner.family.name)
             )
-        if self.parts:
+        if not self._unknown(base):
             return False
         return any(
             matches(pattern, base) or matches(f"*.{pattern}", base)
@@ -340,6 +385,26 @@ def _main_parts(parts: list[Part]) -> list[Part]:
     if it has none.
     """
     return [part for part in parts if part.family.kind == "diffusion"] or parts
+
+
+def _unknown_parts(names: Iterable[str], parts: Iterable[Part]) -> list[Part]:
+    """Diffusion models in a checkpoint that no family explains, so that nothing else is taken for
+    what the file is about.
+    """
+    if any(part.family.kind == "diffusion" for part in parts):
+        return []
+    taken = [part.prefix for part in parts]
+    found = []
+    for prefix in DIFFUSION_PREFIXES:
+        inside = [name for name in names if name.startswith(prefix)]
+        if len(inside) > FEW and not any(other.startswith(prefix) for other in taken):
+            found.append(Part(UNKNOWN, prefix))
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(f"'{name}'" for name in names[:LISTED]) + more
 
 
 def _keep(base: str, spec: TensorSpec, reason: str, requested: str | None = None) -> LayerPlan:

@@ -75,11 +75,16 @@ def test_the_fallback_takes_it_unless_that_is_packed_too():
 
 @pytest.mark.parametrize(
     "insisting",
-    [{"rules": (parse_rule("*cond_seq_linear=bnb_nf4"),)}, {"preset": "none"}],
-    ids=["a rule", "preset none"],
+    [parse_rule("*cond_seq_linear=bnb_nf4"), parse_rule("*cond_seq_linear=convrot_w4a4")],
+    ids=["bnb_nf4", "convrot_w4a4"],
 )
-def test_insisting_packs_it_and_warns(insisting):
-    plan = planned({"x.cond_seq_linear.weight": (256, 256)}, "bnb_nf4", **insisting)
+def test_insisting_packs_what_the_pack_shows_to_detection_and_nothing_else(insisting):
+    plan = planned({"x.cond_seq_linear.weight": (256, 256)}, "int8_tensorwise", rules=(insisting,))
+    if insisting.wish.format == "convrot_w4a4":
+        # ComfyUI reads it itself, so nothing tells detection the width that it had
+        assert find(plan, "x.cond_seq_linear").action == "keep"
+        assert any("does not become convrot_w4a4: ComfyUI reads" in line for line in plan.warnings)
+        return
     assert find(plan, "x.cond_seq_linear").format == "bnb_nf4"
     assert any(
         warning
@@ -98,8 +103,8 @@ def test_a_known_family_keeps_its_own_list_and_nothing_of_others(shapes, family,
     kept = planned(named, "bnb_nf4")
     assert all(find(kept, prefix + layer).action == "keep" for layer in TABLE[family])
     packed = planned(named, "bnb_nf4", preset="none")
-    warned = [warning for warning in packed.warnings if "reads its width" in warning]
-    assert len(warned) == len(TABLE[family])
+    reasons = [find(packed, prefix + layer).reason for layer in TABLE[family]]
+    assert all("reads its width" in reason for reason in reasons)
 
 
 def test_known_families_have_their_list_and_unknown_ones_all():

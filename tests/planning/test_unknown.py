@@ -1,0 +1,110 @@
+"""Models that no family explains, and encoders that stock ComfyUI never reads quantized: careful, and said so."""
+
+import pytest
+
+from fewbits.quant_ops.planning.planner import make_plan
+from fewbits.quant_ops.planning.recipe import Recipe, parse_rule, parse_wish
+from fewbits.quant_ops.spec import Header, TensorSpec
+from support.helpers import t5_shapes
+
+INT8 = parse_wish("int8_tensorwise")
+ENCODER = {f"text_encoders.t5.transformer.{name}": shape for name, shape in t5_shapes(2).items()}
+VAE = {"vae.decoder.conv_in.weight": (64, 4, 3, 3), "vae.encoder.conv_in.weight": (64, 3, 3, 3)}
+BLOCKS = {f"strange.{at}.mixer.weight": (256, 256) for at in range(9)}
+
+
+def plan_of(shapes, *, biases=(), **recipe):
+    specs = {name: TensorSpec(name, "BF16", shape) for name, shape in shapes.items()}
+    specs |= {name: TensorSpec(name, "BF16", (64,)) for name in biases}
+    return make_plan(Header(specs), Recipe(INT8, **recipe))
+
+
+def quantized(plan):
+    return {layer.name for layer in plan.layers if layer.format}
+
+
+@pytest.mark.parametrize(
+    "beside", [{}, ENCODER, VAE, ENCODER | VAE], ids=["alone", "te", "vae", "both"]
+)
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "net."])
+def test_a_checkpoint_whose_diffusion_model_is_unknown_is_about_that_part(prefix, beside):
+    inside = {prefix + name: shape for name, shape in BLOCKS.items()}
+    plan = plan_of(inside | beside)
+    assert quantized(plan) == {name.removesuffix(".weight") for name in inside}
+    assert plan.family == "unknown"
+    assert any("model family not recognised" in warning for warning in plan.warnings)
+
+
+def test_a_text_encoder_alone_is_what_its_file_is_about():
+    plan = plan_of(ENCODER)
+    assert plan.family == "t5_small" and quantized(plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("layers.0.phoneme_embs", (64, 64)),
+        ("mask_tokens", (64, 64)),
+        ("layers.0.pitch_table", (64, 64)),
+        ("vq.codebook", (64, 64)),
+        ("layers.0.phonemes", (4096, 256)),
+    ],
+)
+def test_what_could_be_a_lookup_table_is_kept_and_named(name, shape):
+    shapes = {"blocks.0.proj.weight": (64, 64), f"{name}.weight": shape}
+    plan = plan_of(shapes, preset="none")
+    assert quantized(plan) == {"blocks.0.proj"}
+    assert any(f"could be lookup tables: '{name}'" in warning for warning in plan.warnings)
+    assert name not in quantized(plan_of(shapes))
+    insisted = plan_of(shapes, rules=(parse_rule(f"{name}=int8_tensorwise"),))
+    assert name in quantized(insisted)
+
+
+def test_a_tall_layer_with_a_bias_multiplies():
+    plan = plan_of({"blocks.0.tall.weight": (4096, 64)}, biases=["blocks.0.tall.bias"])
+    assert quantized(plan) == {"blocks.0.tall"}
+
+
+def test_a_blocks_own_projections_are_no_first_and_last_layers():
+    plan = plan_of(
+        {
+            f"{name}.weight": (64, 64)
+            for name in (
+                "blocks.0.mlp.proj_in", "blocks.0.mlp.proj_out", "blocks.0.attn.out_proj", "proj_in", "vid_out.proj",
+                "net.latent_in", "blocks.0.AdaLN_Modulation.1", "video_patch_proj", "first", "last.linear",
+            )
+        }
+    )  # fmt: skip
+    assert quantized(plan) == {
+        "blocks.0.mlp.proj_in",
+        "blocks.0.mlp.proj_out",
+        "blocks.0.attn.out_proj",
+    }
+
+
+STOCK = {
+    "T5-XXL": (t5_shapes(2, 4096, 10240), False),
+    "T5-XL": (t5_shapes(2, 2048, 5120), True),
+    "T5-base": (t5_shapes(2), True),
+    "UMT5-base": ({**t5_shapes(2), "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": (32, 12)}, True),
+    "Jina CLIP 2": ({"model.encoder.layers.0.mixer.Wqkv.weight": (3072, 1024), "model.embeddings.word_embeddings.weight": (250002, 1024)}, True),
+    "T5-Gemma": ({"model.encoder.layers.0.pre_self_attn_layernorm.weight": (64,), "model.encoder.layers.0.self_attn.q_proj.weight": (64, 64)}, True),
+    "BERT": ({"bert.encoder.layer.0.attention.self.query.weight": (64, 64), "bert.embeddings.word_embeddings.weight": (100, 64)}, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("shapes", "needs_pack"), STOCK.values(), ids=STOCK)
+def test_the_label_says_where_stock_comfyui_reads_codes_as_numbers(shapes, needs_pack):
+    plan = plan_of(shapes)
+    assert quantized(plan)
+    assert plan.requires_pack is needs_pack
+    assert needs_pack == any("only with FewBits" in warning for warning in plan.warnings)
+
+
+def test_a_lookup_table_of_gemma_4_stays_whatever_is_asked():
+    shapes = {
+        "model.layers.0.per_layer_input_gate.weight": (256, 1536), "model.layers.0.mlp.gate_proj.weight": (6144, 1536),
+        "model.embed_tokens_per_layer.weight": (262144, 8960), "model.embed_tokens.weight": (262144, 1536),
+    }  # fmt: skip
+    plan = plan_of(shapes, rules=(parse_rule("*=int8_tensorwise"),))
+    assert "model.embed_tokens_per_layer" not in quantized(plan)
