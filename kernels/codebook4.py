@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import torch
 
+from .columns import Columns, LevelColumns
 from .dispatch import op
 from .grids import (
     Grid,
@@ -404,6 +405,15 @@ class FlatGrid(Grid):
         return _joined(
             [tile_errors(run, part, scales, self.levels, ROWS) for run, part, scales in parts]
         )
+
+    def region_sums(self, x: torch.Tensor) -> torch.Tensor:
+        return _joined([run.sum(1) for run in self._runs(x)])
+
+    def columns(self, scale: torch.Tensor, index: torch.Tensor, shape: tuple[int, int]) -> Columns:
+        n, k = shape
+        rows = torch.arange(n, device=index.device) * k
+        group = (index[:, None] + rows).div(self.group_size, rounding_mode="floor")
+        return LevelColumns(self.levels, scale[group])
 
     def chosen(self, take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return torch.where(take, scale, other)

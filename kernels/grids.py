@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol, TypeAlias
 
 import torch
 
+from .columns import Columns, LevelColumns
 from .dispatch import op
 from .scales import CHUNK_ELEMENTS, TINY, Geometry, chunk_rows, scale_from_absmax
 from .triton import why_not_codes_of, why_not_double
@@ -420,10 +421,27 @@ class Grid(Protocol):
     ) -> torch.Tensor:
         """Squared error of each region that has a scale of its own, float32."""
 
+    def region_sums(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum of (N, K) float32 over each region, shaped as `region_errors`."""
+
+    def columns(self, scale: Scale, index: torch.Tensor, shape: tuple[int, int]) -> Columns:
+        """The columns with these (int64) indices, in this order, of an (N, K) weight under fixed
+        scales.
+        """
+
     def chosen(self, take: torch.Tensor, scale: Scale, other: Scale) -> Scale:
         """`scale` for the regions where `take` is true, `other` elsewhere; `take` is shaped as
         `region_errors`.
         """
+
+
+def level_columns(
+    levels: Levels, geometry: Geometry, scale: torch.Tensor, index: torch.Tensor
+) -> LevelColumns:
+    """`Grid.columns` where `scale` is the grid of tile scales."""
+    of_columns = scale[:, index // geometry.cols] if geometry.cols else scale.expand(-1, len(index))
+    rows = 1 if geometry.rows is None else geometry.rows
+    return LevelColumns(levels, of_columns.t().repeat_interleave(rows, 1).contiguous())
 
 
 @dataclass(frozen=True)
@@ -458,6 +476,12 @@ class TiledGrid(Grid):
         self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
     ) -> torch.Tensor:
         return tile_errors(weight, codes, scale, self.levels, self.geometry)
+
+    def region_sums(self, x: torch.Tensor) -> torch.Tensor:
+        return self.geometry.tiles(x).sum((1, 3))
+
+    def columns(self, scale: torch.Tensor, index: torch.Tensor, shape: tuple[int, int]) -> Columns:
+        return level_columns(self.levels, self.geometry, scale, index)
 
     def chosen(self, take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return torch.where(take, scale, other)

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import torch
 
-from .grids import E4M3, Grid, decode, encode, squared_error, tile_errors
+from .columns import Columns
+from .grids import E4M3, Grid, decode, encode, level_columns, squared_error, tile_errors
 from .scales import TINY, Geometry
 
 BLOCK = 32
@@ -74,6 +75,13 @@ class Mxfp8Grid(Grid):
         self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
     ) -> torch.Tensor:
         return tile_errors(weight, codes, e8m0_value(scale), E4M3, BLOCKS)
+
+    def region_sums(self, x: torch.Tensor) -> torch.Tensor:
+        return BLOCKS.tiles(x).sum((1, 3))
+
+    def columns(self, scale: torch.Tensor, index: torch.Tensor, shape: tuple[int, int]) -> Columns:
+        value = e8m0_value(scale).masked_fill_(scale == 0, 0.0)
+        return level_columns(E4M3, BLOCKS, value, index)
 
     def chosen(self, take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return torch.where(take, scale, other)

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from .codebook4 import E2M1
+from .columns import Columns
 from .grids import (
     E4M3,
     E4M3_SCALE_STEP,
@@ -17,6 +18,7 @@ from .grids import (
     chosen_e4m3,
     decode,
     encode,
+    level_columns,
     rescaled_e4m3,
     squared_error,
     tile_errors,
@@ -84,6 +86,12 @@ class Nvfp4Grid(Grid):
         self, weight: torch.Tensor, codes: torch.Tensor, scale: Nvfp4Scale
     ) -> torch.Tensor:
         return tile_errors(weight, codes, scale.total(), E2M1, BLOCKS)
+
+    def region_sums(self, x: torch.Tensor) -> torch.Tensor:
+        return BLOCKS.tiles(x).sum((1, 3))
+
+    def columns(self, scale: Nvfp4Scale, index: torch.Tensor, shape: tuple[int, int]) -> Columns:
+        return level_columns(E2M1, BLOCKS, scale.total(), index)
 
     def chosen(self, take: torch.Tensor, scale: Nvfp4Scale, other: Nvfp4Scale) -> Nvfp4Scale:
         return scale._replace(block=chosen_e4m3(take, scale.block, other.block))

@@ -17,6 +17,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from .codebook4 import constant, fast_codes, look_up
+from .columns import Columns, TableColumns
 from .dispatch import op
 from .grids import E4M3_SCALE_STEP, Grid, chosen_e4m3, rescaled_e4m3, total
 from .hadamard import rotate
@@ -122,6 +123,14 @@ class W4A8Grid(Grid):
     ) -> torch.Tensor:
         """Squared error of each group, (N, K/16)."""
         return group_errors_w4a8(weight, codes, *scale)
+
+    def region_sums(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(len(x), -1, GROUP).sum(2)
+
+    def columns(self, scale: W4A8Scale, index: torch.Tensor, shape: tuple[int, int]) -> Columns:
+        relative = scale.relative.float()[:, index // GROUP].t()
+        levels = constant(LEVELS, relative.device)
+        return TableColumns(_int8_levels(levels[:, None], relative[:, None]), scale.channel)
 
     def chosen(self, take: torch.Tensor, scale: W4A8Scale, other: W4A8Scale) -> W4A8Scale:
         return scale._replace(relative=chosen_e4m3(take, scale.relative, other.relative))

@@ -17,6 +17,7 @@ import torch
 from ...kernels.grids import Grid, Scale
 from ..errors import RecipeError
 from ..options import Configurable
+from .inputs import Inputs
 
 # Plain weight error allowed to a method whose objective is only a proxy, x nearest:
 # docs/rules.md#methods.
@@ -38,7 +39,7 @@ class Layer:
 
     `weight` (N, K) is the matrix that gets codes: rotated or padded where the format says so.
     `generator` lives on the weight's device and belongs to this layer alone. `step` is called
-    within long work and may raise to cancel.
+    within long work and may raise to cancel. `inputs` is there for methods that need it.
     """
 
     weight: torch.Tensor
@@ -46,6 +47,7 @@ class Layer:
     options: Any
     generator: torch.Generator
     step: Callable[[], None] = lambda: None
+    inputs: Inputs | None = None
 
     @cached_property
     def nearest_errors(self) -> tuple[Scale, torch.Tensor]:
@@ -62,11 +64,13 @@ class Method(Configurable, ABC):
     `proxy`: the objective leaves out part of the weight's error, so that the guard limits that
     error as well. `in_passes`: a few passes over the weight in cache-sized chunks and hardly any
     memory beside it, so that layers side by side are faster than threads inside one.
+    `needs_inputs`: works from a calibration.
     """
 
     noun = "method"
     proxy = False
     in_passes = False
+    needs_inputs = False
 
     @property
     def options(self) -> dict[str, object]:
