@@ -1,0 +1,204 @@
+"""A calibration: the statistics of every distinct input of a model, which layers get which, and the
+file that holds them.
+
+One safetensors file. `<n>` numbers the distinct inputs, `<h>` is 0 or 1:
+
+| tensor | dtype, shape | what |
+|---|---|---|
+| `input.<n>.total`, `.square`, `.largest` | F32 (K,) | sums of x and x^2, maximum of abs(x) |
+| `input.<n>.<h>.gram` | F32 (K, K) | sum of x^T x over that half, where K is small |
+| `input.<n>.<h>.rows` | BF16 (rows, K) | else some of its rows |
+
+Metadata: `fewbits.calibration` is JSON: `version` 1, `layers` {layer: [n, N, K]}, `inputs`
+[{"size", "capacity", "counts": [rows of half 0, of half 1], "damaged"}].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.reader import FileSource
+from ..errors import CheckpointError
+from ..methods.inputs import Inputs
+from .statistics import Half, InputStatistics
+
+KEY = "fewbits.calibration"
+VERSION = 1
+# Names under which ComfyUI or a file nests a diffusion model; a calibration has names without.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "cond_stage_model.")
+
+
+@dataclass
+class Calibration:
+    """`layers` maps a layer's name to (which of `inputs`, N, K)."""
+
+    layers: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    inputs: list[InputStatistics] = field(default_factory=list)
+
+    def missing(self, base: str, shape: tuple[int, int]) -> str | None:
+        """Why a layer of this (N, K) cannot be rounded by it; None when it can."""
+        found = self._find(base)
+        if found is None:
+            return "not in the calibration"
+        index, *seen = found
+        if tuple(seen) != tuple(shape):
+            return f"{shape[0]}x{shape[1]}, in the calibration {seen[0]}x{seen[1]}"
+        return self.inputs[index].problem()
+
+    def inputs_of(self, base: str, device: torch.device | str = "cpu") -> Inputs | None:
+        """What a method needs to know; None for a layer that is not in it."""
+        found = self._find(base)
+        return None if found is None else self.inputs[found[0]].inputs(device)
+
+    def _find(self, base: str) -> tuple[int, int, int] | None:
+        plain = next((base[len(p) :] for p in PREFIXES if base.startswith(p)), base)
+        return self.layers.get(base) or self.layers.get(plain)
+
+    def refuse_another_model(self, shapes: Mapping[str, tuple[int, int]], name: str) -> None:
+        """Check that it was made of a model like this one.
+
+        Args:
+            shapes: base name -> (N, K) of the model's layers.
+
+        Raises:
+            CheckpointError: it knows none of them, or knows some in other shapes.
+        """
+        known = {base: self._find(base) for base in shapes}
+        found = {base: entry for base, entry in known.items() if entry}
+        if not found:
+            raise CheckpointError(
+                f"{name}: the calibration knows none of the {len(shapes)} layers to round; it was "
+                f"made of another model (with layers such as {next(iter(self.layers), 'none')!r})"
+            )
+        for base, (_, *seen) in found.items():
+            if tuple(seen) != tuple(shapes[base]):
+                raise CheckpointError(
+                    f"{name}: layer '{base}' is {list(shapes[base])}, in the calibration {seen}: "
+                    "it was made of another model; calibrate with this one"
+                )
+
+    def merge(self, other: Calibration) -> None:
+        """Take in another calibration of the same model.
+
+        Raises:
+            CheckpointError: it has other layers, shapes or a different sharing of inputs.
+        """
+        if not self.layers:
+            self.layers, self.inputs = dict(other.layers), list(other.inputs)
+            return
+        if self.layers != other.layers:
+            raise CheckpointError("two calibrations of different models cannot be merged")
+        for mine, theirs in zip(self.inputs, other.inputs, strict=True):
+            try:
+                mine.merge(theirs)
+            except ValueError as error:
+                raise CheckpointError(f"two calibrations cannot be merged: {error}") from None
+
+    @property
+    def rows(self) -> int:
+        """Rows that the input with the most of them saw."""
+        return max((statistics.count for statistics in self.inputs), default=0)
+
+    def to_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What `save_calibration` writes: tensors and metadata."""
+        tensors: dict[str, torch.Tensor] = {}
+        for number, statistics in enumerate(self.inputs):
+            tensors |= {f"input.{number}.{key}": value for key, value in _stored(statistics)}
+        facts = [_facts(statistics) for statistics in self.inputs]
+        text = json.dumps(
+            {"version": VERSION, "layers": self.layers, "inputs": facts}, separators=(",", ":")
+        )
+        return tensors, {KEY: text}
+
+
+def _stored(statistics: InputStatistics):
+    if statistics.total is None:
+        return
+    yield "total", statistics.total
+    yield "square", statistics.square
+    yield "largest", statistics.largest
+    for index, half in enumerate(statistics.halves):
+        if half.gram is not None:
+            yield f"{index}.gram", half.gram
+        if half.rows:
+            yield f"{index}.rows", torch.cat(half.rows)
+
+
+def _facts(statistics: InputStatistics) -> dict:
+    return {
+        "size": statistics.size,
+        "capacity": statistics.capacity,
+        "counts": [half.count for half in statistics.halves],
+        "damaged": statistics.damaged,
+    }
+
+
+def load_calibration(path: str | os.PathLike) -> Calibration:
+    """Read a calibration file.
+
+    Raises:
+        CheckpointError: not a calibration, or one whose parts do not fit each other.
+    """
+    with FileSource(Path(path)) as source:
+        text = source.header.metadata.get(KEY)
+        if text is None:
+            raise CheckpointError(f"{source.name}: not a calibration of FewBits")
+        try:
+            table = json.loads(text)
+            if table["version"] != VERSION:
+                raise CheckpointError(
+                    f"{source.name}: a calibration of version {table['version']!r}; "
+                    f"this FewBits reads {VERSION}"
+                )
+            layers = {name: (int(i), int(n), int(k)) for name, (i, n, k) in table["layers"].items()}
+            inputs = [_read(source, number, facts) for number, facts in enumerate(table["inputs"])]
+            fits = all(k == inputs[i].size for i, _, k in layers.values() if i >= 0)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise CheckpointError(f"{source.name}: a damaged calibration: {error!r}") from None
+    if not fits or any(i < 0 for i, _, _ in layers.values()):
+        raise CheckpointError(f"{source.name}: a damaged calibration: layers and inputs differ")
+    return Calibration(layers, inputs)
+
+
+def _read(source: FileSource, number: int, facts: dict) -> InputStatistics:
+    size, start = int(facts["size"]), f"input.{number}."
+    tensors = {
+        name[len(start) :]: source.read(name)
+        for name in source.header.tensors
+        if name.startswith(start)
+    }
+    for name, tensor in tensors.items():
+        _refuse_misfit(source.name, start + name, tensor, size)
+    first, second = (
+        _read_half(tensors, index, int(count)) for index, count in enumerate(facts["counts"])
+    )
+    return InputStatistics(
+        size=size,
+        capacity=int(facts["capacity"]),
+        total=tensors.get("total"),
+        square=tensors.get("square"),
+        largest=tensors.get("largest"),
+        damaged=int(facts["damaged"]),
+        halves=(first, second),
+    )
+
+
+def _read_half(tensors: dict[str, torch.Tensor], index: int, count: int) -> Half:
+    rows = tensors.get(f"{index}.rows")
+    return Half(count, tensors.get(f"{index}.gram"), [] if rows is None else [rows])
+
+
+def _refuse_misfit(file: str, name: str, tensor: torch.Tensor, size: int) -> None:
+    wanted = {"gram": (torch.float32, 2), "rows": (torch.bfloat16, 2)}
+    dtype, dims = wanted.get(name.rpartition(".")[2], (torch.float32, 1))
+    square = name.endswith(".gram") and tensor.shape[0] != size
+    if tensor.dtype != dtype or tensor.dim() != dims or tensor.shape[-1] != size or square:
+        raise CheckpointError(
+            f"{file}: '{name}' is {tensor.dtype} {list(tensor.shape)}, which does not fit K={size}"
+        )
