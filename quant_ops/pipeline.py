@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from .calibration import Calibration
 from .checkpoint.metadata import parse_marker
 from .checkpoint.reader import stored_text
 from .checkpoint.scales import scale_problem
@@ -19,6 +20,7 @@ from .errors import CheckpointError, RecipeError, SourceError
 from .formats import get_format
 from .formats.base import marker_bytes
 from .methods import Layer, choose, get_method, layer_generator
+from .planning.calibrated import calibrated
 from .planning.planner import make_plan, stored_markers_needed
 from .planning.recipe import Recipe
 from .report.report import LayerResult, Report
@@ -63,6 +65,7 @@ def rewrite(
     recipe: Recipe,
     *,
     device: torch.device | str = "cpu",
+    calibration: Calibration | None = None,
     on_plan: PlanFn | None = None,
     on_progress: ProgressFn = ignore_progress,
 ) -> Report:
@@ -72,6 +75,7 @@ def rewrite(
     Args:
         device: where codes are computed; equal sources and recipes give equal bytes on equal
             devices.
+        calibration: what methods that need one work from.
         on_plan: receives the plan before any weight is read.
         on_progress: called before each layer and between its steps; whatever it raises cancels the
             run.
@@ -81,7 +85,7 @@ def rewrite(
             name and count.
     """
     started = time.perf_counter()
-    plan = plan_source(source, recipe)
+    plan = calibrated(plan_source(source, recipe), calibration, source.name)
     if on_plan:
         on_plan(plan)
     results = []
@@ -117,7 +121,9 @@ def rewrite(
         try:
             sink.open(plan, source.files)
             for layer, tensors in _read_ahead(source, plan.layers, reads):
-                task = functools.partial(_convert, source.name, layer, tensors, device, recipe.seed)
+                task = functools.partial(
+                    _convert, source.name, layer, tensors, device, recipe.seed, calibration
+                )
                 running.append(
                     (
                         layer,
@@ -218,6 +224,7 @@ def _convert(
     tensors: dict[str, torch.Tensor],
     device: torch.device,
     seed: int,
+    calibration: Calibration | None,
     step: Callable[[], None],
 ) -> tuple[dict[str, torch.Tensor], LayerResult | None]:
     """One layer -> (stored tensors by full name, measured result). Takes the weight out of
@@ -252,9 +259,12 @@ def _convert(
     step()
     method = get_method(layer.method)
     options = method.configure(dict(layer.method_options))
-    choice = choose(
-        method, Layer(weight, grid, options, layer_generator(seed, layer.name, device), step)
-    )
+    generator = layer_generator(seed, layer.name, device)
+    inputs = None
+    if method.needs_inputs:
+        seen = calibration.inputs_of(layer.name, device)
+        inputs = seen.map(lambda rows: format.prepare(rows, layer.options))
+    choice = choose(method, Layer(weight, grid, options, generator, step=step, inputs=inputs))
     step()
     packed = format.pack(choice.codes, choice.scale, layer.options)
     outputs = {f"{layer.name}.{suffix}": tensor for suffix, tensor in packed.items()}

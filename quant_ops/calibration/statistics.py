@@ -38,7 +38,7 @@ class InputStatistics:
 
     Args:
         size: K.
-        capacity: rows that each half may keep; from K on, the gram is kept instead of rows.
+        capacity: rows that each half may keep; from 2 K on, the gram, as large, is kept instead.
 
     `mean`, `square` and `largest` are sums of x and x^2 and the maximum of |x| by channel, float32
     of shape (K,); None before anything was seen. Rows with NaN or Inf are left out and counted in
@@ -56,7 +56,7 @@ class InputStatistics:
     @property
     def exact(self) -> bool:
         """Whether the gram is kept, and not rows."""
-        return self.capacity >= self.size
+        return self.capacity >= 2 * self.size  # float32 against bfloat16
 
     @property
     def count(self) -> int:

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from ..calibration import Calibration
 from ..checkpoint.importers.source import open_checkpoint
 from ..checkpoint.second_reading import refuse_other_reading
 from ..checkpoint.writer import FileSink
@@ -22,6 +23,7 @@ def quantize_file(
     overwrite: bool = False,
     verify: bool = False,
     device: torch.device | str = "cpu",
+    calibration: Calibration | None = None,
     on_plan: PlanFn | None = None,
     on_progress: ProgressFn = ignore_progress,
 ) -> Report:
@@ -42,5 +44,11 @@ def quantize_file(
     # the sink writes every tensor away
     with open_checkpoint(source, short_lived=True, for_gpu=for_gpu) as opened:
         return quantize(
-            opened, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress
+            opened,
+            sink,
+            recipe,
+            device=device,
+            calibration=calibration,
+            on_plan=on_plan,
+            on_progress=on_progress,
         )

@@ -1,0 +1,222 @@
+"""What is collected, what the file holds, and which files are refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fewbits.quant_ops.calibration import (
+    Calibration,
+    InputStatistics,
+    Observer,
+    load_calibration,
+    save_calibration,
+)
+from fewbits.quant_ops.errors import CheckpointError, RecipeError
+from fewbits.quant_ops.pipeline import quantize_file
+from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
+from support.layers import correlated_rows, heavy_weight
+
+MEGABYTE = 10**6
+
+
+class Block(torch.nn.Module):
+    """q and k are given the same tensor, out another one."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        for name in ("q", "k", "out"):
+            setattr(self, name, torch.nn.Linear(width, width, bias=False))
+        self.small = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.q(x)) + self.k(x)), self.small(x[..., :8])
+
+
+def watched(observer, model, *inputs):
+    for x in inputs:
+        observer.start_run()
+        with observer.watching(model):
+            model(x)
+    return observer.finish()
+
+
+def rows(count, seed=0):
+    return correlated_rows(64, count, seed)
+
+
+def test_layers_with_the_same_input_share_their_statistics():
+    found = watched(Observer(MEGABYTE), Block(), rows(32), rows(48, 1))
+    assert list(found.layers) == ["q", "k", "out"]
+    assert found.layers["q"] == found.layers["k"] != found.layers["out"]
+    assert found.inputs[0].count == 80
+
+
+def test_a_gram_is_exact_and_its_halves_are_runs():
+    a, b, c = rows(32), rows(48, 1), rows(16, 2)
+    found = watched(Observer(MEGABYTE), Block(), a, b, c)
+    first, second = found.inputs_of("q").halves
+    torch.testing.assert_close(first.T @ first, torch.cat([a, c]).T @ torch.cat([a, c]) / 48)
+    torch.testing.assert_close(second.T @ second, b.T @ b / 48)
+    statistics = found.inputs[0]
+    together = torch.cat([a, b, c])
+    torch.testing.assert_close(statistics.total, together.sum(0))
+    torch.testing.assert_close(statistics.square, together.square().sum(0))
+    assert torch.equal(statistics.largest, together.abs().amax(0))
+
+
+def test_a_single_run_fills_both_halves_call_by_call():
+    observer, model = Observer(MEGABYTE), Block()
+    observer.start_run()
+    for seed in range(4):
+        with observer.watching(model):
+            model(rows(16, seed))
+    assert observer.finish().inputs_of("q").counts == (32, 32)
+
+
+def test_memory_stays_within_the_bound_however_much_is_seen():
+    memory = 100_000
+    observer, model = Observer(memory), Block()
+    for seed in range(200):
+        watched(observer, model, rows(64, seed))
+    kept = [half for statistics in observer.calibration.inputs for half in statistics.halves]
+    assert sum(half.held * 64 * 2 for half in kept) <= memory
+    assert min(half.held for half in kept) >= 64
+    assert all(half.stride > 1 for half in kept)
+
+
+def test_nothing_changes_and_no_hook_is_left():
+    model, x = Block(), rows(32)
+    expected = model(x)
+    state = torch.get_rng_state()
+    found = Observer(MEGABYTE)
+    with found.watching(model):
+        seen = model(x)
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(RuntimeError, match="stop"), found.watching(model):
+        raise RuntimeError("stop")
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_damaged_rows_are_left_out():
+    x = rows(32)
+    x[3, 5] = torch.nan
+    x[4, 6] = torch.inf
+    found = watched(Observer(MEGABYTE), Block(), x)
+    assert found.inputs[0].count == 30 and found.inputs[0].damaged == 2
+    assert found.missing("q", (64, 64)) is None
+
+
+@pytest.mark.parametrize("memory", [MEGABYTE, 20_000], ids=["grams", "rows"])
+def test_a_file_gives_back_what_was_collected(tmp_path, memory):
+    found = watched(Observer(memory), Block(), *(rows(40, seed) for seed in range(6)))
+    save_calibration(found, tmp_path / "c.safetensors")
+    loaded = load_calibration(tmp_path / "c.safetensors")
+    assert loaded.layers == found.layers
+    for name in found.layers:
+        ours, theirs = found.inputs_of(name), loaded.inputs_of(name)
+        assert ours.counts == theirs.counts
+        assert all(torch.equal(a, b) for a, b in zip(ours.halves, theirs.halves, strict=True))
+
+
+def test_two_calibrations_of_a_model_become_one():
+    first, second = (watched(Observer(MEGABYTE), Block(), rows(40, seed)) for seed in (0, 1))
+    first.merge(second)
+    assert first.inputs[0].count == 80
+    torch.testing.assert_close(
+        first.inputs_of("q").gram * 80, sum(rows(40, s).T @ rows(40, s) for s in (0, 1))
+    )
+    with pytest.raises(CheckpointError, match="different models"):
+        first.merge(watched(Observer(MEGABYTE), Block(32), correlated_rows(32, 8)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, facts: facts.update(version=2), "version 2"),
+        (lambda tensors, facts: facts.update(layers={"q": [9, 64, 64]}), "damaged"),
+        (lambda tensors, facts: facts.update(layers={"q": [0, 64, 32]}), "layers and inputs differ"),
+        (lambda tensors, facts: facts.update(inputs=[{}]), "damaged"),
+        (lambda tensors, facts: facts.pop("layers"), "damaged"),
+        (lambda tensors, facts: tensors.update({"input.0.total": torch.ones(3)}), "does not fit K=64"),
+        (lambda tensors, facts: tensors.update({"input.0.0.gram": torch.ones(3, 64)}), "does not fit K=64"),
+    ],
+    ids=["version", "input", "width", "facts", "layers", "moments", "gram"],
+)  # fmt: skip
+def test_a_damaged_file_is_refused_by_name(tmp_path, change, message):
+    path = tmp_path / "c.safetensors"
+    found = watched(Observer(MEGABYTE), Block(), rows(40))
+    tensors, metadata = found.to_tensors()
+    facts = json.loads(metadata["fewbits.calibration"])
+    change(tensors, facts)
+    save_file(tensors, path, metadata={"fewbits.calibration": json.dumps(facts)})
+    with pytest.raises(CheckpointError, match=message):
+        load_calibration(path)
+
+
+def test_a_model_file_is_no_calibration(tmp_path):
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="not a calibration"):
+        load_calibration(tmp_path / "m.safetensors")
+
+
+@pytest.fixture
+def model_path(tmp_path):
+    weights = {f"{name}.weight": heavy_weight(64, 64, seed) for seed, name in enumerate("qkv")}
+    save_file(weights, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+GPTQ = Recipe(parse_wish("bnb_nf4:method=gptq"), preset="none")
+
+
+def test_layers_that_were_not_seen_are_rounded_without_and_the_plan_says_so(tmp_path, model_path):
+    found = watched(Observer(MEGABYTE), Block(), rows(512), rows(512, 1))
+    report = quantize_file(model_path, tmp_path / "out.safetensors", GPTQ, calibration=found)
+    methods = {layer.name: (layer.method, layer.reason) for layer in report.plan.layers}
+    assert methods["q"][0] == methods["k"][0] == "gptq"
+    assert methods["v"][0] == "nearest"
+    assert "nearest instead of gptq: not in the calibration" in methods["v"][1]
+    gains = {result.name: result.against_nearest for result in report.results}
+    assert gains["q"]["objective"] < 0.8 and gains["v"] is None
+
+
+def test_without_a_calibration_or_with_another_models_nothing_is_written(tmp_path, model_path):
+    target = tmp_path / "out.safetensors"
+    with pytest.raises(RecipeError, match="needs a calibration"):
+        quantize_file(model_path, target, GPTQ)
+    other = watched(Observer(MEGABYTE), Block(32), correlated_rows(32, 64))
+    with pytest.raises(
+        CheckpointError, match=r"layer 'q' is \[64, 64\], in the calibration \[32, 32\]"
+    ):
+        quantize_file(model_path, target, GPTQ, calibration=other)
+    with pytest.raises(CheckpointError, match="knows none of the 3 layers"):
+        quantize_file(model_path, target, GPTQ, calibration=Calibration())
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        (InputStatistics(64, 1000), "nothing was seen"),
+        (InputStatistics(64, 1000, *torch.zeros(3, 64), halves=watched(Observer(MEGABYTE), Block(), rows(8)).inputs[0].halves), "zero all the time"),
+        (InputStatistics(64, 1000, *torch.full((3, 64), torch.nan), halves=watched(Observer(MEGABYTE), Block(), rows(8)).inputs[0].halves), "NaN or infinite"),
+    ],
+    ids=["nothing", "zeros", "nan"],
+)  # fmt: skip
+def test_statistics_that_teach_nothing_are_ignored_with_a_reason(statistics, message):
+    calibration = Calibration({"q": (0, 64, 64)}, [statistics])
+    assert message in calibration.missing("q", (64, 64))
+
+
+def test_equal_files_come_from_equal_runs(tmp_path):
+    model = Block()
+    for name in ("a", "b"):
+        observer = Observer(20_000, seed=5)
+        for seed in range(6):
+            watched(observer, model, rows(64, seed))
+        save_calibration(observer.finish(), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert "input.0.0.rows" in load_file(tmp_path / "a")
