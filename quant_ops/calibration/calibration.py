@@ -22,10 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 
 from ..checkpoint.reader import FileSource
 from ..errors import CheckpointError
 from ..methods.inputs import Inputs
+from ..part import write_whole
 from .statistics import Half, InputStatistics
 
 KEY = "fewbits.calibration"
@@ -137,6 +139,25 @@ def _facts(statistics: InputStatistics) -> dict:
         "counts": [half.count for half in statistics.halves],
         "damaged": statistics.damaged,
     }
+
+
+def save_calibration(calibration: Calibration, path: str | os.PathLike) -> None:
+    """Write a calibration; the file appears complete or not at all, and replaces an older one.
+
+    Raises:
+        CheckpointError: nothing was collected, or the disk does not take it.
+    """
+    if not calibration.rows:
+        raise CheckpointError(
+            f"{Path(path).name}: nothing was collected; sample with the Calibrate node's model "
+            "first"
+        )
+    tensors, metadata = calibration.to_tensors()
+    data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, metadata)
+    try:
+        write_whole(Path(path), data)
+    except OSError as error:
+        raise CheckpointError(f"{Path(path).name}: {error.strerror or error}") from None
 
 
 def load_calibration(path: str | os.PathLike) -> Calibration:

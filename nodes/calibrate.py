@@ -1,0 +1,168 @@
+"""Calibrate: see what a model's layers are given while it samples; Save and Load Calibration."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..quant_ops.calibration import Calibration, Observer, load_calibration, save_calibration
+from .bridge import host, observe
+from .common import CALIBRATION, overwrite_input, path_output, schema
+
+CATEGORY = "FewBits/quantize"
+ALIASES = ["calibration", "gptq", "calibrated quantization", "better 4 bit", "fewbits"]
+
+
+class FewBitsCalibrate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FewBitsCalibrate",
+            display_name="Calibrate",
+            category=CATEGORY,
+            description="Watches what the layers of a model are given while you sample with it, so "
+            "that the method gptq can round for your own prompts. Pictures do not change.",
+            search_aliases=ALIASES,
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model to watch, with its LoRAs. It is not changed.",
+                ),
+                io.Float.Input(
+                    "memory_gb",
+                    default=1.0,
+                    min=0.1,
+                    max=64.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Memory for what is collected, in GB, whatever the model's size. More "
+                    "keeps more rows of large models.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**32 - 1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Chooses the rows that are kept. The sampler's noise does not depend "
+                    "on it.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "model",
+                    display_name="model",
+                    tooltip="The same model, watched: sample with this one, with several prompts.",
+                ),
+                CALIBRATION.Output(
+                    "calibration",
+                    display_name="calibration",
+                    tooltip="What is being collected. Save Calibration hands it on when sampling "
+                    "is over.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: io.Model.Type, memory_gb: float = 1.0, seed: int = 0
+    ) -> io.NodeOutput:
+        observer = Observer(int(memory_gb * 1e9), seed)
+        return io.NodeOutput(observe.observed(model, observer), observer)
+
+
+class FewBitsSaveCalibration(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FewBitsSaveCalibration",
+            display_name="Save Calibration",
+            category=CATEGORY,
+            description="Waits for the sampler, then writes what Calibrate collected so far to a "
+            "file and hands it on. Prompts that run later are added.",
+            search_aliases=ALIASES,
+            is_output_node=True,
+            inputs=[
+                CALIBRATION.Input("calibration", tooltip="From Calibrate."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="The sampler's result: the file is written after it, never before.",
+                ),
+                io.String.Input(
+                    "filename",
+                    default="calibrations/model",
+                    optional=True,
+                    tooltip="Name of the file inside ComfyUI's output folder; subfolders are made. "
+                    "In calibrations/ Load Calibration finds it.",
+                ),
+                overwrite_input(),
+            ],
+            outputs=[
+                CALIBRATION.Output(
+                    "calibration",
+                    display_name="calibration",
+                    tooltip="What was collected, for the calibration input of a Quantize node.",
+                ),
+                path_output(),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        calibration: Observer | Calibration,
+        latent: dict,
+        filename: str = "calibrations/model",
+        overwrite: bool = False,
+    ) -> io.NodeOutput:
+        run = host.Run(cls.hidden.unique_id, text=True)
+        collected = calibration if isinstance(calibration, Calibration) else calibration.finish()
+        target = host.output_path(filename, overwrite=overwrite)
+        save_calibration(collected, target)
+        run.say(f"saved {target.name}: {len(collected.layers)} layers, {collected.rows} rows seen")
+        return io.NodeOutput(collected, str(target))
+
+
+class FewBitsLoadCalibration(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FewBitsLoadCalibration",
+            display_name="Load Calibration",
+            category=CATEGORY,
+            description="Reads a file that Save Calibration wrote.",
+            search_aliases=ALIASES,
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=host.model_files("calibrations"),
+                    tooltip="A file in models/calibrations or in the output folder's "
+                    "calibrations.",
+                ),
+                CALIBRATION.Input(
+                    "add_to",
+                    optional=True,
+                    tooltip="Another calibration of the same model: both become one.",
+                ),
+            ],
+            outputs=[
+                CALIBRATION.Output(
+                    "calibration",
+                    display_name="calibration",
+                    tooltip="For the calibration input of a Quantize node.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, file: str, add_to: Calibration | None = None) -> io.NodeOutput:
+        loaded = load_calibration(host.model_path("calibrations", file))
+        if add_to is not None:
+            loaded.merge(add_to)
+        return io.NodeOutput(loaded)
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **others: object) -> tuple[int, int]:
+        return host.file_state(f"calibrations/{file}")
