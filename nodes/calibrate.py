@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..quant_ops.calibration import Calibration, Observer, load_calibration, save_calibration
 from .bridge import host, observe
-from .common import CALIBRATION, overwrite_input, path_output, schema
+from .common import CALIBRATION, overwrite_input, path_output, schema, settled
 
 CATEGORY = "FewBits/quantize"
 ALIASES = ["calibration", "gptq", "calibrated quantization", "better 4 bit", "fewbits"]
@@ -65,9 +65,7 @@ class FewBitsCalibrate(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, model: io.Model.Type, memory_gb: float = 1.0, seed: int = 0
-    ) -> io.NodeOutput:
+    def execute(cls, model: io.Model.Type, memory_gb: float = 1.0, seed: int = 0) -> io.NodeOutput:
         observer = Observer(int(memory_gb * 1e9), seed)
         return io.NodeOutput(observe.observed(model, observer), observer)
 
@@ -118,7 +116,7 @@ class FewBitsSaveCalibration(io.ComfyNode):
         overwrite: bool = False,
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id, text=True)
-        collected = calibration if isinstance(calibration, Calibration) else calibration.finish()
+        collected = settled(calibration)
         target = host.output_path(filename, overwrite=overwrite)
         save_calibration(collected, target)
         run.say(f"saved {target.name}: {len(collected.layers)} layers, {collected.rows} rows seen")
@@ -137,9 +135,8 @@ class FewBitsLoadCalibration(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=host.model_files("calibrations"),
-                    tooltip="A file in models/calibrations or in the output folder's "
-                    "calibrations.",
+                    options=host.calibration_files(),
+                    tooltip="A file in models/calibrations or in the output folder's calibrations.",
                 ),
                 CALIBRATION.Input(
                     "add_to",
@@ -158,11 +155,11 @@ class FewBitsLoadCalibration(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, add_to: Calibration | None = None) -> io.NodeOutput:
-        loaded = load_calibration(host.model_path("calibrations", file))
+        loaded = load_calibration(host.model_path(host.CALIBRATIONS, file))
         if add_to is not None:
             loaded.merge(add_to)
         return io.NodeOutput(loaded)
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **others: object) -> tuple[int, int]:
-        return host.file_state(f"calibrations/{file}")
+        return host.file_state(f"{host.CALIBRATIONS}/{file}")

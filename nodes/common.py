@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from comfy_api.latest import io
 
+from ..quant_ops.calibration import Calibration, Observer
 from ..quant_ops.doors import Inspection
 from ..quant_ops.errors import RecipeError
 from ..quant_ops.formats import FORMATS, own_methods
@@ -21,6 +22,9 @@ from . import bridge
 
 AUTO, NONE = "auto", "none"
 RECIPE = io.Custom("FEWBITS_RECIPE")  # carries a Draft
+CALIBRATION = io.Custom(
+    "FEWBITS_CALIBRATION"
+)  # carries a Calibration, or an Observer that fills one
 SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
 
@@ -140,7 +144,8 @@ def method_input(formats: list[str]) -> io.Combo.Input:
         optional=True,
         advanced=True,
         tooltip="How each weight's code is chosen. nearest: the closest code, fast; mse_clip: the "
-        "scales with the smallest weight error, slower; svd: learned rounding, much slower. auto: "
+        "scales with the smallest weight error, slower; svd: learned rounding, much slower; gptq: rounded for your own "
+        "prompts, with a calibration. auto: "
         f"{own_methods(formats)}.",
     )
 
@@ -166,6 +171,20 @@ def convrot_input(formats: list[str]) -> io.Boolean.Input:
         "which evens out large values. ComfyUI rotates the activations to match, which takes some time "
         "at every step.",
     )
+
+
+def calibration_input() -> io.Input:
+    return CALIBRATION.Input(
+        "calibration",
+        optional=True,
+        tooltip="What the layers are given while the model runs, from Save or Load Calibration. "
+        "The method gptq needs it; others do not look at it.",
+    )
+
+
+def settled(calibration: Calibration | Observer | None) -> Calibration | None:
+    """A calibration as it is now, also straight from a Calibrate node."""
+    return calibration.finish() if isinstance(calibration, Observer) else calibration
 
 
 def kernels_input() -> io.Boolean.Input:

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import (
     bridge,
+    calibrate,
     convert_fp8_scaled,
     inspect_file,
     layer_rules,
@@ -22,6 +23,9 @@ NODES = [
     load.FewBitsLoadCheckpoint,
     *quantize_model.NODES,
     quantize_text_encoder.FewBitsQuantizeTextEncoder,
+    calibrate.FewBitsCalibrate,
+    calibrate.FewBitsSaveCalibration,
+    calibrate.FewBitsLoadCalibration,
     quantize_file.FewBitsQuantizeFile,
     layer_rules.FewBitsLayerRules,
     layer_rules.FewBitsSaveRecipe,

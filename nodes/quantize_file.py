@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..quant_ops.calibration import Calibration, Observer
 from ..quant_ops.doors import quantize_file
 from ..quant_ops.formats import FORMATS
 from .bridge import host
 from .common import (
     AUTO,
+    calibration_input,
     device_input,
     filename_input,
     overwrite_input,
@@ -18,6 +20,7 @@ from .common import (
     report_output,
     report_result,
     schema,
+    settled,
 )
 
 DEFAULT = "float8_e4m3fn"  # what the most versions of ComfyUI open
@@ -49,6 +52,7 @@ class FewBitsQuantizeFile(io.ComfyNode):
                 overwrite_input(),
                 *advanced,
                 device_input(),
+                calibration_input(),
             ],
             outputs=[path_output(), report_output()],
             hidden=[io.Hidden.unique_id],
@@ -56,7 +60,8 @@ class FewBitsQuantizeFile(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **others: object) -> tuple:
-        return (*host.file_state(file), *sorted(others.items()))
+        stated = {name: value for name, value in others.items() if name != "calibration"}
+        return (*host.file_state(file), *sorted(stated.items()))
 
     @classmethod
     def execute(
@@ -65,6 +70,7 @@ class FewBitsQuantizeFile(io.ComfyNode):
         filename: str = "",
         overwrite: bool = False,
         device: str = AUTO,
+        calibration: Calibration | Observer | None = None,
         **wish: object,
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
@@ -77,6 +83,7 @@ class FewBitsQuantizeFile(io.ComfyNode):
             recipe,
             overwrite=overwrite,
             device=host.pick_device(device),
+            calibration=settled(calibration),
             on_plan=run.on_plan,
             on_progress=run.on_progress,
         )

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from comfy_api.latest import io
 
+from ..quant_ops.calibration import Calibration, Observer
 from ..quant_ops.errors import RecipeError
 from ..quant_ops.formats import FORMATS
 from .bridge import host, model_io
 from .common import (
     AUTO,
+    calibration_input,
     device_input,
     model_input,
     recipe_from,
@@ -18,6 +20,7 @@ from .common import (
     report_output,
     report_result,
     schema,
+    settled,
 )
 
 
@@ -89,7 +92,7 @@ class QuantizeModel(io.ComfyNode):
             description=f"Makes a model smaller in the graph. {cls.ROW.about} The model that comes "
             "in stays as it is.",
             search_aliases=["quantize", "convert", "compress", "fewbits"],
-            inputs=[model_input(), *shown, *advanced, device_input()],
+            inputs=[model_input(), *shown, *advanced, device_input(), calibration_input()],
             outputs=[
                 io.Model.Output(
                     "model",
@@ -102,7 +105,13 @@ class QuantizeModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: io.Model.Type, device: str = AUTO, **wish: object) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: io.Model.Type,
+        device: str = AUTO,
+        calibration: Calibration | Observer | None = None,
+        **wish: object,
+    ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
         recipe = recipe_from(**wish)
         if recipe.primary.format not in cls.ROW.formats:
@@ -115,6 +124,7 @@ class QuantizeModel(io.ComfyNode):
             model,
             recipe,
             device=host.pick_device(device),
+            calibration=settled(calibration),
             on_plan=run.on_plan,
             on_progress=run.on_progress,
         )

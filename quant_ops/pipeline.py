@@ -154,6 +154,7 @@ def quantize(
     recipe: Recipe,
     *,
     device: torch.device | str = "cpu",
+    calibration: Calibration | None = None,
     on_plan: PlanFn | None = None,
     on_progress: ProgressFn = ignore_progress,
 ) -> Report:
@@ -169,7 +170,15 @@ def quantize(
         if on_plan:
             on_plan(plan)
 
-    return rewrite(source, sink, recipe, device=device, on_plan=check, on_progress=on_progress)
+    return rewrite(
+        source,
+        sink,
+        recipe,
+        device=device,
+        calibration=calibration,
+        on_plan=check,
+        on_progress=on_progress,
+    )
 
 
 def refuse_plain_copy(name: str, plan: ModelPlan) -> None:

@@ -20,6 +20,8 @@ from ...quant_ops.part import write_whole
 from ...quant_ops.spec import ModelPlan
 
 MODEL_FOLDERS = ("diffusion_models", "text_encoders", "checkpoints")
+CALIBRATIONS = "calibrations"  # a folder of ours among the model folders, and in the output folder
+KNOWN_FOLDERS = (*MODEL_FOLDERS, CALIBRATIONS)
 SUFFIXES = (".safetensors", ".sft")
 TYPED_LOADERS = ("CLIPLoader", "DualCLIPLoader")
 MESSAGE_SECONDS = 0.1  # at most ten progress messages a second
@@ -32,6 +34,13 @@ DEVICE_NAMES = {
     *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)),
 }
 FORBIDDEN = set('<>:"|?*') | {chr(code) for code in range(32)}
+
+
+def calibration_files() -> list[str]:
+    """Names of the files in ComfyUI's folders for calibrations, which are made known here."""
+    for root in (folder_paths.models_dir, folder_paths.get_output_directory()):
+        folder_paths.add_model_folder_path(CALIBRATIONS, str(Path(root) / CALIBRATIONS))
+    return model_files(CALIBRATIONS)
 
 
 def model_files(folder: str) -> list[str]:
@@ -52,7 +61,7 @@ def model_path(folder: str, name: str) -> Path:
     Raises:
         CheckpointError: ComfyUI knows no such file.
     """
-    path = folder_paths.get_full_path(folder, name) if folder in MODEL_FOLDERS and name else None
+    path = folder_paths.get_full_path(folder, name) if folder in KNOWN_FOLDERS and name else None
     if path is None or not is_within_any(folder_paths.get_folder_paths(folder), path):
         raise CheckpointError(
             f"{folder}/{name}: no such file in ComfyUI's model folders; choose one from the list"

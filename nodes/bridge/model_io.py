@@ -11,6 +11,7 @@ import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...quant_ops.calibration import Calibration
 from ...quant_ops.checkpoint.importers.source import open_checkpoint
 from ...quant_ops.checkpoint.metadata import HEADER_KEY, parse_marker
 from ...quant_ops.checkpoint.reader import tensor_text
@@ -292,6 +293,7 @@ def quantize_model(
     recipe: Recipe,
     *,
     device: torch.device,
+    calibration: Calibration | None = None,
     on_plan: PlanFn,
     on_progress: ProgressFn,
 ) -> tuple[ModelPatcher, Report]:
@@ -304,7 +306,13 @@ def quantize_model(
         source.refuse_quantized("MODEL")
         sink = MemorySink()
         report = quantize(
-            source, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress
+            source,
+            sink,
+            recipe,
+            device=device,
+            calibration=calibration,
+            on_plan=on_plan,
+            on_progress=on_progress,
         )
         return source.rebuild(sink), report
 

@@ -112,6 +112,6 @@ class Observer:
 def _candidates(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
     """Linear layers that could be quantized."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            if min(module.in_features, module.out_features) >= SMALLEST_SIDE:
-                yield name, module
+        linear = isinstance(module, torch.nn.Linear)
+        if linear and min(module.in_features, module.out_features) >= SMALLEST_SIDE:
+            yield name, module

@@ -87,7 +87,8 @@ def test_no_method_is_worse_than_nearest_and_zeros_stay_zero(text, weight, name)
     choice = found.choice
     if name != "nearest":
         assert choice.objective <= choice.objective_nearest or choice.objective != choice.objective
-        assert choice.error <= 1.02**2 * choice.error_nearest
+        if not get_method(name).needs_inputs:  # those trade weight error for output error
+            assert choice.error <= 1.02**2 * choice.error_nearest
     decoded = found.grid.decode(choice.codes, choice.scale)
     assert decoded.isfinite().all()
     assert not decoded[(found.weight == 0).all(1)].any()

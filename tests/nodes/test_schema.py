@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 IDS = [
     "FewBitsLoadModel", "FewBitsLoadTextEncoder", "FewBitsLoadCheckpoint", "FewBitsQuantizeFP8", "FewBitsQuantizeINT8",
-    "FewBitsQuantizeNF4", "FewBitsQuantizeFP4", "FewBitsQuantizeTextEncoder", "FewBitsQuantizeFile",
+    "FewBitsQuantizeNF4", "FewBitsQuantizeFP4", "FewBitsQuantizeTextEncoder",
+    "FewBitsCalibrate", "FewBitsSaveCalibration", "FewBitsLoadCalibration", "FewBitsQuantizeFile",
     "FewBitsLayerRules", "FewBitsSaveRecipe", "FewBitsSaveComfyQuant", "FewBitsConvertFP8Scaled", "FewBitsInspectFile",
 ]  # fmt: skip
 
@@ -41,12 +42,14 @@ def test_names_are_plain_english_in_one_category_tree(schema):
 def test_every_input_and_output_says_what_it_does(schema):
     for item in (*schema.inputs, *schema.outputs):
         assert item.tooltip and len(item.tooltip) > 15, item.id
-    assert [item.id for item in schema.outputs][-1] in ("report", "recipe")
+    assert [item.id for item in schema.outputs][-1] in ("report", "recipe", "calibration", "path")
 
 
 def test_what_has_a_default_may_be_left_out_of_an_api_prompt(schema, nodes):
     required = {item.id for item in schema.inputs if not item.optional}
-    assert required <= {"model", "clip", "file", "type", "format", "filename", "report"}
+    assert required <= {
+        "model", "clip", "file", "type", "format", "filename", "report", "calibration", "latent",
+    }  # fmt: skip
     assert all(item.optional for item in schema.inputs if getattr(item, "advanced", None))
 
 

@@ -9,10 +9,11 @@ import torch
 
 from fewbits.kernels.grids import Grid
 from fewbits.quant_ops.formats import get_format
-from fewbits.quant_ops.methods import Choice, Layer, choose, get_method, layer_generator
+from fewbits.quant_ops.methods import Choice, Inputs, Layer, choose, get_method, layer_generator
 from fewbits.quant_ops.planning.wish import parse_wish
 from fewbits.quant_ops.sources import DTYPE_NAMES
 from fewbits.quant_ops.spec import LayerInput
+from support.layers import correlated_rows
 
 FORMATS = (
     "float8_e4m3fn",
@@ -76,6 +77,7 @@ def run(
     seed: int = 0,
     name: str = "layer",
     step: Callable[[], None] = lambda: None,
+    inputs: Inputs | None = None,
     **options: object,
 ) -> Run:
     """Quantize one weight; `text` is a format with its options as --rule has it."""
@@ -91,8 +93,17 @@ def run(
         steps.append(1)
         step()
 
-    choice = choose(chosen, Layer(prepared, grid, chosen.configure(options), generator, counted))
+    if chosen.needs_inputs:
+        inputs = (inputs or seen_by(weight.shape[1])).map(lambda x: format.prepare(x, wish.options))
+    settings = chosen.configure(options)
+    choice = choose(chosen, Layer(prepared, grid, settings, generator, counted, inputs))
     return Run(prepared.float(), grid, choice, len(steps))
+
+
+def seen_by(columns: int, rows: int = 512) -> Inputs:
+    """Two halves of correlated activations, as a calibration gives them."""
+    x = correlated_rows(columns, rows) / (rows // 2) ** 0.5
+    return Inputs((x[: rows // 2], x[rows // 2 :]), (rows // 2, rows // 2))
 
 
 def same(a: Run, b: Run) -> bool:
