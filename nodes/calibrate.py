@@ -82,7 +82,7 @@ class FewBitsSaveCalibration(io.ComfyNode):
             search_aliases=ALIASES,
             is_output_node=True,
             inputs=[
-                CALIBRATION.Input("calibration", tooltip="From Calibrate."),
+                CALIBRATION.Input("calibration", tooltip="What Calibrate is collecting."),
                 io.Latent.Input(
                     "latent",
                     tooltip="The sampler's result: the file is written after it, never before.",

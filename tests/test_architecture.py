@@ -14,7 +14,7 @@ MAY_IMPORT = {
 INSIDE = {  # rooms of quant_ops, lowest first; a room may import those in lines above and its own
     "ground": {"errors", "options", "files", "part", "reference", "spec", "sources", "strict_json",
                "version", "workers"},
-    "parts": {"formats", "methods", "checkpoint", "report"},
+    "parts": {"formats", "methods", "calibration", "checkpoint", "report"},
     "planning": {"planning"},
     "engines": {"pipeline", "layouts", "bench", "doors"},
     "doors": {"cli", "compat"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -18,10 +19,30 @@ ROWS_A_CALL = 16
 SMALLEST_SIDE = 16  # smaller layers are never quantized
 
 
+PROBED = 64  # values of an input that tell whether it was changed
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A tensor that a layer was given in this call, the number of its statistics, some values."""
+
+    tensor: weakref.ref
+    number: int
+    probe: torch.Tensor
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    """A few values; tensors made in inference mode have no version to ask for."""
+    flat = x.detach().reshape(-1)
+    return flat[:: max(len(flat) // PROBED, 1)].clone()
+
+
 class Observer:
     """Fills a calibration while the model runs inside `watching`.
 
-    Layers that are given the very same tensor share one `InputStatistics`. Runs, not calls, decide
+    Layers that are given the very same tensor share one `InputStatistics`; should the tensor have
+    been changed in place between them, which a few of its values show, the later layer is left out.
+    Runs, not calls, decide
     the half that rows go to, so that the two halves know different prompts; the first run, which
     may stay the only one, is dealt out call by call.
 
@@ -35,7 +56,8 @@ class Observer:
         self.calibration = Calibration()
         self.run = -1
         self._calls = 0
-        self._seen: dict[int, tuple[weakref.ref, int, int]] = {}
+        self._seen: dict[int, _Seen] = {}
+        self._changed: dict[str, torch.Tensor] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def start_run(self) -> None:
@@ -81,16 +103,22 @@ class Observer:
         if x.shape[-1] != shape[1] or not x.is_floating_point():
             return
         known = self._seen.get(id(x))
-        shared = known is not None and known[0]() is x and known[1] == x._version
+        shared = known is not None and known.tensor() is x
+        number = known.number if shared else None
         mine = self.calibration.layers.get(name)
         if mine is None:
-            number = known[2] if shared else self._new(shape[1], capacity)
-            mine = self.calibration.layers[name] = (number, *shape)
-        self._seen[id(x)] = (weakref.ref(x), x._version, mine[0])
-        if shared and known[2] == mine[0]:
-            return  # the layer before it counted these rows
+            mine = (self._new(shape[1], capacity) if number is None else number, *shape)
+            self.calibration.layers[name] = mine
+        if number == mine[0]:  # the layer before it counted these rows
+            self._note_change(name, known.probe, x)
+            return
+        self._seen[id(x)] = _Seen(weakref.ref(x), mine[0], _probe(x))
         generator = self._generator(x.device)
         self.calibration.inputs[mine[0]].add(x, half, ROWS_A_CALL, generator)
+
+    def _note_change(self, name: str, before: torch.Tensor, x: torch.Tensor) -> None:
+        changed = (before != _probe(x)).any()
+        self._changed[name] = self._changed.get(name, changed) | changed
 
     def _new(self, size: int, capacity: int) -> int:
         self.calibration.inputs.append(InputStatistics(size, capacity))
@@ -106,12 +134,17 @@ class Observer:
         """What was collected so far, on the CPU; collecting may go on."""
         for statistics in self.calibration.inputs:
             statistics.map_tensors(lambda tensor: tensor.cpu())
+        for name, changed in self._changed.items():
+            if bool(changed):
+                self.calibration.layers.pop(name, None)
         return self.calibration
 
 
 def _candidates(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
-    """Linear layers that could be quantized."""
+    """Linear layers that could be quantized; ComfyUI's own, quantized or not, are no subclass of
+    torch's.
+    """
     for name, module in model.named_modules():
-        linear = isinstance(module, torch.nn.Linear)
-        if linear and min(module.in_features, module.out_features) >= SMALLEST_SIDE:
+        sides = getattr(module, "in_features", 0), getattr(module, "out_features", 0)
+        if min(sides) >= SMALLEST_SIDE:
             yield name, module

@@ -20,7 +20,8 @@ import torch
 from ...kernels.columns import Columns
 from ...kernels.grids import Grid, Scale
 from ...kernels.scales import TINY
-from .base import Layer, Method, MethodOptions, Objective, register_method
+from ..options import Options
+from .base import Layer, Method, Objective, register_method
 from .inputs import best_damping, damped, upper_root
 from .svd import WORTH_A_SCALE
 
@@ -30,7 +31,7 @@ LOWEST, HIGHEST, PER_OCTAVE = -1.125, 0.5, 8
 
 
 @dataclass(frozen=True)
-class GptqOptions(MethodOptions):
+class GptqOptions(Options):
     """`passes` of coordinate descent after the feedback (emoji model, output error on other
     prompts, x nearest's: fp8 .719 without, .693 with three; nf4 .663 and .646). `damping` x the
     mean second moment; 0 chooses it by the two halves of the calibration.

@@ -14,7 +14,7 @@ from fewbits.quant_ops.calibration import (
     save_calibration,
 )
 from fewbits.quant_ops.errors import CheckpointError, RecipeError
-from fewbits.quant_ops.pipeline import quantize_file
+from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from support.layers import correlated_rows, heavy_weight
 
@@ -42,6 +42,11 @@ def watched(observer, model, *inputs):
     return observer.finish()
 
 
+def close(found, wanted):
+    """Equal but for the jitter on the diagonal, a millionth of the trace."""
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6 * float(wanted.trace()))
+
+
 def rows(count, seed=0):
     return correlated_rows(64, count, seed)
 
@@ -57,8 +62,8 @@ def test_a_gram_is_exact_and_its_halves_are_runs():
     a, b, c = rows(32), rows(48, 1), rows(16, 2)
     found = watched(Observer(MEGABYTE), Block(), a, b, c)
     first, second = found.inputs_of("q").halves
-    torch.testing.assert_close(first.T @ first, torch.cat([a, c]).T @ torch.cat([a, c]) / 48)
-    torch.testing.assert_close(second.T @ second, b.T @ b / 48)
+    close(first.T @ first, torch.cat([a, c]).T @ torch.cat([a, c]) / 48)
+    close(second.T @ second, b.T @ b / 48)
     statistics = found.inputs[0]
     together = torch.cat([a, b, c])
     torch.testing.assert_close(statistics.total, together.sum(0))
@@ -76,13 +81,13 @@ def test_a_single_run_fills_both_halves_call_by_call():
 
 
 def test_memory_stays_within_the_bound_however_much_is_seen():
-    memory = 100_000
+    memory = 60_000
     observer, model = Observer(memory), Block()
     for seed in range(200):
         watched(observer, model, rows(64, seed))
     kept = [half for statistics in observer.calibration.inputs for half in statistics.halves]
     assert sum(half.held * 64 * 2 for half in kept) <= memory
-    assert min(half.held for half in kept) >= 64
+    assert min(half.held for half in kept) >= 32
     assert all(half.stride > 1 for half in kept)
 
 
@@ -125,9 +130,7 @@ def test_two_calibrations_of_a_model_become_one():
     first, second = (watched(Observer(MEGABYTE), Block(), rows(40, seed)) for seed in (0, 1))
     first.merge(second)
     assert first.inputs[0].count == 80
-    torch.testing.assert_close(
-        first.inputs_of("q").gram * 80, sum(rows(40, s).T @ rows(40, s) for s in (0, 1))
-    )
+    close(first.inputs_of("q").gram * 80, sum(rows(40, s).T @ rows(40, s) for s in (0, 1)))
     with pytest.raises(CheckpointError, match="different models"):
         first.merge(watched(Observer(MEGABYTE), Block(32), correlated_rows(32, 8)))
 
@@ -173,7 +176,8 @@ GPTQ = Recipe(parse_wish("bnb_nf4:method=gptq"), preset="none")
 
 
 def test_layers_that_were_not_seen_are_rounded_without_and_the_plan_says_so(tmp_path, model_path):
-    found = watched(Observer(MEGABYTE), Block(), rows(512), rows(512, 1))
+    x = rows(2048)
+    found = watched(Observer(MEGABYTE), Block(), x[:1024], x[1024:])
     report = quantize_file(model_path, tmp_path / "out.safetensors", GPTQ, calibration=found)
     methods = {layer.name: (layer.method, layer.reason) for layer in report.plan.layers}
     assert methods["q"][0] == methods["k"][0] == "gptq"
@@ -189,7 +193,7 @@ def test_without_a_calibration_or_with_another_models_nothing_is_written(tmp_pat
         quantize_file(model_path, target, GPTQ)
     other = watched(Observer(MEGABYTE), Block(32), correlated_rows(32, 64))
     with pytest.raises(
-        CheckpointError, match=r"layer 'q' is \[64, 64\], in the calibration \[32, 32\]"
+        CheckpointError, match=r"layer '[qk]' is \[64, 64\], in the calibration \[32, 32\]"
     ):
         quantize_file(model_path, target, GPTQ, calibration=other)
     with pytest.raises(CheckpointError, match="knows none of the 3 layers"):
