@@ -17,6 +17,7 @@ from .door import run_command
 # name -> what it does; the module of that name has the arguments and is imported when it is asked
 COMMANDS = {
     "quantize": "write a quantized copy of a model",
+    "calibrate": "how to make a calibration for the method gptq",
     "convert": "write a file in another dialect; codes stay as they are",
     "plan": "show what would happen to every layer; reads headers only",
     "inspect": "show family, layers per format, sizes and problems of a file",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..calibration import load_calibration
 from ..doors import quantize_file
 from ..errors import RecipeError
 from .common import add_recipe_arguments, recipe_from
@@ -22,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.safetensors")
     add_recipe_arguments(parser)
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="C.safetensors",
+        help="what the layers are given while the model runs, for method gptq (see calibrate)",
+    )
     parser.add_argument(
         "--device", default="auto", help="auto (cuda when there is one), cpu, cuda, cuda:1"
     )
@@ -50,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
             verify=args.verify,
             device=pick_device(args.device),
+            calibration=load_calibration(args.calibration) if args.calibration else None,
             on_plan=None if args.quiet else print_warnings,
             on_progress=show,
         )

@@ -13,8 +13,8 @@ from fewbits.quant_ops.calibration import (
     load_calibration,
     save_calibration,
 )
-from fewbits.quant_ops.errors import CheckpointError, RecipeError
 from fewbits.quant_ops.doors import quantize_file
+from fewbits.quant_ops.errors import CheckpointError, RecipeError
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from support.layers import correlated_rows, heavy_weight
 

@@ -34,14 +34,19 @@ def correlated_rows(k: int, rows: int = 2048, seed: int = 1) -> torch.Tensor:
     return torch.randn(rows, k, generator=generator) @ mix / k**0.5
 
 
-def emoji_activations(rows: int = 4096) -> dict[str, torch.Tensor]:
-    """Inputs of every linear layer while the emoji model draws four pictures, `rows` of each at most."""
+def emoji_trainer(device: str = "cpu"):
+    """(train.py as a module, the emoji model as it was trained, all prompts)."""
     spec = importlib.util.spec_from_file_location("emoji_train", EMOJI.parent / "train.py")
     train = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train)
-    model = train.load_flux(
-        argparse.Namespace(out=str(EMOJI.parent), work=str(EMOJI.parent)), "cpu"
-    )
+    place = argparse.Namespace(out=str(EMOJI.parent), work=str(EMOJI.parent))
+    prompts = (EMOJI.parent / "prompts.txt").read_text(encoding="utf-8").split("\n")
+    return train, train.load_flux(place, device), prompts
+
+
+def emoji_activations(rows: int = 4096) -> dict[str, torch.Tensor]:
+    """Inputs of every linear layer while the emoji model draws four pictures, `rows` of each at most."""
+    train, model, prompts = emoji_trainer()
     seen: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -49,8 +54,7 @@ def emoji_activations(rows: int = 4096) -> dict[str, torch.Tensor]:
             module.register_forward_pre_hook(
                 lambda _, inputs, keep=keep: keep.append(inputs[0].flatten(0, -2))
             )
-    prompts = (EMOJI.parent / "prompts.txt").read_text(encoding="utf-8").split("\n")[:4]
-    train.sample(model, *train.conditioning(prompts, "cpu"), 8, 3.0, 1, "cpu")
+    train.sample(model, *train.conditioning(prompts[:4], "cpu"), 8, 3.0, 1, "cpu")
     generator = torch.Generator().manual_seed(0)
     inputs = {name: torch.cat(parts) for name, parts in seen.items() if parts}
     return {
