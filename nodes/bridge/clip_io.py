@@ -4,8 +4,11 @@ CLIP, and files.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import comfy.sd
 import comfy.utils
@@ -28,6 +31,10 @@ FILE_LOADERS = (
     "load_clip_model_patcher",
     "load_checkpoint_clip_patcher",
     "load_checkpoint_guess_config_clip_only",
+)
+SIZE_MISMATCH = re.compile(
+    r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]*)\]\) from "
+    r"checkpoint, the shape in current model is torch\.Size\(\[([\d, ]*)\]\)"
 )
 PART = ".transformer."  # stands between a text encoder's name and the names in its file
 MARKER = ".comfy_quant"
@@ -125,13 +132,35 @@ def load_files(paths: list[str], kind: str, *, on_cpu: bool, kernels: bool) -> c
         if on_cpu
         else {}
     )
-    clip = comfy.sd.load_clip(
-        ckpt_paths=paths,
-        embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        clip_type=getattr(comfy.sd.CLIPType, kind.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
-        model_options=options,
-    )
+    with misfits_named(f"{', '.join(Path(path).name for path in paths)} as {kind}"):
+        clip = comfy.sd.load_clip(
+            ckpt_paths=paths,
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            clip_type=getattr(comfy.sd.CLIPType, kind.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
+            model_options=options,
+        )
     return with_kernels(clip) if kernels else clip
+
+
+@contextlib.contextmanager
+def misfits_named(what: str) -> Iterator[None]:
+    """Say torch's wall of size mismatches in one sentence.
+
+    Raises:
+        CheckpointError: weights have other shapes than the text encoder that ComfyUI built.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        misfits = SIZE_MISMATCH.findall(str(error))
+        if not misfits:
+            raise
+        layer, stored, wanted = misfits[0]
+        raise CheckpointError(
+            f"{what}: {len(misfits)} weights do not fit the text encoder that ComfyUI builds for "
+            f"this type ('{layer}' is [{stored}] in the file, [{wanted}] in the encoder); choose "
+            "the type that this file belongs to, or the file for this type"
+        ) from None
 
 
 def load_checkpoint(

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import comfy.model_management
+import comfy.ops
 import comfy_kitchen
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -61,6 +62,10 @@ def _usable(facts: dict) -> bool:
 def _has_kernel(layer: torch.nn.Module, device: torch.device) -> bool:
     if _is_own(layer):
         return weight_only_path()
+    # a newer ComfyUI lists what a device has no kernels for: INT8 on MPS, for example
+    disabled = getattr(comfy.ops, "get_disabled_quant_formats", None)
+    if disabled is not None and layer.quant_format in disabled(device):
+        return False
     format = FORMATS.get(layer.quant_format)
     if format is None or format.unit is None:
         return True

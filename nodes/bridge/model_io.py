@@ -153,6 +153,8 @@ class ModelSource(PatchedWeights):
         for tensor in stored:
             if tensor.key in self._state:
                 entries[tensor.short] = Entry(tensor.key, self._origin, tensor.name)
+            elif self._replaced and (tensor.key or "").startswith(self._replaced):
+                continue  # a setting that a patch took away
             elif tensor.parts and not self._holds(naming, tensor):
                 continue  # its parts are offered instead
             elif f"{tensor.short.rpartition('.')[0]}.weight" in quantized:
@@ -169,7 +171,9 @@ class ModelSource(PatchedWeights):
             if base is not None:  # a piece that the file spells differently
                 weight = names.get(f"{base}.weight", f"{base}.weight")
                 entries[f"{weight.removesuffix('weight')}{key[len(base) + 1 :]}"] = Entry(key)
-            elif key in parts or self._patches(key):  # ComfyUI fills in what a file lacks
+            elif (
+                key in parts or self._patches(key) or key.startswith(self._replaced)
+            ):  # ComfyUI fills in what a file lacks
                 entries[key] = Entry(key)
         self._outside = read_outside(naming.config, self._origin, naming.prefix)
         for name in self._outside.names if self._is_checkpoint else ():

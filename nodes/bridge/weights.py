@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import types
 import uuid
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +60,8 @@ class PatchedWeights:
         self._state = module.state_dict()
         self._modules = dict(module.named_modules())
         _refuse_foreign_tensors(self._state)
-        self.quantized = {
-            name: module
-            for name, module in module.named_modules()
-            if isinstance(getattr(module, "weight", None), QuantizedTensor)
-        }
+        self.quantized = quantized_layers(module)
+        self._replaced = self._replace_settings()
         self._origins: list[TensorSource] = []
 
     @property
@@ -84,6 +81,27 @@ class PatchedWeights:
         for origin in self._origins:
             if isinstance(origin, (FileSource, ImportedSource)):
                 origin.close()
+
+    def _replace_settings(self) -> tuple[str, ...]:
+        """Put what patches made of modules without weights in place of what the module says of them.
+
+        ComfyUI keeps such settings (which attention a block prefers) as tensors; a LoRA may bring
+        others.
+
+        Returns:
+            The names of the replaced modules, each with its dot.
+        """
+        replaced = []
+        for key, patch in self.patcher.object_patches.items():
+            name = key.removeprefix(self.PREFIX)
+            if not key.startswith(self.PREFIX) or not _is_setting(patch, self._modules.get(name)):
+                continue
+            prefix = f"{name}."
+            for old in [old for old in self._state if old.startswith(prefix)]:
+                del self._state[old]
+            self._state.update(patch.state_dict(prefix=prefix))
+            replaced.append(prefix)
+        return tuple(replaced)
 
     def _fixed(self, entries: dict[str, Entry]) -> dict[str, str]:
         """Of the offered weights that no module takes quantized, why not: base name -> words."""
@@ -195,6 +213,21 @@ def refuse_unread(state: dict[str, str], module: torch.nn.Module) -> None:
             )
 
 
+def quantized_layers(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The layers whose weight is stored as codes, by name."""
+    return {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(getattr(part, "weight", None), QuantizedTensor)
+    }
+
+
+def is_side(key: str, quantized: Container[str]) -> bool:
+    """A scale or the marker of a quantized layer."""
+    base, _, name = key.rpartition(".")
+    return base in quantized and name not in ("weight", "bias")
+
+
 def same_values(original: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a weight is what ComfyUI makes of the original by moving and casting it."""
     return original.shape == weight.shape and torch.equal(
@@ -250,15 +283,35 @@ def _refuse_foreign_tensors(state: dict[str, torch.Tensor]) -> None:
             )
 
 
+def _is_setting(patch: object, replaced: torch.nn.Module | None) -> bool:
+    """Whether a patch is a module without weights in place of one without weights: a preference,
+    not a layer. In place of a layer it may hold that layer's weights where nobody sees them.
+    """
+    modules = (patch, replaced)
+    return all(isinstance(module, torch.nn.Module) for module in modules) and not any(
+        map(_has_weights, modules)
+    )
+
+
+def _has_weights(module: torch.nn.Module) -> bool:
+    tensors = (*module.parameters(), *module.buffers())
+    return any(isinstance(t, QuantizedTensor) or t.is_floating_point() for t in tensors)
+
+
 def _moved_patches(old: ModelPatcher, model: torch.nn.Module, prefix: str) -> dict[str, object]:
     """The object patches, with methods of the old model's modules bound to the new model's."""
-    names = {id(module): name for name, module in old.model.named_modules()}
+    modules = dict(old.model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
     moved = {}
     for key, patch in old.object_patches.items():
         owner = getattr(patch, "__self__", None)
         if id(owner) in names:
             patch = types.MethodType(patch.__func__, model.get_submodule(names[id(owner)]))
-        elif key.startswith(prefix.rstrip(".")) and isinstance(patch, torch.nn.Module):
+        elif (
+            key.startswith(prefix.rstrip("."))
+            and isinstance(patch, torch.nn.Module)
+            and not _is_setting(patch, modules.get(key))
+        ):
             raise UnsupportedLayerError(
                 f"its part '{key}' was replaced by a {type(patch).__name__} with weights of its "
                 "own (torch.compile does that): quantize first, then apply that node"

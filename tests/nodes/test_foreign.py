@@ -99,9 +99,10 @@ def test_a_file_with_every_matrix_packed_is_recognised(load, sample, tensors, ca
     assert cosine(sample(model), sample(load(tensors))) > 0.8
 
 
-def test_our_own_file_with_every_matrix_packed_is_recognised(load, tensors):
+@pytest.mark.parametrize("name", ["bnb_nf4", "nvfp4"], ids=["ours", "ComfyUI's own"])
+def test_a_native_file_with_every_matrix_packed_is_recognised(load, tensors, name):
     def make(base, weight):
-        return dialects.under(base, *dialects.native("bnb_nf4", weight))
+        return dialects.under(base, *dialects.native(name, weight))
 
     model = load(converted(tensors, make, everything))
     assert model.model.diffusion_model.img_in.in_features == 64
@@ -203,13 +204,12 @@ def test_what_cannot_be_read_is_refused_by_name(load, tensors):
 
 def test_the_logical_shapes_are_a_consistent_mapping(comfy):
     from fewbits.nodes.bridge.seams.detection import LogicalShapes, logical_weights
-    from fewbits.nodes.bridge.seams.formats import OWNED
 
     state = {
         "plain.weight": torch.zeros(4, 4),
         **dialects.under("a", *dialects.native("bnb_nf4", torch.randn(32, 64))),
     }
-    stand_ins = logical_weights(state, OWNED)
+    stand_ins = logical_weights(state)
     assert {name: tuple(t.shape) for name, t in stand_ins.items()} == {"a.weight": (32, 64)}
     view = LogicalShapes(state, stand_ins)
     assert (

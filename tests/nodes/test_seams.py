@@ -13,6 +13,7 @@ WRAPPED = {
     "detection": "comfy.model_detection:detect_unet_config",
     "merging": "comfy.model_patcher:ModelPatcher.get_key_patches",
     "controlnet": "comfy.controlnet:load_controlnet_state_dict",
+    "control_lora": "comfy.controlnet:ControlLora.pre_run",
 }
 
 

@@ -273,6 +273,32 @@ def test_codes_that_comfyui_would_read_as_numbers_are_refused(comfy):
         refuse_unread({"x.a": "a"}, module)
 
 
+def test_an_encoder_of_another_width_is_refused_in_one_sentence(comfy, clip_file):
+    from fewbits.nodes.bridge.clip_io import load_files
+    from fewbits.quant_ops.errors import CheckpointError
+
+    with pytest.raises(CheckpointError) as caught:
+        load_files([str(clip_file)], "stable_diffusion", on_cpu=True, kernels=False)
+    said = str(caught.value)
+    assert "clip_small.safetensors as stable_diffusion: " in said and "\n" not in said
+    assert "[49408, 128] in the file, [49408, 768] in the encoder" in said and len(said) < 400
+
+
+def test_a_format_that_this_device_has_no_kernels_for_stays_decoded(
+    comfy, clip, quantize_clip, monkeypatch
+):
+    """A newer ComfyUI lists such formats: INT8 on MPS, for example."""
+    names = {"int8_tensorwise"}
+    monkeypatch.setattr(
+        comfy.ops, "get_disabled_quant_formats", lambda device: names, raising=False
+    )
+    new, _ = quantize_clip(clip, "int8_tensorwise", True)
+    assert all(module._full_precision_mm for module in layers(new).values())
+    names.clear()
+    new, _ = quantize_clip(clip, "int8_tensorwise", True)
+    assert not any(module._full_precision_mm for module in layers(new).values())
+
+
 def test_two_files_of_one_kind_are_told_apart_by_their_values(comfy, load, tmp_path):
     """SD3 takes CLIP-L twice; the second file's weights are those that are used."""
     from fewbits.nodes.bridge.clip_io import ClipSource

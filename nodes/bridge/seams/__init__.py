@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import controlnet, detection, foreign, formats, layers, merging, text_encoders
+from . import control_lora, controlnet, detection, foreign, formats, layers, merging, text_encoders
 
 # `formats` is first: it finds out which formats are ours, and the others ask.
 SEAMS: dict[str, Callable[[], None]] = {
     module.__name__.rpartition(".")[2]: module.install
-    for module in (formats, layers, text_encoders, foreign, detection, merging, controlnet)
+    for module in (
+        formats,
+        layers,
+        text_encoders,
+        foreign,
+        detection,
+        merging,
+        controlnet,
+        control_lora,
+    )
 }

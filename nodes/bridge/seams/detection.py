@@ -18,9 +18,8 @@ import torch
 from ....quant_ops.checkpoint.metadata import parse_marker
 from ....quant_ops.checkpoint.reader import tensor_text
 from ....quant_ops.errors import CheckpointError
-from ....quant_ops.formats import get_format
+from ....quant_ops.formats import FORMATS, get_format
 from ....quant_ops.sources import spec_of
-from .formats import OWNED
 from .wrap import wrap
 
 
@@ -29,17 +28,16 @@ def install() -> None:
 
 
 def _with_logical_shapes(original: Callable, state_dict: dict, *args: object, **kwargs: object):
-    stand_ins = logical_weights(state_dict, OWNED)
+    stand_ins = logical_weights(state_dict)
     if stand_ins:
         state_dict = LogicalShapes(state_dict, stand_ins)
     return original(state_dict, *args, **kwargs)
 
 
-def logical_weights(state_dict: Mapping, owned: set[str]) -> dict[str, torch.Tensor]:
+def logical_weights(state_dict: Mapping) -> dict[str, torch.Tensor]:
     """key -> stand-in without data for every weight whose stored shape is not its logical one.
 
-    Args:
-        owned: formats that this ComfyUI does not read itself.
+    In ComfyUI's own formats too: it loads a packed NVFP4 layer, but reads its packed width here.
     """
     stand_ins = {}
     for name in state_dict:
@@ -49,7 +47,7 @@ def logical_weights(state_dict: Mapping, owned: set[str]) -> dict[str, torch.Ten
             continue  # without data (a header sent through detection) there is nothing to read
         try:
             marker = parse_marker(base, tensor_text(state_dict[name]))
-            if marker.get("format") not in owned:
+            if marker.get("format") not in FORMATS or len(state_dict[key].shape) != 2:
                 continue
             stored = {"weight": spec_of("weight", state_dict[key])}
             shape = get_format(marker["format"]).stored_layer(marker, stored).shape

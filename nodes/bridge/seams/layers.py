@@ -4,7 +4,7 @@ Wraps: `comfy.ops.mixed_precision_ops`, and subclasses the Linear, Embedding and
     returns. Every format that is not ours is `super()`'s.
 Why: the loading of a quantized layer is a chain of ComfyUI's own formats; a registered name alone
     is refused at its end. Embedding tables that an older ComfyUI would read as plain numbers (all
-    up to 0.20, INT8 up to 0.28) are read here.
+    up to 0.20, INT8 up to 0.28) are read here, and a LoRA on a quantized table takes effect.
 Since: ComfyUI 0.8.
 Without it: `ValueError: Unsupported quantization format: bnb_nf4` for a file of ours.
 """
@@ -244,14 +244,36 @@ class OwnEmbedding(OwnFormats):
         return rows.view(*input.shape, self.embedding_dim)
 
     # ComfyUI looks for these two; for a plain weight it must not find them, as it rounds that one
-    # itself.
+    # itself. For a quantized one that it reads itself it has none, and a patch would be added to a
+    # decoded copy and lost.
     @property
     def convert_weight(self):
-        return self._fewbits_convert if self._is_own() else _absent("convert_weight")
+        if isinstance(self.weight, QuantizedTensor):
+            return self._fewbits_convert
+        return _absent("convert_weight")
 
     @property
     def set_weight(self):
-        return self._fewbits_set if self._is_own() else _absent("set_weight")
+        if self._is_own():
+            return self._fewbits_set
+        if isinstance(self.weight, QuantizedTensor):
+            return self._fewbits_set_core
+        return _absent("set_weight")
+
+    def _fewbits_set_core(
+        self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs
+    ):
+        """As ComfyUI's Linear does it: same layout and options, new scales."""
+        options = {"scale": "recalculate", "stochastic_rounding": seed}
+        if hasattr(self.weight, "requantize_from_float"):
+            new = self.weight.requantize_from_float(weight, **options)
+        else:
+            new = QuantizedTensor.from_float(weight, self.layout_type, **options)
+        new = new.to(self.weight.dtype)
+        if return_weight:
+            return new
+        self.weight = _parameter(new)
+        return None
 
 
 class RefuseOwnFormats:

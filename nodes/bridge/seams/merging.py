@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from comfy.model_patcher import ModelPatcher
-from comfy_kitchen.tensor import QuantizedTensor
 
+from ..weights import is_side, quantized_layers
 from .wrap import wrap
 
 
@@ -27,23 +27,13 @@ def install() -> None:
 def _weights_only(
     original: Callable, patcher: ModelPatcher, *args: object, **kwargs: object
 ) -> dict:
-    quantized = {
-        name
-        for name, module in patcher.model.named_modules()
-        if isinstance(getattr(module, "weight", None), QuantizedTensor)
-    }
+    quantized = quantized_layers(patcher.model)
     if not quantized:
         return original(patcher, *args, **kwargs)
     listed = patcher.model_state_dict()
-    weights = {key: value for key, value in listed.items() if not _is_side(key, quantized)}
+    weights = {key: value for key, value in listed.items() if not is_side(key, quantized)}
     patcher.model_state_dict = lambda *args, **kwargs: weights  # hides the method for this call
     try:
         return original(patcher, *args, **kwargs)
     finally:
         del patcher.model_state_dict
-
-
-def _is_side(key: str, quantized: set[str]) -> bool:
-    """A scale or the marker of a quantized layer."""
-    base, _, name = key.rpartition(".")
-    return base in quantized and name not in ("weight", "bias")
