@@ -1,6 +1,8 @@
 """Who may import whom (docs/architecture.md): every import is resolved to a room and held against two tables."""
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import tomllib
@@ -110,3 +112,52 @@ def test_our_own_rooms_are_never_imported_absolutely():
     """Inside ComfyUI, `nodes` and `quant_ops` are ComfyUI's. What exists only when installed has to use the name."""
     found = [f"{relative(p)}: {name}" for p, _, name in imports() if name in OUR_ROOMS]
     assert [line for line in found if "/installed/" not in line] == []
+
+
+# Where format names stand: their own room, the classic tool's table, what the Quantize nodes offer, and the second
+# decoder, which shares nothing with the formats.
+NAMED_IN = (
+    "quant_ops/formats/",
+    "quant_ops/compat/flags.py",
+    "quant_ops/reference.py",
+    "nodes/quantize_",
+)
+
+
+def format_names() -> set[str]:
+    """Names that files and users write, those that are only read included."""
+    from fewbits.quant_ops.formats import FORMATS
+
+    return {name for format in FORMATS.values() for name in (format.name, *format.read_as)}
+
+
+def pieces(names: set[str]) -> set[str]:
+    """`bnb_`, `_blockwise`: what code would look for in a name to learn what the format is."""
+    cuts = [(name, i) for name in names for i, char in enumerate(name) if char == "_"]
+    return {name[: i + 1] for name, i in cuts} | {name[i:] for name, i in cuts}
+
+
+def texts(path: Path) -> Iterator[ast.Constant]:
+    """String constants of a file, docstrings excepted."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    bodies = (node.body for node in ast.walk(tree) if isinstance(node, documented) and node.body)
+    docstrings = {id(body[0].value) for body in bodies if isinstance(body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if text and id(node) not in docstrings:
+            yield node
+
+
+def test_format_names_stand_in_their_room_only():
+    names = format_names()
+    named = re.compile(rf"(?<!\w)({'|'.join(sorted(names, key=len, reverse=True))})(?!\w)")
+    found = [
+        f"{relative(path)}:{text.lineno}: {text.value!r}"
+        for room in MAY_IMPORT
+        for path in (ROOT / room).rglob("*.py")
+        if not relative(path).startswith(NAMED_IN)
+        for text in texts(path)
+        if named.search(text.value) or text.value in pieces(names)
+    ]
+    assert not found

@@ -202,7 +202,7 @@ def no_model(folder):
 
 
 REFUSALS = {
-    "unknown format": lambda folder: parse_wish("fp8"),
+    "unknown format": lambda folder: parse_wish("fp8_scaled"),
     "tensor '": not_a_number,
     "layer '": twice,
     "exists already": existing,

@@ -10,7 +10,7 @@ import torch
 from ...kernels.device import CLASSES, Gpu
 from ..bench import ROWS, SHAPE, bench_linears, kernel_report, reason_lines
 from ..errors import RecipeError
-from ..formats import get_format
+from ..formats import wished_format
 from .quantize import pick_device
 
 
@@ -46,17 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     shape = _shape(args.size)
-    for name in args.formats or ():
-        get_format(name)
+    formats = args.formats and [wished_format(name).name for name in args.formats]
     device = CLASSES[args.gpu] if args.gpu else pick_device(args.device)
     on_cpu = isinstance(device, torch.device) and device.type != "cuda"
     rows = args.rows or ((1, 16, 256) if on_cpu else ROWS)
     if min(rows) < 1:
         raise RecipeError(f"--rows {min(rows)}: at least 1")
-    kernels = kernel_report(args.formats, device, shape=shape, rows=args.rows or ROWS)
+    kernels = kernel_report(formats, device, shape=shape, rows=args.rows or ROWS)
     only_say = args.reasons or bool(args.gpu)
     if args.json:
-        timed = [] if only_say else bench_linears(device, args.formats, rows, shape)
+        timed = [] if only_say else bench_linears(device, formats, rows, shape)
         found = {"device": _device_name(device), "kernels": kernels, "linears": timed}
         print(json.dumps(found, indent=2))
         return
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
             print("\n".join(f"    {line}" for line in reason_lines(kernel)))
     if not only_say:
         print(f"\n{shape[0]}x{shape[1]}, milliseconds; x = times as fast\n{HEAD}")
-        bench_linears(device, args.formats, rows, shape, on_row=_print_row)
+        bench_linears(device, formats, rows, shape, on_row=_print_row)
 
 
 HEAD = f"{'format':<24}{'rows':>6}{'ms':>10}{'bf16':>10}{'x':>6}{'decoded':>10}{'x':>6}  kernel"

@@ -8,14 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import RecipeError
-from ..formats import FORMATS, own_methods
+from ..formats import FORMATS, own_methods, short_names
 from ..methods import METHODS
 from ..planning.layer_config import load_layer_config
 from ..planning.recipe import Draft, Recipe, Rule, Wish, draft_from_toml, parse_rule, parse_wish
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", metavar="F", help=f"what layers become: {', '.join(FORMATS)}")
+    parser.add_argument(
+        "--format",
+        metavar="F",
+        help=f"what layers become: {', '.join(FORMATS)}; for short {', '.join(short_names())}",
+    )
     parser.add_argument(
         "--scaling", help="how many weights share a scale: tensor, row (default: the format's own)"
     )

@@ -2,14 +2,27 @@
 
 from . import asym_w4a8, bnb_4bit, convrot_w4a4, fp8, int8, mxfp8, nvfp4  # noqa: F401  (importing registers)
 from .arrangement import Arrangement
-from .base import FORMATS, Format, FormatOptions, get_format, own_methods, read_as
+from .base import (
+    FORMATS,
+    Format,
+    FormatOptions,
+    find_format,
+    get_format,
+    own_methods,
+    read_as,
+    short_names,
+    wished_format,
+)
 
 __all__ = [
     "FORMATS",
     "Arrangement",
     "Format",
     "FormatOptions",
+    "find_format",
     "get_format",
     "own_methods",
     "read_as",
+    "short_names",
+    "wished_format",
 ]

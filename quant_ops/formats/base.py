@@ -6,6 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -126,7 +127,7 @@ class Format(Configurable, ABC):
     def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
         """The layer's `comfy_quant` object; key order is the order written."""
 
-    @property
+    @cached_property
     def dtypes(self) -> dict[str, str]:
         """suffix -> safetensors dtype of every stored tensor, the marker excepted."""
         options = self.Options()
@@ -349,6 +350,26 @@ def get_format(name: str) -> Format:
     raise RecipeError(unknown_format(name))
 
 
+def find_format(name: object) -> Format | None:
+    """The format that a user means, by its name or its short one; None where it is neither."""
+    if not isinstance(name, str) or not name:
+        return None
+    named = (format for format in FORMATS.values() if name in (format.name, format.short))
+    return next(named, None)
+
+
+def wished_format(name: object) -> Format:
+    """`find_format`, for names that users write.
+
+    Raises:
+        RecipeError: no such format; the message suggests the closest name and lists all.
+    """
+    format = find_format(name)
+    if format is None:
+        raise RecipeError(unknown_format(name))
+    return format
+
+
 def read_as(name: object) -> Format | None:
     """The format that layers of this name are read as though none are written under it."""
     return next((format for format in FORMATS.values() if name in format.read_as), None)
@@ -357,9 +378,14 @@ def read_as(name: object) -> Format | None:
 def unknown_format(name: object) -> str:
     """That there is no such format, the closest name, and all names."""
     meant = (format.name for format in FORMATS.values() if name in (format.short, *format.called))
-    guess = next(meant, None) or closest(str(name), FORMATS)
+    guess = next(meant, None) or closest(str(name), (*FORMATS, *short_names()))
     hint = f", did you mean {guess!r}?" if guess else "."
     return f"unknown format {name!r}{hint} Allowed: {', '.join(FORMATS)}"
+
+
+def short_names() -> tuple[str, ...]:
+    """What users may write in place of a format's name."""
+    return tuple(format.short for format in FORMATS.values() if format.short)
 
 
 def own_methods(names: Iterable[str] = FORMATS) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import RecipeError, did_you_mean
 from ..files import read_text
-from ..formats import FORMATS, Format, read_as
+from ..formats import FORMATS, Format, find_format, read_as
 from ..formats.base import PRECISE, unknown_format
 from ..methods import METHODS
 from ..strict_json import check
@@ -326,19 +326,20 @@ class _Reader:
             if ignored:
                 self.warnings.append(f"{where}: skip is true, so {', '.join(ignored)} is ignored")
             return None
-        if not self._writable(key, where, settings) or len(self.problems) > before:
+        format = self._format(key, where, settings)
+        if format is None or len(self.problems) > before:
             return None
-        return self._build(where, settings)
+        return self._build(where, settings, format)
 
-    def _writable(self, key: str, where: str, settings: dict) -> bool:
+    def _format(self, key: str, where: str, settings: dict) -> Format | None:
         name = settings.get("format")
         if "format" not in settings:
             self.problems.append(f"{where}: 'format' is required (or set \"skip\": true)")
         elif name == "":
             self.empty.append(key)
-        elif isinstance(name, str) and name not in FORMATS:
+        elif isinstance(name, str) and find_format(name) is None:
             self.problems.append(f"{where}: {_unwritable(name)}")
-        return isinstance(name, str) and name in FORMATS
+        return find_format(name)
 
     def _report_empty(self) -> None:
         text = "'format' is empty; fill it in, set \"skip\": true, or delete the entry"
@@ -348,8 +349,7 @@ class _Reader:
                 f"layer-config: {len(self.empty) - LISTED} more entries with an empty 'format'"
             )
 
-    def _build(self, where: str, settings: dict) -> Wish | None:
-        format = FORMATS[settings["format"]]
+    def _build(self, where: str, settings: dict, format: Format) -> Wish | None:
         options = {PRECISE: settings.get(PRECISE, self._unstated_precision())}
         mode = settings.get(SCALING_MODE)
         if mode is not None:
@@ -464,7 +464,7 @@ def _values(name: str, format: object) -> list:
     if name == "method":
         return sorted(METHODS)
     option = "block_size" if name == "group_size" else name
-    named = FORMATS.get(format) if isinstance(format, str) else None
+    named = find_format(format)
     if named and named.Options.values(option):
         return sorted(named.Options.values(option))
     return sorted({value for each in FORMATS.values() for value in each.Options.values(option)})

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from ..errors import RecipeError, did_you_mean
-from ..formats import FORMATS, Format, FormatOptions, get_format
+from ..formats import FORMATS, Format, FormatOptions, get_format, wished_format
 from ..methods import get_method
 
 
@@ -17,7 +17,8 @@ class Wish:
     """What a layer shall become. `method_options` holds (name, value) pairs that differ from the
     method's defaults.
 
-    `options` are stated ones on the way in; afterwards they are the format's, defaults included.
+    On the way in `format` may be a short name and `options` those that are stated; afterwards they
+    are the format's full name, and its options with defaults.
     `method` is None only on the way in: the format's own is meant, and stands there afterwards.
     `names_method` keeps whether it was named, for layer-config entries that leave it to the
     primary; such wishes are equal otherwise.
@@ -30,13 +31,14 @@ class Wish:
     names_method: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        format = wished_format(self.format)
+        object.__setattr__(self, "format", format.name)
         object.__setattr__(self, "names_method", bool(self.method or self.method_options))
         if self.method is None:
-            object.__setattr__(self, "method", get_format(self.format).method)
+            object.__setattr__(self, "method", format.method)
         object.__setattr__(
             self, "method_options", _method_options(self.method, dict(self.method_options))
         )
-        format = get_format(self.format)
         if type(self.options) is not format.Options:
             object.__setattr__(self, "options", format.configure(self.options))
 
@@ -75,7 +77,10 @@ class Wish:
 
 
 def parse_wish(text: str) -> Wish:
-    """`FORMAT[:option=value,...]` -> Wish; the method's own options stand in the same list."""
+    """`FORMAT[:option=value,...]` -> Wish; the method's own options stand in the same list.
+
+    FORMAT is a format's name, or a short one: fp8, int8, nf4, fp4.
+    """
     name, _, tail = text.partition(":")
     table: dict[str, object] = {"format": name}
     for item in filter(None, tail.split(",")):
@@ -96,7 +101,7 @@ def wish_from_table(where: str, table: dict) -> Wish:
         for key in ("format", "method")
         if key in table
     }
-    format = get_format(names["format"]) if "format" in names else Format
+    format = wished_format(names["format"]) if "format" in names else Format
     method_names = tuple(get_method(names.get("method", format.method)).options)
     known_keys(where, table, {"format", "method", *option_names(), *method_names})
     if "format" not in table:

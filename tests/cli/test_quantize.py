@@ -144,7 +144,7 @@ def test_quantizing_twice_is_refused_and_copying_is_not(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format", "fp8"], "did you mean 'float8_e4m3fn'"),
+        (["--format", "fp8_scaled"], "did you mean 'float8_e4m3fn'"),
         (
             ["--format", "int8_tensorwise", "--scaling", "rows"],
             "scaling must be one of row, tensor",

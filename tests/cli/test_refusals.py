@@ -7,7 +7,7 @@ import pytest
 from fewbits.quant_ops.cli.__main__ import main
 
 REFUSED = {
-    "--format fp8": "unknown format 'fp8', did you mean 'float8_e4m3fn'?",
+    "--format fp8_scaled": "unknown format 'fp8_scaled', did you mean 'float8_e4m3fn'?",
     "--format float8_e4m3fn_block_wise": "did you mean 'float8_e4m3fn_blockwise'?",
     "--format int8_tensorwise --scaling rows": "scaling must be one of row, tensor; got 'rows'",
     "--format int8_tensorwise:scalling=row": "unknown key 'scalling', did you mean 'scaling'?",
@@ -24,7 +24,7 @@ REFUSED = {
     "--format mxfp8 --seed x": "invalid int value: 'x'",
     "--format mxfp8 --fullmatch": "--fullmatch is about the keys of --layer-config FILE, which is missing",
     "--format mxfp8 --layer-config DIR/none.json": "layer-config not found",
-    "--format mxfp8 --layer-config DIR/bad.json": "unknown format 'int8', did you mean 'int8_tensorwise'?",
+    "--format mxfp8 --layer-config DIR/bad.json": "unknown format 'int8_block', did you mean 'int8_blockwise'?",
     "--format mxfp8 --layer-config DIR/syntax.json": "syntax.json line 1 column 7",
     "--recipe DIR/none.toml": "recipe not found",
     "--recipe DIR/bad.toml": "recipe bad.toml: top level: unknown key 'presets', did you mean 'preset'?",
@@ -41,7 +41,7 @@ def test_a_wish_that_makes_no_sense_is_one_line_and_status_2(
     command, arguments, message, tmp_path, capsys
 ):
     files = {
-        "bad.json": json.dumps({"a": {"format": "int8"}}), "syntax.json": '{"a": }', "bad.toml": "presets = 'flux'",
+        "bad.json": json.dumps({"a": {"format": "int8_block"}}), "syntax.json": '{"a": }', "bad.toml": "presets = 'flux'",
         "syntax.toml": "preset flux", "good.toml": "[primary]\nformat='mxfp8'\n[layer_config]\na={skip=true}",
     }  # fmt: skip
     for name, text in files.items():

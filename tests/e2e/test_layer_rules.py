@@ -129,9 +129,9 @@ def test_wrong_rules_are_refused_by_their_own_node(server):
 
     refused(run(pattern="re:("), "r", "pattern 're:(' is not a regular expression")
     refused(
-        run(text='{"img_in": {"format": "fp8"}}'),
+        run(text='{"img_in": {"format": "fp8_scaled"}}'),
         "r",
-        "unknown format 'fp8', did you mean 'float8_e4m3fn'?",
+        "unknown format 'fp8_scaled', did you mean 'float8_e4m3fn'?",
     )
     refused(run(text="[primary]\nformat = 'int9'"), "r", "recipe pasted: unknown format 'int9'")
     refused(run(pattern="img_in"), "i", "no [primary] table; choose in preview")

@@ -81,7 +81,7 @@ def test_a_pasted_text_is_a_layer_config_when_it_starts_with_a_brace_and_toml_ot
         ({"pattern": "x", "format": "mxfp8", "options": "method"}, "option 'method' needs a value, as in method=..."),
         ({"options": "method=svd"}, "options 'method=svd' need a pattern and a format to belong to"),
         ({"pattern": "x", "options": "method=svd"}, "options 'method=svd' need a pattern and a format to belong to"),
-        ({"text": '{"a": {"format": "fp8"}}'}, "unknown format 'fp8', did you mean 'float8_e4m3fn'?"),
+        ({"text": '{"a": {"format": "fp8_scaled"}}'}, "unknown format 'fp8_scaled', did you mean 'float8_e4m3fn'?"),
         ({"text": '{"a": }'}, "layer-config pasted line 1 column 7"),
         ({"text": '[primry]\nformat = "mxfp8"'}, "recipe pasted: top level: unknown key 'primry', did you mean 'primary'?"),
         ({"text": "img_in: keep"}, "recipe pasted: "),

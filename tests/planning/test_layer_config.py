@@ -291,12 +291,10 @@ BAD = {
         {"K": {"format": "float8_e4m3"}},
         "layer-config entry 'K': unknown format 'float8_e4m3', did you mean 'float8_e4m3fn'? Allowed: ",
     ),
-    "alias fp8": ({"K": {"format": "fp8"}}, "unknown format 'fp8', did you mean 'float8_e4m3fn'?"),
-    "alias int8": (
-        {"K": {"format": "int8"}},
-        "unknown format 'int8', did you mean 'int8_tensorwise'?",
+    "alias": (
+        {"K": {"format": "fp8_scaled"}},
+        "unknown format 'fp8_scaled', did you mean 'float8_e4m3fn'?",
     ),
-    "alias nf4": ({"K": {"format": "nf4"}}, "unknown format 'nf4', did you mean 'bnb_nf4'?"),
     "block_wise": (
         {"K": {"format": "float8_e4m3fn_block_wise"}},
         "did you mean 'float8_e4m3fn_blockwise'?",

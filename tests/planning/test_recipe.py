@@ -69,7 +69,7 @@ BAD = {
     "no primary": ({"seed": 1}, "a \\[primary\\] table"),
     "no format": ({"primary": {}}, "'format' is required"),
     "empty format": ({"primary": {"format": ""}}, "unknown format ''"),
-    "alias": ({"primary": {"format": "fp8"}}, "did you mean 'float8_e4m3fn'"),
+    "alias": ({"primary": {"format": "fp8_scaled"}}, "did you mean 'float8_e4m3fn'"),
     "method": ({"primary": {"format": "float8_e4m3fn", "method": "gtpq"}}, "unknown method 'gtpq'; known methods"),
     "text for a number": ({"primary": {"format": "int8_blockwise", "block_size": "64"}}, "block_size must be int, got '64'"),
     "bool for a number": ({"primary": {"format": "int8_blockwise", "block_size": True}}, "block_size must be int, got True"),

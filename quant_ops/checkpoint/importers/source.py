@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...errors import CheckpointError
-from ...formats import get_format
+from ...formats import FORMATS, get_format
 from ...sources import TORCH_DTYPES, TensorSource
 from ...spec import Header, TensorSpec
 from ...strict_json import parse
@@ -25,11 +25,11 @@ from . import translate
 from .base import FP8, FileFacts, ImportOptions, StoredLayer, Translation
 
 LEGACY_MARKER = "scaled_fp8"
-# Side tensors by suffix; those of NESTED also appear as `<base>.weight.<name>`.
+# Side tensors by suffix, beside those of our formats; those of NESTED also appear as
+# `<base>.weight.<name>`.
 SIDES = frozenset({
-    "weight_scale", "weight_scale_2", "weight_scalar", "scale_weight", "scale_input", "input_scale", "absmax",
-    "quant_map", "comfy_quant", "weight_s_rel", "weight_s_channel", "weight_codebook", "weight_correction",
-    "pre_quant_scale", "nested_absmax", "nested_quant_map",
+    "comfy_quant", "input_scale", "pre_quant_scale", "weight_scalar", "weight_correction", "scale_weight",
+    "scale_input", "quant_map", "nested_absmax", "nested_quant_map",
 })  # fmt: skip
 NESTED = frozenset({"absmax", "quant_map", "nested_absmax", "nested_quant_map"})
 STATE = ".quant_state."
@@ -128,7 +128,7 @@ def split_name(name: str) -> tuple[str, str | None]:
         return name, None
     if suffix in NESTED and base.endswith(".weight"):
         return base.removesuffix(".weight"), f"weight.{suffix}"
-    if suffix == "weight" or suffix in SIDES:
+    if suffix in SIDES or any(suffix in format.dtypes for format in FORMATS.values()):
         return base, suffix
     return name, None
 
