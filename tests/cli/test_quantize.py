@@ -43,6 +43,21 @@ def test_a_file_is_quantized_and_the_report_says_what_was_done(tmp_path):
     assert weights["img_in.weight"].dtype == torch.bfloat16
 
 
+def test_a_process_ends_with_the_status_and_the_line_of_a_refusal(tmp_path):
+    """All other tests call the command in this process."""
+    command = [
+        sys.executable,
+        "-m",
+        "fewbits.quant_ops.cli",
+        "quantize",
+        str(tmp_path / "none.safetensors"),
+    ]
+    command += ["-o", str(tmp_path / "q.safetensors"), "--format", "int8_tensorwise"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    refused(run, "none.safetensors")
+    assert run.stdout == "" and not (tmp_path / "q.safetensors").exists()
+
+
 def test_json_report_states_plan_and_measured_errors(tmp_path):
     result = fewbits(
         "quantize", EMOJI, "-o", tmp_path / "q.safetensors", "--format", "float8_e4m3fn", "--json"

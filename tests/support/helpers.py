@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -152,10 +153,17 @@ def raw_file(path: Path, entries: dict, data: bytes = b"", pad: bool = True) -> 
     return path
 
 
-def fewbits(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess:
-    """Run the `fewbits` command in a process of its own."""
-    command = [sys.executable, "-m", "fewbits.quant_ops.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+def fewbits(*arguments: object) -> subprocess.CompletedProcess:
+    """Run the `fewbits` command here: a process of its own would import torch for four seconds first."""
+    from fewbits.quant_ops.cli.__main__ import main
+
+    words, out, errors = [*map(str, arguments)], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            status = main(words)
+        except SystemExit as end:  # argparse, after --help and --version
+            status = end.code or 0
+    return subprocess.CompletedProcess(words, status, out.getvalue(), errors.getvalue())
 
 
 def quantize_after(started: object, model: Path, out: Path, recipe: object) -> None:
