@@ -28,7 +28,7 @@ LEAST = {
     "bnb_fp4, nearest": 0.87,  # 0.887: why mse_clip is the format's own method
     "nvfp4": 0.93,
     "asym_w4a8_int8": 0.93,
-    "convrot_w4a4": 0.60,  # 0.674: ComfyUI rounds its activations to 4 bits too
+    "convrot_w4a4": 0.60,  # 0.668: ComfyUI rounds its activations to 4 bits too
 }
 OTHER_8_BIT = 0.97
 

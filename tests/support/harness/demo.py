@@ -42,7 +42,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fewbits-demo-") as folder:
         say("start ComfyUI")
         models = emoji_models(*(row["file"] for row in rows[1:]))
-        with ComfyServer(Path(folder), custom_nodes=[PACK, EMOJI_NODES], models=models) as server:
+        nodes = [PACK, EMOJI_NODES]
+        with ComfyServer(Path(folder), custom_nodes=nodes, models=models, threads=0) as server:
             say(
                 f"ComfyUI {server.stats['system']['comfyui_version']}: {len(PROMPTS)} prompts x {len(rows)} models"
             )

@@ -14,7 +14,7 @@ def main() -> None:
         nodes, port = [PACK, EMOJI_NODES], int(sys.argv[1])
         try:
             with ComfyServer(
-                Path(folder), custom_nodes=nodes, models=emoji_models(), port=port
+                Path(folder), custom_nodes=nodes, models=emoji_models(), port=port, threads=0
             ) as server:
                 print(
                     f"ComfyUI with FewBits: http://127.0.0.1:{server.port}   (Ctrl-C ends it; log: {server.log_path})"

@@ -100,6 +100,7 @@ class ComfyServer:
         tree: ComfyUI folder; default `FEWBITS_COMFYUI`, which dev.py sets.
         arguments: more command-line flags.
         port: the port to prefer; another free one is taken if that is in use.
+        threads: of torch; one draws the same pictures on every machine. 0: as many as torch likes.
     """
 
     def __init__(
@@ -111,11 +112,13 @@ class ComfyServer:
         tree: Path | None = None,
         arguments: list[str] = (),
         port: int = 0,
+        threads: int = 1,
     ):
         self.base = Path(base)
         self.tree = Path(tree or os.environ["FEWBITS_COMFYUI"])
         self.arguments = list(arguments)
         self.port = port
+        self.threads = threads
         for name in ("models", "custom_nodes", "input", "output", "temp", "user"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         self.names = [self._place_nodes(Path(folder)) for folder in custom_nodes]
@@ -205,7 +208,6 @@ class ComfyServer:
             "TEMP",
             "USERPROFILE",
             "PYTHONPYCACHEPREFIX",
-            "OMP_NUM_THREADS",
         )
         variables = {name: os.environ[name] for name in kept if name in os.environ} | {
             "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1",
@@ -213,6 +215,8 @@ class ComfyServer:
             # Waiting threads sleep: on a busy machine spinning ones took 40 times as long.
             "OMP_WAIT_POLICY": "PASSIVE",
         }  # fmt: skip
+        if self.threads:
+            variables["OMP_NUM_THREADS"] = str(self.threads)
         windows = os.name == "nt"  # a group of its own: Ctrl-C is for us, and we stop the server
         group = (
             {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
