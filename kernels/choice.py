@@ -52,21 +52,38 @@ class Row(NamedTuple):
         return m in self.rows and n * k in self.size and n in self.height
 
 
-# hopper: kernels/cuda/wide.py. cuda: kernels/cuda/skinny.py, codes decoded in registers and x as it
-# is. triton: kernels/triton/w8a8.py. torch: its scaled product. dequantize: the weight decoded to
+# scratch: the weight decoded, rotated and rounded to INT8 rows, multiplied as those;
+# kernels/rows.py. hopper: kernels/cuda/wide.py. cuda: kernels/cuda/skinny.py, codes decoded in
+# registers and x as it is. triton: kernels/triton/w8a8.py. torch: its scaled product. dequantize: the weight decoded to
 # memory, then the library's product. Where times are close the path with fewer launches comes
 # first: ComfyUI captures no graphs.
 DECODED = Row("dequantize", why="decoding the weight once costs less than any product of its codes")
 SMALL = "weights of less than 2 million elements are decoded in no time"
 SMALLER = "weights of less than 10 million elements are decoded in little time"
 FINE_SKINNY = Row("cuda", up_to(32), why="M=16 .015 / .015, triton .0266 / .030")
+BLOCKS_64 = Row(
+    "scratch",
+    since(512),
+    millions(8),
+    why="M=512 .069 / .074, triton .071 / .078; M=1024 .101 / .099, hopper .118 / .154; "
+    "M=4608 .301 / .335, dequantize .482 / .465",
+)
 FINE = (
     FINE_SKINNY,
     Row("triton", up_to(512), millions(10), why="M=1024 .134 / .137, dequantize .128 / .128"),
     Row("triton", up_to(32), why=SMALLER),
     DECODED,
 )
+SCRATCH_FP8 = Row(
+    "scratch",
+    since(1024),
+    millions(8),
+    why="M=1024 .111 / .113, hopper .094 / .128; M=1536 .138 / .150, hopper .138 / .197; "
+    "M=4608 .310 / .349, hopper .401 / .486",
+)
 GROUPS_128 = (
+    Row("scratch", since(513), millions(8),
+        why="M=1024 .100 / .099, hopper .104 / .138; M=4608 .298 / .333, hopper .441 / .535"),
     Row("hopper", range(33, 513), millions(8),
         why="M=64 .019 / .022, triton .022 / .024; M=256 .039 / .041, triton .046 / .050; "
             "M=512 .059 / .075, triton .080 / .079; M=1024 .110 / .144, dequantize .132 / .127"),
@@ -86,15 +103,20 @@ HOPPER = {
     "int8 128": (
         Row("hopper", range(65, 769), millions(8),
             why="M=64 .022 / .024, triton .020 / .022; M=256 .032 / .034, triton .035 / .039"),
+        Row("scratch", since(1024), millions(20),
+            why="12288x3072 M=1024 .090, hopper .088, triton .095; M=1536 .128 / .135, "
+                "hopper .128 / .186, triton .143 / .151"),
+        Row("scratch", since(2049), millions(8),
+            why="12288x3072 M=4608 .286, hopper .366, triton .405"),
         Row("hopper", since(2049), millions(8), why="M=4608 .40 / .41, triton .41 / .45"),
         Row("cuda", up_to(32), why="M=16 as rows of INT8: .0141 / .0149"),
         Row("triton", ANY, millions(2), why="M=1024 .095 / .096, hopper about .090 / .100"),
         Row("triton", up_to(16), why=SMALL),
         DECODED,
     ),
-    "int8 64": FINE,
+    "int8 64": (BLOCKS_64, *FINE),
     "int8 group 128": GROUPS_128,
-    "int8 group 64": FINE,
+    "int8 group 64": (BLOCKS_64, *FINE),
     "fp8 row": (
         Row("torch", since(2049), millions(2), why="M=4608 .277 / .293, hopper .280 / .325"),
         Row("hopper", range(33, 2049), millions(4),
@@ -116,6 +138,7 @@ HOPPER = {
         DECODED,
     ),
     "fp8 64": (
+        SCRATCH_FP8,
         Row("hopper", range(33, 1025), millions(60),
             why="5120x13824 M=1024 .216, dequantize .245"),
         Row("hopper", range(33, 769), millions(45, 60),
@@ -125,8 +148,11 @@ HOPPER = {
         *FINE,
     ),
     "fp8 group 128": GROUPS_128,
-    "fp8 group 64": FINE,
+    "fp8 group 64": (SCRATCH_FP8, *FINE),
     "4-bit": (
+        Row("scratch", since(512), millions(8),
+            why="M=512 .062 / .068, hopper .078 / .077, dequantize .078 / .077; "
+                "M=1024 .093 / .093, dequantize .126 / .123; M=4608 .288 / .320, dequantize .464 / .448"),
         Row("hopper", range(33, 257), millions(60),
             why="5120x13824 M=256 .081, dequantize .109; M=512 .154, dequantize .144"),
         Row("hopper", range(33, 513), millions(20, 60),
@@ -138,6 +164,35 @@ HOPPER = {
         Row("cuda", up_to(64), range(2 * MILLION, 60 * MILLION + 1),
             why="M=32 .022 / .025, M=64 .041 / .043, dequantize .049 / .050 and .049 / .053"),
         Row("cuda", up_to(32), why="decoding the whole weight takes longer for so few rows"),
+        DECODED,
+    ),
+    "int8 rotated": (
+        Row("hopper", since(33), millions(4),
+            why="M=256 .0217 / .0271, triton .0336 / .0389; M=1024 .066 / .064, "
+                "triton .070 / .095; M=4608 .263 / .299, triton .313 / .326"),
+        Row("cuda", up_to(32), why="as INT8 rows that are not rotated"),
+        Row("triton", ANY, millions(2), why="as INT8 rows that are not rotated"),
+        Row("triton", up_to(64), why=SMALL),
+        DECODED,
+    ),
+    "nvfp4": (
+        Row("scratch", since(256), millions(20),
+            why="M=256 .052 / .063, dequantize .059 / .068; M=1024 .097 / .097, "
+                "dequantize .130 / .127; M=4608 .290 / .322, dequantize .476 / .453"),
+        Row("scratch", since(512), millions(8),
+            why="3072x3072 M=256 .0221, dequantize .0191; M=512 .0223, dequantize .0237"),
+        DECODED,
+    ),
+    "mxfp8": (
+        Row("scratch", since(256), millions(8),
+            why="M=256 .048 / .055, dequantize .062 / .072; M=1024 .093 / .090, "
+                "dequantize .131 / .128; M=4608 .290 / .315, dequantize .448 / .433"),
+        DECODED,
+    ),
+    "w4a8": (
+        Row("scratch",
+            why="M=256 .046 / .055, dequantize .085 / .093; M=4608 .297 / .320, "
+                "dequantize .492 / .495"),
         DECODED,
     ),
 }  # fmt: skip
@@ -165,6 +220,10 @@ def _blocks(large: int) -> tuple[Row, ...]:
 OTHER = {
     "int8 row": _ROWS,
     "fp8 row": _ROWS,
+    "int8 rotated": _ROWS,
+    "nvfp4": (DECODED,),
+    "mxfp8": (DECODED,),
+    "w4a8": (DECODED,),
     "int8 128": _blocks(2),
     "fp8 128": _blocks(2),
     **{
@@ -195,3 +254,13 @@ def rows_for(name: str, m: int, n: int, k: int, gpu: Gpu) -> Iterator[Row]:
     """The rows of a family that fit (M, K) times (N, K), the one to take first."""
     table = HOPPER if gpu.capability[0] == 9 else OTHER
     return (row for row in table[name] if row.fits(m, n, k))
+
+
+# Kinds of weights of comfy-kitchen's that our products multiply, by major compute capability; on
+# others its kernels were not measured against ours.
+BEATS_KITCHEN = {9: ("int8", "fp8", "nvfp4", "mxfp8")}
+
+
+def beats_kitchen(kind: str, gpu: Gpu) -> bool:
+    """Whether our product of a kind of comfy-kitchen's weights was measured to be faster."""
+    return not gpu.amd and kind in BEATS_KITCHEN.get(gpu.capability[0], ())

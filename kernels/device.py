@@ -1,4 +1,4 @@
-"""What kernels ask of a GPU: the driver is asked once per GPU, a GPU that is not here by its class."""
+"""What kernels ask of a GPU: of one that is here once, of one that is not by its class."""
 
 from __future__ import annotations
 

@@ -51,6 +51,9 @@ class Op:
     eager: Callable
     order: Order | None = None
     backends: dict[str, tuple[Callable, WhyNot]] = field(default_factory=dict)
+    # backend -> what makes it ready for more calls with equal shapes and all inputs but the first
+    # and the last: `prepare(*inputs)` is a function of those two, or None
+    prepared: dict[str, Callable] = field(default_factory=dict)
     # what `why_not` looks at -> decision
     chosen: dict[tuple, tuple[str, Callable]] = field(default_factory=dict)
 
@@ -63,6 +66,14 @@ class Op:
             return body
 
         return register
+
+    def ready(self, *args: object) -> Callable:
+        """What runs for these inputs, as a function of the first and the last."""
+        name, body = self.choose(*args)
+        prepare = self.prepared.get(name)
+        found = prepare(*args) if prepare else None
+        between = args[1:-1]
+        return found or (lambda first, last: body(first, *between, last))
 
     def choose(self, *args: object) -> tuple[str, Callable]:
         """(backend name, body) for these inputs.
@@ -140,6 +151,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _FORCED.pop()
+
+
+def is_forced() -> bool:
+    """Whether `use_backend` forces one."""
+    return bool(_FORCED)
 
 
 def list_backends() -> dict[str, list[str]]:

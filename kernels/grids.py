@@ -106,14 +106,46 @@ def _float_dither(
 
 # The cast to FP8 rounds to nearest even; the clamp comes first, because overflow differs between
 # torch versions.
-E4M3 = Levels("e4m3fn", torch.float8_e4m3fn, E4M3_MAX, by_reciprocal_, _clamp_to(E4M3_MAX), _widen_e4m3,
-              _float_dither(3, -6), True, ())  # fmt: skip
-E5M2 = Levels("e5m2", torch.float8_e5m2, 57344.0, by_reciprocal_, _clamp_to(57344.0), _widen_e5m2,
-              _float_dither(2, -14), True)  # fmt: skip
-INT8 = Levels("int8", torch.int8, 127.0, by_division_, lambda x: x.round_().clamp_(-127.0, 127.0), torch.Tensor.float,
-              torch.Tensor.add_, False, ())  # fmt: skip
-INT4 = Levels("int4", torch.int8, 7.0, by_division_, lambda x: x.round_().clamp_(-7.0, 7.0), torch.Tensor.float,
-              torch.Tensor.add_)  # fmt: skip
+E4M3 = Levels(
+    name="e4m3fn",
+    dtype=torch.float8_e4m3fn,
+    qmax=E4M3_MAX,
+    normalise_=by_reciprocal_,
+    round_=_clamp_to(E4M3_MAX),
+    widen=_widen_e4m3,
+    dither_=_float_dither(3, -6),
+    clear_zero_blocks=True,
+    kernel=(),
+)
+E5M2 = Levels(
+    name="e5m2",
+    dtype=torch.float8_e5m2,
+    qmax=57344.0,
+    normalise_=by_reciprocal_,
+    round_=_clamp_to(57344.0),
+    widen=_widen_e5m2,
+    dither_=_float_dither(2, -14),
+    clear_zero_blocks=True,
+)
+INT8 = Levels(
+    name="int8",
+    dtype=torch.int8,
+    qmax=127.0,
+    normalise_=by_division_,
+    round_=lambda x: x.round_().clamp_(-127.0, 127.0),
+    widen=torch.Tensor.float,
+    dither_=torch.Tensor.add_,
+    kernel=(),
+)
+INT4 = Levels(
+    name="int4",
+    dtype=torch.int8,
+    qmax=7.0,
+    normalise_=by_division_,
+    round_=lambda x: x.round_().clamp_(-7.0, 7.0),
+    widen=torch.Tensor.float,
+    dither_=torch.Tensor.add_,
+)
 
 
 def _row_chunks(geometry: Geometry, weight: torch.Tensor) -> int:

@@ -14,18 +14,21 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import linear
 
-from . import choice, scaled_mm
+from . import choice, rows, scaled_mm
 from .activations import quantize_activations
-from .codebook4 import FlatGrid
+from .codebook4 import E2M1, FlatGrid
+from .cuda import rows as cuda_rows
 from .cuda import why_not_cuda
 from .device import gpu_of
 from .dispatch import op, ordered
-from .grids import Levels, code_values, decode
+from .grids import INT8, Levels, code_values, decode
+from .hadamard import rotate
 from .kinds import Codes
 from .packing import unpack_nibbles
 from .scaled_mm import why_not_scaled_mm
 from .scales import CHUNK_ELEMENTS, Geometry
 from .triton import why_not_float8, why_not_triton
+from .w4a8 import dequantize_w4a8
 
 
 @op
@@ -167,6 +170,41 @@ def _why_not_library(x, *rest):
     return "tensor is on cpu" if x.device.type == "cpu" else None
 
 
+def _int8_product(x_codes, x_scale, codes, scale, bias, dtype):
+    """INT8 rows times INT8 rows by the kernel that this GPU has."""
+    from .cuda import wide
+    from .triton import w8a8
+
+    n, k = codes.shape
+    if gpu_of(x_codes).wgmma and not wide.why_not_shape(n, k, codes.dtype, None, dtype):
+        return wide.multiply(x_codes, x_scale, codes, scale, bias, dtype, None, 1)
+    return w8a8.rows_product(x_codes, x_scale, codes, scale, bias, dtype)
+
+
+def _scratch_product(x, bias, kind, *stored, span=None):
+    """x @ W.T + bias by INT8 rows made of W as it is stored; x is rotated and quantized alike."""
+    k = x.shape[1]
+    span = span or rows.span_of(k)
+    codes, scale = rows.make(kind, k, span, *stored)
+    x_codes, x_scale = rows.make("plain", k, span, x)
+    return _int8_product(x_codes, x_scale, codes, scale, bias, x.dtype)
+
+
+def _why_not_scratch(x, span):
+    """Why x is not multiplied by INT8 rows made of W; None when it is."""
+    return rows.why_not_rows(x, x.shape[1], span) or rows.why_not_floats(x)
+
+
+def _why_not_tiles_scratch(x, codes, scale, levels, geometry, bias):
+    span = rows.span_of(x.shape[1])
+    return _why_not_scratch(x, span) or rows.why_not_tiles(codes, scale, levels, geometry, span)
+
+
+@linear_tiles.backend("scratch", _why_not_tiles_scratch)
+def _linear_tiles_scratch(x, codes, scale, levels, geometry, bias):
+    return _scratch_product(x, bias, "tiles", codes, scale, geometry)
+
+
 @linear_tiles.backend("dequantize", _why_not_library)
 def _linear_tiles_library(x, codes, scale, levels, geometry, bias):
     return linear(x, dequantize_tiles(codes, scale, levels, geometry, x.dtype), bias)
@@ -232,6 +270,263 @@ def _linear_flat4(x, packed, absmax, levels, group_size, bias):
     return skinny.multiply(x, packed, absmax, bias, group_size, 1, code_values(levels))
 
 
+def _why_not_flat4_scratch(x, packed, absmax, levels, group_size, bias):
+    span = rows.span_of(x.shape[1])
+    reason = _why_not_scratch(x, span)
+    return reason or rows.why_not_flat4(packed, absmax, levels, group_size, span)
+
+
+@linear_flat4.backend("scratch", _why_not_flat4_scratch)
+def _linear_flat4_scratch(x, packed, absmax, levels, group_size, bias):
+    return _scratch_product(x, bias, "flat4", packed, absmax, code_values(levels), group_size)
+
+
 @linear_flat4.backend("dequantize", lambda x, packed, *rest: why_not_triton(packed))
 def _linear_flat4_library(x, packed, absmax, levels, group_size, bias):
     return linear(x, _dequantize_flat4(packed, absmax, levels, group_size, x.dtype), bias)
+
+
+def _rotated_order(x, codes, scale, span, bias):
+    return _measured(x, len(codes), "int8 rotated")
+
+
+@ordered(_rotated_order)
+def linear_rotated(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    span: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """x @ W.T + bias for INT8 codes of a weight rotated `span` by `span` (ConvRot): x is rotated
+    too, and quantized to INT8 rows.
+
+    Eager rounds both decoded factors to x's dtype; kernels multiply the codes.
+
+    Args:
+        x: (M, K) float32, float16 or bfloat16.
+        codes, scale: (N, K) int8, (N, 1) float32.
+        bias: (N,) of x's dtype, or None.
+    """
+    geometry = Geometry(1, None)
+    rounded = decode(*rows.quantize_rotated(x, span), INT8, geometry).to(x.dtype)
+    return linear(rounded, dequantize_tiles(codes, scale, INT8, geometry, x.dtype), bias)
+
+
+def _why_not_rotated_hopper(x, codes, scale, span, bias):
+    return _why_not_scratch(x, span) or _why_not_hopper(x, codes, None)
+
+
+@linear_rotated.backend("hopper", _why_not_rotated_hopper)
+def _linear_rotated_hopper(x, codes, scale, span, bias):
+    from .cuda import wide
+
+    x_codes, x_scale = rows.make("plain", x.shape[1], span, x)
+    return wide.multiply(x_codes, x_scale, codes, scale, bias, x.dtype, None, 1)
+
+
+def _why_not_rotated_skinny(x, codes, scale, span, bias):
+    from .cuda import skinny
+
+    return why_not_cuda(x) or why_not_triton(x) or skinny.why_not_shape(*x.shape, None, x.dtype)
+
+
+@linear_rotated.backend("cuda", _why_not_rotated_skinny)
+def _linear_rotated_skinny(x, codes, scale, span, bias):
+    from .cuda import skinny
+
+    return skinny.multiply(rotate(x, span).to(x.dtype), codes, scale, bias, None, 1)
+
+
+@linear_rotated.backend("triton", lambda x, codes, scale, span, bias: _why_not_scratch(x, span))
+def _linear_rotated_coded(x, codes, scale, span, bias):
+    from .triton import w8a8
+
+    x_codes, x_scale = rows.make("plain", x.shape[1], span, x)
+    return w8a8.rows_product(x_codes, x_scale, codes, scale, bias, x.dtype)
+
+
+@linear_rotated.backend("dequantize", lambda x, *rest: why_not_triton(x))
+def _linear_rotated_library(x, codes, scale, span, bias):
+    turned = rotate(x, span).to(x.dtype)
+    return linear(turned, dequantize_tiles(codes, scale, INT8, Geometry(1, None), x.dtype), bias)
+
+
+def _nvfp4_order(x, packed, *rest):
+    return _measured(x, len(packed), "nvfp4")
+
+
+@ordered(_nvfp4_order)
+def linear_nvfp4(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    block: torch.Tensor,
+    per_tensor: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """x @ W.T + bias for NVFP4, W rounded to x's dtype; x stays as it is.
+
+    Args:
+        x: (M, K) float32, float16 or bfloat16.
+        packed, block, per_tensor: as `rows.dequantize_nvfp4`.
+    """
+    return linear(x, rows.dequantize_nvfp4(packed, block, per_tensor, x.dtype), bias)
+
+
+def _why_not_nvfp4_scratch(x, packed, *rest):
+    return _why_not_scratch(x, rows.span_of(x.shape[1]))
+
+
+@linear_nvfp4.backend("scratch", _why_not_nvfp4_scratch)
+def _linear_nvfp4_scratch(x, packed, block, per_tensor, bias):
+    return _scratch_product(x, bias, "nvfp4", packed, block, per_tensor, code_values(E2M1))
+
+
+@linear_nvfp4.backend("dequantize", lambda x, *rest: why_not_triton(x))
+def _linear_nvfp4_library(*args):
+    return linear_nvfp4.eager(*args)
+
+
+def _mxfp8_order(x, codes, *rest):
+    return _measured(x, len(codes), "mxfp8")
+
+
+@ordered(_mxfp8_order)
+def linear_mxfp8(
+    x: torch.Tensor, codes: torch.Tensor, exponent: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x @ W.T + bias for MXFP8, W rounded to x's dtype; x stays as it is.
+
+    Args:
+        x: (M, K) float32, float16 or bfloat16.
+        codes, exponent: as `rows.dequantize_mxfp8`.
+    """
+    return linear(x, rows.dequantize_mxfp8(codes, exponent, x.dtype), bias)
+
+
+def _why_not_mxfp8_scratch(x, *rest):
+    return _why_not_scratch(x, rows.span_of(x.shape[1]))
+
+
+@linear_mxfp8.backend("scratch", _why_not_mxfp8_scratch)
+def _linear_mxfp8_scratch(x, codes, exponent, bias):
+    return _scratch_product(x, bias, "mxfp8", codes, exponent)
+
+
+@linear_mxfp8.backend("dequantize", lambda x, *rest: why_not_triton(x))
+def _linear_mxfp8_library(*args):
+    return linear_mxfp8.eager(*args)
+
+
+def _w4a8_order(x, packed, *rest):
+    return _measured(x, len(packed), "w4a8")
+
+
+@ordered(_w4a8_order)
+def linear_w4a8(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    relative: torch.Tensor,
+    channel: torch.Tensor,
+    levels: torch.Tensor,
+    span: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """x @ W.T + bias for W4A8, W rounded to x's dtype; x stays as it is.
+
+    Args:
+        x: (M, K) float32, float16 or bfloat16.
+        packed, relative, channel, levels, span: as `dequantize_w4a8`.
+    """
+    weight = dequantize_w4a8(packed, relative, channel, levels, span, x.dtype)
+    return linear(x, weight, bias)
+
+
+def _why_not_w4a8_scratch(x, packed, relative, channel, levels, span, bias):
+    return _why_not_scratch(x, span)
+
+
+@linear_w4a8.backend("scratch", _why_not_w4a8_scratch)
+def _linear_w4a8_scratch(x, packed, relative, channel, levels, span, bias):
+    return _scratch_product(x, bias, "w4a8", packed, relative, channel, levels, span=span)
+
+
+@linear_w4a8.backend("dequantize", lambda x, *rest: why_not_triton(x))
+def _linear_w4a8_library(*args):
+    return linear_w4a8.eager(*args)
+
+
+def _ready_rows(x, codes, scale, rows_per_scale, rotate):
+    """A product of rows by wide.cu, ready for more calls; None where x is quantized by Triton."""
+    from .cuda import ready
+
+    reason = cuda_rows.why_not_rows(x, x.shape[1])
+    if reason or x.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    return ready.quantized(x, codes, scale, rows_per_scale, rotate=rotate)
+
+
+def _ready_tiles_hopper(x, codes, scale, levels, geometry, bias):
+    if geometry.cols is not None:
+        return None
+    return _ready_rows(x, codes, scale, geometry.rows or len(codes), False)
+
+
+def _ready_rotated_hopper(x, codes, scale, span, bias):
+    return _ready_rows(x, codes, scale, 1, True) if span == cuda_rows.SPAN else None
+
+
+def _ready_tiles_skinny(x, codes, scale, levels, geometry, bias):
+    from .cuda import ready
+
+    return ready.as_it_is(x, codes, scale, geometry.cols, geometry.rows or len(codes))
+
+
+def _ready_flat4_skinny(x, packed, absmax, levels, group_size, bias):
+    from .cuda import ready
+
+    return ready.as_it_is(x, packed, absmax, group_size, 1, code_values(levels))
+
+
+def _ready_scratch(x, n, kind, *stored, span=None):
+    """A product by INT8 rows made of W, ready for more calls; None where Triton makes them."""
+    from .cuda import ready, wide
+
+    k = x.shape[1]
+    span = span or rows.span_of(k)
+    fits = not wide.why_not_shape(n, k, torch.int8, None, x.dtype)
+    if span != cuda_rows.SPAN or cuda_rows.why_not_rows(x, k) or not gpu_of(x).wgmma or not fits:
+        return None
+    return ready.scratch(x, getattr(cuda_rows, kind)(*stored), n, rotate=True)
+
+
+def _ready_tiles_scratch(x, codes, scale, levels, geometry, bias):
+    return _ready_scratch(x, len(codes), "tiles", codes, scale, geometry)
+
+
+def _ready_flat4_scratch(x, packed, absmax, levels, group_size, bias):
+    return _ready_scratch(x, len(packed), "flat4", packed, absmax, code_values(levels), group_size)
+
+
+def _ready_nvfp4_scratch(x, packed, block, per_tensor, bias):
+    stored = (packed, block, per_tensor, code_values(E2M1))
+    return _ready_scratch(x, len(packed), "nvfp4", *stored)
+
+
+def _ready_mxfp8_scratch(x, codes, exponent, bias):
+    return _ready_scratch(x, len(codes), "mxfp8", codes, exponent)
+
+
+def _ready_w4a8_scratch(x, packed, relative, channel, levels, span, bias):
+    stored = (packed, relative, channel, levels)
+    return _ready_scratch(x, len(packed), "w4a8", *stored, span=span)
+
+
+linear_tiles.prepared.update(
+    hopper=_ready_tiles_hopper, cuda=_ready_tiles_skinny, scratch=_ready_tiles_scratch
+)
+linear_rotated.prepared["hopper"] = _ready_rotated_hopper
+linear_flat4.prepared.update(cuda=_ready_flat4_skinny, scratch=_ready_flat4_scratch)
+linear_nvfp4.prepared["scratch"] = _ready_nvfp4_scratch
+linear_mxfp8.prepared["scratch"] = _ready_mxfp8_scratch
+linear_w4a8.prepared["scratch"] = _ready_w4a8_scratch

@@ -279,6 +279,16 @@ def _q8(
     return values.mul_(relative.float()[..., None]).round_().clamp_(-127.0, 127.0).view(codes.shape)
 
 
+def int8_values(
+    packed: torch.Tensor, relative: torch.Tensor, levels: tuple[float, ...] | torch.Tensor
+) -> torch.Tensor:
+    """(N, K) int8 of stored codes, the low nibble first, in the rotated basis; of a scale that is
+    NaN some number.
+    """
+    values = _q8(unpack_nibbles(packed, high_first=False), relative, levels)
+    return values.nan_to_num_(0.0).to(torch.int8)
+
+
 def _decode(codes: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
     return _q8(codes, relative, LEVELS).mul_(channel[:, None])
 

@@ -23,6 +23,7 @@ CACHE_BYTES = 150e6  # copies of a weight are timed in turn until they exceed ev
 
 # What a backend of `linear_tiles` and `linear_flat4` is called in a sentence.
 WORDS = {
+    "scratch": "decoded to INT8 rows, then native CUDA",
     "hopper": "native CUDA for sm_90",
     "cuda": "native CUDA",
     "triton": "native Triton",
@@ -31,7 +32,7 @@ WORDS = {
     "eager": "eager PyTorch",
     "decoded": "decoded, then the library's matmul",
 }
-NATIVE = ("hopper", "cuda", "triton", "torch")
+NATIVE = ("scratch", "hopper", "cuda", "triton", "torch")
 
 
 def kernel_report(

@@ -137,6 +137,20 @@ def encode_tensor_map(
     return ctypes.string_at(made, 128)
 
 
+@cache
+def _launcher() -> ctypes._CFuncPtr:
+    """cuLaunchKernel, told the types of its arguments once: ctypes then converts numbers itself."""
+    start = _driver()["cuLaunchKernel"]
+    start.argtypes = (
+        ctypes.c_void_p,
+        *[ctypes.c_uint] * 7,
+        ctypes.c_void_p,
+        ctypes.POINTER(ctypes.c_char_p),
+        ctypes.c_void_p,
+    )
+    return start
+
+
 ONE_POINTER = ctypes.c_char_p * 1  # to bytes, which it keeps alive
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
@@ -148,6 +162,7 @@ class Kernel:
         self._function, self._module = ctypes.c_void_p(), ctypes.c_void_p()
         self._device, self._shared = device, shared
         cubin = _cubin(source, gpu_at(device).architecture, options)
+        self._start = _launcher()
         with torch.cuda.device(device):
             torch.cuda.current_stream().query()  # makes torch's context current on this thread
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), cubin))
@@ -166,16 +181,17 @@ class Kernel:
         *arguments: int | bytes,
     ) -> None:
         """Start it on the device's current stream; `layout` packs its one argument, a struct."""
-        if torch.cuda.current_device() != self._device:
+        self.start(grid, threads, layout.pack(*arguments))
+
+    def start(self, grid: tuple[int, int, int], threads: int, packed: bytes) -> None:
+        """`launch` with the argument as its bytes."""
+        if torch._C._cuda_getDevice() != self._device:
             with torch.cuda.device(self._device):
-                return self.launch(grid, threads, layout, *arguments)
-        parameters = ONE_POINTER(layout.pack(*arguments))
-        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
-        return _check(
-            _driver().cuLaunchKernel(
-                self._function, *grid, threads, 1, 1, self._shared, stream, parameters, None
-            )
-        )
+                return self.start(grid, threads, packed)
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        where = (*grid, threads, 1, 1, self._shared, stream, ONE_POINTER(packed), None)
+        status = self._start(self._function, *where)
+        return _check(status) if status else None
 
 
 @cache

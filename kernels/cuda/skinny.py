@@ -178,6 +178,24 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
+def plan_for(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    group: int | None,
+    rows_per_scale: int,
+    values: tuple[float, ...] | None = None,
+    work: Work | None = None,
+) -> tuple[Kernel, tuple[int, int, int], int, int, int]:
+    """(kernel, grid, threads of a block, shift from a row of W to its scale, groups along K)."""
+    (m, k), n = x.shape, len(codes)
+    work = work or work_for(tokens_for(m), n, codes.dtype, gpu_of(x))
+    even = _even(codes.dtype, group, k)
+    entry = _entry(x.device.index or 0, codes.dtype, x.dtype, group, even, work, values)
+    grid = (-(-n // (16 * work.rows)) * work.cluster, -(-m // work.tokens), 1)
+    shift = 31 if rows_per_scale >= n else rows_per_scale.bit_length() - 1
+    return entry, grid, 32 * work.rows * work.split, shift, k // group if group else 1
+
+
 def multiply(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -198,16 +216,11 @@ def multiply(
         values: of the 16 codes of 4 bits.
     """
     m, k = x.shape
-    n, device = codes.shape[0], x.device.index or 0
+    n = len(codes)
     x, codes = aligned(x), aligned(codes)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    work = work or work_for(tokens_for(m), n, codes.dtype, gpu_of(x))
-    entry = _entry(device, codes.dtype, x.dtype, group, _even(codes.dtype, group, k), work, values)
-    has_bias, groups = bias is not None, k // group if group else 1
+    entry, grid, threads, shift, groups = plan_for(x, codes, group, rows_per_scale, values, work)
+    has_bias = bias is not None
     pointers = (t.data_ptr() for t in (x, codes, scale, bias if has_bias else scale, out))
-    grid = (-(-n // (16 * work.rows)) * work.cluster, -(-m // work.tokens), 1)
-    shift = 31 if rows_per_scale >= n else rows_per_scale.bit_length() - 1
-    entry.launch(
-        grid, 32 * work.rows * work.split, ARGUMENTS, *pointers, m, n, k, shift, groups, has_bias
-    )
+    entry.launch(grid, threads, ARGUMENTS, *pointers, m, n, k, shift, groups, has_bias)
     return out

@@ -237,7 +237,7 @@ def _entry(
 
 
 # addresses return: those of weights stay, torch reuses those of activations
-_map = lru_cache(4096)(encode_tensor_map)
+map_of = lru_cache(4096)(encode_tensor_map)
 
 
 def why_not_device(tensor: torch.Tensor) -> str | None:
@@ -299,7 +299,7 @@ def _shift(scaling: Scaling, n: int) -> int:
 
 
 @lru_cache(4096)
-def _plan(
+def plan_for(
     scaling: Scaling,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
@@ -357,12 +357,12 @@ def multiply(
     m, k = x.shape
     n, width = codes.shape
     scaling = Scaling(Codes.of(codes.dtype), group, rows_per_scale)
-    plan = _plan(scaling, (m, n, k), dtype, x.device.index or 0, values=values, tile=tile)
+    plan = plan_for(scaling, (m, n, k), dtype, x.device.index or 0, values=values, tile=tile)
     x, codes = aligned(x), aligned(codes)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
     swizzled = scaling.codes != Codes.FOUR_BIT
-    x_map = _map(x.data_ptr(), x.dtype, m, k, k * x.itemsize, plan.x_box, True)
-    w_map = _map(codes.data_ptr(), codes.dtype, n, width, width, plan.w_box, swizzled)
+    x_map = map_of(x.data_ptr(), x.dtype, m, k, k * x.itemsize, plan.x_box, True)
+    w_map = map_of(codes.data_ptr(), codes.dtype, n, width, width, plan.w_box, swizzled)
     factors = (x_map, w_map) if scaling.x_left else (w_map, x_map)
     scales_map, pitch, groups = x_map, 0, k // group if group else 1
     if scaling.parts:
@@ -370,7 +370,7 @@ def multiply(
         if not scaling.x_left:
             box = (scaling.parts, plan.right)
             address = x_scale.data_ptr()
-            scales_map = _map(address, x_scale.dtype, groups, m, 4 * pitch, box, False)
+            scales_map = map_of(address, x_scale.dtype, groups, m, 4 * pitch, box, False)
     at = scale.data_ptr()
     x_scale_at = at if x_scale is None else x_scale.data_ptr()
     bias_at = at if bias is None else bias.data_ptr()

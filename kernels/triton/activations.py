@@ -41,7 +41,8 @@ def _encode(x, scale, zero, QMAX: tl.constexpr, FLOAT8: tl.constexpr):
 @triton.jit
 def _rows(
     x, codes, scale, k, stride,
-    QMAX: tl.constexpr, FLOAT8: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
+    QMAX: tl.constexpr, FLOAT8: tl.constexpr,
+    FLOOR: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -66,7 +67,8 @@ def _rows(
 @triton.jit
 def _groups(
     x, codes, scale, pitch, count, groups,
-    QMAX: tl.constexpr, FLOAT8: tl.constexpr, FLOOR: tl.constexpr, GROUP: tl.constexpr, RUNS: tl.constexpr,
+    QMAX: tl.constexpr, FLOAT8: tl.constexpr,
+    FLOOR: tl.constexpr, GROUP: tl.constexpr, RUNS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS)

@@ -104,7 +104,8 @@ def quantize_groups(
 @triton.jit
 def _rows(
     x, table, codes, scale, k,
-    KIND: tl.constexpr, QMAX: tl.constexpr, FLOOR: tl.constexpr, HOLD: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, QMAX: tl.constexpr,
+    FLOOR: tl.constexpr, HOLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)

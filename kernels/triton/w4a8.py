@@ -36,7 +36,8 @@ def int8_value(level, step):
 @triton.jit
 def _dequantize(
     packed, relative, channel, levels, floats, signs, out, n, k,
-    SIDE: tl.constexpr, TWICE: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SIDE: tl.constexpr, TWICE: tl.constexpr,
+    FACTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     start = tl.program_id(1) * COLUMNS
@@ -182,7 +183,8 @@ def fit(
 
 @triton.jit
 def _nearest(
-    x, channel, relative, floats, levels, codes, count, per_row, ZERO: tl.constexpr, GROUPS: tl.constexpr
+    x, channel, relative, floats, levels,
+    codes, count, per_row, ZERO: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     inside = group < count

@@ -23,7 +23,8 @@ from .reduce import reduce_parts
 @triton.jit
 def _multiply(
     x, x_scale, w, w_scale, bias, out, m, n, k, per_split, xs_row, xs_group, ws_row, ws_group,
-    GROUP: tl.constexpr, W_ROWS: tl.constexpr, INTEGER: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, W_ROWS: tl.constexpr,
+    INTEGER: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     # Programs go through bands of BAND row tiles, so that those running together share their tiles
@@ -129,8 +130,10 @@ def multiply(
     has_bias = bias is not None
     one_scale = w_scale.shape[0] == 1
     numbers = (
-        m, n, k, per_split, x_scale.stride(0), x_scale.stride(1), 0 if one_scale else w_scale.stride(0),
-        w_scale.stride(1), group or 0, 1 if one_scale else w_rows, w.dtype == torch.int8, has_bias, split,
+        m, n, k,
+        per_split, x_scale.stride(0), x_scale.stride(1), 0 if one_scale else w_scale.stride(0),
+        w_scale.stride(1), group or 0, 1 if one_scale else w_rows,
+        w.dtype == torch.int8, has_bias, split,
         tile.m, tile.n, block_k, tile.band, k % block_k == 0,
     )  # fmt: skip
     tensors = (x, x_scale, w.contiguous(), w_scale, bias if has_bias else x_scale, parts)
@@ -196,9 +199,25 @@ def linear(
     qmax = 127.0 if codes.dtype == torch.int8 else 448.0
     x_codes, x_scale = activations.quantize(x, codes.dtype, qmax, geometry.cols)
     n = len(codes)
+    if geometry.cols is None and geometry.rows == 1:
+        return rows_product(x_codes, x_scale, codes, scale, bias, x.dtype)
     if geometry.rows == 1 and geometry.cols and len(x) > 64:
         scale = scale.t().contiguous().t()  # every step reads one column of it
     tile = tile_for(len(x), n, x.shape[1], geometry.cols, gpu_of(x).multiprocessors)
     return multiply(
         x_codes, x_scale, codes, scale, bias, x.dtype, geometry.cols, geometry.rows or n, tile
     )
+
+
+def rows_product(
+    x_codes: torch.Tensor,
+    x_scale: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """(M, K) codes @ (N, K).T codes + bias -> (M, N) `dtype`, a scale per row of both."""
+    m, k = x_codes.shape
+    tile = tile_for(m, len(codes), k, None, gpu_of(x_codes).multiprocessors)
+    return multiply(x_codes, x_scale, codes, scale, bias, dtype, None, 1, tile)

@@ -15,6 +15,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...quant_ops.formats import FORMATS
+from ...quant_ops.layouts import multiplies_native
 from .compat import weight_only_path
 
 DECODED = "decoded, then multiplied at full precision"
@@ -47,10 +48,12 @@ def kernel_lines(module: torch.nn.Module) -> list[str]:
 def _how(layer: torch.nn.Module) -> str:
     if isinstance(layer, torch.nn.Embedding):
         return LOOKED_UP
-    if layer._full_precision_mm and not getattr(layer, "_fewbits_rounds", False):
-        return DECODED
-    if _is_own(layer):
+    precise = layer._full_precision_mm and not getattr(layer, "_fewbits_rounds", False)
+    device = comfy.model_management.get_torch_device()
+    if not precise and (_is_own(layer) or multiplies_native(layer.weight, device)):
         return OURS
+    if layer._full_precision_mm:
+        return DECODED
     backends = [name for name, facts in comfy_kitchen.list_backends().items() if _usable(facts)]
     return f"comfy-kitchen's kernel ({', '.join(backends)}), activations rounded too"
 

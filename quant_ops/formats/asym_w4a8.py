@@ -11,13 +11,18 @@ from typing import ClassVar
 
 import torch
 
+from ...kernels.dispatch import Op
 from ...kernels.packing import pack_nibbles, unpack_nibbles
+from ...kernels.rows import SPANS
+from ...kernels.runtime import linear_w4a8
 from ...kernels.w4a8 import GROUP, LEVELS, W4A8Grid, W4A8Scale, dequantize_w4a8
 from ..errors import CheckpointError
 from ..spec import LayerInput, TensorSpec
 from .base import Format, FormatOptions, register_format, with_precision
 from .chain import INT8_ROW, Next
 from .convrot import LARGEST, READ, WRITTEN, refusal, smaller_group, stored_group
+
+STORED = ("weight", "weight_s_rel", "weight_s_channel", "weight_codebook")
 
 
 class AsymW4A8(Format):
@@ -105,11 +110,17 @@ class AsymW4A8(Format):
         options: FormatOptions,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        stored = (
-            tensors[name]
-            for name in ("weight", "weight_s_rel", "weight_s_channel", "weight_codebook")
-        )
+        stored = (tensors[name] for name in STORED)
         return dequantize_w4a8(*stored, options.convrot_groupsize, dtype)
+
+    def product(
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
+    ) -> tuple[Op, tuple] | None:
+        span = options.convrot_groupsize
+        if options.full_precision_matrix_mult or span not in SPANS:
+            return None
+        stored = (tensors[name] for name in STORED)
+        return linear_w4a8, (*stored, span)
 
 
 register_format(AsymW4A8())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ...kernels.dispatch import Op
 from ...kernels.grids import E4M3
 from ...kernels.mxfp8 import BLOCK, Mxfp8Grid
 from ...kernels.packing import swizzle_scales, unswizzle_scales
+from ...kernels.runtime import linear_mxfp8
 from ..spec import LayerInput
 from .base import FormatOptions, register_format
 from .padded import PaddedFormat
@@ -35,6 +37,14 @@ class Mxfp8(PaddedFormat):
     ) -> torch.Tensor:
         n, k = layer.shape
         return Mxfp8Grid().decode(tensors["weight"], _exponents(tensors))[:n, :k]
+
+    def product(
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
+    ) -> tuple[Op, tuple] | None:
+        if options.full_precision_matrix_mult or self.padded(layer.shape) != layer.shape:
+            return None
+        exponent = tensors["weight_scale"].view(torch.float8_e8m0fnu)
+        return linear_mxfp8, (tensors["weight"], exponent)
 
     def overflowing(self, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -> int:
         n, k = weight.shape

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ...kernels.dispatch import Op
 from ...kernels.nvfp4 import BLOCK, Nvfp4Grid, Nvfp4Scale
 from ...kernels.packing import pack_nibbles, swizzle_scales, unpack_nibbles, unswizzle_scales
+from ...kernels.runtime import linear_nvfp4
 from ..spec import LayerInput
 from .base import FormatOptions, register_format
 from .padded import PaddedFormat
@@ -38,6 +40,14 @@ class Nvfp4(PaddedFormat):
 
     def codes(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         return unpack_nibbles(tensors["weight"], high_first=True)
+
+    def product(
+        self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
+    ) -> tuple[Op, tuple] | None:
+        if options.full_precision_matrix_mult or self.padded(layer.shape) != layer.shape:
+            return None
+        block = tensors["weight_scale"].view(torch.float8_e4m3fn)
+        return linear_nvfp4, (tensors["weight"], block, tensors["weight_scale_2"])
 
     def dequantize(
         self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions

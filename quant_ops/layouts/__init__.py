@@ -2,6 +2,15 @@
 only in here.
 """
 
-from .pack import layout_name, linear, register_layout
+from .native import multiplies_native, product_of
+from .pack import Product, layout_name, linear, register_layout, runs_alone
 
-__all__ = ["layout_name", "linear", "register_layout"]
+__all__ = [
+    "Product",
+    "layout_name",
+    "linear",
+    "multiplies_native",
+    "product_of",
+    "register_layout",
+    "runs_alone",
+]

@@ -20,10 +20,13 @@ from comfy_kitchen.tensor.base import (
     register_layout_op,
 )
 
+from ...kernels.dispatch import Op, is_forced
 from ..errors import UnsupportedLayerError
 from ..formats import Format, FormatOptions, get_format
 from ..sources import DTYPE_NAMES
 from ..spec import LayerInput
+
+REMEMBERED = 64  # numbers of rows of x that a product remembers
 
 
 class Product:
@@ -31,17 +34,35 @@ class Product:
     bias)`.
 
     It lies with a weight's side tensors, which are never replaced by others, and is made anew for
-    another `qdata` or `shape`; whatever moves or copies a weight makes new side tensors.
+    another `qdata` or `shape`; whatever moves or copies a weight makes new side tensors. What runs
+    is remembered by what is left to depend on: rows and dtype of x, and whether there is a bias.
     """
 
-    __slots__ = ("arguments", "op", "qdata", "shape")
+    __slots__ = ("arguments", "bodies", "op", "qdata", "shape")
 
     def __init__(self, qdata: torch.Tensor, shape: tuple[int, int], op: Callable, arguments: tuple):
         self.qdata, self.shape, self.op, self.arguments = qdata, shape, op, arguments
+        self.bodies: dict[tuple, Callable] = {}
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         n, k = self.shape
-        return self.op(x.reshape(-1, k), *self.arguments, bias).view(*x.shape[:-1], n)
+        rows = x if x.dim() == 2 else x.reshape(-1, k)
+        key = (len(rows), rows.dtype, bias is None)
+        body = self.bodies.get(key)
+        if body is None or is_forced():
+            body = self._body(key, rows, bias)
+        out = body(rows, bias)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
+
+    def _body(self, key: tuple, rows: torch.Tensor, bias: torch.Tensor | None) -> Callable:
+        if not isinstance(self.op, Op):
+            return lambda rows, bias: self.op(rows, *self.arguments, bias)
+        body = self.op.ready(rows, *self.arguments, bias)
+        if not is_forced():
+            if len(self.bodies) >= REMEMBERED:
+                self.bodies.clear()
+            self.bodies[key] = body
+        return body
 
     def __reduce__(self) -> tuple:
         return type(None), ()  # a deep copy of a weight makes its own
@@ -310,11 +331,39 @@ def _nobody_looks(tensor: torch.Tensor) -> bool:
     )
 
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, *HALVES)
 
 
 def _is_own(value: object) -> bool:
     return isinstance(value, QuantizedTensor) and issubclass(value.layout_cls, PackLayout)
+
+
+def runs_alone(x: torch.Tensor, product: Product, bias: torch.Tensor | None) -> bool:
+    """Whether a product can be called as it is: all on one GPU, in a float of 16 bits, and nothing
+    records, traces or counts.
+    """
+    return (
+        type(x) is torch.Tensor
+        and x.dtype in HALVES
+        and x.device == product.qdata.device
+        and (bias is None or (bias.dtype == x.dtype and bias.device == x.device))
+        and x.is_cuda
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def own_product(weight: QuantizedTensor) -> Product:
+    """The product of a weight in one of our layouts; it lies with the weight's side tensors."""
+    qdata, params = weight._qdata, weight._params
+    shape = tuple(params.orig_shape)
+    product = vars(params).get("product")
+    if product is None or product.qdata is not qdata or product.shape != shape:
+        pieces = list(weight.layout_cls.stored(qdata, params).values())
+        product = vars(params)["product"] = weight.layout_cls.product(pieces, *shape)
+    return product
 
 
 @register_layout_op(torch.ops.aten.linear.default, PackLayout)

@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def test_ops_list_their_backends_and_say_why_one_does_not_run():
-    assert list_backends()["linear_flat4"] == ["hopper", "cuda", "dequantize", "eager"]
+    assert list_backends()["linear_flat4"] == ["hopper", "cuda", "scratch", "dequantize", "eager"]
     packed = torch.zeros(4, 32, dtype=torch.uint8)
     reasons = runtime.dequantize_flat4.reasons(packed, torch.ones(4), NF4, 64, torch.float32)
     assert reasons == {"triton": "tensor is on cpu"}

@@ -1,7 +1,7 @@
 """Seam `layers`: ComfyUI's layers read, run, patch and save our formats.
 
 Wraps: `comfy.ops.mixed_precision_ops`, and subclasses the Linear, Embedding and MoEExperts that it
-    returns. Every format that is not ours is `super()`'s.
+    returns. Every format that is not ours is `super()`'s, but for products that are faster by us.
 Why: the loading of a quantized layer is a chain of ComfyUI's own formats; a registered name alone
     is refused at its end. Embedding tables that an older ComfyUI would read as plain numbers (all
     up to 0.20, INT8 up to 0.28) are read here, and a LoRA on a quantized table takes effect.
@@ -23,7 +23,7 @@ from ....quant_ops.checkpoint.reader import tensor_text
 from ....quant_ops.errors import CheckpointError, UnsupportedLayerError
 from ....quant_ops.formats import FORMATS, get_format
 from ....quant_ops.formats.base import is_precise
-from ....quant_ops.layouts import linear
+from ....quant_ops.layouts import Product, linear, product_of, runs_alone
 from ....quant_ops.sources import spec_of
 from ....quant_ops.spec import LayerInput
 from ..compat import embedding_reads, weight_only_path
@@ -150,16 +150,26 @@ class OwnFormats:
         return None
 
 
-class OwnLinear(OwnFormats):
-    """Mixed in before Linear."""
+_every_op = getattr(comfy.ops, "run_every_op", lambda: None)  # ends a run that was interrupted
 
-    # activations are rounded though `_full_precision_mm` is set: we set it, not ComfyUI
+
+class OwnLinear(OwnFormats):
+    """Mixed in before Linear: our formats, and products of ComfyUI's own where ours are faster."""
+
+    # activations are rounded though `_full_precision_mm` is set: not by ComfyUI's wish or the
+    # file's, but by us, or because this GPU has no units for ComfyUI's product
     _fewbits_rounds = False
+    comfy_force_cast_weights = False  # ComfyUI sets it where a layer must be cast at each call
+    # what multiplies, as far as it is known: (weight, codes, product or None)
+    _fewbits_ready: tuple = (None, None, None)
 
     def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
         marker = _own_marker(state_dict, prefix)
         if marker is None:
+            asked = getattr(self, "_full_precision_mm", False)
             super()._load_from_state_dict(state_dict, prefix, *others)
+            asked = asked or getattr(self, "_full_precision_mm_config", False)
+            self._fewbits_rounds = not asked
             return
         shape = (self.out_features, self.in_features)
         self._fewbits_load(marker, state_dict, prefix, shape, **self.factory_kwargs)
@@ -168,6 +178,39 @@ class OwnLinear(OwnFormats):
             # older ComfyUI would quantize activations with our weight layout
             self._full_precision_mm = True
         self._fewbits_load_rest(state_dict, prefix, *others)
+
+    def forward(self, input, *args, **kwargs):
+        # a compiler follows ComfyUI's own way, and ours inside it
+        compiling = torch.compiler.is_compiling()
+        product = None if compiling else self._fewbits_product(input)
+        if product is None:
+            return super().forward(input, *args, **kwargs)
+        _every_op()
+        return product(input, self._parameters.get("bias"))
+
+    def _fewbits_product(self, x: torch.Tensor) -> Product | None:
+        """What multiplies x where nothing is to be cast, patched, traced or recorded; else None.
+
+        ComfyUI takes 20 us of Python to find that out. `_v` is DynamicVRAM's: the weight may not be
+        there yet.
+        """
+        state, parts = self.__dict__, self._parameters
+        weight, bias = parts.get("weight"), parts.get("bias")
+        if not isinstance(weight, QuantizedTensor):
+            return None
+        known, codes, product = self._fewbits_ready
+        if known is not weight or weight._qdata is not codes:
+            product = product_of(weight)
+            state["_fewbits_ready"] = (weight, weight._qdata, product)
+        if product is None or not runs_alone(x, product, bias):
+            return None
+        if self.weight_function or self.bias_function or "_v" in state:
+            return None
+        if self.comfy_force_cast_weights or (self._full_precision_mm and not self._fewbits_rounds):
+            return None
+        if parts.get("input_scale") is not None or parts.get("pre_quant_scale") is not None:
+            return None
+        return product
 
     def forward_comfy_cast_weights(self, input, *args, **kwargs):
         # ComfyUI's casts take 14 us to find that weight and bias are where the input is and nothing
