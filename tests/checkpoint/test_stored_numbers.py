@@ -229,3 +229,11 @@ def test_asym_w4a8_tensors_that_do_not_fit_are_refused():
         for tensor in (torch.ones(3), torch.ones(2, 3), torch.ones(1, 1, 1)):
             with pytest.raises(CheckpointError, match="layer 'a'"):
                 ImportedSource(MemorySource({**good, f"a.{name}": tensor}))
+
+
+@pytest.mark.parametrize("order", [{}, [], 1, None, True, "middle"], ids=repr)
+def test_a_nibble_order_that_is_none_counts_as_not_said(order):
+    tensors, marker = dialects.native("bnb_nf4", WEIGHT)
+    named = dialects.under("a", tensors, {**marker, "nibble_order": order})
+    (made,) = ImportedSource(MemorySource(named)).translations.values()
+    assert made.nibbles == "high"

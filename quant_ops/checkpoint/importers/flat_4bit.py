@@ -18,7 +18,6 @@ from ...formats.bnb_4bit import PREFIX
 from ...spec import LayerInput
 from .base import ImportOptions, StoredLayer, Tensors, Translation, quantized, resolved
 from .four_bit import (
-    ORDERS,
     TABLES,
     WRITTEN,
     Codes,
@@ -27,6 +26,7 @@ from .four_bit import (
     nibble_order,
     plain_absmax,
     source_dtype,
+    stated_order,
     stored_table,
     translate_codes,
 )
@@ -76,7 +76,7 @@ def _kind(layer: StoredLayer) -> str | None:
 
 
 def _is_ours(layer: StoredLayer) -> bool:
-    high = ORDERS.get(layer.said.get("nibble_order")) == "high"
+    high = stated_order(layer) == "high"
     return high and layer.said.get("format") in WRITTEN.values() and len(layer.weight.shape) == 2
 
 

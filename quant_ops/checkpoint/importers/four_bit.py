@@ -262,6 +262,12 @@ def finite(value: object, what: str) -> float:
     return float(value)
 
 
+def stated_order(layer: StoredLayer) -> str | None:
+    """The nibble order that the layer's JSON names; None for anything else in its place."""
+    said = layer.said.get("nibble_order")
+    return ORDERS.get(said) if isinstance(said, str) else None
+
+
 def nibble_order(
     layer: StoredLayer,
     options: ImportOptions,
@@ -273,9 +279,9 @@ def nibble_order(
     absmax: str = "absmax",
 ) -> tuple[str, tuple[str, ...]]:
     """("high" | "low", warnings): the first rule that applies decides."""
-    said = layer.said.get("nibble_order")
-    if isinstance(said, str) and said in ORDERS:
-        return ORDERS[said], ()
+    said = stated_order(layer)
+    if said:
+        return said, ()
     if nested:
         return "high", ()
     if len(layer.weight.shape) == 1 and absmax == "absmax" and absmax in layer.specs:
