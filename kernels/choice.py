@@ -175,7 +175,7 @@ HOPPER = {
         Row("triton", up_to(64), why=SMALL),
         DECODED,
     ),
-    "nvfp4": (
+    "e2m1": (
         Row("scratch", since(256), millions(20),
             why="M=256 .052 / .063, dequantize .059 / .068; M=1024 .097 / .097, "
                 "dequantize .130 / .127; M=4608 .290 / .322, dequantize .476 / .453"),
@@ -183,7 +183,7 @@ HOPPER = {
             why="3072x3072 M=256 .0221, dequantize .0191; M=512 .0223, dequantize .0237"),
         DECODED,
     ),
-    "mxfp8": (
+    "e4m3_mx": (
         Row("scratch", since(256), millions(8),
             why="M=256 .048 / .055, dequantize .062 / .072; M=1024 .093 / .090, "
                 "dequantize .131 / .128; M=4608 .290 / .315, dequantize .448 / .433"),
@@ -221,8 +221,8 @@ OTHER = {
     "int8 row": _ROWS,
     "fp8 row": _ROWS,
     "int8 rotated": _ROWS,
-    "nvfp4": (DECODED,),
-    "mxfp8": (DECODED,),
+    "e2m1": (DECODED,),
+    "e4m3_mx": (DECODED,),
     "w4a8": (DECODED,),
     "int8 128": _blocks(2),
     "fp8 128": _blocks(2),
@@ -258,7 +258,7 @@ def rows_for(name: str, m: int, n: int, k: int, gpu: Gpu) -> Iterator[Row]:
 
 # Kinds of weights of comfy-kitchen's that our products multiply, by major compute capability; on
 # others its kernels were not measured against ours.
-BEATS_KITCHEN = {9: ("int8", "fp8", "nvfp4", "mxfp8")}
+BEATS_KITCHEN = {9: ("int8", "fp8", "e2m1", "e4m3_mx")}
 
 
 def beats_kitchen(kind: str, gpu: Gpu) -> bool:

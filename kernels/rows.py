@@ -208,12 +208,12 @@ def rows_nvfp4(
 def _dequantize_nvfp4(packed, block, per_tensor, dtype):
     from .triton import rows
 
-    return rows.decode(rows.nvfp4(packed, block, per_tensor, code_values(E2M1)), dtype)
+    return rows.decode(rows.e2m1(packed, block, per_tensor, code_values(E2M1)), dtype)
 
 
 _backends(
     rows_nvfp4,
-    "nvfp4",
+    "e2m1",
     lambda packed, block, per_tensor, span: why_not_rows(packed, 2 * packed.shape[1], span),
     lambda packed, block, per_tensor, span: (
         2 * packed.shape[1],
@@ -247,12 +247,12 @@ def rows_mxfp8(codes: torch.Tensor, exponent: torch.Tensor, span: int) -> Rows:
 def _dequantize_mxfp8(codes, exponent, dtype):
     from .triton import rows
 
-    return rows.decode(rows.mxfp8(codes, exponent), dtype)
+    return rows.decode(rows.e4m3_mx(codes, exponent), dtype)
 
 
 _backends(
     rows_mxfp8,
-    "mxfp8",
+    "e4m3_mx",
     lambda codes, exponent, span: why_not_rows(codes, codes.shape[1], span),
     lambda codes, exponent, span: (codes.shape[1], span, (codes, exponent)),
 )

@@ -353,7 +353,7 @@ def _linear_rotated_library(x, codes, scale, span, bias):
 
 
 def _nvfp4_order(x, packed, *rest):
-    return _measured(x, len(packed), "nvfp4")
+    return _measured(x, len(packed), "e2m1")
 
 
 @ordered(_nvfp4_order)
@@ -379,7 +379,7 @@ def _why_not_nvfp4_scratch(x, packed, *rest):
 
 @linear_nvfp4.backend("scratch", _why_not_nvfp4_scratch)
 def _linear_nvfp4_scratch(x, packed, block, per_tensor, bias):
-    return _scratch_product(x, bias, "nvfp4", packed, block, per_tensor, code_values(E2M1))
+    return _scratch_product(x, bias, "e2m1", packed, block, per_tensor, code_values(E2M1))
 
 
 @linear_nvfp4.backend("dequantize", lambda x, *rest: why_not_triton(x))
@@ -388,7 +388,7 @@ def _linear_nvfp4_library(*args):
 
 
 def _mxfp8_order(x, codes, *rest):
-    return _measured(x, len(codes), "mxfp8")
+    return _measured(x, len(codes), "e4m3_mx")
 
 
 @ordered(_mxfp8_order)
@@ -410,7 +410,7 @@ def _why_not_mxfp8_scratch(x, *rest):
 
 @linear_mxfp8.backend("scratch", _why_not_mxfp8_scratch)
 def _linear_mxfp8_scratch(x, codes, exponent, bias):
-    return _scratch_product(x, bias, "mxfp8", codes, exponent)
+    return _scratch_product(x, bias, "e4m3_mx", codes, exponent)
 
 
 @linear_mxfp8.backend("dequantize", lambda x, *rest: why_not_triton(x))
@@ -510,11 +510,11 @@ def _ready_flat4_scratch(x, packed, absmax, levels, group_size, bias):
 
 def _ready_nvfp4_scratch(x, packed, block, per_tensor, bias):
     stored = (packed, block, per_tensor, code_values(E2M1))
-    return _ready_scratch(x, len(packed), "nvfp4", *stored)
+    return _ready_scratch(x, len(packed), "e2m1", *stored)
 
 
 def _ready_mxfp8_scratch(x, codes, exponent, bias):
-    return _ready_scratch(x, len(codes), "mxfp8", codes, exponent)
+    return _ready_scratch(x, len(codes), "e4m3_mx", codes, exponent)
 
 
 def _ready_w4a8_scratch(x, packed, relative, channel, levels, span, bias):

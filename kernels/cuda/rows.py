@@ -132,7 +132,7 @@ def tiles(codes: torch.Tensor, scale: torch.Tensor, geometry: Geometry) -> Rows:
     return Rows(*stored, across=k // group, group=group, rows=rows)
 
 
-def nvfp4(
+def e2m1(
     packed: torch.Tensor, block: torch.Tensor, per_tensor: torch.Tensor, values: tuple[float, ...]
 ) -> Rows:
     """(N, K/2) bytes, high nibble first, swizzled e4m3fn scales of 16, one of all."""
@@ -151,7 +151,7 @@ def w4a8(
     return Rows(Stored.W4A8, 2 * half, aligned(packed), half, *scales, across=half // 8, group=16)
 
 
-def mxfp8(codes: torch.Tensor, exponent: torch.Tensor) -> Rows:
+def e4m3_mx(codes: torch.Tensor, exponent: torch.Tensor) -> Rows:
     """(N, K) e4m3fn codes, swizzled exponents of 32."""
     k = codes.shape[1]
     scale = exponent.contiguous()

@@ -241,7 +241,7 @@ def tiles(codes: torch.Tensor, scale: torch.Tensor, geometry: Geometry) -> Store
     return Stored(TILES, raw, k, scale=scale.contiguous(), **how)
 
 
-def nvfp4(
+def e2m1(
     packed: torch.Tensor, block: torch.Tensor, per_tensor: torch.Tensor, values: tuple[float, ...]
 ) -> Stored:
     """(N, K/2) bytes, high nibble first, swizzled e4m3fn scales of 16, one of all."""
@@ -252,7 +252,7 @@ def nvfp4(
     return Stored(NVFP4, packed.contiguous(), k, **how)
 
 
-def mxfp8(codes: torch.Tensor, exponent: torch.Tensor) -> Stored:
+def e4m3_mx(codes: torch.Tensor, exponent: torch.Tensor) -> Stored:
     """(N, K) e4m3fn codes with swizzled exponents of 32."""
     k, raw = codes.shape[1], codes.contiguous().view(torch.int8)
     scale = exponent.contiguous().view(torch.uint8)

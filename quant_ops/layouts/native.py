@@ -64,8 +64,8 @@ LAYOUTS = {
     "TensorWiseINT8Layout": ("int8", _int8),
     "TensorCoreFP8E4M3Layout": ("fp8", _fp8),
     "TensorCoreFP8Layout": ("fp8", _fp8),
-    "TensorCoreNVFP4Layout": ("nvfp4", _nvfp4),
-    "TensorCoreMXFP8Layout": ("mxfp8", _mxfp8),
+    "TensorCoreNVFP4Layout": ("e2m1", _nvfp4),
+    "TensorCoreMXFP8Layout": ("e4m3_mx", _mxfp8),
 }
 
 
