@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..quant_ops.checkpoint.writer import FileSink
+from ..quant_ops.doors.problems import checked_sink
 from ..quant_ops.report.report import megabytes
 from .bridge import host, model_io
 from .common import overwrite_input, path_output, report_output, report_result, schema
@@ -41,7 +41,7 @@ class FewBitsSaveComfyQuant(io.ComfyNode):
     def execute(cls, model: io.Model.Type, filename: str, overwrite: bool = False) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id, text=True)
         target = host.output_path(filename, overwrite=overwrite)
-        sink = FileSink(target, overwrite=overwrite)
+        sink = checked_sink(target, overwrite=overwrite)
         report = model_io.save_model(model, sink, on_plan=run.on_plan, on_progress=run.on_progress)
         run.say(f"saved {target.name}, {megabytes(report.plan.bytes_after)}")
         return report_result(str(target), report=report)

@@ -56,6 +56,8 @@ class Header:
     ranges: dict[str, tuple[Path, int, int]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     fixed: dict[str, str] = field(default_factory=dict)
+    # base names of layers that are copied as they are stored, whatever their JSON says
+    left: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

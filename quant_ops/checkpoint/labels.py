@@ -37,13 +37,6 @@ def is_scaled(name: object) -> bool:
     return any(name in formats.values() for formats in labels().values())
 
 
-def is_bank(marker: dict, shape: tuple[int, ...]) -> bool:
-    """Whether a quantized layer is a stack of experts as ComfyUI's MoEExperts stores it, and not a
-    convolution.
-    """
-    return len(shape) == 3 and "num_experts" in marker
-
-
 @dataclass(frozen=True)
 class Label:
     """A format, and how it shares scales; `size` where there are blocks."""

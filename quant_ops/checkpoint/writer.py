@@ -55,6 +55,7 @@ class FileSink:
         check: Callable[[Path], None] | None = None,
     ):
         self.path = Path(path)
+        self._check = check  # a last look at the finished part; what it raises leaves nothing
         self.overwrite = overwrite
         self._check = check
         self._part: PartFile | None = None

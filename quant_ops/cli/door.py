@@ -19,6 +19,8 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 # The flag of each setting that an error names.
 FLAGS = {
     "assume": "--assume nf4 or --assume fp4",
+    "assume_convrot": "--assume-convrot",
+    "assume_nvfp4": "--assume nvfp4",
     "hp_filter": "--hp-filter",
     "nibble_order": "--nibble-order low or --nibble-order high",
     "overwrite": "--overwrite",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..checkpoint.header import build_header
 from ..checkpoint.importers.source import open_checkpoint
+from ..doors.quantize import layers_to_round_again, with_warning
 from ..pipeline import plan_source
 from ..planning.recipe import Recipe
 from ..planning.template import write_template
@@ -45,12 +46,13 @@ def print_warnings(plan: ModelPlan) -> None:
         warn(f"warning: {warning}")
 
 
-def print_plan(path: Path, recipe: Recipe, *, as_json: bool) -> None:
+def print_plan(path: Path, recipe: Recipe, *, as_json: bool, requantize: bool = False) -> None:
     """Print the plan of one file: a row per layer, the rules that decided, totals, predicted file
     size.
     """
-    with open_checkpoint(path) as source:
-        plan = plan_source(source, recipe)
+    again = layers_to_round_again(path, recipe) if requantize else frozenset()
+    with open_checkpoint(path, decoded=again) as source:
+        plan = with_warning(plan_source(source, recipe), again)
     file_bytes = len(build_header(plan.outputs, plan.metadata)[0]) + plan.bytes_after
     print_warnings(plan)
     if as_json:

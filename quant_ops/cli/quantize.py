@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="decode what was written by a second decoder too"
     )
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="layers that are quantized in another format are decoded and rounded again",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and convert nothing")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -45,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     recipe = recipe_from(args)
     if args.dry_run:
-        print_plan(args.input, recipe, as_json=args.json)
+        print_plan(args.input, recipe, as_json=args.json, requantize=args.requantize)
         return
     if args.output is None:
         raise RecipeError("-o OUT.safetensors is required")
@@ -56,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
             recipe,
             overwrite=args.overwrite,
             verify=args.verify,
+            requantize=args.requantize,
             device=pick_device(args.device),
             calibration=load_calibration(args.calibration) if args.calibration else None,
             on_plan=None if args.quiet else print_warnings,

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     with progress_bar(args.quiet or args.json) as show:
         done = repair_file(
             args.input,
@@ -40,3 +40,4 @@ def run(args: argparse.Namespace) -> None:
     elif not args.quiet:
         say(done.to_text())
         say(str(args.output))
+    return 1 if done.left else 0

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from ..checkpoint.exporters import TARGETS
 from ..checkpoint.importers import ImportOptions
 from ..checkpoint.importers.scaled_fp8 import ScaledFp8
-from ..checkpoint.importers.source import ImportedSource
+from ..checkpoint.importers.source import ImportedSource, refuse_unexplained
 from ..checkpoint.reader import FileSource
 from ..checkpoint.second_reading import refuse_other_reading
-from ..checkpoint.writer import FileSink
 from ..errors import CheckpointError, RecipeError, visible
 from ..pipeline import COPY, ProgressFn, ignore_progress, rewrite
 from ..planning.match import Regex, shortened
 from ..report.report import Report, plan_lines
 from ..spec import FLOAT_DTYPES
+from .problems import checked_sink
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +84,11 @@ def convert_file(
         pattern = Regex(hp_filter, f"high-precision filter {shortened(hp_filter)!r}")
     if verify and to != "comfy_quant":
         raise RecipeError(f"verify reads comfy_quant files, not {to}; leave it out")
-    check = refuse_other_reading if verify else None
-    sink = FileSink(target, overwrite=overwrite, check=check)
+    sink = checked_sink(
+        target, overwrite=overwrite, also=refuse_other_reading if verify else None
+    )
     with FileSource(source) as file, closing(ImportedSource(file, options, TARGETS[to])) as opened:
+        refuse_unexplained(opened.name, opened.contents)
         if only == "fp8_scaled":
             _refuse_unscaled(opened)
         matched = _high_precision(opened, pattern) if pattern else None

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from ..checkpoint.importers.source import ImportedSource, open_checkpoint
 from ..checkpoint.metadata import HEADER_KEY
 from ..checkpoint.reader import FileSource
-from ..checkpoint.verify import stored_findings
 from ..errors import QuantError, visible
 from ..pipeline import COPY, plan_source
 from ..planning.model_family import find_parts
 from ..report.report import megabytes
 from ..spec import ModelPlan
+from .problems import problems
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class Inspection:
         lines += [
             f"  {key} = {value[:100]}" for key, value in self.metadata.items() if key != HEADER_KEY
         ]
-        lines += [f"problem: {finding}" for finding in self.findings] or ["no problems found"]
+        lines += [f"problem: {finding}" for finding in self.findings] or [
+            "no problems found in names, shapes and JSON"
+        ]
         return "\n".join(map(visible, lines))
 
 
@@ -68,7 +70,8 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
     """
     with FileSource(path) as source:
         header = source.header
-        findings = [*header.warnings, *(finding.to_text() for finding in stored_findings(source))]
+        found = problems(source)
+        findings = [*header.warnings, *(finding.to_text() for finding in found)]
         plan: ModelPlan | None = None
         dialects: dict[str, int] = {}
         stock = True
@@ -78,7 +81,10 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
                 if isinstance(opened, ImportedSource):
                     dialects, stock = opened.origins(), opened.stock
         except QuantError as error:
-            findings.append(str(error))
+            if not any(finding.fix is None for finding in found):
+                findings.append(str(error))
+        if any(finding.fix is None for finding in found):
+            plan = None
         if plan and not stock:
             plan = replace(plan, requires_pack=True)
         dtypes: dict[str, list[int]] = {}

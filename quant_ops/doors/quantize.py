@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 
 from ..calibration import Calibration
-from ..checkpoint.importers.source import open_checkpoint
+from ..checkpoint.importers import ImportOptions, Translation
+from ..checkpoint.importers.source import ImportedSource, open_checkpoint
+from ..checkpoint.reader import FileSource
 from ..checkpoint.second_reading import refuse_other_reading
-from ..checkpoint.writer import FileSink
-from ..pipeline import PlanFn, ProgressFn, ignore_progress, quantize
+from ..pipeline import PlanFn, ProgressFn, ignore_progress, plan_source, quantize
 from ..planning.recipe import Recipe
 from ..report.report import Report
+from ..spec import LayerPlan, ModelPlan
+from .problems import checked_sink, mendable
 
 
 def quantize_file(
@@ -24,31 +28,85 @@ def quantize_file(
     verify: bool = False,
     device: torch.device | str = "cpu",
     calibration: Calibration | None = None,
+    requantize: bool = False,
     on_plan: PlanFn | None = None,
     on_progress: ProgressFn = ignore_progress,
 ) -> Report:
     """Convert a file, an index or a folder of shards to one safetensors file; streamed, atomic,
     input untouched.
 
-    Layers in a foreign dialect are quantized already, and treated as such.
+    Layers in a foreign dialect are quantized already, and treated as such. The finished file is
+    opened again and checked before it appears under its name.
 
     Args:
+        requantize: layers that are quantized in another format than the recipe's are decoded and
+            quantized again, which rounds them twice; the report names them. Without it they are
+            refused.
         verify: before the file gets its name, decode every layer by the reference decoder too.
 
     Raises:
-        QuantError: see `quantize`; and for a file that the reference decoder reads differently.
+        QuantError: see `quantize` and `checked_sink`; and for a file that the reference decoder
+            reads differently.
     """
-    check = refuse_other_reading if verify else None
-    sink = FileSink(target, overwrite=overwrite, check=check)
+    with FileSource(source) as file:
+        known = mendable(file)
+    also = refuse_other_reading if verify else None
+    sink = checked_sink(target, overwrite=overwrite, known=known, also=also)
+    again = layers_to_round_again(source, recipe) if requantize else frozenset()
     for_gpu = torch.device(device).type == "cuda"
+
+    def tell(plan: ModelPlan) -> None:
+        if on_plan:
+            on_plan(with_warning(plan, again))
+
     # the sink writes every tensor away
-    with open_checkpoint(source, short_lived=True, for_gpu=for_gpu) as opened:
-        return quantize(
+    with open_checkpoint(source, short_lived=True, for_gpu=for_gpu, decoded=again) as opened:
+        report = quantize(
             opened,
             sink,
             recipe,
             device=device,
             calibration=calibration,
-            on_plan=on_plan,
+            on_plan=tell,
             on_progress=on_progress,
         )
+    return replace(
+        report, plan=with_warning(report.plan, again), rounded_twice=tuple(sorted(again))
+    )
+
+
+def layers_to_round_again(source: str | os.PathLike, recipe: Recipe) -> frozenset[str]:
+    """The quantized layers of a file that the recipe stores in another format, or in another
+    geometry of the same.
+    """
+    with FileSource(source) as file, ImportedSource(file, ImportOptions()) as stored:
+        canonical = dict(stored.canonical)
+    quantized = frozenset(
+        base for base, made in canonical.items() if made.format or made.decode is not None
+    )
+    with open_checkpoint(source, decoded=quantized) as opened:
+        plan = plan_source(opened, recipe)
+    wanted = {layer.name: layer for layer in plan.layers if layer.action == "quantize"}
+    return frozenset(
+        base
+        for base in quantized & set(wanted)
+        if not _same_codes(wanted[base], canonical[base])
+    )
+
+
+def _same_codes(layer: LayerPlan, made: Translation) -> bool:
+    format = FORMATS.get(made.format)
+    same = format is not None and layer.format == made.format
+    return same and format.same_codes(layer.options, made.options)
+
+
+def with_warning(plan: ModelPlan, again: frozenset[str]) -> ModelPlan:
+    """The plan, saying how many layers are rounded twice."""
+    if not again:
+        return plan
+    warning = (
+        f"{len(again)} layers were quantized already and are rounded a second time: they keep the "
+        "error of the first format and gain that of the second; the errors below are against the "
+        "first one's values"
+    )
+    return replace(plan, warnings=(*plan.warnings, warning))

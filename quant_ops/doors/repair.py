@@ -6,16 +6,17 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.importers import ImportOptions
 from ..checkpoint.importers.source import ImportedSource
 from ..checkpoint.reader import FileSource
-from ..checkpoint.verify import Finding, Verification
-from ..checkpoint.writer import FileSink
+from ..checkpoint.verify import SCALE_LOST, Finding, Verification
+from ..checkpoint.writer import check_target
 from ..errors import visible
 from ..pipeline import COPY, ProgressFn, ignore_progress, rewrite
+from .problems import checked_sink
 from .verify import verify
 
 
@@ -56,10 +57,22 @@ def repair_file(
 ) -> Repair:
     """Write a copy in which everything is fixed that can be fixed without the original, and say
     what was done.
+
+    A layer whose scale was lost stays as it is stored: without it ComfyUI stops, with a made-up one
+    it would run and be wrong.
+
+    Raises:
+        CheckpointError: a layer that cannot be read without guessing, or a copy that would have
+            problems of its own; nothing is written.
     """
-    sink = FileSink(target, overwrite=overwrite)
+    check_target(Path(target), overwrite)
     with FileSource(source) as file:
         before = verify(file)
+        left = frozenset(
+            finding.layer for finding in before.findings if finding.mistake is SCALE_LOST
+        )
+        sink = checked_sink(target, overwrite=overwrite, known=before.findings)
+        options = replace(options or ImportOptions(), left=left)
         with closing(ImportedSource(file, options)) as opened:
             rewrite(opened, sink, COPY, on_progress=on_progress)
             origins = opened.origins()

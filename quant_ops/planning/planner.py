@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ..checkpoint.labels import EMBEDDING, is_bank
+from ..checkpoint.host_layers import HostLayer, host_layer, is_bank
+from ..checkpoint.labels import EMBEDDING
 from ..checkpoint.metadata import header_markers, output_metadata
 from ..errors import CheckpointError, RecipeError, SourceError
 from ..formats import FORMATS, get_format
@@ -28,7 +29,6 @@ from .recipe import Recipe, recipe_to_toml
 from .rules import CompiledRule, Decision, RuleList, Tally, compile_rules
 
 SMALLEST_SIDE = 16  # smaller layers gain nothing, and some kernels refuse them
-BANKS_SINCE = "0.23.0"  # the first ComfyUI that reads quantized banks of experts
 READS_WIDTH = "ComfyUI reads its width to recognise the model"
 TABLE = "lookup table, which ComfyUI reads only as it is"
 MAYBE_TABLE = "could be a lookup table"
@@ -125,9 +125,7 @@ class _Planner:
                 f"{', '.join(unstocked)}: stock ComfyUI reads it quantized only with FewBits "
                 "installed"
             )
-        requires_pack = bool(unstocked) or any(
-            not FORMATS[layer.format].native for layer in quantized
-        )
+        requires_pack = bool(unstocked) or any(_needs_pack(layer) for layer in quantized)
         self.warnings += tally.warnings()
         if self.maybe_tables:
             self.warnings.append(
@@ -136,7 +134,7 @@ class _Planner:
             )
         return ModelPlan(
             layers=layers,
-            metadata=self._metadata(quantized, min_comfyui, requires_pack),
+            metadata=self._metadata(layers, min_comfyui, requires_pack),
             family=", ".join(dict.fromkeys(part.family.name for part in self.main)) or "unknown",
             min_comfyui=min_comfyui,
             requires_pack=requires_pack,
@@ -156,10 +154,10 @@ class _Planner:
         return next((part for part in self.parts if base.startswith(part.prefix)), None)
 
     def _metadata(
-        self, quantized: list[LayerPlan], min_comfyui: str, requires_pack: bool
+        self, layers: tuple[LayerPlan, ...], min_comfyui: str, requires_pack: bool
     ) -> dict[str, str]:
         source = self.header.metadata
-        made_here = any(layer.action == "quantize" for layer in quantized)
+        made_here = any(layer.action == "quantize" for layer in layers)
         # A plain copy of a FewBits file keeps saying what made its codes.
         version = VERSION if made_here else source.get("fewbits.version", VERSION)
         recipe = (
@@ -169,7 +167,7 @@ class _Planner:
         )
         return output_metadata(
             source,
-            {layer.name: layer.marker for layer in quantized},
+            {layer.name: layer.marker for layer in layers if layer.marker is not None},
             version=version,
             recipe=recipe,
             min_comfyui=min_comfyui,
@@ -183,7 +181,8 @@ class _Planner:
         grouped: dict[str, list[TensorSpec]] = {}
         for name, spec in self.header.tensors.items():
             base, _, suffix = name.rpartition(".")
-            if (base in self.markers and suffix != "bias") or suffix == "weight":
+            quantized = base in self.markers or base in self.header.left
+            if (quantized and suffix != "bias") or suffix == "weight":
                 grouped.setdefault(base, []).append(spec)
             else:
                 grouped[name] = [spec]
@@ -204,6 +203,8 @@ class _Planner:
             rule = dropped.rule
             plan = LayerPlan(base, "drop", rule.why, tuple(specs), (), rule=rule.label)
             return plan, dropped
+        if base in self.header.left:
+            return self._leave(base, specs), self.rules.notice(base, scope)
         if base in self.markers:
             return self._recode(base, specs)
         (spec,) = specs
@@ -319,8 +320,10 @@ class _Planner:
         """A layer that is quantized already: same codes, metadata made complete."""
         marker = self.markers[base]
         by_suffix = {spec.name[len(base) + 1 :]: spec for spec in specs}
-        if is_bank(marker, by_suffix["weight"].shape):
-            return self._copy_bank(base, by_suffix), self.rules.notice(base, self._scope(base))
+        host = host_layer(marker, by_suffix)
+        if host is not None or is_bank(marker):
+            plan = self._copy_host(base, by_suffix, host)
+            return plan, self.rules.notice(base, self._scope(base))
         try:
             format = get_format(marker.get("format", ""))
             options = format.options_from(marker, by_suffix)
@@ -354,13 +357,12 @@ class _Planner:
         )
         return plan, decision
 
-    def _copy_bank(self, base: str, by_suffix: dict[str, TensorSpec]) -> LayerPlan:
-        """A 3-D bank of experts, which ComfyUI quantizes by itself: every tensor as it is. Nothing
-        here makes one.
-        """
+    def _copy_host(
+        self, base: str, by_suffix: dict[str, TensorSpec], host: HostLayer | None
+    ) -> LayerPlan:
+        """A layer that ComfyUI quantizes by itself: every tensor as it is. Nothing here makes one."""
         marker = self.markers[base]
-        format = FORMATS.get(marker.get("format", ""))
-        if format is None or not format.native:
+        if host is None:
             raise CheckpointError(
                 f"layer '{base}' is a bank of experts in {marker.get('format')!r}, which ComfyUI "
                 "does not read; start from the original model"
@@ -369,14 +371,25 @@ class _Planner:
         return LayerPlan(
             name=base,
             action="recode",
-            reason=f"bank of experts, quantized already ({format.name}): copied",
+            reason=f"{host.what}, quantized already: copied",
             inputs=tuple(by_suffix.values()),
             outputs=(
                 *copied,
                 TensorSpec(f"{base}.comfy_quant", "U8", (len(marker_bytes(marker)),)),
             ),
-            format=format.name,
+            format=marker["format"],
             marker=marker,
+        )
+
+    def _leave(self, base: str, specs: list[TensorSpec]) -> LayerPlan:
+        """A layer that nobody could mend: every tensor and its JSON as they are."""
+        return LayerPlan(
+            base,
+            "keep",
+            "damaged: left as it is",
+            tuple(specs),
+            tuple(specs),
+            marker=self.markers.get(base),
         )
 
 
@@ -429,10 +442,20 @@ def not_a_candidate(spec: TensorSpec) -> str | None:
     return None
 
 
+def _host(layer: LayerPlan) -> HostLayer | None:
+    specs = {spec.name[len(layer.name) + 1 :]: spec for spec in layer.inputs}
+    return host_layer(layer.marker, specs) if layer.action == "recode" else None
+
+
+def _needs_pack(layer: LayerPlan) -> bool:
+    return _host(layer) is None and not FORMATS[layer.format].native
+
+
 def _min_comfyui(layer: LayerPlan) -> str:
+    host = _host(layer)
+    if host is not None:
+        return host.min_comfyui
     format = get_format(layer.format)
     if EMBEDDING.fullmatch(layer.name) and format.embedding_min_comfyui:
         return format.embedding_min_comfyui
-    if "num_experts" in layer.marker:
-        return max(BANKS_SINCE, format.min_comfyui, key=version_key)
     return format.min_comfyui

@@ -67,6 +67,8 @@ class Report:
     results: tuple[LayerResult, ...]
     seconds: float
     device: str
+    # layers that were quantized in another format before; their errors are against that one's values
+    rounded_twice: tuple[str, ...] = ()
 
     def worst(self, count: int = WORST) -> list[LayerResult]:
         return sorted(self.results, key=lambda result: -result.rel_l2)[:count]
@@ -99,6 +101,7 @@ class Report:
             ],
             "seconds": self.seconds,
             "device": self.device,
+            "rounded_twice": list(self.rounded_twice),
         }
 
     def to_text(self) -> str:

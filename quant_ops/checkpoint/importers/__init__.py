@@ -7,22 +7,51 @@ A new dialect is a new file and one line in DIALECTS.
 from __future__ import annotations
 
 from ...errors import CheckpointError
+from ...spec import FLOAT_DTYPES
 from .asym_w4a8 import AsymW4A8
 from .base import Dialect, ImportOptions, StoredLayer, Translation
 from .bitsandbytes import BitsAndBytes
 from .comfy_quant import ComfyQuant
+from .comfyui_layers import ComfyuiLayers
 from .flat_4bit import Flat4Bit
 from .hybrid_mxfp8 import HybridMxfp8
 from .legacy_4bit import BytesWithScales, StateWithoutWeight
 from .legacy_int8 import Int8Fast, Int8WithoutJson, LegacyInt8
-from .plain import BlocksWithoutJson, DummyScale, PlainFp8
+from .llm_int8 import LlmInt8
+from .packed_int4 import PackedInt4
+from .plain import BlocksWithoutJson, DummyScale, OrphanMarker, PlainFp8
+from .quanto import Quanto
 from .scaled_fp8 import ScaledFp8
 
 # The order of evidence: what a file says about a layer before what its dtypes suggest.
 DIALECTS: tuple[Dialect, ...] = (
-    HybridMxfp8(), AsymW4A8(), Flat4Bit(), ComfyQuant(), Int8Fast(), BitsAndBytes(), StateWithoutWeight(),
-    ScaledFp8(), LegacyInt8(), Int8WithoutJson(), BytesWithScales(), PlainFp8(), BlocksWithoutJson(), DummyScale(),
-)  # fmt: skip
+    PackedInt4(),
+    Quanto(),
+    ComfyuiLayers(),
+    OrphanMarker(),
+    HybridMxfp8(),
+    AsymW4A8(),
+    Flat4Bit(),
+    ComfyQuant(),
+    Int8Fast(),
+    BitsAndBytes(),
+    StateWithoutWeight(),
+    LlmInt8(),
+    ScaledFp8(),
+    LegacyInt8(),
+    Int8WithoutJson(),
+    BytesWithScales(),
+    PlainFp8(),
+    BlocksWithoutJson(),
+    DummyScale(),
+)
+
+
+def explained(layer: StoredLayer) -> bool:
+    """Whether a layer's weight is no codes, or codes that some dialect claims."""
+    if layer.weight.dtype in FLOAT_DTYPES or layer.marker is not None or layer.unreadable:
+        return True
+    return len(layer.weight.shape) < 2 or any(dialect.claims(layer) for dialect in DIALECTS)
 
 
 def translate(layer: StoredLayer, options: ImportOptions) -> Translation | None:
@@ -42,4 +71,4 @@ def translate(layer: StoredLayer, options: ImportOptions) -> Translation | None:
     return None
 
 
-__all__ = ["DIALECTS", "ImportOptions", "StoredLayer", "Translation", "translate"]
+__all__ = ["DIALECTS", "ImportOptions", "StoredLayer", "Translation", "explained", "translate"]

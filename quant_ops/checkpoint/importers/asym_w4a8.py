@@ -14,6 +14,8 @@ q8 = clamp(round(level * s_rel), +-127); W = rotate(q8 * s_channel + correction,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ....kernels.hadamard import rotate
@@ -36,25 +38,36 @@ class AsymW4A8:
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation | None:
         if NAME in options.host_formats:
             return None  # the host's own layout reads these variants
-        (n, row_bytes), groups = layer.matrix, _groups(layer)
-        size = layer.said.get("group_size", GROUP)
-        if type(size) is not int or not 0 < size <= 8 * row_bytes:
-            raise CheckpointError(
-                f"group_size is {shown(size)}, a number up to the weights of a row is needed"
-            )
-        k = groups * size
-        bits = 8 * row_bytes / k if k else 0
-        if bits not in (4, 6):
-            raise CheckpointError(
-                f"rows of {row_bytes} bytes for K={k} are {bits:g} bits a weight; 4 and 6 are read"
-            )
-        group = stored_group(layer.said, LayerInput((n, k), None))
+        shape, decode = decode_asym(layer)
+        return floating("asym_w4a8", layer, shape, decode, "variant of another writer: decoded")
 
-        def decode(tensors: Tensors) -> torch.Tensor:
-            rotated = _rotated(tensors, bits == 6, size)
-            return rotate(rotated, group)
 
-        return floating("asym_w4a8", layer, (n, k), decode, "variant of another writer: decoded")
+def decode_asym(
+    layer: StoredLayer,
+) -> tuple[tuple[int, int], Callable[[Tensors], torch.Tensor]]:
+    """(logical shape, stored tensors -> float32 of it) of any variant.
+
+    Raises:
+        CheckpointError: a tensor is missing, or the sizes are neither 4 nor 6 bits a weight.
+    """
+    (n, row_bytes), groups = layer.matrix, _groups(layer)
+    size = layer.said.get("group_size", GROUP)
+    if type(size) is not int or not 0 < size <= 8 * row_bytes:
+        raise CheckpointError(
+            f"group_size is {shown(size)}, a number up to the weights of a row is needed"
+        )
+    k = groups * size
+    bits = 8 * row_bytes / k if k else 0
+    if bits not in (4, 6):
+        raise CheckpointError(
+            f"rows of {row_bytes} bytes for K={k} are {bits:g} bits a weight; 4 and 6 are read"
+        )
+    group = stored_group(layer.said, LayerInput((n, k), None))
+
+    def decode(tensors: Tensors) -> torch.Tensor:
+        return rotate(_rotated(tensors, bits == 6, size), group)
+
+    return (n, k), decode
 
 
 def _groups(layer: StoredLayer) -> int:

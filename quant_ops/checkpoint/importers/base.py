@@ -15,6 +15,7 @@ import torch
 from ...errors import CheckpointError, RecipeError
 from ...files import InputFile
 from ...formats import FormatOptions, get_format
+from ...formats.asym_w4a8 import AsymW4A8
 from ...formats.base import dtype_from_json, is_precise
 from ...sources import TORCH_DTYPES
 from ...spec import FLOAT_DTYPES, LayerInput, TensorSpec
@@ -23,6 +24,10 @@ Tensors = dict[str, torch.Tensor]
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 
 FP8 = ("F8_E4M3", "F8_E5M2")
+# What a layer's weight may be stored as, by suffix: plainly, by quanto, by AWQ, GPTQ and nunchaku.
+CODES = ("weight", "weight._data", "qweight")
+# Names under which other tools write a format -> ComfyUI's name.
+SPELLINGS = {"w4a8_int8": AsymW4A8.name, "w4a8": AsymW4A8.name}
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class ImportOptions:
     included; the others are brought into canonical form completely.
     """
 
-    assume: str | None = None  # "nf4" | "fp4", for 4-bit layers that do not say which
+    # "nf4" | "fp4" for 4-bit layers that do not say which, "nvfp4" for block scales without JSON
+    assume: str | None = None
     assume_convrot: int | None = None  # rotation group of INT8 layers without JSON
     nibble_order: str | None = None  # "low" | "high", where no rule decides
     # tensor name -> logical shape of the original
@@ -41,6 +47,8 @@ class ImportOptions:
     files: tuple[InputFile, ...] = ()  # that the shapes came from
     full_precision_mm: bool = False  # mark every FP8 layer
     foreign_only: bool = False
+    left: frozenset[str] = frozenset()  # layers that stay as they are stored
+    decoded: frozenset[str] = frozenset()  # layers to be quantized again: read as float weights
     host_formats: frozenset[str] = frozenset()  # formats that the ComfyUI at hand reads without us
 
 
@@ -88,16 +96,28 @@ class StoredLayer:
 
     @cached_property
     def said(self) -> dict:
-        """The marker with `params` lifted to the top level; older writers know one place or the
-        other.
+        """The marker with `params` lifted to the top level (older writers know one place or the
+        other) and the format under ComfyUI's name.
         """
         marker = self.marker or {}
         params = marker.get("params")
-        return {**(params if isinstance(params, dict) else {}), **marker}
+        said = {**(params if isinstance(params, dict) else {}), **marker}
+        name = said.get("format")
+        return {**said, "format": SPELLINGS[name]} if self.misspelled else said
+
+    @property
+    def misspelled(self) -> bool:
+        """Whether the format stands under a name that other tools write and ComfyUI does not know."""
+        return isinstance(self.marker, dict) and self.marker.get("format") in tuple(SPELLINGS)
+
+    @property
+    def codes(self) -> str:
+        """The suffix of what is stored for the weight."""
+        return self.first(*CODES) or "weight"
 
     @property
     def weight(self) -> TensorSpec:
-        return self.specs["weight"]
+        return self.specs[self.codes]
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -133,8 +153,8 @@ class StoredLayer:
 
 @dataclass(frozen=True)
 class Translation:
-    """A layer in canonical form: quantized in one of FORMATS, or (`format` None) a plain float
-    weight.
+    """A layer in canonical form: quantized in one of FORMATS, copied as ComfyUI reads it (`decode`
+    says what it means), or (`format` and `decode` None) a plain float weight.
 
     `outputs` states dtype and shape per suffix before anything is read; `convert` maps the stored
     tensors to them.
@@ -152,32 +172,51 @@ class Translation:
     nibbles: str | None = None  # "low" | "high" where the order was in question
     warnings: tuple[str, ...] = ()
     stock: bool = False  # ComfyUI reads the stored layer rightly without FewBits
+    asked: tuple[str, ...] = ()  # the ImportOptions that decided something
+    # of a layer that is copied: canonical tensors -> float32, and the shape of that
+    decode: Callable[[Tensors], torch.Tensor] | None = None
+    shape: tuple[int, ...] = ()
 
     def decoded(self, dtype: str, note: str) -> Translation:
         """The same layer as a float weight: canonical decoder, rounded once, `pre_quant_scale`
         multiplied in.
         """
-        if self.format is None:
+        return self._as_float(dtype, note, lambda weight: weight.to(TORCH_DTYPES[dtype]))
+
+    def exactly(self, note: str) -> Translation:
+        """The same as a weight of `float_dtype` that is read in float32: to be quantized again."""
+        return self._as_float(self.float_dtype, note, lambda weight: weight)
+
+    def _as_float(
+        self, dtype: str, note: str, rounded: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Translation:
+        if self.format is None and self.decode is None:
             return self
-        format, options, layer, convert = (
-            get_format(self.format),
-            self.options,
-            self.layer,
-            self.convert,
-        )
 
         def decode(tensors: Tensors) -> Tensors:
-            stored = convert(tensors)
-            weight = format.dequantize(stored, layer, options)
+            stored = self.convert(tensors)
+            weight = self.weight(stored)
             if "pre_quant_scale" in stored:
                 weight = weight * stored["pre_quant_scale"].float()[None, :]
-            return {"weight": weight.to(TORCH_DTYPES[dtype])}
+            return {"weight": rounded(weight)}
 
-        outputs = {"weight": (dtype, layer.shape)}
-        note = f"{self.note}; {note}" if self.note else note
         return Translation(
-            self.dialect, outputs, decode, note, nibbles=self.nibbles, warnings=self.warnings
+            dialect=self.dialect,
+            outputs={"weight": (dtype, self.layer.shape if self.layer else self.shape)},
+            convert=decode,
+            note=f"{self.note}; {note}" if self.note else note,
+            nibbles=self.nibbles,
+            warnings=self.warnings,
+            asked=self.asked,
         )
+
+    def weight(self, stored: Tensors) -> torch.Tensor:
+        """The logical weight in float32 by the canonical decoder, `pre_quant_scale` apart."""
+        if self.decode is not None:
+            return self.decode(stored)
+        if self.format is None:
+            return stored["weight"].float()
+        return get_format(self.format).dequantize(stored, self.layer, self.options)
 
 
 class Dialect(Protocol):
@@ -217,6 +256,7 @@ def quantized(
     note: str,
     nibbles: str | None = None,
     warnings: tuple[str, ...] = (),
+    asked: tuple[str, ...] = (),
 ) -> Translation:
     """A translation into one of our formats, side tensors that stay included.
 
@@ -250,6 +290,7 @@ def quantized(
         float_dtype=source.dtype if source.dtype in FLOAT_DTYPES else layer.orig_dtype,
         nibbles=nibbles,
         warnings=(*warnings, *dropped),
+        asked=asked,
     )
 
 
@@ -261,6 +302,7 @@ def floating(
     note: str,
     dtype: str | None = None,
     nibbles: str | None = None,
+    asked: tuple[str, ...] = (),
 ) -> Translation:
     """A translation into a plain weight; `decode` gives float32, rounded here once."""
     dtype = dtype or layer.orig_dtype
@@ -272,7 +314,8 @@ def floating(
             weight = weight * tensors["pre_quant_scale"].float()[None, :]
         return {"weight": weight.to(TORCH_DTYPES[dtype])}
 
-    return Translation(dialect, {"weight": (dtype, shape)}, translate, note, nibbles=nibbles)
+    outputs = {"weight": (dtype, shape)}
+    return Translation(dialect, outputs, translate, note, nibbles=nibbles, asked=asked)
 
 
 def _refuse_misfit(layer: StoredLayer, shape: tuple[int, ...]) -> None:

@@ -50,7 +50,7 @@ class BitsAndBytes:
             raise CheckpointError("weight.absmax is missing; bitsandbytes layers need it")
         nested = "weight.nested_absmax" in layer.specs
         table = stored_table(layer, "weight.quant_map")
-        order, warnings = nibble_order(
+        order = nibble_order(
             layer,
             options,
             kind=kind,
@@ -69,12 +69,12 @@ class BitsAndBytes:
             absmax_count=layer.specs["weight.absmax"].numel,
             dtype=source_dtype(state.get("dtype")),
         )
-        if order == "low":
-            return translate_codes(LOW_NIBBLE, layer, codes, "low nibble first: swapped", warnings)
+        if order.first == "low":
+            return translate_codes(LOW_NIBBLE, layer, codes, "low nibble first: swapped")
         if nested:
             note = "nested absmax decoded"
-            return translate_codes("bitsandbytes-nested", layer, codes, note, warnings)
-        return translate_codes("bitsandbytes", layer, codes, "codes kept", warnings)
+            return translate_codes("bitsandbytes-nested", layer, codes, note)
+        return translate_codes("bitsandbytes", layer, codes, "codes kept")
 
 
 def _nested(layer: StoredLayer, state: dict) -> Callable[[Tensors], torch.Tensor]:

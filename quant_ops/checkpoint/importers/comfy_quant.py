@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from ...errors import CheckpointError, RecipeError
@@ -20,7 +21,7 @@ from ..labels import is_scaled, labels
 from .base import ImportOptions, StoredLayer, Tensors, Translation, quantized
 from .scaled import translate_scaled
 
-NOT_READ = ("awq_w4a16", "svdquant_w4a4")
+NOT_READ = ("svdquant_w4a4",)
 
 
 class ComfyQuant:
@@ -65,7 +66,7 @@ class ComfyQuant:
             suffix in layer.specs and (layer.specs[suffix].dtype, layer.specs[suffix].shape) == spec
             for suffix, spec in made.outputs.items()
         )
-        if options.foreign_only and same:
+        if options.foreign_only and same and not layer.misspelled:
             return None
         if not same:
             return replace(made, dialect="comfy_quant-completed", note="scales reshaped")
@@ -107,13 +108,20 @@ def _tidied(format: Format, layer: StoredLayer) -> tuple[dict[str, TensorSpec], 
         widened = dtype == "F32" and stored.dtype in FLOAT_DTYPES
         renamed = ITEM_SIZES[dtype] == ITEM_SIZES[stored.dtype] == 1
         flat = replace(stored, dtype=dtype if widened or renamed else stored.dtype)
-        specs[suffix] = (
-            replace(flat, shape=shape) if flat.numel == replace(flat, shape=shape).numel else flat
-        )
+        specs[suffix] = replace(flat, shape=shape) if _same_but_ones(flat.shape, shape) else flat
     try:
         return specs, format.options_from(layer.said, specs)
     except RecipeError as error:
         raise CheckpointError(str(error)) from None
+
+
+def _same_but_ones(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether the shapes differ in sizes of 1 only, or one is flat: a transposed grid is not the
+    same grid.
+    """
+    sizes, others = ([size for size in sizes if size != 1] for sizes in (shape, wanted))
+    flat = len(sizes) == 1 and math.prod(others) == sizes[0]
+    return sizes == others or flat
 
 
 def _present(tensors: Tensors, specs: dict[str, TensorSpec]) -> Tensors:

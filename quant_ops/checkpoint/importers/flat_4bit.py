@@ -46,7 +46,7 @@ class Flat4Bit:
         if is_zero_defect(layer, size):
             return _zero_layer(layer, kind, size)
         table = stored_table(layer, "quant_map")
-        order, warnings = nibble_order(layer, options, kind=kind, table=table)
+        order = nibble_order(layer, options, kind=kind, table=table)
         codes = Codes(
             kind=kind,
             group_size=size,
@@ -59,7 +59,7 @@ class Flat4Bit:
         )
         stated = "shape" in layer.said
         return translate_codes(
-            "flat-4bit-with-shape" if stated else "flat-4bit", layer, codes, _note(order), warnings
+            "flat-4bit-with-shape" if stated else "flat-4bit", layer, codes, _note(order.first)
         )
 
 

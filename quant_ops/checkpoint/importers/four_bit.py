@@ -40,6 +40,17 @@ LOW_NIBBLE_FLOOR = 1e-12  # smallest absmax that the converters of 30 December 2
 
 
 @dataclass(frozen=True)
+class Order:
+    """Which nibble comes first ("high" | "low"), what the user is to know, and whether it was their
+    word that decided.
+    """
+
+    first: str
+    warnings: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Codes:
     """How to read one layer: `kind` nf4, fp4 or af4, `table` as stored or None, `absmax(tensors)`
     in any shape.
@@ -48,7 +59,7 @@ class Codes:
     kind: str
     group_size: int
     shape: tuple[int, ...]
-    order: str
+    order: Order
     table: tuple[float, ...] | None
     absmax: Callable[[Tensors], torch.Tensor]
     absmax_count: int
@@ -56,7 +67,7 @@ class Codes:
 
 
 def translate_codes(
-    dialect: str, layer: StoredLayer, codes: Codes, note: str, warnings: tuple[str, ...] = ()
+    dialect: str, layer: StoredLayer, codes: Codes, note: str, asked: tuple[str, ...] = ()
 ) -> Translation:
     """bnb_nf4 or bnb_fp4 with the same codes where the format holds them, else a float weight.
 
@@ -76,6 +87,7 @@ def translate_codes(
             f"absmax has {codes.absmax_count} entries, {list(codes.shape)} in groups of "
             f"{codes.group_size} needs {-(-numel // codes.group_size)}"
         )
+    asked = (*asked, *codes.order.asked)
     name = WRITTEN.get(codes.kind)
     options = (
         resolved(name, {"block_size": codes.group_size, PRECISE: layer.precise}) if name else None
@@ -91,20 +103,30 @@ def translate_codes(
             lambda t: decode_codes(t, codes),
             note,
             codes.dtype,
-            nibbles=codes.order,
+            nibbles=codes.order.first,
+            asked=asked,
         )
     source = LayerInput((codes.shape[0], codes.shape[1]), codes.dtype)
 
     def convert(tensors: Tensors) -> Tensors:
         packed = _bytes_of(tensors["weight"])
-        if codes.order == "low":
+        if codes.order.first == "low":
             packed = swap_nibbles(packed)
         if recoded != IDENTITY:
             packed = _replace_codes(packed, recoded)
         return {"weight": packed, "absmax": codes.absmax(tensors)}
 
     return quantized(
-        dialect, layer, name, source, options, convert, note, nibbles=codes.order, warnings=warnings
+        dialect,
+        layer,
+        name,
+        source,
+        options,
+        convert,
+        note,
+        nibbles=codes.order.first,
+        warnings=codes.order.warnings,
+        asked=asked,
     )
 
 
@@ -154,7 +176,7 @@ def decode_codes(tensors: Tensors, codes: Codes) -> torch.Tensor:
     """float32 of the logical shape: table[code] * absmax[flat // g], by the stored table."""
     packed = _bytes_of(tensors["weight"])
     first, second = (
-        (packed >> 4, packed & 15) if codes.order == "high" else (packed & 15, packed >> 4)
+        (packed >> 4, packed & 15) if codes.order.first == "high" else (packed & 15, packed >> 4)
     )
     numel = math.prod(codes.shape)
     indices = torch.stack([first, second], -1).reshape(-1)[:numel].int()
@@ -277,34 +299,36 @@ def nibble_order(
     nested: bool = False,
     state_text: str = "",
     absmax: str = "absmax",
-) -> tuple[str, tuple[str, ...]]:
-    """("high" | "low", warnings): the first rule that applies decides."""
+) -> Order:
+    """The first rule that applies decides."""
     said = stated_order(layer)
     if said:
-        return said, ()
+        return Order(said)
     if nested:
-        return "high", ()
+        return Order("high")
     if len(layer.weight.shape) == 1 and absmax == "absmax" and absmax in layer.specs:
-        return "low", ()
+        return Order("low")
     if kind == "fp4" and table is not None:
         if abs(table[2] - 2 / 3) < SAME:
-            return "high", ()
+            return Order("high")
         if abs(table[2] - 1 / 6) < SAME:
-            return "low", ()
+            return Order("low")
     if layer.file.low_nibble_first:
-        return "low", ()
+        return Order("low")
     first_key = next(iter(_parsed(state_text)), None)
     if first_key in ("quant_type", "dtype"):
-        return ("high" if first_key == "quant_type" else "low"), ()
+        return Order("high" if first_key == "quant_type" else "low")
     floor = torch.tensor(LOW_NIBBLE_FLOOR)
     if absmax in layer.specs and bool((layer.read(absmax).float() == floor).any()):
-        return "low", ()
+        return Order("low")
     if options.nibble_order:
-        return options.nibble_order, ()
-    return "high", (
+        return Order(options.nibble_order, asked=("nibble_order",))
+    warning = (
         f"layer '{layer.name}': nothing says which nibble comes first; the names are "
-        "bitsandbytes', so the high one (verify it against the original, or say that the low one comes first)",
+        "bitsandbytes', so the high one (verify it against the original, or say that the low one "
+        "comes first)"
     )
+    return Order("high", (warning,))
 
 
 def _parsed(text: str) -> dict:

@@ -14,6 +14,7 @@ from ...strict_json import shown
 from .base import ImportOptions, StoredLayer, Translation
 from .four_bit import (
     Codes,
+    Order,
     group_size,
     logical_shape,
     nibble_order,
@@ -42,7 +43,7 @@ class StateWithoutWeight:
                 f"{suffix} says quant_type {shown(kind)}; nf4, fp4 and af4 are read"
             )
         table = stored_table(layer, "quant_map")
-        order, warnings = nibble_order(layer, options, kind=kind, table=table, state_text=text)
+        order = nibble_order(layer, options, kind=kind, table=table, state_text=text)
         codes = Codes(
             kind=kind,
             group_size=group_size(state.get("blocksize")),
@@ -53,7 +54,7 @@ class StateWithoutWeight:
             absmax_count=layer.specs["absmax"].numel,
             dtype=source_dtype(state.get("dtype")),
         )
-        return translate_codes("flat-4bit-with-state", layer, codes, "nibbles swapped", warnings)
+        return translate_codes("flat-4bit-with-state", layer, codes, "nibbles swapped")
 
 
 class BytesWithScales:
@@ -69,7 +70,7 @@ class BytesWithScales:
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
         scales = layer.specs["scale_weight"].numel
-        if options.assume is None:
+        if options.assume not in ("nf4", "fp4"):
             raise CheckpointError(
                 "4-bit weight without a word whether it is NF4 or FP4; say which to assume",
                 option="assume",
@@ -83,11 +84,10 @@ class BytesWithScales:
             kind=options.assume,
             group_size=2 * layer.weight.nbytes // scales,
             shape=logical_shape(layer, None, options),
-            order="low",
+            order=Order("low"),
             table=None,
             absmax=plain_absmax(layer, "scale_weight"),
             absmax_count=scales,
         )
-        return translate_codes(
-            "flat-4bit-bytes", layer, codes, f"taken for {options.assume}, nibbles swapped"
-        )
+        note = f"taken for {options.assume}, nibbles swapped"
+        return translate_codes("flat-4bit-bytes", layer, codes, note, ("assume",))

@@ -54,5 +54,9 @@ class Int8WithoutJson:
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
         return translate_scaled(
-            "int8-without-json", layer, "JSON added", convrot=options.assume_convrot
+            "int8-without-json",
+            layer,
+            "JSON added",
+            convrot=options.assume_convrot,
+            asked=("assume_convrot",),
         )

@@ -5,14 +5,16 @@ is refused.
 |---|---|
 | `weight` FP8, no scale anywhere | float8_e4m3fn or float8_e5m2 with scale 1.0; ComfyUI itself reads it as it is |
 | unreadable JSON, FP8 codes | by dtype and scale shape |
+| floating-point `weight` with JSON that names a format, no scale | the weight alone |
 | floating-point `weight` with `scale_weight` | the weight alone, bit for bit: ComfyUI would cast it to FP8 |
-| `weight` U8 with block scales, no JSON | refused: the order of scales and nibbles is unknown |
+| `weight` U8 with block scales, no JSON | refused, unless the user says nvfp4 (bare_nvfp4.py) |
 """
 
 from __future__ import annotations
 
 from ...errors import CheckpointError
 from ...spec import FLOAT_DTYPES
+from .bare_nvfp4 import translate_bare_nvfp4
 from .base import FP8, ImportOptions, StoredLayer, Tensors, Translation
 from .scaled import translate_scaled
 
@@ -36,9 +38,29 @@ class BlocksWithoutJson:
         return layer.weight.dtype == "U8" and {"weight_scale", "weight_scale_2"} <= set(layer.specs)
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
+        if options.assume == "nvfp4":
+            return translate_bare_nvfp4(layer, options)
         raise CheckpointError(
             "packed 4-bit weight with block scales but without readable JSON: the order of scales "
-            "and nibbles is unknown; make the file again"
+            "and nibbles is unknown; make the file again, or say that it is nvfp4",
+            option="assume_nvfp4",
+        )
+
+
+class OrphanMarker:
+    """A float weight that its JSON calls quantized, and no scale: what a merge of files leaves."""
+
+    def claims(self, layer: StoredLayer) -> bool:
+        named = bool(layer.said.get("format"))
+        scaled = layer.first("weight_scale", "scale_weight", "weight_s_rel", "absmax")
+        return named and layer.weight.dtype in FLOAT_DTYPES and scaled is None
+
+    def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
+        return Translation(
+            dialect="orphan-marker",
+            outputs={"weight": (layer.weight.dtype, layer.weight.shape)},
+            convert=lambda tensors: {"weight": tensors["weight"]},
+            note="high precision: the marker is dropped",
         )
 
 

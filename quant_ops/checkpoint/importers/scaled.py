@@ -4,8 +4,8 @@ from the shapes.
 
 from __future__ import annotations
 
-import logging
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,9 +19,15 @@ from ...spec import FLOAT_DTYPES, LayerInput
 from ..labels import Label, label_of, labels
 from .base import StoredLayer, Tensors, Translation, floating, quantized, resolved
 
-logger = logging.getLogger(__name__)
-
 UNSCALED = "no scale: assumed 1.0"
+
+
+@dataclass(frozen=True)
+class ScaleOf:
+    """Where a layer's scales stand, and how they are read: `read(tensors)` gives as many numbers."""
+
+    suffix: str
+    read: Callable[[Tensors], torch.Tensor]
 
 
 def translate_scaled(
@@ -32,6 +38,8 @@ def translate_scaled(
     tag: str = "",
     precise: bool = False,
     convrot: int | None = None,
+    scale: ScaleOf | None = None,
+    asked: tuple[str, ...] = (),
 ) -> Translation:
     """`weight` and `weight_scale` (or `scale_weight`, or for FP8 none: 1.0) -> the format that
     their shapes mean.
@@ -39,12 +47,15 @@ def translate_scaled(
     Args:
         tag: the format that the layer's JSON names, for the one case that shapes leave open.
         convrot: rotation group of the codes, None for unrotated ones.
+        scale: scales under another name.
+        asked: the user's options that decided.
 
     Raises:
         CheckpointError: no format holds this arrangement, or a rotated layer without one scale per
-            row.
+            row; and while converting, FP8 codes that fill their range and have no scale.
     """
-    suffix = layer.first("weight_scale", "scale_weight")
+    scale = scale or _scale_of(layer)
+    suffix = scale.suffix if scale else None
     if suffix is None:
         if layer.weight.dtype == "I8":
             raise CheckpointError(
@@ -58,7 +69,7 @@ def translate_scaled(
             "widened or rounded); start from the original model"
         )
     if len(layer.weight.shape) != 2:
-        return _odd_rank(dialect, layer, suffix, note)
+        return _odd_rank(dialect, layer, scale, note)
     label = label_of(
         layer.weight.dtype, layer.matrix, scale_shape, tag, layer.said.get("group_size")
     )
@@ -76,20 +87,32 @@ def translate_scaled(
         note = f"{note}; {tag} -> {label.format}"
     if options is None:
         note = f"{note}; blocks of {label.size} are not written by any format: decoded"
-        return floating(dialect, layer, layer.matrix, lambda t: _decode(t, suffix, label), note)
+        codes = layer.codes
+        return floating(
+            dialect, layer, layer.matrix, lambda t: _decode(t[codes], scale.read(t), label), note
+        )
 
     def rename(tensors: Tensors) -> Tensors:
-        if suffix is None and is_saturated(tensors["weight"]):
-            logger.warning(
-                "layer %r: largest code is the largest possible: its scale was probably lost",
-                layer.name,
-            )
-        return {
-            "weight": tensors["weight"],
-            "weight_scale": tensors[suffix] if suffix else torch.ones(()),
-        }
+        codes = tensors[layer.codes]
+        if scale is None:
+            _refuse_lost_scale(layer, codes)
+        return {"weight": codes, "weight_scale": scale.read(tensors) if scale else torch.ones(())}
 
-    return quantized(dialect, layer, label.format, source, options, rename, note)
+    return quantized(dialect, layer, label.format, source, options, rename, note, asked=asked)
+
+
+def _scale_of(layer: StoredLayer) -> ScaleOf | None:
+    suffix = layer.first("weight_scale", "scale_weight")
+    return ScaleOf(suffix, lambda tensors: tensors[suffix]) if suffix else None
+
+
+def _refuse_lost_scale(layer: StoredLayer, codes: torch.Tensor) -> None:
+    """Codes that were scaled fill their range; a plain cast would not."""
+    if is_saturated(codes):
+        raise CheckpointError(
+            f"layer '{layer.name}': the {layer.weight.dtype} codes fill their range and there is "
+            "no scale: it was lost; start from the original model"
+        )
 
 
 def is_saturated(weight: torch.Tensor) -> bool:
@@ -100,9 +123,9 @@ def is_saturated(weight: torch.Tensor) -> bool:
     return weight.numel() > 0 and float(levels.widen(weight).abs_().max()) == levels.qmax
 
 
-def _decode(tensors: Tensors, suffix: str, label: Label) -> torch.Tensor:
-    codes, geometry = tensors["weight"], label.geometry.geometry(label.size)
-    scale = tensors[suffix].float().reshape(geometry.grid_shape(tuple(codes.shape)))
+def _decode(codes: torch.Tensor, scale: torch.Tensor, label: Label) -> torch.Tensor:
+    geometry = label.geometry.geometry(label.size)
+    scale = scale.float().reshape(geometry.grid_shape(tuple(codes.shape)))
     return decode(codes, scale, _levels(codes.dtype), geometry)
 
 
@@ -112,21 +135,21 @@ def _levels(dtype: torch.dtype) -> Levels:
     return get_format(next(iter(names))).levels
 
 
-def _odd_rank(dialect: str, layer: StoredLayer, suffix: str | None, note: str) -> Translation:
+def _odd_rank(dialect: str, layer: StoredLayer, scale: ScaleOf | None, note: str) -> Translation:
     """Convolutions, norms and stacked experts: ComfyUI would use their codes as numbers, so they
     are decoded.
     """
     shape = layer.weight.shape
-    if suffix is not None and layer.specs[suffix].numel != 1:
+    if scale is not None and layer.specs[scale.suffix].numel != 1:
         raise CheckpointError(
-            f"weight is {len(shape)}-D {list(shape)} with {suffix} "
-            f"{list(layer.specs[suffix].shape)}; only matrices can have more than one scale"
+            f"weight is {len(shape)}-D {list(shape)} with {scale.suffix} "
+            f"{list(layer.specs[scale.suffix].shape)}; only matrices can have more than one scale"
         )
 
     def decode_plain(tensors: Tensors) -> torch.Tensor:
-        weight = tensors["weight"]
-        values = _levels(weight.dtype).widen(weight)
-        return values if suffix is None else values * tensors[suffix].float().reshape(())
+        codes = tensors[layer.codes]
+        values = _levels(codes.dtype).widen(codes)
+        return values if scale is None else values * scale.read(tensors).float().reshape(())
 
     return floating(
         dialect,

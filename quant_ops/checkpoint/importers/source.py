@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, RecipeError
 from ...formats import FORMATS, get_format
 from ...sources import TORCH_DTYPES, TensorSource
 from ...spec import Header, TensorSpec
@@ -21,17 +21,27 @@ from ..labels import EMBEDDING
 from ..metadata import HEADER_KEY, markers_in, read_marker
 from ..reader import FileSource, stored_text
 from ..scales import scale_problem
-from . import translate
-from .base import FP8, FileFacts, ImportOptions, StoredLayer, Translation
+from . import explained, translate
+from .base import CODES, FP8, FileFacts, ImportOptions, StoredLayer, Translation
 
 LEGACY_MARKER = "scaled_fp8"
+CODE_DTYPES = ("I8", "U8")  # FP8 is what plain casts hold too, ComfyUI reads it as numbers
+NAMED = 3  # tensors that one message names
 # Side tensors by suffix, beside those of our formats; those of NESTED also appear as
 # `<base>.weight.<name>`.
 SIDES = frozenset({
     "comfy_quant", "input_scale", "pre_quant_scale", "weight_scalar", "weight_correction", "scale_weight",
-    "scale_input", "quant_map", "nested_absmax", "nested_quant_map",
+    "scale_input", "quant_map", "nested_absmax", "nested_quant_map", "weight_zeros", "SCB", "weight_format",
+    "output_scale",
 })  # fmt: skip
-NESTED = frozenset({"absmax", "quant_map", "nested_absmax", "nested_quant_map"})
+NESTED = frozenset({
+    "absmax", "quant_map", "nested_absmax", "nested_quant_map", "_data", "_scale", "_shift",
+})  # fmt: skip
+# Side tensors only beside a `qweight`: elsewhere such names mean something else.
+BESIDE_QWEIGHT = frozenset({
+    "qzeros", "scales", "g_idx", "wscales", "wzeros", "wtscale", "wcscales", "smooth_factor", "smooth_factor_orig",
+    "smooth", "proj_down", "proj_up", "lora_down", "lora_up",
+})  # fmt: skip
 STATE = ".quant_state."
 # Prefixes that ComfyUI strips from diffusion models; a header may have been written without.
 PREFIXES = (
@@ -69,14 +79,15 @@ def read_contents(source: TensorSource) -> Contents:
     """Sort a file; reads JSON tensors only."""
     header = source.header
     names = header.tensors
-    weights = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+    weights = _weights(names)
+    packed = {name.removesuffix(".qweight") for name in names if name.endswith(".qweight")}
     grouped: dict[str, dict[str, TensorSpec]] = {}
     loose, orphans, scopes = [], [], {}
     for name, spec in names.items():
         if name == LEGACY_MARKER or name.endswith(f".{LEGACY_MARKER}"):
             scopes[name] = name[: -len(LEGACY_MARKER)]
             continue
-        base, suffix = split_name(name)
+        base, suffix = split_name(name, packed)
         if suffix is None:
             loose.append(spec)
         elif base in weights:
@@ -115,9 +126,22 @@ def read_contents(source: TensorSource) -> Contents:
     )
 
 
-def split_name(name: str) -> tuple[str, str | None]:
+def _weights(names: Iterable[str]) -> set[str]:
+    """Base names of everything that stores a weight, under whatever suffix."""
+    found = set()
+    for name in names:
+        for suffix in CODES:
+            if name.endswith(f".{suffix}"):
+                found.add(name[: -len(suffix) - 1])
+    return found
+
+
+def split_name(name: str, packed: Container[str] = ()) -> tuple[str, str | None]:
     """`a.b.weight_scale` -> ("a.b", "weight_scale"); the suffix is None for a tensor that belongs
     to no weight.
+
+    Args:
+        packed: base names that have a `qweight`, whose side tensors have names of their own.
     """
     head, state, tail = name.partition(STATE)
     if state:
@@ -128,7 +152,10 @@ def split_name(name: str) -> tuple[str, str | None]:
         return name, None
     if suffix in NESTED and base.endswith(".weight"):
         return base.removesuffix(".weight"), f"weight.{suffix}"
-    if suffix in SIDES or any(suffix in format.dtypes for format in FORMATS.values()):
+    known = suffix in CODES or suffix in SIDES
+    if known or any(suffix in format.dtypes for format in FORMATS.values()):
+        return base, suffix
+    if suffix in BESIDE_QWEIGHT and base in packed:
         return base, suffix
     return name, None
 
@@ -228,6 +255,7 @@ class ImportedSource:
         order = dict.fromkeys((*self.contents.header_order, *found))
         self.translations = {base: found[base] for base in order if found[base] is not None}
         _refuse_mixed_nibbles(self.translations)
+        _refuse_idle(self.name, self.options, self.translations.values())
         self.canonical = dict(self.translations)
         if retarget is not None:
             self.translations = {base: retarget(made) for base, made in self.translations.items()}
@@ -236,10 +264,16 @@ class ImportedSource:
         self.header = self._header()
 
     def _translate(self, layer: StoredLayer) -> Translation | None:
+        if layer.name in self.options.left:
+            return None
+        again = layer.name in self.options.decoded
+        options = replace(self.options, foreign_only=False) if again else self.options
         try:
-            made = translate(layer, self.options)
+            made = translate(layer, options)
         except CheckpointError as error:
             raise error.at(f"{self.name}: layer '{layer.name}'") from None
+        if made is not None and again:
+            return made.exactly("read as a float weight")
         return made and as_loadable(layer.name, made)
 
     def _header(self) -> Header:
@@ -261,17 +295,23 @@ class ImportedSource:
         markers = {
             base: made.marker for base, made in self.translations.items() if made.marker is not None
         }
+        for base, layer in self.contents.layers.items():
+            if base not in self.translations and layer.marker is not None:
+                markers[base] = layer.marker
         metadata = {
             key: value for key, value in self.source.header.metadata.items() if key != HEADER_KEY
         }
         if markers:
             metadata[HEADER_KEY] = json.dumps({"format_version": "1.0", "layers": markers})
-        return Header(tensors, metadata, {}, tuple(self._warnings()))
+        left = self.options.left & set(self.contents.layers)
+        return Header(tensors, metadata, {}, tuple(self._warnings()), left=left)
 
     def _is_cast(self, spec: TensorSpec) -> bool:
         """FP8 biases and norms of scaled files: old scripts cast them along, and ComfyUI has no
         scale for them.
         """
+        if spec.name.rpartition(".")[0] in self.options.left:
+            return False
         return spec.dtype in FP8 and (
             not self.options.foreign_only or self._scope(spec.name) is not None
         )
@@ -364,6 +404,42 @@ def as_loadable(base: str, made: Translation) -> Translation:
     return made
 
 
+def unexplained(contents: Contents) -> tuple[TensorSpec, ...]:
+    """Matrices of codes that no dialect explains: read as numbers they are noise."""
+    loose = [spec for spec in contents.loose if spec.dtype in CODE_DTYPES and len(spec.shape) > 1]
+    layers = (layer for layer in contents.layers.values() if not explained(layer))
+    return (*loose, *(layer.weight for layer in layers))
+
+
+def refuse_unexplained(name: str, contents: Contents) -> None:
+    """
+    Raises:
+        CheckpointError: the file holds codes that nothing here reads.
+    """
+    found = unexplained(contents)
+    if found:
+        names = ", ".join(f"'{spec.name}' {spec.dtype}" for spec in found[:NAMED])
+        raise CheckpointError(
+            f"{name}: {len(found)} matrices hold codes of a format that is not read ({names}); "
+            "start from the original model"
+        )
+
+
+IDLE = {
+    "assume": "what 4-bit layers are was said, and no layer leaves it open",
+    "assume_convrot": "a rotation was said, and no INT8 layer leaves it open",
+    "nibble_order": "a nibble order was said, and no layer leaves it open",
+}
+
+
+def _refuse_idle(name: str, options: ImportOptions, made: Iterable[Translation]) -> None:
+    """Refuse what the user said to no effect: they believe that it had one."""
+    asked = {option for translation in made for option in translation.asked}
+    for option, why in IDLE.items():
+        if getattr(options, option) is not None and option not in asked:
+            raise RecipeError(f"{name}: {why}", option=option)
+
+
 def _refuse_mixed_nibbles(translations: dict[str, Translation]) -> None:
     """One file has one nibble order."""
     orders = {made.nibbles: base for base, made in translations.items() if made.nibbles}
@@ -386,18 +462,23 @@ def imported(source: TensorSource, options: ImportOptions | None = None) -> Tens
 
 
 def open_checkpoint(
-    path: str | os.PathLike, *, short_lived: bool = False, for_gpu: bool = False
+    path: str | os.PathLike,
+    *,
+    short_lived: bool = False,
+    for_gpu: bool = False,
+    decoded: frozenset[str] = frozenset(),
 ) -> TensorSource:
     """A file, index or folder of shards, foreign layers in canonical form; a context manager that
     closes the files.
 
-    `short_lived` and `for_gpu` as FileSource defines them.
+    `short_lived` and `for_gpu` as FileSource defines them, `decoded` as ImportOptions does.
 
     Raises:
         CheckpointError: see FileSource and ImportedSource.
     """
     with ExitStack() as stack:
         file = stack.enter_context(FileSource(path, short_lived=short_lived, for_gpu=for_gpu))
-        opened = imported(file, ImportOptions(foreign_only=True))
+        refuse_unexplained(file.name, read_contents(file))
+        opened = imported(file, ImportOptions(foreign_only=True, decoded=decoded))
         stack.pop_all()
         return opened

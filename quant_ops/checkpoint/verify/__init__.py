@@ -14,19 +14,20 @@ import torch
 from ...errors import CheckpointError
 from ...sources import TensorSource
 from ...spec import FLOAT_DTYPES
+from ..host_layers import is_bank
 from ..importers import ImportOptions, StoredLayer, translate
 from ..importers.source import ImportedSource, as_loadable, read_contents
 from .compared import COMPARED, Pair, compare
 from .findings import ORIGINAL, Finding, LayerCheck, Mistake, Verification
-from .stored import EXPLAINED, STORED, comfyui_bank, layer_findings
-from .values import SCALE_LOST, VALUES, value_findings
+from .stored import EXPLAINED, STORED, is_host_layer, layer_findings
+from .values import CODES, SCALE_LOST, SCALES, code_findings, scale_findings
 from .whole_file import METADATA_LOST, WHOLE_FILE, file_findings
 
 UNREADABLE = Mistake("unreadable", "the layer cannot be decoded", ORIGINAL)
 
 MISTAKES: dict[str, Mistake] = {
     mistake.name: mistake
-    for mistake in (*WHOLE_FILE, *STORED, *VALUES, *COMPARED, METADATA_LOST, UNREADABLE)
+    for mistake in (*WHOLE_FILE, *STORED, *CODES, *SCALES, *COMPARED, METADATA_LOST, UNREADABLE)
 }
 
 
@@ -67,7 +68,7 @@ def _check_layer(
     base: str, layer: StoredLayer, truth: ImportedSource | None
 ) -> tuple[LayerCheck | None, list[Finding]]:
     found = layer_findings(layer)
-    if comfyui_bank(layer):
+    if is_host_layer(layer) and is_bank(layer.said):
         return LayerCheck(base, "bank of experts, not decoded", layer.said["format"]), found
     try:
         made = translate(layer, ImportOptions())
@@ -75,17 +76,21 @@ def _check_layer(
             return None, found
         made = as_loadable(base, made)
         stored = {suffix: layer.read(suffix) for suffix in layer.specs}
+        found += code_findings(layer, stored, made)
         canonical = made.convert(stored)
+        if is_host_layer(layer):
+            made.weight(canonical)
     except CheckpointError as error:
-        explained = any(finding.mistake in EXPLAINED for finding in found)
+        explained = any(finding.mistake in (*EXPLAINED, SCALE_LOST) for finding in found)
         return None, found if explained else [*found, UNREADABLE.at(base, str(error))]
-    found += value_findings(layer, stored, made, canonical)
+    found += scale_findings(layer, canonical)
     rel_l2 = None
     weight = truth and _original(truth, base)
     if weight is not None:
         rel_l2, more = compare(Pair(base, made, canonical, weight))
         found += more
-    return LayerCheck(base, made.dialect, made.format, rel_l2, made.nibbles), found
+    format = layer.said["format"] if is_host_layer(layer) else made.format
+    return LayerCheck(base, made.dialect, format, rel_l2, made.nibbles), found
 
 
 def _original(truth: ImportedSource, base: str) -> torch.Tensor | None:

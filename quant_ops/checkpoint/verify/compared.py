@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,13 +44,6 @@ class Pair:
     original: torch.Tensor
 
     @property
-    def decode(self) -> Callable[[Tensors], torch.Tensor]:
-        format = self.format
-        if format is None:
-            return lambda tensors: tensors["weight"].float()
-        return lambda tensors: format.dequantize(tensors, self.made.layer, self.made.options)
-
-    @property
     def format(self) -> Format | None:
         return FORMATS.get(self.made.format)
 
@@ -64,7 +56,7 @@ class Pair:
 
 def compare(pair: Pair) -> tuple[float, list[Finding]]:
     """(rel_l2, what is wrong with the layer)."""
-    decoded = pair.decode(pair.canonical)
+    decoded = pair.made.weight(pair.canonical)
     if decoded.shape != pair.original.shape:
         what = f"shape {list(decoded.shape)}, the original has {list(pair.original.shape)}"
         return math.inf, [FAR.at(pair.name, what)]
@@ -80,7 +72,7 @@ def _explained(pair: Pair, decoded: torch.Tensor, error: float) -> Finding:
     """
     if isinstance(pair.format, Bnb4Bit):
         swapped = {**pair.canonical, "weight": swap_nibbles(pair.canonical["weight"])}
-        other = pair.error_of(pair.decode(swapped))
+        other = pair.error_of(pair.made.weight(swapped))
         if other < WRONG:
             what = f"rel_l2 {error:.2f}, with the nibbles swapped {other:.2f}"
             return NIBBLES_SWAPPED.at(pair.name, what)

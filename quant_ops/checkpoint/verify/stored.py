@@ -10,11 +10,13 @@ from ...errors import CheckpointError, RecipeError
 from ...formats import FORMATS, Arrangement, get_format, read_as
 from ...formats.bnb_4bit import PREFIX, Bnb4Bit
 from ...spec import FLOAT_DTYPES
+from ..host_layers import host_layer
 from ..importers import StoredLayer
-from ..importers.base import input_scale_problem
+from ..importers.base import FP8, input_scale_problem
 from ..importers.flat_4bit import is_zero_defect
 from ..importers.hybrid_mxfp8 import HYBRID
-from ..labels import EMBEDDING, Label, is_bank, is_scaled, label_of, labels
+from ..importers.plain import OrphanMarker
+from ..labels import EMBEDDING, Label, is_scaled, label_of, labels
 from .findings import ORIGINAL, REPAIR, SHAPES, Finding, Mistake
 
 Problems = Iterable[str]
@@ -24,12 +26,11 @@ SCALES = (
 )  # fmt: skip
 
 
-def comfyui_bank(layer: StoredLayer) -> bool:
-    """Experts in a format of ComfyUI's own, which reads them; their side tensors are not those of
-    the formats here.
+def is_host_layer(layer: StoredLayer) -> bool:
+    """What ComfyUI reads and nothing here writes: its side tensors are not those of the formats
+    here.
     """
-    format = FORMATS.get(layer.said.get("format"))
-    return format is not None and format.native and is_bank(layer.said, layer.weight.shape)
+    return host_layer(layer.said, layer.specs) is not None
 
 
 # ---- JSON ----
@@ -53,8 +54,19 @@ def _no_format(layer: StoredLayer) -> Problems:
 
 def _unknown_format(layer: StoredLayer) -> Problems:
     name = layer.said.get("format")
-    if name is not None and name not in FORMATS and read_as(name) is None:
+    known = name in FORMATS or read_as(name) is not None or is_host_layer(layer)
+    if name is not None and not known:
         yield f"{name!r}"
+
+
+def _misspelled(layer: StoredLayer) -> Problems:
+    if layer.misspelled:
+        yield f"{layer.marker['format']!r} is {layer.said['format']}"
+
+
+def _orphan_marker(layer: StoredLayer) -> Problems:
+    if OrphanMarker().claims(layer):
+        yield f"weight is {layer.weight.dtype}, its JSON says {layer.said['format']}"
 
 
 def _hybrid(layer: StoredLayer) -> Problems:
@@ -70,7 +82,7 @@ def _group_size_places(layer: StoredLayer) -> tuple[bool, bool] | None:
     of it.
     """
     format = FORMATS.get(layer.said.get("format"))
-    if format is None or "block_size" not in format.Options.names() or comfyui_bank(layer):
+    if format is None or "block_size" not in format.Options.names() or is_host_layer(layer):
         return None
     marker = layer.marker or {}
     params = marker.get("params")
@@ -103,7 +115,7 @@ def _relabelled(layer: StoredLayer) -> Label | None:
     JSON names; None where they agree, or mean nothing.
     """
     name, scale = layer.said.get("format"), layer.specs.get("weight_scale")
-    known = is_scaled(name) and layer.weight.dtype in labels()
+    known = is_scaled(name) and layer.weight.dtype in labels() and not is_host_layer(layer)
     if not known or scale is None or len(layer.weight.shape) != 2:
         return None
     widened = {**layer.specs, "weight_scale": replace(scale, dtype="F32")}
@@ -160,6 +172,8 @@ def _mislabelled(tag: str, label: Label) -> str:
 
 
 def _half_scales(layer: StoredLayer) -> Problems:
+    if is_host_layer(layer):
+        return
     half = [
         f"{suffix} {layer.specs[suffix].dtype}"
         for suffix in SCALES
@@ -171,10 +185,16 @@ def _half_scales(layer: StoredLayer) -> Problems:
 
 def _input_scale(layer: StoredLayer) -> Problems:
     name = layer.said.get("format")
-    if "input_scale" in layer.specs and name in FORMATS:
+    if "input_scale" in layer.specs and name in FORMATS and not is_host_layer(layer):
         problem = input_scale_problem(layer, "input_scale", name)
         if problem:
             yield problem
+
+
+def _missing_scale(layer: StoredLayer) -> Problems:
+    codes = layer.weight.dtype in FP8 and is_scaled(layer.said.get("format"))
+    if codes and layer.first("weight_scale", "scale_weight") is None:
+        yield f"{layer.weight.dtype} codes; right only if they are plain casts"
 
 
 def _dummy_scale(layer: StoredLayer) -> Problems:
@@ -186,6 +206,8 @@ def _dummy_scale(layer: StoredLayer) -> Problems:
 
 
 def _rotation(layer: StoredLayer) -> Problems:
+    if is_host_layer(layer):
+        return
     if not layer.said.get("convrot") or layer.weight.dtype != "I8" or len(layer.weight.shape) != 2:
         return
     group, scale = layer.said.get("convrot_groupsize", 256), layer.specs.get("weight_scale")
@@ -197,7 +219,7 @@ def _rotation(layer: StoredLayer) -> Problems:
 
 def _place(layer: StoredLayer) -> Problems:
     name = layer.said.get("format")
-    if name not in FORMATS:
+    if name not in FORMATS or is_host_layer(layer):
         return
     if EMBEDDING.fullmatch(layer.name) and FORMATS[name].embedding_min_comfyui is None:
         yield f"embedding table in {name}"
@@ -242,6 +264,18 @@ STORED = (
     ),
     Mistake("format-missing", "the JSON has no format", REPAIR, _no_format),
     FORMAT_UNKNOWN,
+    Mistake(
+        "format-misspelled",
+        "the format stands under a name that ComfyUI does not know",
+        REPAIR,
+        _misspelled,
+    ),
+    Mistake(
+        "marker-without-codes",
+        "a high-precision weight that its JSON calls quantized",
+        REPAIR,
+        _orphan_marker,
+    ),
     Mistake("hybrid-scalar", f"{HYBRID} carries one number for many exponents", REPAIR, _hybrid),
     Mistake("group-size-missing", "1 x b blocks without group size", REPAIR, _group_size_missing),
     Mistake(
@@ -274,6 +308,12 @@ STORED = (
         "row-scale-shape", "row scales have the wrong shape", REPAIR, _scale_shape(Arrangement.ROW)
     ),
     Mistake("scale-not-float32", "scales in bf16 or fp16", REPAIR, _half_scales),
+    Mistake(
+        "scale-missing",
+        "the JSON names a format with a scale, and there is none: ComfyUI stops",
+        REPAIR,
+        _missing_scale,
+    ),
     Mistake("input-scale-wrong", "input_scale cannot be one", REPAIR, _input_scale),
     Mistake(
         "dummy-scale",

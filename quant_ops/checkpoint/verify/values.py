@@ -14,46 +14,36 @@ from ..importers.scaled import is_saturated
 from .findings import ORIGINAL, REPAIR, Finding, Mistake
 
 
-def _swapped(
-    layer: StoredLayer, stored: Tensors, made: Translation, canonical: Tensors
-) -> Iterable[str]:
+def _swapped(layer: StoredLayer, stored: Tensors, made: Translation) -> Iterable[str]:
     if made.dialect == LOW_NIBBLE:
         yield made.note
 
 
-def _nan_codes(
-    layer: StoredLayer, stored: Tensors, made: Translation, canonical: Tensors
-) -> Iterable[str]:
+def _nan_codes(layer: StoredLayer, stored: Tensors, made: Translation) -> Iterable[str]:
     if layer.weight.dtype in FP8:
-        nan = int(stored["weight"].isnan().sum())
+        nan = int(stored[layer.codes].isnan().sum())
         if nan:
             yield f"{nan} codes"
 
 
-def _lost_scale(
-    layer: StoredLayer, stored: Tensors, made: Translation, canonical: Tensors
-) -> Iterable[str]:
+def _lost_scale(layer: StoredLayer, stored: Tensors, made: Translation) -> Iterable[str]:
     unscaled = layer.first("weight_scale", "scale_weight") is None
-    if layer.weight.dtype in FP8 and unscaled and is_saturated(stored["weight"]):
+    if layer.weight.dtype in FP8 and unscaled and is_saturated(stored[layer.codes]):
         yield f"largest code of {layer.weight.dtype}"
 
 
-def _lowest_code(
-    layer: StoredLayer, stored: Tensors, made: Translation, canonical: Tensors
-) -> Iterable[str]:
+def _lowest_code(layer: StoredLayer, stored: Tensors, made: Translation) -> Iterable[str]:
     format = FORMATS.get(made.format)
     if format is None or format.unused_code is None:
         return
-    lowest = int((format.codes(stored) == format.unused_code).sum())
+    lowest = int((format.codes({**stored, "weight": stored[layer.codes]}) == format.unused_code).sum())
     if lowest:
         yield f"{lowest} codes are {format.unused_code}"
 
 
-def _broken_scales(
-    layer: StoredLayer, stored: Tensors, made: Translation, canonical: Tensors
-) -> Iterable[str]:
+def _broken_scales(canonical: Tensors) -> Iterable[str]:
     scale = canonical.get("weight_scale_2", canonical.get("weight_scale", canonical.get("absmax")))
-    if scale is not None and scale.dtype == torch.float32:
+    if scale is not None and scale.is_floating_point() and scale.itemsize > 1:
         broken = int((~torch.isfinite(scale) | (scale < 0)).sum())
         if broken:
             yield f"{broken} scales are NaN, infinite or negative"
@@ -69,7 +59,7 @@ NIBBLES_SWAPPED = Mistake(
     "nibbles-swapped", "the low nibble comes first under bitsandbytes' names", REPAIR, _swapped
 )
 
-VALUES = (
+CODES = (
     NIBBLES_SWAPPED,
     Mistake("nan-codes", "NaN codes in FP8", ORIGINAL, _nan_codes),
     SCALE_LOST,
@@ -79,12 +69,19 @@ VALUES = (
         ORIGINAL,
         _lowest_code,
     ),
+)
+SCALES = (
     Mistake("scale-not-finite", "a scale that is no positive number", ORIGINAL, _broken_scales),
 )
 
 
-def value_findings(
-    layer: StoredLayer, stored: Tensors, made: Translation, canonical: Tensors
-) -> list[Finding]:
-    arguments = (layer, stored, made, canonical)
-    return [finding for mistake in VALUES for finding in mistake.findings(layer.name, *arguments)]
+def code_findings(layer: StoredLayer, stored: Tensors, made: Translation) -> list[Finding]:
+    """What the codes show as they are stored."""
+    name = layer.name
+    return [finding for mistake in CODES for finding in mistake.findings(name, layer, stored, made)]
+
+
+def scale_findings(layer: StoredLayer, canonical: Tensors) -> list[Finding]:
+    """What the scales show in canonical form."""
+    name = layer.name
+    return [finding for mistake in SCALES for finding in mistake.findings(name, canonical)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..importers.source import Contents
+from ..importers.source import Contents, unexplained
 from .findings import ORIGINAL, REPAIR, Finding, Mistake
 
 NAMED = 3  # names that one finding lists
@@ -16,6 +16,15 @@ def _prefixed_markers(contents: Contents) -> Iterable[str]:
 
 def _orphans(contents: Contents) -> Iterable[str]:
     return (f"'{spec.name}'" for spec in contents.orphans)
+
+
+def _unexplained(contents: Contents) -> Iterable[str]:
+    found = unexplained(contents)
+    if found:
+        names = ", ".join(
+            f"'{spec.name}' {spec.dtype} {list(spec.shape)}" for spec in found[:NAMED]
+        )
+        yield f"{len(found)} matrices ({names})"
 
 
 def _header(contents: Contents) -> Iterable[str]:
@@ -31,6 +40,12 @@ def _header(contents: Contents) -> Iterable[str]:
 METADATA_LOST = Mistake("metadata-lost", "metadata of the original is missing", ORIGINAL)
 
 WHOLE_FILE = (
+    Mistake(
+        "codes-unexplained",
+        "codes of a format that is not read; as numbers they are noise",
+        ORIGINAL,
+        _unexplained,
+    ),
     Mistake(
         "marker-prefixed",
         "a scaled_fp8 marker under a prefix: loaders look for one prefix only",

@@ -1,0 +1,77 @@
+"""What is wrong with a file as far as it shows without reading weights: one answer for every door,
+and the last look at what was written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ..checkpoint.importers.source import is_side
+from ..checkpoint.reader import FileSource
+from ..checkpoint.verify import Finding, Mistake, stored_findings
+from ..checkpoint.verify.findings import ORIGINAL
+from ..checkpoint.writer import FileSink
+from ..errors import CheckpointError
+from ..planning.model_family import find_parts
+from ..sources import TensorSource
+
+FOREIGN_NAMES = Mistake(
+    "foreign-names", "layers have names or a place that ComfyUI does not read quantized", ORIGINAL
+)
+
+
+def problems(source: TensorSource) -> list[Finding]:
+    """Findings from names, shapes, dtypes and JSON."""
+    return [*stored_findings(source), *name_findings(source)]
+
+
+def name_findings(source: TensorSource) -> list[Finding]:
+    """Quantized layers under names that ComfyUI renames while loading, or leaves unread."""
+    if not any(is_side(name) for name in source.header.tensors):
+        return []
+    parts = find_parts(source.header.tensors)
+    refused = [part.family for part in parts if part.family.kind == "refuse"]
+    return [FOREIGN_NAMES.at("", f"{family.title}: {family.why}") for family in refused]
+
+
+def mendable(source: TensorSource) -> list[Finding]:
+    """The problems of an input that a copy of it may have too: ComfyUI opens it all the same."""
+    return [finding for finding in problems(source) if finding.fix is not None]
+
+
+def checked_sink(
+    target: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    known: Iterable[Finding] = (),
+    also: Callable[[Path], None] | None = None,
+) -> FileSink:
+    """A FileSink whose finished file is opened once more before it appears under its name.
+
+    Args:
+        known: problems that it may have, because its source has them and they were told.
+        also: another look at the finished file.
+
+    Raises:
+        CheckpointError: see FileSink; and at the end any other problem, then nothing was written.
+    """
+    allowed = {(finding.name, finding.layer) for finding in known}
+
+    def check(written: Path) -> None:
+        with FileSource(written) as source:
+            found = [
+                finding
+                for finding in problems(source)
+                if (finding.name, finding.layer) not in allowed
+            ]
+        if found:
+            raise CheckpointError(
+                f"the finished file has {len(found)} problems, so it was not kept: "
+                f"{found[0].to_text()}"
+            )
+        if also:
+            also(written)
+
+    return FileSink(target, overwrite=overwrite, check=check)
