@@ -35,6 +35,10 @@ SCALED = "cli/test_convert.py::test_scaled_fp8_becomes_comfy_quant_table_by_tabl
 MARKER = "checkpoint/test_importers.py::test_the_marker_owns_the_layers_below_its_prefix"
 
 TESTS = {
+    "codes-unexplained": ("checkpoint/test_other_tools.py::test_what_nothing_reads_is_a_problem_through_every_door",),
+    "format-misspelled": ("checkpoint/test_other_tools.py::test_other_spellings_of_a_format_are_found_and_mended",),
+    "marker-without-codes": ("checkpoint/test_other_tools.py::test_an_orphan_marker_is_dropped_and_the_weight_kept",),
+    "scale-missing": ("checkpoint/test_other_tools.py::test_a_lost_scale_is_left_and_told",),
     "tag-says-one-scale": (FOUND, LABEL, "checkpoint/test_importers.py::test_a_row_scale_under_the_scalar_tag_is_relabelled_also_when_square"),
     "scale-not-0d": (FOUND, LABEL, "checkpoint/test_importers.py::test_one_element_scales_become_0_d_and_rows_become_columns"),
     "row-scale-shape": (FOUND, LABEL, "checkpoint/test_importers.py::test_one_element_scales_become_0_d_and_rows_become_columns"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..formats import FORMATS
+from ..formats.asym_w4a8 import AsymW4A8
 from ..spec import TensorSpec
 
 # Formats of ComfyUI's own that have no class here -> the first ComfyUI that reads them. 0.33.0 does
@@ -19,7 +20,7 @@ from ..spec import TensorSpec
 HOST_FORMATS = {"awq_w4a16": "0.38.0"}
 BANKS_SINCE = "0.23.0"  # the first ComfyUI that reads quantized banks of experts
 FLAT_BANKS_SINCE = "0.38.0"  # as (E*N, K); 0.33.0 knows (E, N, K) only
-ASYM = "asym_w4a8_int8"
+ASYM = AsymW4A8.name
 ASYM_GROUP = 16  # the only one that is written here
 
 
@@ -50,11 +51,11 @@ def host_layer(marker: dict, specs: dict[str, TensorSpec]) -> HostLayer | None:
     if is_bank(marker):
         flat = "weight" in specs and len(specs["weight"].shape) == 2
         banks = FLAT_BANKS_SINCE if flat else BANKS_SINCE
-        return HostLayer(f"bank of experts in {name}", max(banks, since, key=_numbers))
+        return HostLayer("bank of experts", max(banks, since, key=_numbers))
     if name in HOST_FORMATS:
-        return HostLayer(name, since)
+        return HostLayer("ComfyUI's own format", since)
     if name == ASYM and _asym_of_comfyui(marker, specs):
-        return HostLayer(f"{name} of another writer", since)
+        return HostLayer("variant of another writer", since)
     return None
 
 

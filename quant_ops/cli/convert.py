@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     """What a file may leave unsaid."""
     parser.add_argument(
-        "--assume", choices=["nf4", "fp4", "nvfp4"], help="what 4-bit layers are that do not say it"
+        "--assume",
+        metavar="F",
+        help="what 4-bit layers are that do not say it: nf4, fp4, or a format with block scales",
     )
     parser.add_argument(
         "--assume-convrot",

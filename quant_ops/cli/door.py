@@ -20,7 +20,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 FLAGS = {
     "assume": "--assume nf4 or --assume fp4",
     "assume_convrot": "--assume-convrot",
-    "assume_nvfp4": "--assume nvfp4",
+    "assume_nvfp4": "--assume",
     "hp_filter": "--hp-filter",
     "nibble_order": "--nibble-order low or --nibble-order high",
     "overwrite": "--overwrite",

@@ -7,13 +7,15 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, field, replace
 
-from ..checkpoint.importers.source import ImportedSource, open_checkpoint
+from ..checkpoint.gguf_source import GgufSource
+from ..checkpoint.importers.source import ImportedSource, open_checkpoint, origins_of
 from ..checkpoint.metadata import HEADER_KEY
-from ..checkpoint.reader import FileSource
+from ..checkpoint.open import open_file
 from ..errors import QuantError, visible
 from ..pipeline import COPY, plan_source
 from ..planning.model_family import find_parts
 from ..report.report import megabytes
+from ..sources import TensorSource
 from ..spec import ModelPlan
 from .problems import problems
 
@@ -62,13 +64,21 @@ class Inspection:
         return "\n".join(map(visible, lines))
 
 
+def _loads_in(source: TensorSource, plan: ModelPlan | None) -> str:
+    if plan is None:
+        return "unknown: see the problems"
+    if isinstance(source, GgufSource):
+        return "GGUF: ComfyUI itself does not read it; quantize or convert it"
+    return plan.loads_in()
+
+
 def inspect_file(path: str | os.PathLike) -> Inspection:
     """Inspect a file, an index or a folder of shards.
 
     Raises:
         CheckpointError: the container itself cannot be read; problems inside are `findings`.
     """
-    with FileSource(path) as source:
+    with open_file(path) as source:
         header = source.header
         found = problems(source)
         findings = [*header.warnings, *(finding.to_text() for finding in found)]
@@ -78,8 +88,8 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
         try:
             with open_checkpoint(path) as opened:
                 plan = plan_source(opened, COPY)
-                if isinstance(opened, ImportedSource):
-                    dialects, stock = opened.origins(), opened.stock
+                dialects = origins_of(opened)
+                stock = not isinstance(opened, ImportedSource) or opened.stock
         except QuantError as error:
             if not any(finding.fix is None for finding in found):
                 findings.append(str(error))
@@ -102,7 +112,7 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
             family=", ".join(part.family.title for part in parts) or "unknown",
             formats={name: formats.count(name) for name in dict.fromkeys(formats)},
             dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1][1])),
-            loads_in=plan.loads_in() if plan else "unknown: see the problems",
+            loads_in=_loads_in(source, plan),
             metadata=dict(header.metadata),
             findings=tuple(findings),
             dialects=dialects,

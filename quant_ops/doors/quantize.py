@@ -10,8 +10,9 @@ import torch
 from ..calibration import Calibration
 from ..checkpoint.importers import ImportOptions, Translation
 from ..checkpoint.importers.source import ImportedSource, open_checkpoint
-from ..checkpoint.reader import FileSource
+from ..checkpoint.open import open_file
 from ..checkpoint.second_reading import refuse_other_reading
+from ..formats import FORMATS
 from ..pipeline import PlanFn, ProgressFn, ignore_progress, plan_source, quantize
 from ..planning.recipe import Recipe
 from ..report.report import Report
@@ -48,7 +49,7 @@ def quantize_file(
         QuantError: see `quantize` and `checked_sink`; and for a file that the reference decoder
             reads differently.
     """
-    with FileSource(source) as file:
+    with open_file(source) as file:
         known = mendable(file)
     also = refuse_other_reading if verify else None
     sink = checked_sink(target, overwrite=overwrite, known=known, also=also)
@@ -79,7 +80,7 @@ def layers_to_round_again(source: str | os.PathLike, recipe: Recipe) -> frozense
     """The quantized layers of a file that the recipe stores in another format, or in another
     geometry of the same.
     """
-    with FileSource(source) as file, ImportedSource(file, ImportOptions()) as stored:
+    with open_file(source) as file, ImportedSource(file, ImportOptions()) as stored:
         canonical = dict(stored.canonical)
     quantized = frozenset(
         base for base, made in canonical.items() if made.format or made.decode is not None
@@ -88,9 +89,7 @@ def layers_to_round_again(source: str | os.PathLike, recipe: Recipe) -> frozense
         plan = plan_source(opened, recipe)
     wanted = {layer.name: layer for layer in plan.layers if layer.action == "quantize"}
     return frozenset(
-        base
-        for base in quantized & set(wanted)
-        if not _same_codes(wanted[base], canonical[base])
+        base for base in quantized & set(wanted) if not _same_codes(wanted[base], canonical[base])
     )
 
 

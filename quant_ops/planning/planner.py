@@ -371,7 +371,7 @@ class _Planner:
         return LayerPlan(
             name=base,
             action="recode",
-            reason=f"{host.what}, quantized already: copied",
+            reason=f"{host.what}, quantized already ({marker['format']}): copied",
             inputs=tuple(by_suffix.values()),
             outputs=(
                 *copied,

@@ -50,7 +50,7 @@ ONLY_IN_THE_PAGE = ("comfyui-workflow-templates", "comfyui-embedded-docs")
 OLDER_TREES = ("glfw>=2.10,<3",)  # one extra-node module of ComfyUI <= 0.24 wants it
 TOOLS = (
     "setuptools>=77", "pytest>=8.3,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.150,<7", "ruff==0.17.6", "piq==0.8.0",
-    "matplotlib>=3.9,<4", "websocket-client>=1.8,<2", "bitsandbytes==0.50.2",
+    "matplotlib>=3.9,<4", "websocket-client>=1.8,<2", "bitsandbytes==0.50.2", "gguf>=0.17,<1",
 )  # fmt: skip
 PAGE_TOOLS = ("playwright>=1.60,<2",)
 STALE_SECONDS = 6 * 3600  # no build takes this long: what is older was killed

@@ -20,7 +20,7 @@ import torch
 from ....kernels.nvfp4 import BLOCK
 from ....kernels.packing import swizzle_scales, swizzled_shape, unswizzle_scales
 from ...errors import CheckpointError
-from ...formats import get_format
+from ...formats.nvfp4 import Nvfp4
 from ...spec import LayerInput
 from .base import ImportOptions, StoredLayer, Tensors, Translation, quantized
 from .four_bit import swap_nibbles
@@ -45,7 +45,7 @@ def translate_bare_nvfp4(layer: StoredLayer, options: ImportOptions) -> Translat
     k = 2 * half
     if options.nibble_order is None:
         raise CheckpointError(
-            "nvfp4 without JSON: which nibble comes first does not show; say it (files of NVIDIA's "
+            f"{Nvfp4.name} without JSON: which nibble comes first does not show; say it (files of NVIDIA's "
             "tools have the low one first, ComfyUI's the high one)",
             option="nibble_order",
         )
@@ -66,13 +66,13 @@ def translate_bare_nvfp4(layer: StoredLayer, options: ImportOptions) -> Translat
 
     source = LayerInput((n, k), None)
     return quantized(
-        "bare-nvfp4",
+        "blocks-without-json",
         layer,
-        "nvfp4",
+        Nvfp4.name,
         source,
-        get_format("nvfp4").Options(),
+        Nvfp4.Options(),
         convert,
-        f"taken for nvfp4, {options.nibble_order} nibble first, {order} scales",
+        f"taken for {Nvfp4.name}, {options.nibble_order} nibble first, {order} scales",
         asked=("assume", "nibble_order"),
     )
 
@@ -82,7 +82,7 @@ def _order_of_scales(layer: StoredLayer, n: int, k: int) -> str:
     plain, swizzled = (n, k // BLOCK), swizzled_shape(n, k // BLOCK)
     if spec.dtype not in ("F8_E4M3", "U8") or k % BLOCK or spec.shape not in (plain, swizzled):
         raise CheckpointError(
-            f"weight_scale is {spec.dtype} {list(spec.shape)}; nvfp4 of {n}x{k} has F8_E4M3 "
+            f"weight_scale is {spec.dtype} {list(spec.shape)}; {Nvfp4.name} of {n}x{k} has F8_E4M3 "
             f"{list(plain)} or, padded, {list(swizzled)}"
         )
     if plain != swizzled:
@@ -95,7 +95,7 @@ def _order_of_scales(layer: StoredLayer, n: int, k: int) -> str:
     if as_swizzled < CLEARLY * as_plain:
         return SWIZZLED
     raise CheckpointError(
-        "nvfp4 without JSON: the order of its block scales does not show in their values; make the "
+        f"{Nvfp4.name} without JSON: the order of its block scales does not show in their values; make the "
         "file again from the original model"
     )
 
@@ -114,11 +114,13 @@ def _refuse_implausible(layer: StoredLayer, order: str, n: int, k: int) -> None:
     values = scales.contiguous().view(torch.float8_e4m3fn).double()
     per_tensor = layer.number("weight_scale_2")
     if per_tensor is None:
-        raise CheckpointError("weight_scale_2 is more than one number; nvfp4 has one per tensor")
+        raise CheckpointError(
+            f"weight_scale_2 is more than one number; {Nvfp4.name} has one per tensor"
+        )
     # codes of a block reach 6, and half of that is their usual size
     size = 3 * abs(per_tensor) * float(values.square().mean().sqrt())
     if not SMALLEST < size < LARGEST and bool(values.any()):
         raise CheckpointError(
-            f"taken for nvfp4 its weights would be about {size:.2g}, which no model's are: another "
+            f"taken for {Nvfp4.name} its weights would be about {size:.2g}, which no model's are: another "
             "format, or weight_scale_2 is a reciprocal; start from the original model"
         )

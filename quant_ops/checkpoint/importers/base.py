@@ -17,6 +17,7 @@ from ...files import InputFile
 from ...formats import FormatOptions, get_format
 from ...formats.asym_w4a8 import AsymW4A8
 from ...formats.base import dtype_from_json, is_precise
+from ...formats.nvfp4 import Nvfp4
 from ...sources import TORCH_DTYPES
 from ...spec import FLOAT_DTYPES, LayerInput, TensorSpec
 
@@ -26,6 +27,8 @@ Specs = dict[str, tuple[str, tuple[int, ...]]]
 FP8 = ("F8_E4M3", "F8_E5M2")
 # What a layer's weight may be stored as, by suffix: plainly, by quanto, by AWQ, GPTQ and nunchaku.
 CODES = ("weight", "weight._data", "qweight")
+# What 4-bit layers that do not say it may be said to be.
+ASSUMED = ("nf4", "fp4", Nvfp4.name)
 # Names under which other tools write a format -> ComfyUI's name.
 SPELLINGS = {"w4a8_int8": AsymW4A8.name, "w4a8": AsymW4A8.name}
 
@@ -50,6 +53,12 @@ class ImportOptions:
     left: frozenset[str] = frozenset()  # layers that stay as they are stored
     decoded: frozenset[str] = frozenset()  # layers to be quantized again: read as float weights
     host_formats: frozenset[str] = frozenset()  # formats that the ComfyUI at hand reads without us
+
+    def __post_init__(self):
+        if self.assume not in (None, *ASSUMED):
+            raise RecipeError(
+                f"assume is {self.assume!r}, it may be one of {', '.join(ASSUMED)}", option="assume"
+            )
 
 
 @dataclass(frozen=True)

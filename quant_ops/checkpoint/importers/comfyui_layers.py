@@ -16,7 +16,7 @@ import torch
 
 from ....kernels.packing import unpack_nibbles
 from ...errors import CheckpointError, RecipeError
-from ...formats import get_format
+from ...formats import FORMATS, get_format
 from ...sources import spec_of
 from ..host_layers import ASYM, group_size, host_layer, is_bank
 from .asym_w4a8 import decode_asym
@@ -111,7 +111,7 @@ def _bank(
     if not flat and stored[0] != experts:
         raise CheckpointError(f"bank of {experts} experts: its weight is {list(stored)}")
     rows = stored[0] // experts if flat else stored[1]
-    columns = stored[-1] * (2 if name in HALF else 1)
+    columns = stored[-1] * (FORMATS[name].codes_per_byte if name in FORMATS else 2)
     marker = {key: value for key, value in layer.said.items() if key != "num_experts"}
 
     def decode(tensors: Tensors) -> torch.Tensor:
@@ -122,9 +122,6 @@ def _bank(
         return torch.stack(pieces)[:, :rows, :columns]
 
     return (experts, rows, columns), decode
-
-
-HALF = ("nvfp4", "convrot_w4a4", "asym_w4a8_int8", "awq_w4a16")  # two codes a byte
 
 
 def _expert(tensors: Tensors, expert: int, experts: int, flat: bool) -> Tensors:
@@ -142,7 +139,7 @@ def _expert(tensors: Tensors, expert: int, experts: int, flat: bool) -> Tensors:
 
 
 def _decode_expert(name: str, marker: dict, tensors: Tensors) -> torch.Tensor:
-    if name == "awq_w4a16":
+    if name not in FORMATS:
         return decode_awq(tensors, group_size(marker))
     format = get_format(name)
     specs = {suffix: spec_of(suffix, tensor) for suffix, tensor in tensors.items()}

@@ -13,6 +13,7 @@ is refused.
 from __future__ import annotations
 
 from ...errors import CheckpointError
+from ...formats.nvfp4 import Nvfp4
 from ...spec import FLOAT_DTYPES
 from .bare_nvfp4 import translate_bare_nvfp4
 from .base import FP8, ImportOptions, StoredLayer, Tensors, Translation
@@ -38,11 +39,11 @@ class BlocksWithoutJson:
         return layer.weight.dtype == "U8" and {"weight_scale", "weight_scale_2"} <= set(layer.specs)
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
-        if options.assume == "nvfp4":
+        if options.assume == Nvfp4.name:
             return translate_bare_nvfp4(layer, options)
         raise CheckpointError(
             "packed 4-bit weight with block scales but without readable JSON: the order of scales "
-            "and nibbles is unknown; make the file again, or say that it is nvfp4",
+            f"and nibbles is unknown; make the file again, or say that it is {Nvfp4.name}",
             option="assume_nvfp4",
         )
 

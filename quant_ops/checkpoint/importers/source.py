@@ -19,7 +19,8 @@ from ...spec import Header, TensorSpec
 from ...strict_json import parse
 from ..labels import EMBEDDING
 from ..metadata import HEADER_KEY, markers_in, read_marker
-from ..reader import FileSource, stored_text
+from ..open import open_file
+from ..reader import stored_text
 from ..scales import scale_problem
 from . import explained, translate
 from .base import CODES, FP8, FileFacts, ImportOptions, StoredLayer, Translation
@@ -335,7 +336,7 @@ class ImportedSource:
         """Dialect and what becomes of it -> number of layers; empty for a file in canonical
         form.
         """
-        counts: dict[str, int] = {}
+        counts: dict[str, int] = origins_of(self.source)
         for made in self.translations.values():
             if made.note:
                 text = f"{made.dialect}: {made.note}"
@@ -389,6 +390,12 @@ class ImportedSource:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def origins_of(source: TensorSource) -> dict[str, int]:
+    """What a source itself decodes, such as the blocks of a GGUF file -> number of tensors."""
+    origins = getattr(source, "origins", None)
+    return dict(origins()) if origins is not None else {}
 
 
 def as_loadable(base: str, made: Translation) -> Translation:
@@ -477,7 +484,7 @@ def open_checkpoint(
         CheckpointError: see FileSource and ImportedSource.
     """
     with ExitStack() as stack:
-        file = stack.enter_context(FileSource(path, short_lived=short_lived, for_gpu=for_gpu))
+        file = stack.enter_context(open_file(path, short_lived=short_lived, for_gpu=for_gpu))
         refuse_unexplained(file.name, read_contents(file))
         opened = imported(file, ImportOptions(foreign_only=True, decoded=decoded))
         stack.pop_all()

@@ -36,7 +36,9 @@ def _lowest_code(layer: StoredLayer, stored: Tensors, made: Translation) -> Iter
     format = FORMATS.get(made.format)
     if format is None or format.unused_code is None:
         return
-    lowest = int((format.codes({**stored, "weight": stored[layer.codes]}) == format.unused_code).sum())
+    lowest = int(
+        (format.codes({**stored, "weight": stored[layer.codes]}) == format.unused_code).sum()
+    )
     if lowest:
         yield f"{lowest} codes are {format.unused_code}"
 
