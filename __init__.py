@@ -12,6 +12,7 @@ __all__ = [
     "FORMATS",
     "METHODS",
     "Recipe",
+    "compare_files",
     "convert_file",
     "inspect_file",
     "make_plan",

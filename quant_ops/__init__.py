@@ -1,5 +1,5 @@
-"""The product without a user interface: plan, quantize, convert, repair, verify and inspect
-models.
+"""The product without a user interface: plan, quantize, convert, repair, verify, compare and
+inspect models.
 """
 
 import importlib
@@ -9,6 +9,7 @@ _HOMES = {
     "FORMATS": ".formats",
     "METHODS": ".methods",
     "Recipe": ".planning.recipe",
+    "compare_files": ".doors",
     "convert_file": ".doors",
     "inspect_file": ".doors",
     "make_plan": ".planning.planner",

@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": "show what would happen to every layer; reads headers only",
     "inspect": "show family, layers per format, sizes and problems of a file",
     "verify": "decode and check every layer of a file",
+    "compare": "how far the weights of one file are from another's, whatever their formats",
     "repair": "write a copy with every known mistake fixed that can be",
     "bench": "time every format on this machine, and say which kernel runs and why",
 }
