@@ -2,8 +2,10 @@
 only in here.
 """
 
+from .handlers import linear
 from .native import multiplies_native, product_of
-from .pack import Product, layout_name, linear, register_layout, runs_alone
+from .pack import layout_name, register_layout
+from .product import Product, runs_alone
 
 __all__ = [
     "Product",

@@ -16,7 +16,8 @@ from ...kernels.grids import E4M3, INT8
 from ...kernels.rows import SPANS
 from ...kernels.runtime import linear_mxfp8, linear_nvfp4, linear_rotated, linear_tiles
 from ...kernels.scales import Geometry
-from .pack import PackLayout, Product, own_product
+from .pack import PackLayout
+from .product import Product, own_product
 
 WHOLE, ROWS = Geometry(None, None), Geometry(1, None)
 
@@ -77,7 +78,8 @@ def product_of(weight: QuantizedTensor) -> Product | None:
     comfy-kitchen does.
     """
     if issubclass(weight.layout_cls, PackLayout):
-        return None if weight._params.transposed else own_product(weight)
+        params = weight._params
+        return None if params.transposed else own_product(weight, tuple(params.orig_shape))
     return native_product(weight)
 
 

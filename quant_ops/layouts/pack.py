@@ -7,8 +7,9 @@ requantizes by name alone.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass, make_dataclass
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 from comfy_kitchen.tensor.base import (
@@ -17,55 +18,27 @@ from comfy_kitchen.tensor.base import (
     QuantizedLayout,
     QuantizedTensor,
     register_layout_class,
-    register_layout_op,
 )
 
-from ...kernels.dispatch import Op, is_forced
-from ..errors import UnsupportedLayerError
 from ..formats import Format, FormatOptions, get_format
 from ..sources import DTYPE_NAMES
 from ..spec import LayerInput
+from .product import Prepared, Product, nobody_looks
 
-REMEMBERED = 64  # numbers of rows of x that a product remembers
 
+@dataclass(frozen=True)
+class PackParams(BaseLayoutParams):
+    """A weight's side tensors, all as on disk; a layout's own `Params` name them."""
 
-class Product:
-    """x (..., K) @ W.T + bias in x's dtype, ready but for x and the bias: `op(x, *arguments,
-    bias)`.
+    TENSORS: ClassVar[tuple[str, ...]]
 
-    It lies with a weight's side tensors, which are never replaced by others, and is made anew for
-    another `qdata` or `shape`; whatever moves or copies a weight makes new side tensors. What runs
-    is remembered by what is left to depend on: rows and dtype of x, and whether there is a bias.
-    """
+    def _tensor_fields(self) -> list[str]:
+        return list(self.TENSORS)
 
-    __slots__ = ("arguments", "bodies", "op", "qdata", "shape")
-
-    def __init__(self, qdata: torch.Tensor, shape: tuple[int, int], op: Callable, arguments: tuple):
-        self.qdata, self.shape, self.op, self.arguments = qdata, shape, op, arguments
-        self.bodies: dict[tuple, Callable] = {}
-
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        n, k = self.shape
-        rows = x if x.dim() == 2 else x.reshape(-1, k)
-        key = (len(rows), rows.dtype, bias is None)
-        body = self.bodies.get(key)
-        if body is None or is_forced():
-            body = self._body(key, rows, bias)
-        out = body(rows, bias)
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
-
-    def _body(self, key: tuple, rows: torch.Tensor, bias: torch.Tensor | None) -> Callable:
-        if not isinstance(self.op, Op):
-            return lambda rows, bias: self.op(rows, *self.arguments, bias)
-        body = self.op.ready(rows, *self.arguments, bias)
-        if not is_forced():
-            if len(self.bodies) >= REMEMBERED:
-                self.bodies.clear()
-            self.bodies[key] = body
-        return body
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()  # a deep copy of a weight makes its own
+    @cached_property
+    def prepared(self) -> Prepared:
+        """Where the product of this weight is kept."""
+        return Prepared()
 
 
 class PackLayout(QuantizedLayout):
@@ -138,7 +111,7 @@ class PackLayout(QuantizedLayout):
         """
         n, k = params.orig_shape[::-1] if params.transposed else params.orig_shape
         pieces = list(cls.stored(qdata, params).values())
-        if _nobody_looks(qdata):
+        if nobody_looks(qdata):
             return cls.decode(pieces, n, k, params.orig_dtype)
         return torch.ops.fewbits.dequantize(pieces, cls.__name__, n, k, params.orig_dtype)
 
@@ -216,58 +189,16 @@ class PackLayout(QuantizedLayout):
         return False
 
 
-# a second copy of the pack in this process finds it defined
-if not hasattr(torch.ops.fewbits, "dequantize"):
-
-    @torch.library.custom_op("fewbits::dequantize", mutates_args=())
-    def _dequantize(
-        pieces: list[torch.Tensor], layout: str, n: int, k: int, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Stored pieces of a layer -> contiguous (N, K) `dtype`. One op, so that torch.compile
-        looks no further.
-        """
-        return LAYOUTS[layout].decode(pieces, n, k, dtype)
-
-    @_dequantize.register_fake
-    def _dequantize_fake(
-        pieces: list[torch.Tensor], layout: str, n: int, k: int, dtype: torch.dtype
-    ) -> torch.Tensor:
-        return pieces[0].new_empty((n, k), dtype=dtype)
-
-    @torch.library.custom_op("fewbits::linear", mutates_args=())
-    def _linear_op(
-        x: torch.Tensor,
-        pieces: list[torch.Tensor],
-        layout: str,
-        n: int,
-        k: int,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """x (..., K) @ W.T + bias from the stored pieces of W, in x's dtype."""
-        return LAYOUTS[layout].product(pieces, n, k)(x, bias)
-
-    @_linear_op.register_fake
-    def _linear_fake(
-        x: torch.Tensor,
-        pieces: list[torch.Tensor],
-        layout: str,
-        n: int,
-        k: int,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return x.new_empty((*x.shape[:-1], n))
-
-
 def _make_layout(name: str, format: Format, options: FormatOptions) -> type[PackLayout]:
     """The layout class of one format with one set of options."""
     suffixes = [suffix for suffix in format.dtypes if suffix != "weight"]
     side = {suffixes[0]: "scale", **{suffix: suffix for suffix in suffixes[1:]}}
     tensors = list(side.values())
-    params = dataclasses.make_dataclass(
+    params = make_dataclass(
         "Params",
         [*((field, torch.Tensor) for field in tensors[1:]), ("transposed", bool, False)],
-        bases=(BaseLayoutParams,),
-        namespace={"_tensor_fields": lambda self: list(tensors)},
+        bases=(PackParams,),
+        namespace={"TENSORS": tuple(tensors)},
         frozen=True,
     )
     return type(
@@ -311,165 +242,3 @@ def register_layout(format_name: str, options: FormatOptions) -> str:
     if name not in LAYOUTS:
         register_layout_class(name, _make_layout(name, format, options))
     return name
-
-
-def _plain(value: object, dtype: torch.dtype) -> object:
-    """A tensor in the input's dtype; a quantized one is dequantized straight to it."""
-    if isinstance(value, QuantizedTensor):
-        return value.to(dtype).dequantize()
-    return value.to(dtype) if isinstance(value, torch.Tensor) else value
-
-
-def _nobody_looks(tensor: torch.Tensor) -> bool:
-    """Whether nothing traces or counts ops, so that the op's body can be called without its 7 us of
-    bookkeeping.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and not torch._C._len_torch_dispatch_stack()
-    )
-
-
-HALVES = (torch.float16, torch.bfloat16)
-FLOATS = (torch.float32, *HALVES)
-
-
-def _is_own(value: object) -> bool:
-    return isinstance(value, QuantizedTensor) and issubclass(value.layout_cls, PackLayout)
-
-
-def runs_alone(x: torch.Tensor, product: Product, bias: torch.Tensor | None) -> bool:
-    """Whether a product can be called as it is: all on one GPU, in a float of 16 bits, and nothing
-    records, traces or counts.
-    """
-    return (
-        type(x) is torch.Tensor
-        and x.dtype in HALVES
-        and x.device == product.qdata.device
-        and (bias is None or (bias.dtype == x.dtype and bias.device == x.device))
-        and x.is_cuda
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-    )
-
-
-def own_product(weight: QuantizedTensor) -> Product:
-    """The product of a weight in one of our layouts; it lies with the weight's side tensors."""
-    qdata, params = weight._qdata, weight._params
-    shape = tuple(params.orig_shape)
-    product = vars(params).get("product")
-    if product is None or product.qdata is not qdata or product.shape != shape:
-        pieces = list(weight.layout_cls.stored(qdata, params).values())
-        product = vars(params)["product"] = weight.layout_cls.product(pieces, *shape)
-    return product
-
-
-@register_layout_op(torch.ops.aten.linear.default, PackLayout)
-def _linear(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
-    x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
-    bias = _plain(bias, x.dtype)
-    if not _multiplies(x, weight) or weight._params.transposed:
-        return torch.nn.functional.linear(_plain(x, x.dtype), _plain(weight, x.dtype), bias)
-    return _product(x, weight, weight._params.orig_shape, bias)
-
-
-def _multiplies(x: torch.Tensor, weight: object) -> bool:
-    return not isinstance(x, QuantizedTensor) and _is_own(weight) and x.dtype in FLOATS
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`torch.nn.functional.linear`, less the 8 us in which torch finds `_linear` where nothing
-    records or traces.
-    """
-    if (
-        torch.is_grad_enabled()
-        or not _nobody_looks(x)
-        or not _multiplies(x, weight)
-        or weight._params.transposed
-    ):
-        return torch.nn.functional.linear(x, weight, bias)
-    return _product(x, weight, weight._params.orig_shape, _plain(bias, x.dtype))
-
-
-def _product(
-    x: torch.Tensor, weight: QuantizedTensor, shape: tuple[int, int], bias: torch.Tensor | None
-):
-    qdata, params = weight._qdata, weight._params
-    if not (_nobody_looks(x) and _nobody_looks(qdata)):
-        cls = weight.layout_cls
-        return torch.ops.fewbits.linear(
-            x, list(cls.stored(qdata, params).values()), cls.__name__, *shape, bias
-        )
-    product = vars(params).get("product")
-    if product is None or product.qdata is not qdata or product.shape != shape:
-        pieces = list(weight.layout_cls.stored(qdata, params).values())
-        product = vars(params)["product"] = weight.layout_cls.product(pieces, *shape)
-    return product(x, bias)
-
-
-@register_layout_op(torch.ops.aten.mm.default, PackLayout)
-def _mm(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
-    x, weight = args
-    # what a linear becomes where gradients are recorded
-    if _multiplies(x, weight) and weight._params.transposed:
-        return _product(x, weight, tuple(weight.shape[::-1]), None)
-    return torch.mm(_plain(x, x.dtype), _plain(weight, x.dtype))
-
-
-@register_layout_op(torch.ops.aten.addmm.default, PackLayout)
-def _addmm(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
-    bias, x, weight = args[:3]
-    dtype = x.dtype
-    if _multiplies(x, weight) and weight._params.transposed and bias.dim() == 1 and not kwargs:
-        return _product(x, weight, tuple(weight.shape[::-1]), _plain(bias, dtype))
-    return torch.addmm(*(_plain(value, dtype) for value in args[:3]), **kwargs)
-
-
-@register_layout_op(torch.ops.aten.t.default, PackLayout)
-def _t(qt: QuantizedTensor, args: tuple, kwargs: dict) -> QuantizedTensor:
-    params = qt._params
-    flipped = dataclasses.replace(
-        params, orig_shape=params.orig_shape[::-1], transposed=not params.transposed
-    )
-    return QuantizedTensor(qt._qdata, qt._layout_cls, flipped)
-
-
-@register_layout_op(torch.ops.aten.view.default, PackLayout)
-def _view(qt: QuantizedTensor, args: tuple, kwargs: dict) -> torch.Tensor:
-    """Decoded values; those of a transposed weight lie in columns, which only `reshape` brings into
-    rows.
-    """
-    return args[0].dequantize().reshape(args[1])
-
-
-def _refuse_in_place(qt: object, args: tuple, kwargs: dict) -> None:
-    raise UnsupportedLayerError(
-        "a quantized weight cannot be changed in place: the change would be lost. Dequantize it, "
-        "change the copy and quantize again (ComfyUI's set_weight does)"
-    )
-
-
-def _in_place_ops() -> Iterator[torch._ops.OpOverload]:
-    """Every aten op that writes into its first argument; `copy_` has a handler, `detach_` changes
-    no value.
-    """
-    for name in torch._C._dispatch_get_all_op_names():
-        space, _, name = name.partition("::")
-        packet, _, overload = name.partition(".")
-        if (
-            space != "aten"
-            or not packet.endswith("_")
-            or packet in ("copy_", "detach_", "requires_grad_")
-        ):
-            continue
-        op = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
-        arguments = op._schema.arguments if op else ()  # torch lists some that Python cannot call
-        if arguments and arguments[0].alias_info and arguments[0].alias_info.is_write:
-            yield op
-
-
-# The generic fallback would change a dequantized copy and drop it.
-for _op in _in_place_ops():
-    register_layout_op(_op, PackLayout)(_refuse_in_place)

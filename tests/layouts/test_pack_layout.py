@@ -155,7 +155,7 @@ def test_our_linear_gives_the_bits_of_torchs_and_gradients_where_they_are_record
 
 
 def product_of(weight):
-    return vars(weight._params).get("product")
+    return weight._params.prepared.product
 
 
 def test_what_a_product_needs_is_made_once_and_never_outlives_its_weight(layout, weight):
@@ -166,7 +166,7 @@ def test_what_a_product_needs_is_made_once_and_never_outlives_its_weight(layout,
         assert torch.equal(result(qt), first) and product_of(qt) is made is not None
         for other in (qt.detach(), qt.clone(), qt.to(torch.float16), qt.to(device="meta")):
             assert product_of(other) is None
-        assert vars(copy.deepcopy(qt._params))["product"] is None
+        assert copy.deepcopy(qt._params).prepared.product is None
 
         negated = quantized(-weight, layout)
         wanted = result(negated)

@@ -200,7 +200,7 @@ def test_quantized_kernels_run_when_asked_and_say_nearly_the_same(
 ):
     from fewbits.nodes.bridge.compat import weight_only_path
     from fewbits.nodes.bridge.kernels import DECODED, kernel_lines
-    from fewbits.quant_ops.layouts.pack import Product
+    from fewbits.quant_ops.layouts.product import Product
 
     plain, fast = quantize_clip(clip, wish)[0], quantize_clip(clip, wish, True)[0]
     assert all(module._full_precision_mm for module in layers(plain).values())
