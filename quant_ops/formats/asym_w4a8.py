@@ -26,6 +26,24 @@ STORED = ("weight", "weight_s_rel", "weight_s_channel", "weight_codebook")
 
 
 class AsymW4A8(Format):
+    """The low nibble comes first; `weight_codebook` holds the table.
+
+    Example with convrot_groupsize=16:
+
+        4 0 x15
+
+    is stored as
+
+        weight I8 (1, 8): ff 0f ff 0f ff 0f 00 f0
+        weight_s_rel F8_E4M3 (1, 1): 70
+        weight_s_channel F32 (1): e2 02 01 3c
+        weight_codebook F32 (16): bc 08 7b bf 41 66 4b bf c8 5e 23 bf 9e 40 00 bf 38 30 c1
+            be 72 c0 86 be 5f ef 1e be c6 bf 4f bd 3b 35 57 3d ad c0 20 3e 4e d3 87 3e 26 52
+            c2 3e c1 ac 00 3f 6c 92 23 3f fe 7c 4b 3f 41 0d 7b 3f
+        comfy_quant: {"format": "asym_w4a8_int8", "group_size": 16, "params": {"group_size":
+            16}, "convrot_groupsize": 16}
+    """
+
     name, min_comfyui, native = "asym_w4a8_int8", "0.31.0", True
     stores = f"one scale per {GROUP} weights of a row, in steps of one per row"
     codes_per_byte = 2

@@ -46,7 +46,10 @@ class FormatOptions(Options):
 
 
 class Format(Configurable, ABC):
-    """One on-disk format: a class states everything about it.
+    """One on-disk format: a class states everything about it, with the bytes of a small example.
+
+    An example gives a float32 weight row by row and what is stored for it in hexadecimal; `0 x3` is
+    0 0 0, and `3 rows of` a line are three such lines.
 
     Side tensors are `<base>.<suffix>`; `pack` and `unpack` use the suffix alone ("weight",
     "weight_scale"), so a format can be tested with two tensors and no file.

@@ -22,7 +22,18 @@ ALIGNMENT = 64
 
 
 class ConvRotW4A4(TiledFormat):
-    """`linear_dtype` int8 asks ComfyUI for 8-bit activations; the default int4 is not written."""
+    """`linear_dtype` int8 asks ComfyUI for 8-bit activations; the default int4 is not written.
+
+    Example with convrot_groupsize=16:
+
+        4 0 x63
+
+    is stored as
+
+        weight I8 (1, 32): 77 97 77 97 77 97 99 79 00 x24
+        weight_scale F32 (1): 25 49 12 3e
+        comfy_quant: {"format": "convrot_w4a4", "convrot_groupsize": 16}
+    """
 
     name, min_comfyui, native = "convrot_w4a4", "0.28.0", True
     levels, dtype, codes_per_byte, unused_code = INT4, "I8", 2, -8

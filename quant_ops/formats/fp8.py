@@ -28,6 +28,20 @@ class ScalarFP8(TiledFormat):
 
 
 class Float8E4M3(ScalarFP8):
+    """The most versions of ComfyUI read it; also what FP8 files of older tools become.
+
+    Example:
+
+        448 -2 0.3 0
+        1 0.001 -100 7
+
+    is stored as
+
+        weight F8_E4M3 (2, 4): 7e c0 2a 00 38 01 ec 4e
+        weight_scale F32 (): 00 00 80 3f
+        comfy_quant: {"format": "float8_e4m3fn"}
+    """
+
     name, min_comfyui = "float8_e4m3fn", "0.4.0"
     short, called = "fp8", ("fp8_scaled",)
     levels, dtype = E4M3, "F8_E4M3"
@@ -36,6 +50,17 @@ class Float8E4M3(ScalarFP8):
 class Float8E5M2(ScalarFP8):
     """Always `full_precision_matrix_mult`: no e5m2 x e5m2 matmul exists, and e5m2 activations keep
     2 mantissa bits.
+
+    Example:
+
+        448 -2 0.3 0
+        1 0.001 -100 7
+
+    is stored as
+
+        weight F8_E5M2 (2, 4): 7b dc 51 00 58 30 f2 63
+        weight_scale F32 (): 00 00 00 3c
+        comfy_quant: {"format": "float8_e5m2", "full_precision_matrix_mult": true}
     """
 
     name, min_comfyui = "float8_e5m2", "0.8.0"
@@ -49,6 +74,20 @@ class Float8E5M2(ScalarFP8):
 
 
 class Float8Rowwise(TiledFormat):
+    """One scale per row, stored as (N,).
+
+    Example:
+
+        448 -2 0.3 0
+        1 0.001 -100 7
+
+    is stored as
+
+        weight F8_E4M3 (2, 4): 7e c0 2a 00 49 02 fe 60
+        weight_scale F32 (2): 00 00 80 3f 49 92 64 3e
+        comfy_quant: {"format": "float8_e4m3fn_rowwise"}
+    """
+
     name, native, min_comfyui = "float8_e4m3fn_rowwise", False, "0.8.0"
     levels, dtype = E4M3, "F8_E4M3"
     arrangements = (Arrangement.ROW,)
@@ -64,6 +103,21 @@ class Float8Rowwise(TiledFormat):
 
 
 class Float8Blockwise(BlockFormat):
+    """One scale per square tile; N and K are multiples of its side.
+
+    Example with block_size=16:
+
+        448 -2 0.3 0 x13 1 0 x15
+        15 rows of 0 x32
+
+    is stored as
+
+        weight F8_E4M3 (16, 32): 7e c0 2a 00 x13 7e 00 x495
+        weight_scale F32 (1, 2): 00 00 80 3f 25 49 12 3b
+        comfy_quant: {"format": "float8_e4m3fn_blockwise", "group_size": 16, "params":
+            {"group_size": 16}}
+    """
+
     name, instead = "float8_e4m3fn_blockwise", FP8_ROW
     levels, dtype = E4M3, "F8_E4M3"
     arrangements = (Arrangement.TILE,)
@@ -74,7 +128,19 @@ class Float8Blockwise(BlockFormat):
 
 
 class Float8Block3d(BlockFormat):
-    """The scale has a third dimension of size 1, as convert_to_quant writes it."""
+    """The scale has a third dimension of size 1, as convert_to_quant writes it.
+
+    Example with block_size=16:
+
+        448 -2 0.3 0 x13 1 -0.5 0 x14
+
+    is stored as
+
+        weight F8_E4M3 (1, 32): 7e c0 2a 00 x13 7e f6 00 x14
+        weight_scale F32 (1, 2, 1): 00 00 80 3f 25 49 12 3b
+        comfy_quant: {"format": "float8_e4m3fn_block3d", "group_size": 16, "params":
+            {"group_size": 16}}
+    """
 
     name, instead = "float8_e4m3fn_block3d", FP8_ROW
     levels, dtype = E4M3, "F8_E4M3"

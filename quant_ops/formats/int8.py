@@ -24,6 +24,39 @@ class Int8Tensorwise(TiledFormat):
 
     With `convrot` the codes are those of the rotated weight (kernels/hadamard.py); it needs row
     scales.
+
+    Example with convrot=false:
+
+        127 -2 0.3 0
+        1 0.001 -100 63.5
+
+    is stored as
+
+        weight I8 (2, 4): 7f fe 00 00 01 00 81 51
+        weight_scale F32 (2, 1): 00 00 80 3f 26 93 49 3f
+        comfy_quant: {"format": "int8_tensorwise", "per_row": true}
+
+    Example with scaling=tensor:
+
+        127 -2 0.3 0
+        1 0.001 -100 63.5
+
+    is stored as
+
+        weight I8 (2, 4): 7f fe 00 00 01 00 9c 40
+        weight_scale F32 (): 00 00 80 3f
+        comfy_quant: {"format": "int8_tensorwise"}
+
+    Example with convrot=true, convrot_groupsize=16:
+
+        4 0 x15
+
+    is stored as
+
+        weight I8 (1, 16): 7f 7f 7f 81 7f 7f 7f 81 7f 7f 7f 81 x4 7f
+        weight_scale F32 (1, 1): 04 02 01 3c
+        comfy_quant: {"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 16,
+            "per_row": true}
     """
 
     name, min_comfyui, native = "int8_tensorwise", "0.27.0", True
@@ -95,6 +128,21 @@ class Int8Tensorwise(TiledFormat):
 
 
 class Int8Blockwise(BlockFormat):
+    """One scale per square tile; N and K are multiples of its side.
+
+    Example with block_size=16:
+
+        127 -2 0.3 0 x13 1 0 x15
+        15 rows of 0 x32
+
+    is stored as
+
+        weight I8 (16, 32): 7f fe 00 x14 7f 00 x495
+        weight_scale F32 (1, 2): 00 00 80 3f 04 02 01 3c
+        comfy_quant: {"format": "int8_blockwise", "group_size": 16, "params": {"group_size":
+            16}}
+    """
+
     name, instead = "int8_blockwise", INT8_ROW
     levels, dtype, unused_code = INT8, "I8", LOWEST
     arrangements = (Arrangement.TILE,)
@@ -107,6 +155,20 @@ class Int8Blockwise(BlockFormat):
 
 
 class Int8Lodewise(BlockFormat):
+    """One scale per block of a row; K is a multiple of the block.
+
+    Example with block_size=16:
+
+        127 -2 0.3 0 x13 1 -0.5 0 x14
+
+    is stored as
+
+        weight I8 (1, 32): 7f fe 00 x14 7f c0 00 x14
+        weight_scale F32 (1, 2): 00 00 80 3f 04 02 01 3c
+        comfy_quant: {"format": "int8_lodewise", "group_size": 16, "params": {"group_size":
+            16}}
+    """
+
     name, instead = "int8_lodewise", INT8_ROW
     levels, dtype, unused_code = INT8, "I8", LOWEST
     arrangements = (Arrangement.GROUP,)

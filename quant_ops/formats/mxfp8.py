@@ -17,6 +17,20 @@ BIAS = 127  # of E8M0: byte e means 2^(e - 127)
 
 
 class Mxfp8(PaddedFormat):
+    """Padded to multiples of 32 both ways; the scales lie in cuBLAS' order.
+
+    Example:
+
+        448 -2 0.3 0 x29
+
+    is stored as
+
+        weight F8_E4M3 (32, 32): 7e c0 2a 00 x1021
+        weight_scale U8 (128, 4): 7f 00 x511
+        comfy_quant: {"format": "mxfp8", "group_size": 32, "params": {"group_size": 32},
+            "orig_dtype": "float32", "orig_shape": [1, 32]}
+    """
+
     name, min_comfyui = "mxfp8", "0.18.0"
     unit = "mxfp8"
     read_as = ("hybrid_mxfp8",)

@@ -14,6 +14,21 @@ from .padded import PaddedFormat
 
 
 class Nvfp4(PaddedFormat):
+    """Padded to multiples of 16 both ways, the high nibble first; the scales lie in cuBLAS' order.
+
+    Example:
+
+        6 -2 0.3 0 x13
+
+    is stored as
+
+        weight U8 (16, 8): 7c 10 00 x126
+        weight_scale F8_E4M3 (128, 4): 7e 00 x511
+        weight_scale_2 F32 (): 25 49 12 3b
+        comfy_quant: {"format": "nvfp4", "group_size": 16, "params": {"group_size": 16},
+            "orig_dtype": "float32", "orig_shape": [1, 16]}
+    """
+
     name, min_comfyui = "nvfp4", "0.8.0"
     unit, static_input = "nvfp4", True
     stores = f"one scale per {BLOCK} weights of a row, in steps of one per tensor"
