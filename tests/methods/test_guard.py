@@ -123,7 +123,7 @@ def test_codes_are_those_of_the_weight_widened_to_float32(name, dtype):
             {"optimizer": "adam"},
             "method svd: optimizer must be one of original, adamw, radam; got 'adam', did you mean 'radam'?",
         ),
-        ("svd", {"lr_schedule": "cosine"}, "it allows: adaptive, exponential, plateau"),
+        ("svd", {"lr_schedule": "cosine"}, "one of adaptive, exponential, plateau"),
         ("svd", {"num_iter": 1.5}, "num_iter must be int, got 1.5"),
         ("svd", {"full_matrix": 1}, "full_matrix must be bool, got 1"),
         ("svd", {"top_p": 1.5}, "top_p must be from 0 to 1, got 1.5"),
