@@ -358,6 +358,8 @@ def test_the_check_and_other_files_stop_a_conversion_before_it_writes(run, model
         run("ConvertFP8Scaled", file="diffusion_models/plain.safetensors")
     state = dialects.scaled_fp8("layer", torch.randn(32, 32)) | {"scaled_fp8": torch.zeros(0)}
     save_file(state, folder / "old.safetensors")
-    with pytest.raises(QuantError, match="1 of 1 matching layers are not high precision: layer"):
+    with pytest.raises(
+        QuantError, match="1 of 1 layers that the filter matches are not high precision"
+    ):
         run("ConvertFP8Scaled", file="diffusion_models/old.safetensors", high_precision="lay")
     assert not list((tmp_path / "output").rglob("*.safetensors"))
