@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from fewbits.quant_ops import pipeline, workers
+from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.errors import CheckpointError
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
@@ -38,7 +39,7 @@ def two_threads():
 
 def quantize(model, name, **options):
     out = model.with_name(name)
-    report = pipeline.quantize_file(model, out, Recipe(parse_wish("int8_tensorwise")), **options)
+    report = quantize_file(model, out, Recipe(parse_wish("int8_tensorwise")), **options)
     return out, report
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from fewbits.quant_ops import pipeline
 from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.checkpoint.writer import FileSink
+from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.errors import CheckpointError
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from support.helpers import tiny_checkpoint
@@ -34,7 +35,7 @@ def out(tmp_path):
 
 
 def test_the_file_is_what_the_plan_said_to_the_byte(model, out):
-    report = pipeline.quantize_file(model, out, INT8)
+    report = quantize_file(model, out, INT8)
     with FileSource(out) as written:
         assert list(written.header.tensors) == [spec.name for spec in report.plan.outputs]
         assert tuple(written.header.tensors.values()) == report.plan.outputs
@@ -43,7 +44,7 @@ def test_the_file_is_what_the_plan_said_to_the_byte(model, out):
 
 
 def test_kept_tensors_are_copied_bit_for_bit(model, out):
-    pipeline.quantize_file(model, out, INT8)
+    quantize_file(model, out, INT8)
     before, after = load_file(model), load_file(out)
     kept = [name for name in before if not name.endswith(".weight") or f"{name}_scale" not in after]
     assert len(kept) > 30
@@ -56,9 +57,9 @@ def test_kept_tensors_are_copied_bit_for_bit(model, out):
 def test_an_existing_output_is_refused_and_untouched(model, out):
     out.write_bytes(b"precious")
     with pytest.raises(CheckpointError, match="exists already"):
-        pipeline.quantize_file(model, out, INT8)
+        quantize_file(model, out, INT8)
     assert out.read_bytes() == b"precious"
-    pipeline.quantize_file(model, out, INT8, overwrite=True)
+    quantize_file(model, out, INT8, overwrite=True)
     assert out.stat().st_size > 1000
 
 
@@ -70,7 +71,7 @@ def test_a_failed_overwrite_keeps_the_old_file(model, out):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize_file(model, out, INT8, overwrite=True, on_progress=cancel)
+        quantize_file(model, out, INT8, overwrite=True, on_progress=cancel)
     assert out.read_bytes() == b"precious"
     assert os.listdir(out.parent) == ["q.safetensors"]
 
@@ -84,7 +85,7 @@ def test_a_cancelled_run_leaves_an_empty_folder(model, out):
             raise RuntimeError("cancelled")
 
     with pytest.raises(RuntimeError, match="cancelled"):
-        pipeline.quantize_file(model, out, INT8, on_progress=cancel)
+        quantize_file(model, out, INT8, on_progress=cancel)
     assert os.listdir(out.parent) == []
 
 
@@ -99,14 +100,14 @@ def test_a_cancelled_run_leaves_an_empty_folder(model, out):
 )
 def test_an_impossible_target_is_refused_before_any_work(tmp_path, model, target, message):
     with pytest.raises(CheckpointError, match=message):
-        pipeline.quantize_file(model, tmp_path / target, INT8)
+        quantize_file(model, tmp_path / target, INT8)
 
 
 def test_an_unwritable_folder_is_refused(model, out, monkeypatch):
     # root may write anywhere, so the answer of the system is given here instead of a chmod
     monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK))
     with pytest.raises(CheckpointError, match="not writable"):
-        pipeline.quantize_file(model, out, INT8)
+        quantize_file(model, out, INT8)
 
 
 def test_a_full_disk_is_noticed_before_the_first_byte(model, out, monkeypatch):
@@ -117,7 +118,7 @@ def test_a_full_disk_is_noticed_before_the_first_byte(model, out, monkeypatch):
     with pytest.raises(
         CheckpointError, match="the disk is full: .* bytes are needed in .*, 1000 are free"
     ):
-        pipeline.quantize_file(model, out, INT8)
+        quantize_file(model, out, INT8)
     assert os.listdir(out.parent) == []
 
 
@@ -177,7 +178,7 @@ def test_commit_refuses_a_file_with_holes(model, out):
 
 
 def test_two_runs_are_byte_identical(model, tmp_path, out):
-    pipeline.quantize_file(model, out, INT8)
+    quantize_file(model, out, INT8)
     again = tmp_path / "again.safetensors"
-    pipeline.quantize_file(model, again, replace(INT8))
+    quantize_file(model, again, replace(INT8))
     assert out.read_bytes() == again.read_bytes()
