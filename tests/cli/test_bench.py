@@ -76,7 +76,7 @@ def test_the_command_prints_reasons_or_json():
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"), [("--size", "128"), ("--rows", "0"), ("--format", "nf4")]
+    ("argument", "value"), [("--size", "128"), ("--rows", "0"), ("--format", "nf5")]
 )
 def test_the_command_refuses_in_one_line(argument, value):
     run = fewbits("bench", "--device", "cpu", argument, value)
