@@ -56,9 +56,10 @@ class Gptq(Method):
         gram = damped(gram, damping)
         scale = starting_scale(layer, weight, gram.diagonal())
         work = _Columns(layer, weight, scale, order)
-        work.feed_back(gram)
+        ordered = gram[order][:, order]
+        work.feed_back(ordered)
         for _ in range(options.passes):
-            if not work.descend(gram):
+            if not work.descend(ordered):
                 break
 
         def objective(codes: torch.Tensor, scale: Scale) -> float:
@@ -101,7 +102,9 @@ def _factors(grid: Grid) -> Iterator[float]:
 
 
 class _Columns:
-    """A weight being rounded, transposed and in the order of work: row i is column `order[i]`."""
+    """A weight being rounded, transposed and in the order of work: row i is column `order[i]`; grams
+    come in that order.
+    """
 
     def __init__(self, layer: Layer, weight: torch.Tensor, scale: Scale, order: torch.Tensor):
         self.layer, self.scale, self.order = layer, scale, order
@@ -138,7 +141,7 @@ class _Columns:
 
     def feed_back(self, gram: torch.Tensor) -> None:
         """Round each column; the later ones make its error good."""
-        root = upper_root(gram[self.order][:, self.order])
+        root = upper_root(gram)
         if root is None:
             raise ValueError("the second moments of the inputs are not positive definite")
         size = len(root)
@@ -160,7 +163,6 @@ class _Columns:
 
     def descend(self, gram: torch.Tensor) -> bool:
         """One pass of coordinate descent; whether any code changed."""
-        gram = gram[self.order][:, self.order]
         slope = gram @ (self.values - self.weight)
         changed = torch.zeros((), dtype=torch.bool, device=gram.device)
         for part, columns in self._blocks():

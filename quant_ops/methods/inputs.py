@@ -69,10 +69,9 @@ def best_damping(inputs: Inputs, order: torch.Tensor) -> float:
     if not all(inputs.counts):
         return ONE_HALF
     halves = [half[:, order] for half in inputs.halves]
-    pairs = list(zip(halves, reversed(halves), strict=True))
-    grams = [half.T @ half for half in halves]
+    trials = [(half.T @ half, other) for half, other in zip(halves, reversed(halves))]
     scores = {
-        damping: sum(_expected(gram, other, damping) for gram, (_, other) in zip(grams, pairs))
+        damping: sum(_expected(gram, other, damping) for gram, other in trials)
         for damping in DAMPING
     }
     # Each half has half of the rows, and what rows leave uncertain falls with their number.
