@@ -55,7 +55,9 @@ def _broken(values: torch.Tensor, signed: bool, rounded: bool) -> str | None:
     """Counts of what no scale can be."""
     low, high = torch.aminmax(values)
     largest = float(high)
-    floor = float("-inf") if signed else -ROUNDED * largest if rounded else 0.0
+    floor = -ROUNDED * largest if rounded else 0.0
+    if signed:
+        floor = float("-inf")
     if bool(low >= floor) and bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
         return None
     nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
