@@ -50,9 +50,10 @@ class Gptq(Method):
 
     def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, Objective]:
         weight, grid, options = layer.weight.float(), layer.grid, layer.options
-        gram = layer.inputs.gram
+        inputs = layer.inputs.unit()
+        gram = inputs.gram
         order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-        damping = options.damping or best_damping(layer.inputs, order)
+        damping = options.damping or best_damping(inputs, order)
         gram = damped(gram, damping)
         scale = starting_scale(layer, weight, gram.diagonal())
         work = _Columns(layer, weight, scale, order)

@@ -40,6 +40,13 @@ class Inputs:
         )
         return sum(parts)
 
+    def unit(self) -> Inputs:
+        """The same in the unit in which the largest entry is 1, so that float32 holds products of
+        entries; unchanged where all are zero.
+        """
+        largest = max(float(half.abs().amax()) for half in self.halves if half.numel())
+        return self.map(lambda half: half / largest) if largest else self
+
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
         """The same with both halves changed: rotated, padded, moved to a device."""
         first, second = (change(half) for half in self.halves)
