@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Everything a developer runs. Python's standard library only.
 
-    python3 dev.py demo                 quantize the emoji model, sample it in a real ComfyUI: demo_output/
+    python3 dev.py demo                 the emoji model quantized, sampled by ComfyUI: demo_output/
     python3 dev.py test [pytest args]   all tests on CPU, real ComfyUI included
     python3 dev.py test --fast          those that start no ComfyUI and take no time
-    python3 dev.py comfy [--port N]     the real ComfyUI with the pack and the emoji model, to click in
+    python3 dev.py comfy [--port N]     ComfyUI with the pack and the emoji model, to click in
     python3 dev.py bench [NAME] [args]  the scripts of tests/benchmarks on this machine
     python3 dev.py lint                 ruff: check and format
 
@@ -100,7 +100,7 @@ def test(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def side_by_side(env: Environment, rest: list[str]) -> list[str]:
-    """pytest's arguments for as many workers as fit; one process where the caller chose tests or workers."""
+    """pytest's arguments for as many workers as fit; one process where the caller chose."""
     chosen = any(argument.split("=")[0] in ONE_PROCESS for argument in rest)
     chosen = chosen or any((ROOT / argument.split("::")[0]).exists() for argument in rest)
     workers = 1 if chosen else worker_count()

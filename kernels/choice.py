@@ -54,9 +54,9 @@ class Row(NamedTuple):
 
 # scratch: the weight decoded, rotated and rounded to INT8 rows, multiplied as those;
 # kernels/rows.py. hopper: kernels/cuda/wide.py. cuda: kernels/cuda/skinny.py, codes decoded in
-# registers and x as it is. triton: kernels/triton/w8a8.py. torch: its scaled product. dequantize: the weight decoded to
-# memory, then the library's product. Where times are close the path with fewer launches comes
-# first: ComfyUI captures no graphs.
+# registers and x as it is. triton: kernels/triton/w8a8.py. torch: its scaled product. dequantize:
+# the weight decoded to memory, then the library's product. Where times are close the path with
+# fewer launches comes first: ComfyUI captures no graphs.
 DECODED = Row("dequantize", why="decoding the weight once costs less than any product of its codes")
 SMALL = "weights of less than 2 million elements are decoded in no time"
 SMALLER = "weights of less than 10 million elements are decoded in little time"
@@ -152,7 +152,8 @@ HOPPER = {
     "4-bit": (
         Row("scratch", since(512), millions(8),
             why="M=512 .062 / .068, hopper .078 / .077, dequantize .078 / .077; "
-                "M=1024 .093 / .093, dequantize .126 / .123; M=4608 .288 / .320, dequantize .464 / .448"),
+                "M=1024 .093 / .093, dequantize .126 / .123; "
+                "M=4608 .288 / .320, dequantize .464 / .448"),
         Row("hopper", range(33, 257), millions(60),
             why="5120x13824 M=256 .081, dequantize .109; M=512 .154, dequantize .144"),
         Row("hopper", range(33, 513), millions(20, 60),

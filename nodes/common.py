@@ -144,8 +144,8 @@ def method_input(formats: list[str]) -> io.Combo.Input:
         optional=True,
         advanced=True,
         tooltip="How each weight's code is chosen. nearest: the closest code, fast; mse_clip: the "
-        "scales with the smallest weight error, slower; svd: learned rounding, much slower; gptq: rounded for your own "
-        "prompts, with a calibration. auto: "
+        "scales with the smallest weight error, slower; svd: learned rounding, much slower; gptq: "
+        "rounded for your own prompts, with a calibration. auto: "
         f"{own_methods(formats)}.",
     )
 
@@ -168,8 +168,8 @@ def convrot_input(formats: list[str]) -> io.Boolean.Input:
         optional=True,
         advanced=True,
         tooltip=f"Rotate the weights of {', '.join(formats)} layers before rounding (ConvRot), "
-        "which evens out large values. ComfyUI rotates the activations to match, which takes some time "
-        "at every step.",
+        "which evens out large values. ComfyUI rotates the activations to match, which takes some "
+        "time at every step.",
     )
 
 

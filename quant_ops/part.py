@@ -32,7 +32,7 @@ class PartFile:
         self.target = target
         while True:
             self.path = target.with_name(f".fewbits-{secrets.token_hex(8)}.part")
-            self.raw = open(self.path, "xb", buffering=0)  # noqa: SIM115  (closed by publish and discard)
+            self.raw = open(self.path, "xb", buffering=0)  # noqa: SIM115
             if _lock(self.raw.fileno()) is not False and _still_there(self.raw, self.path):
                 return
             self.raw.close()  # taken for a leftover before it was locked

@@ -1,7 +1,8 @@
-"""A second decoder of every format, in numpy, written from the file format's description and not from the package.
+"""A second decoder of every format, in numpy, written from the format's description alone.
 
-`decode(marker, tensors)` takes raw bytes, so that dtypes numpy lacks are read here too. Nothing of FewBits or torch
-is imported. Products are rounded to float32 one by one; rotations are matrix products in float64.
+`decode(marker, tensors)` takes raw bytes, so that dtypes numpy lacks are read here too. Nothing of
+FewBits or torch is imported. Products are rounded to float32 one by one; rotations are matrix
+products in float64.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ E4M3 = np.array([_small_float(byte, 4, 3, True) for byte in range(256)], np.floa
 E5M2 = np.array([_small_float(byte, 5, 2, False) for byte in range(256)], np.float32)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 NF4 = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)  # fmt: skip
 _FP4 = np.array([0, 0.0625 / 12, 8 / 12, 1, 4 / 12, 6 / 12, 2 / 12, 3 / 12], np.float32)
 FP4 = np.concatenate([_FP4, -_FP4])

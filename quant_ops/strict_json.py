@@ -1,5 +1,5 @@
-"""JSON that a stranger wrote: everything odd is a ValueError with the reason, and costs no more than
-the text is long.
+"""JSON that a stranger wrote: everything odd is a ValueError with the reason, and costs no more
+than the text is long.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ def parse(text: str) -> object:
     """The value of a JSON text.
 
     Raises:
-        ValueError: not JSON, a key twice in one object, nested too deeply, NaN or Infinity, a number
-            too long for Python, or half a surrogate pair, which no UTF-8 can hold. A JSONDecodeError
-            where a line and column say more.
+        ValueError: not JSON, a key twice in one object, nested too deeply, NaN or Infinity, a
+            number too long for Python, or half a surrogate pair, which no UTF-8 can hold. A
+            JSONDecodeError where a line and column say more.
     """
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=_refuse_constant)

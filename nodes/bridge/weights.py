@@ -83,7 +83,7 @@ class PatchedWeights:
                 origin.close()
 
     def _replace_settings(self) -> tuple[str, ...]:
-        """Put what patches made of modules without weights in place of what the module says of them.
+        """Put what patches made of modules without weights in place of what the module says.
 
         ComfyUI keeps such settings (which attention a block prefers) as tensors; a LoRA may bring
         others.

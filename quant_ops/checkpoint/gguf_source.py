@@ -7,7 +7,7 @@ names are refused: ComfyUI reads none of those names.
 | stored | read as |
 |---|---|
 | F32, F16, BF16, F64, I8 ... I64 | itself |
-| any block format | BF16 in the header, read in float32, so that codes are chosen from what the blocks say |
+| any block format | BF16 in the header, float32 when read: codes are chosen from exact values |
 | sizes in reverse order | rows first; `comfy.gguf.orig_shape.NAME` where a tensor was flattened |
 """
 

@@ -97,8 +97,9 @@ def output_metadata(
     min_comfyui: str,
     requires_pack: bool,
 ) -> dict[str, str]:
-    """`__metadata__` of the output (docs/formats.md#container): foreign keys copied, ours rebuilt. No
-    time, path or door.
+    """`__metadata__` of the output (docs/formats.md#container): foreign keys copied, ours rebuilt.
+
+    No time, path or door.
     """
     kept = {
         key: value

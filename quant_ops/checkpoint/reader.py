@@ -260,8 +260,8 @@ def _read_index(path: Path, index: Path) -> tuple[Header, tuple[InputFile, ...]]
     missing = [name for name in names if not os.path.isfile(index.parent / name)]
     if missing:
         raise CheckpointError(
-            f"{index.name}: shard {shown(missing[0])} is missing ({len(missing)} of {len(names)} not "
-            "found)"
+            f"{index.name}: shard {shown(missing[0])} is missing "
+            f"({len(missing)} of {len(names)} not found)"
         )
     header, files = _merge_shards(path, [index.parent / name for name in names])
     lost = [name for name in weight_map if name not in header.tensors]

@@ -30,8 +30,8 @@ def refuse_other_reading(path: Path) -> None:
             _compare(base, marker, stored)
     except (KeyError, ValueError, AssertionError) as error:
         raise CheckpointError(
-            f"the reference decoder cannot read what was written ({error}); nothing is kept, please "
-            "report it"
+            f"the reference decoder cannot read what was written ({error}); nothing is kept, "
+            "please report it"
         ) from error
 
 

@@ -27,15 +27,23 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", type=Path, metavar="R.toml", help="a recipe file; --format only if it says none"
     )
     parser.add_argument(
-        "--rule", dest="rules", action="append", default=[], type=_reported(parse_rule),
+        "--rule",
+        dest="rules",
+        action="append",
+        default=[],
+        type=_reported(parse_rule),
         metavar="PATTERN=FORMAT[:o=v,...]",
         help="another format for layers whose name matches (glob, re: or search:); first match "
-             "decides; repeatable",
-    )  # fmt: skip
+        "decides; repeatable",
+    )
     parser.add_argument(
-        "--keep", dest="rules", action="append", type=_reported(lambda text: Rule(text, None)), metavar="PATTERN",
+        "--keep",
+        dest="rules",
+        action="append",
+        type=_reported(lambda text: Rule(text, None)),
+        metavar="PATTERN",
         help="keep matching layers as they are; repeatable, in one order with --rule",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--fallback",
         type=_reported(parse_wish),

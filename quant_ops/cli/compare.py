@@ -1,4 +1,4 @@
-"""`fewbits compare A B`: how far the weights of one file are from another's, whatever their formats."""
+"""`fewbits compare A B`: how far the weights of one file are from another's, in any formats."""
 
 from __future__ import annotations
 

@@ -16,8 +16,12 @@ from ..spec import ModelPlan
 from .job import Job, make_job
 
 # Names that the classic functions give to flags.
-ARGUMENTS = {"include_input_scale": "input_scale", "no_learned_rounding": "simple", "skip_inefficient_layers": "heur",
-             "layer_config_fullmatch": "fullmatch"}  # fmt: skip
+ARGUMENTS = {
+    "include_input_scale": "input_scale",
+    "no_learned_rounding": "simple",
+    "skip_inefficient_layers": "heur",
+    "layer_config_fullmatch": "fullmatch",
+}
 
 
 def quantize(**flags: object) -> Report | ModelPlan | Conversion | Path:

@@ -14,7 +14,7 @@ from ..errors import RecipeError, closest, visible
 from ..version import VERSION
 from .flags import FLAGS, SHORT, dashed, underscored
 
-ABOUT = "The classic command and the functions that scripts call: flags in, a job out, run by the engine."
+ABOUT = "The classic command and the functions that scripts call: flags in, a job out."
 
 
 def run(argv: list[str] | None = None) -> int | None:

@@ -106,10 +106,11 @@ FLAGS = (
         Flag(name, f"svd.{underscored(name)}", value, "option of learned rounding")
         for name, value in {
             "optimizer": ("original", "adamw", "radam"), "num_iter": int, "lr": float,
-            "lr_schedule": ("adaptive", "exponential", "plateau"), "lr_gamma": float, "lr_patience": int,
-            "lr_factor": float, "lr_min": float, "lr_cooldown": int, "lr_threshold": float,
-            "lr_adaptive_mode": ("simple-reset", "no-reset"), "top_p": float, "min_k": int, "max_k": int,
-            "full_matrix": bool, "early-stop-loss": float, "early-stop-lr": float, "early-stop-stall": int,
+            "lr_schedule": ("adaptive", "exponential", "plateau"), "lr_gamma": float,
+            "lr_patience": int, "lr_factor": float, "lr_min": float, "lr_cooldown": int,
+            "lr_threshold": float, "lr_adaptive_mode": ("simple-reset", "no-reset"),
+            "top_p": float, "min_k": int, "max_k": int, "full_matrix": bool,
+            "early-stop-loss": float, "early-stop-lr": float, "early-stop-stall": int,
         }.items()
     ),
     # converting instead of quantizing

@@ -140,11 +140,17 @@ def _conversion(stated: Stated, run: dict[str, object]) -> Job:
 
 
 NEEDS = {  # group.field -> what else must be stated for it to mean anything
-    "custom.layers": "custom.type", "custom.type": "custom.layers", "custom.block_size": "custom.type",
-    "custom.scaling": "custom.type", "custom.simple": "custom.type", "custom.heuristics": "custom.type",
-    "fallback.block_size": "fallback.type", "fallback.simple": "fallback.type",
-    "recipe.fullmatch": "recipe.layer_config", "convert.hp_filter": "convert.fp8_scaled",
-}  # fmt: skip
+    "custom.layers": "custom.type",
+    "custom.type": "custom.layers",
+    "custom.block_size": "custom.type",
+    "custom.scaling": "custom.type",
+    "custom.simple": "custom.type",
+    "custom.heuristics": "custom.type",
+    "fallback.block_size": "fallback.type",
+    "fallback.simple": "fallback.type",
+    "recipe.fullmatch": "recipe.layer_config",
+    "convert.hp_filter": "convert.fp8_scaled",
+}
 
 
 def _refuse_contradictions(stated: Stated) -> None:

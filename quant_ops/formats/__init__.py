@@ -1,6 +1,7 @@
 """What a quantized layer IS on disk. A new format is a new file and one import line here."""
 
-from . import asym_w4a8, bnb_4bit, convrot_w4a4, fp8, int8, mxfp8, nvfp4  # noqa: F401  (importing registers)
+# importing registers
+from . import asym_w4a8, bnb_4bit, convrot_w4a4, fp8, int8, mxfp8, nvfp4  # noqa: F401
 from .arrangement import Arrangement
 from .base import (
     FORMATS,

@@ -1,5 +1,5 @@
-"""What torch's own ops do with our weights: products by our kernels, all else on decoded values, and
-nothing in place.
+"""What torch's own ops do with our weights: products by our kernels, all else on decoded values,
+and nothing in place.
 """
 
 from __future__ import annotations

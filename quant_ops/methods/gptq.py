@@ -103,8 +103,9 @@ def _factors(grid: Grid) -> Iterator[float]:
 
 
 class _Columns:
-    """A weight being rounded, transposed and in the order of work: row i is column `order[i]`; grams
-    come in that order.
+    """A weight being rounded, transposed and in the order of work: row i is column `order[i]`.
+
+    Grams come in that order.
     """
 
     def __init__(self, layer: Layer, weight: torch.Tensor, scale: Scale, order: torch.Tensor):

@@ -87,11 +87,22 @@ class SvdOptions(Options):
         "lr_adaptive_mode": ("simple-reset", "no-reset"),
     }
     ranges: ClassVar = {
-        "num_iter": (0, 1_000_000), "lr": (1e-12, 100.0), "lr_gamma": (0.0, 1.0), "lr_patience": (0, 1_000_000),
-        "lr_factor": (0.0, 1.0), "lr_min": (0.0, 100.0), "lr_cooldown": (0, 1_000_000), "lr_threshold": (0.0, 1.0),
-        "early_stop_loss": (0.0, 1.0), "early_stop_lr": (0.0, 100.0), "early_stop_stall": (1, 1_000_000),
-        "top_p": (0.0, 1.0), "min_k": (1, 1_000_000), "max_k": (1, 1_000_000), "weight_error": (1.0, 10.0),
-    }  # fmt: skip
+        "num_iter": (0, 1_000_000),
+        "lr": (1e-12, 100.0),
+        "lr_gamma": (0.0, 1.0),
+        "lr_patience": (0, 1_000_000),
+        "lr_factor": (0.0, 1.0),
+        "lr_min": (0.0, 100.0),
+        "lr_cooldown": (0, 1_000_000),
+        "lr_threshold": (0.0, 1.0),
+        "early_stop_loss": (0.0, 1.0),
+        "early_stop_lr": (0.0, 100.0),
+        "early_stop_stall": (1, 1_000_000),
+        "top_p": (0.0, 1.0),
+        "min_k": (1, 1_000_000),
+        "max_k": (1, 1_000_000),
+        "weight_error": (1.0, 10.0),
+    }
 
     def rank(self, shape: tuple[int, int]) -> int:
         r = min(shape)

@@ -158,8 +158,9 @@ def pattern_rank(pattern: str, *, fullmatch: bool = False) -> tuple[int, int, in
 CLOSED = "[[]"  # as `closed` writes it
 GLOB_PART = re.compile(r"\[!?\]?[^\]]*\]|[*?]")
 REGEX_PART = re.compile(
-    r"""(?P<wild>\[\^?\]?(?:\\.|[^\]\\])*\]|\\[a-zA-Z0-9]|\.)(?:[*+?]|\{[\d,]*\})?[?+]?  # class, class escape, dot
-      | (?P<literal>\\[^a-zA-Z0-9])                                                      # escaped punctuation
+    r"""# a class, a class escape or a dot
+        (?P<wild>\[\^?\]?(?:\\.|[^\]\\])*\]|\\[a-zA-Z0-9]|\.)(?:[*+?]|\{[\d,]*\})?[?+]?
+      | (?P<literal>\\[^a-zA-Z0-9])  # escaped punctuation
       | (?P<quantifier>(?:[*+?]|\{[\d,]*\})[?+]?)
       | (?P<silent>\(\?(?:P?<\w+>|<?[=!:]|[aiLmsux-]+[:)])|[()|^$])""",
     re.VERBOSE,

@@ -2,13 +2,14 @@ r"""Patterns on layer names: exact, glob, parts of a name, or a regular expressi
 
 - `img_in`, `double_blocks.*.proj`: the whole base name; `fnmatch` syntax, `*` crosses dots.
 - `part:*norm*`: a glob for any one part of the name between its dots, in any case.
-- `top:*_in`: the same for layers outside numbered blocks: `model.txt_in.0`, but not `blocks.0.proj_in`.
+- `top:*_in`: the same for layers outside numbered blocks: `model.txt_in.0`, but not
+  `blocks.0.proj_in`.
 - `re:...`: must match the whole base name.
 - `search:...`: may match anywhere in the full key (`<base>.weight`), which is what the classic
   command's `--custom-layers` and `--exclude-layers` do.
 
 Whatever a user writes is matched in time linear in the name: regular expressions by RE2, globs by
-`fnmatch`, whose stars never backtrack. A server waits for a match, so this is not a matter of taste.
+`fnmatch`, whose stars never backtrack. A server waits for a match: it is no matter of taste.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ PREFIXES = (REGEX, SEARCH, PART, TOP)
 GLOB_SIGNS = frozenset("*?[")
 # An alternative of 100 full layer names fits.
 LONGEST = 4000
-# Bytes of one compiled expression. The slowest found, (?:.?.?.?)* 300 times, takes 42 ms for a name of
-# 255 characters; a list of 100 full layer names fits and takes .1 ms.
+# Bytes of one compiled expression. The slowest found, (?:.?.?.?)* 300 times, takes 42 ms for a name
+# of 255 characters; a list of 100 full layer names fits and takes .1 ms.
 REGEX_MEMORY = 256 << 10
 SHOWN = 60  # characters of a pattern in an error
 LINEAR = (

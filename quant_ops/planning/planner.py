@@ -360,7 +360,7 @@ class _Planner:
     def _copy_host(
         self, base: str, by_suffix: dict[str, TensorSpec], host: HostLayer | None
     ) -> LayerPlan:
-        """A layer that ComfyUI quantizes by itself: every tensor as it is. Nothing here makes one."""
+        """A layer that ComfyUI quantizes by itself: every tensor as it is. None is made here."""
         marker = self.markers[base]
         if host is None:
             raise CheckpointError(

@@ -42,9 +42,21 @@ if sys.version_info >= (3, 11):
 else:  # the standard library has it from 3.11 on
     import tomli as tomllib
 
-__all__ = ["Draft", "Recipe", "Rule", "Wish", "draft_from_table", "draft_from_text",
-           "draft_from_toml", "parse_rule", "parse_wish", "recipe_from_table", "recipe_from_toml", "recipe_to_toml",
-           "rule_from"]  # fmt: skip
+__all__ = [
+    "Draft",
+    "Recipe",
+    "Rule",
+    "Wish",
+    "draft_from_table",
+    "draft_from_text",
+    "draft_from_toml",
+    "parse_rule",
+    "parse_wish",
+    "recipe_from_table",
+    "recipe_from_toml",
+    "recipe_to_toml",
+    "rule_from",
+]
 
 T = TypeVar("T")
 
@@ -87,8 +99,11 @@ class Rule:
 
     def to_text(self) -> str:
         """As `parse_rule` reads it."""
-        text = self.wish.to_text() if self.wish else "keep"
-        return f"{self.match}={text}{(',' if ':' in text else ':') + 'heuristics=true' if self.heuristics else ''}"
+        text = f"{self.match}={self.wish.to_text() if self.wish else 'keep'}"
+        if not self.heuristics:
+            return text
+        first = self.wish is None or ":" not in self.wish.to_text()
+        return f"{text}{':' if first else ','}heuristics=true"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How far the tensors of one file are from those of another, both decoded: JSON first, text from it."""
+"""How far the tensors of one file are from those of another, both decoded: JSON, text from it."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _sums(a: torch.Tensor, b: torch.Tensor) -> Sums:
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor of both files; `formats` says how each stores it: a format, a dialect or a dtype."""
+    """One tensor of both files; `formats` says how each has it: format, dialect or dtype."""
 
     name: str
     formats: tuple[str, str]
@@ -168,7 +168,7 @@ class Comparison:
         }
 
     def to_text(self) -> str:
-        """A few lines for a terminal: sizes, totals by formats, the worst tensors, what is missing."""
+        """A few lines for a terminal: sizes, totals by formats, worst tensors, what is missing."""
         return "\n".join(map(visible, self._lines()))
 
     def _lines(self) -> Iterator[str]:

@@ -67,7 +67,7 @@ class Report:
     results: tuple[LayerResult, ...]
     seconds: float
     device: str
-    # layers that were quantized in another format before; their errors are against that one's values
+    # layers that had another format before; their errors are against that one's values
     rounded_twice: tuple[str, ...] = ()
 
     def worst(self, count: int = WORST) -> list[LayerResult]:

@@ -9,8 +9,8 @@
 
 Two things are checked, as far as one layer shows them. The order of the scales: real weights have
 rows and columns that are large as a whole, which the wrong order scatters. The size of the weights:
-a tensor scale stored as its reciprocal makes them larger than any model's. The order of nibbles does
-not show in a layer alone: a swap only exchanges neighbours within a block.
+a tensor scale stored as its reciprocal makes them larger than any model's. The order of nibbles
+does not show in a layer alone: a swap only exchanges neighbours within a block.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .base import ImportOptions, StoredLayer, Tensors, Translation, quantized
 from .four_bit import swap_nibbles
 
 # Share of the variance of log2(scale) that rows and columns leave unexplained: the right order must
-# leave less than this share of what the wrong one leaves. Weights of equal spread everywhere (seeded
-# normal, 256 x 1024) give 0.99 to 1.01; rows whose spread varies by 1.5 give 0.3.
+# leave less than this share of what the wrong one leaves. Weights of equal spread everywhere
+# (seeded normal, 256 x 1024) give 0.99 to 1.01; rows whose spread varies by 1.5 give 0.3.
 CLEARLY = 0.9
 # Root mean square of a layer's weights: trained ones lie between 1e-3 and 1.
 LARGEST, SMALLEST = 30.0, 1e-6
@@ -45,8 +45,8 @@ def translate_bare_nvfp4(layer: StoredLayer, options: ImportOptions) -> Translat
     k = 2 * half
     if options.nibble_order is None:
         raise CheckpointError(
-            f"{Nvfp4.name} without JSON: which nibble comes first does not show; say it (files of NVIDIA's "
-            "tools have the low one first, ComfyUI's the high one)",
+            f"{Nvfp4.name} without JSON: which nibble comes first does not show; say it (files of "
+            "NVIDIA's tools have the low one first, ComfyUI's the high one)",
             option="nibble_order",
         )
     order = _order_of_scales(layer, n, k)
@@ -95,8 +95,8 @@ def _order_of_scales(layer: StoredLayer, n: int, k: int) -> str:
     if as_swizzled < CLEARLY * as_plain:
         return SWIZZLED
     raise CheckpointError(
-        f"{Nvfp4.name} without JSON: the order of its block scales does not show in their values; make the "
-        "file again from the original model"
+        f"{Nvfp4.name} without JSON: the order of its block scales does not show in their values; "
+        "make the file again from the original model"
     )
 
 
@@ -121,6 +121,6 @@ def _refuse_implausible(layer: StoredLayer, order: str, n: int, k: int) -> None:
     size = 3 * abs(per_tensor) * float(values.square().mean().sqrt())
     if not SMALLEST < size < LARGEST and bool(values.any()):
         raise CheckpointError(
-            f"taken for {Nvfp4.name} its weights would be about {size:.2g}, which no model's are: another "
-            "format, or weight_scale_2 is a reciprocal; start from the original model"
+            f"taken for {Nvfp4.name} its weights would be about {size:.2g}, which no model's are: "
+            "another format, or weight_scale_2 is a reciprocal; start from the original model"
         )

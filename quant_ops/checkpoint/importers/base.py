@@ -116,7 +116,7 @@ class StoredLayer:
 
     @property
     def misspelled(self) -> bool:
-        """Whether the format stands under a name that other tools write and ComfyUI does not know."""
+        """Whether the format stands under a name of other tools, which ComfyUI does not know."""
         return isinstance(self.marker, dict) and self.marker.get("format") in tuple(SPELLINGS)
 
     @property

@@ -4,10 +4,10 @@
 |---|---|
 | `weight` U8 (bytes, 1), or another dtype viewed as bytes | `weight` U8 (N, K/2), the same bytes |
 | `weight.absmax` F32 | `absmax` F32 (blocks,) |
-| `weight.absmax` U8 with `weight.nested_absmax`, `weight.nested_quant_map` | table[code] * nested_absmax + offset |
-| `weight.quant_map` F32 (16,) | dropped when it is the table of bnb_nf4 or bnb_fp4; another table: decoded |
+| `weight.absmax` U8 with `.nested_absmax`, `.nested_quant_map` | table[code] * nested + offset |
+| `weight.quant_map` F32 (16,) | dropped if that of bnb_nf4 or bnb_fp4; another table: decoded |
 | `weight.quant_state.bitsandbytes__nf4`, `__fp4` | JSON: shape, group size, dtype |
-| the other converter: low nibble first, FP4 codes by magnitude | nibbles swapped, codes renumbered |
+| the other converter: low nibble first, FP4 codes by magnitude | swapped, codes renumbered |
 """
 
 from __future__ import annotations

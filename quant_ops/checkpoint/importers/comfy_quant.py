@@ -3,7 +3,7 @@
 | stored | becomes |
 |---|---|
 | JSON and shapes that agree | itself |
-| FP8 or INT8 whose scale means another format than the JSON | the format of the shapes, scale reshaped |
+| FP8 or INT8, its scale of another format than the JSON | that of the shapes, scale reshaped |
 | group size in one place only, `orig_dtype` with `torch.` | both places, plain dtype names |
 | scale in bf16 or fp16, (1,) for (), (N,) for (N, 1) | float32 of the format's own shape |
 | file header without `.comfy_quant` tensors | both |

@@ -1,9 +1,10 @@
-"""Layers that ComfyUI reads and nothing here writes (checkpoint/host_layers.py): copied as they are,
-decoded where a float weight is asked for.
+"""Layers that ComfyUI reads and nothing here writes (checkpoint/host_layers.py).
+
+They are copied as they are, and decoded where a float weight is asked for.
 
 | stored | decoded |
 |---|---|
-| `awq_w4a16`: `weight` I8 (N, K/2), `weight_scale`, `weight_zeros` (K/G, N) | (code - 8) * scale + zero |
+| `awq_w4a16`: I8 (N, K/2), `weight_scale`, `weight_zeros` (K/G, N) | (code - 8) * scale + zero |
 | bank of experts, 3-D or flat | (E, N, K), which ComfyUI reads as such |
 | `asym_w4a8_int8` in groups of any size | as importers/asym_w4a8.py says |
 """

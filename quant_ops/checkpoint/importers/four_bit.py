@@ -208,7 +208,7 @@ def _replace_codes(packed: torch.Tensor, recoded: tuple[int, ...]) -> torch.Tens
 
 
 def logical_shape(layer: StoredLayer, stated: object, options: ImportOptions) -> tuple[int, ...]:
-    """The shape before packing, from the first that says it: JSON, quant_state, the original, the bias.
+    """The shape before packing, from the first that says it: JSON, quant_state, original, bias.
 
     Args:
         stated: `shape` of the quant_state, if there is one.

@@ -4,7 +4,7 @@ by dtypes.
 | stored | becomes |
 |---|---|
 | bitsandbytes' keys without the `.weight.` inside, flat `weight` | nibbles swapped |
-| `weight` U8 flat, `scale_weight` 1-D, g = 2 * bytes / scales | the same; nf4 or fp4 is recorded nowhere |
+| `weight` U8 flat, `scale_weight` 1-D, g = 2 * bytes / scales | the same; nf4 or fp4: not said |
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 | stored | becomes |
 |---|---|
-| `weight` I8, `scale_weight` or `weight_scale` | the same codes; label by the scale's shape against N, never K |
+| `weight` I8, `scale_weight` or `weight_scale` | the same; label by the scale's shape against N |
 | INT8-Fast: JSON `convrot`, `per_row` without `format` | `format` added; `per_row` is only a hint |
 | no JSON: rotation recorded nowhere | unrotated, unless the user says otherwise |
 | `scale_input` | dropped: activations are scaled while running |

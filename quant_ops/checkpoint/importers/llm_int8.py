@@ -4,7 +4,7 @@
 |---|---|
 | `weight` I8 (N, K) | the same codes |
 | `SCB` F32 (N,), the largest magnitude of each row | `weight_scale` (N, 1) = SCB / 127 |
-| `weight_format` U8, 0: rows in order | dropped; any other number is a tiling of one kind of GPU: refused |
+| `weight_format` U8, 0: rows in order | dropped; others are tilings of one kind of GPU: refused |
 
 w = code * SCB / 127. The columns that it computes in 16 bits while running are stored as codes too.
 """

@@ -2,11 +2,12 @@
 
 | stored | answer |
 |---|---|
-| AutoAWQ: `qweight` I32 (K, N/8), `qzeros` I32 (K/G, N/8), `scales` F16 (K/G, N) | decoded: (code - zero) * scale |
-| GPTQ: `qweight` I32 (K/8, N), `g_idx` | refused: whether zero points are stored less one is not said |
-| nunchaku SVDQuant: `qweight` I8, `wscales`, `smooth_factor` | refused: tiled for one kind of kernel |
+| AutoAWQ: `qweight` I32 (K, N/8), `qzeros` I32 (K/G, N/8), `scales` F16 (K/G, N) | decoded |
+| GPTQ: `qweight` I32 (K/8, N), `g_idx` | refused: whether zero points are less one is not said |
+| nunchaku SVDQuant: `qweight` I8, `wscales`, `smooth_factor` | refused: tiled for one kernel |
 
-AutoAWQ packs columns 0, 2, 4, 6, 1, 3, 5, 7 of eight into one number, lowest bits first.
+AutoAWQ means (code - zero) * scale, and packs columns 0, 2, 4, 6, 1, 3, 5, 7 of eight into one
+number, lowest bits first.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@ is refused.
 
 | stored | becomes |
 |---|---|
-| `weight` FP8, no scale anywhere | float8_e4m3fn or float8_e5m2 with scale 1.0; ComfyUI itself reads it as it is |
+| `weight` FP8, no scale anywhere | float8_e4m3fn or float8_e5m2 with scale 1.0 |
 | unreadable JSON, FP8 codes | by dtype and scale shape |
 | floating-point `weight` with JSON that names a format, no scale | the weight alone |
-| floating-point `weight` with `scale_weight` | the weight alone, bit for bit: ComfyUI would cast it to FP8 |
+| floating-point `weight` with `scale_weight` | the weight alone, bit for bit |
 | `weight` U8 with block scales, no JSON | refused, unless the user says nvfp4 (bare_nvfp4.py) |
+
+ComfyUI itself reads the first as it is, and would cast the weight beside a `scale_weight` to FP8.
 """
 
 from __future__ import annotations

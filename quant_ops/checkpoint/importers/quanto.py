@@ -3,7 +3,7 @@
 | stored | becomes |
 |---|---|
 | `weight._data` I8, F8_E4M3 or F8_E5M2 (N, K) | `weight`, the same codes |
-| `weight._scale` () or (N, 1), in the model's dtype | `weight_scale` F32; the label comes from its shape |
+| `weight._scale` () or (N, 1), in the model's dtype | `weight_scale` F32, labelled by its shape |
 | `input_scale`, `output_scale` | dropped: scales of activations, 1.0 where nothing was calibrated |
 | `weight._shift`, packed 2 and 4 bit codes | refused: their order is not stored |
 """

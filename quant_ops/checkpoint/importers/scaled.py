@@ -24,7 +24,7 @@ UNSCALED = "no scale: assumed 1.0"
 
 @dataclass(frozen=True)
 class ScaleOf:
-    """Where a layer's scales stand, and how they are read: `read(tensors)` gives as many numbers."""
+    """Where a layer's scales stand, and how they are read: as many numbers."""
 
     suffix: str
     read: Callable[[Tensors], torch.Tensor]

@@ -3,9 +3,9 @@
 | stored | becomes |
 |---|---|
 | `weight` F8_E4M3 or F8_E5M2 | the same bytes; the weight's dtype decides, never the marker's |
-| `scale_weight`, or `weight_scale` without JSON | `weight_scale` F32; the label comes from its shape |
+| `scale_weight`, or `weight_scale` without JSON | `weight_scale` F32; its shape gives the label |
 | `scale_input`, or `input_scale` | `input_scale` F32 `()`, also when it is 1.0 |
-| `scaled_fp8` of two elements, under any prefix | `full_precision_matrix_mult` for the layers below that prefix |
+| `scaled_fp8` of two elements, under any prefix | `full_precision_matrix_mult` below that prefix |
 | e5m2 | `float8_e5m2`, always full precision |
 | no scale, but a marker | scale 1.0 |
 | FP8 that is not 2-D | decoded to bf16 |

@@ -31,17 +31,17 @@ NAMED = 3  # tensors that one message names
 # Side tensors by suffix, beside those of our formats; those of NESTED also appear as
 # `<base>.weight.<name>`.
 SIDES = frozenset({
-    "comfy_quant", "input_scale", "pre_quant_scale", "weight_scalar", "weight_correction", "scale_weight",
-    "scale_input", "quant_map", "nested_absmax", "nested_quant_map", "weight_zeros", "SCB", "weight_format",
-    "output_scale",
+    "comfy_quant", "input_scale", "pre_quant_scale", "weight_scalar", "weight_correction",
+    "scale_weight", "scale_input", "quant_map", "nested_absmax", "nested_quant_map", "weight_zeros",
+    "SCB", "weight_format", "output_scale",
 })  # fmt: skip
 NESTED = frozenset({
     "absmax", "quant_map", "nested_absmax", "nested_quant_map", "_data", "_scale", "_shift",
 })  # fmt: skip
 # Side tensors only beside a `qweight`: elsewhere such names mean something else.
 BESIDE_QWEIGHT = frozenset({
-    "qzeros", "scales", "g_idx", "wscales", "wzeros", "wtscale", "wcscales", "smooth_factor", "smooth_factor_orig",
-    "smooth", "proj_down", "proj_up", "lora_down", "lora_up",
+    "qzeros", "scales", "g_idx", "wscales", "wzeros", "wtscale", "wcscales", "smooth_factor",
+    "smooth_factor_orig", "smooth", "proj_down", "proj_up", "lora_down", "lora_up",
 })  # fmt: skip
 STATE = ".quant_state."
 # Prefixes that ComfyUI strips from diffusion models; a header may have been written without.

@@ -21,8 +21,8 @@ from .findings import ORIGINAL, REPAIR, SHAPES, Finding, Mistake
 
 Problems = Iterable[str]
 SCALES = (
-    "weight_scale", "weight_scale_2", "scale_weight", "absmax", "weight.absmax", "weight_s_channel", "input_scale",
-    "scale_input",
+    "weight_scale", "weight_scale_2", "scale_weight", "absmax", "weight.absmax", "weight_s_channel",
+    "input_scale", "scale_input",
 )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def _group_size_once(layer: StoredLayer) -> Problems:
 
 
 def _group_size_unsaid(layer: StoredLayer) -> bool:
-    """1 x b blocks whose b stands nowhere; one that does not say its tiles is completed silently."""
+    """1 x b blocks whose b stands nowhere; tiles that do not say theirs are completed silently."""
     format = FORMATS.get(layer.said.get("format"))
     grouped = format is not None and format.lacks_group_size
     return grouped and not any(_group_size_places(layer) or ())
