@@ -21,6 +21,8 @@ MARGIN = 0.1
 # Cosine of the latents between versions. Measured 0.9999998 or more; quantizing activations by mistake gives 0.95 with
 # bnb_nf4 and 0.9990 with int8_blockwise.
 SAME = 0.9999
+# Where the pinned ComfyUI runs the file itself: it rounds activations to 4 bits, we leave them. Measured 0.9566.
+OTHER_PRODUCT = {"convrot_w4a4": 0.94}
 
 
 def opened(draw, originals):
@@ -72,15 +74,14 @@ def both_ways(tree, folder, version, look):
 
 
 def hold(version, with_pack, problems, without, pinned):
-    """What was found on a version is what is stored, without a complaint, and our own code gives the same numbers."""
+    """What was found on a version is what is stored, without a complaint, and our own code gives the pinned one's numbers."""
     assert not problems
     assert set(without) <= set(with_pack)
     found = dict.fromkeys(WISHES, NEITHER)
     found |= dict.fromkeys(with_pack, PACKED) | dict.fromkeys(without, STOCK)
     for label in (label for label, cell in found.items() if cell == PACKED):
-        assert compare({PROMPT: with_pack[label]}, {PROMPT: pinned[label]}).latent_cosine >= SAME, (
-            label
-        )
+        likeness = compare({PROMPT: with_pack[label]}, {PROMPT: pinned[label]}).latent_cosine
+        assert likeness >= OTHER_PRODUCT.get(label, SAME), label
     assert results.stored("versions", version, found) == found
 
 
