@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from ..quant_ops.calibration import Calibration, Observer
 from ..quant_ops.doors import Inspection
 from ..quant_ops.errors import RecipeError
-from ..quant_ops.formats import FORMATS, own_methods
+from ..quant_ops.formats import FORMATS, find_format, own_methods
 from ..quant_ops.methods import METHODS
 from ..quant_ops.planning.model_family import preset_names
 from ..quant_ops.planning.recipe import Draft, Recipe, Rule, Wish
@@ -21,6 +21,7 @@ from ..quant_ops.report.report import Report
 from . import bridge
 
 AUTO, NONE = "auto", "none"
+ON, OFF = "on", "off"
 RECIPE = io.Custom("FEWBITS_RECIPE")  # carries a Draft
 CALIBRATION = io.Custom(
     "FEWBITS_CALIBRATION"
@@ -161,15 +162,16 @@ def full_precision_input() -> io.Boolean.Input:
     )
 
 
-def convrot_input(formats: list[str]) -> io.Boolean.Input:
-    return io.Boolean.Input(
+def convrot_input(formats: list[str]) -> io.Combo.Input:
+    return io.Combo.Input(
         "convrot",
-        default=False,
+        options=[AUTO, ON, OFF],
         optional=True,
         advanced=True,
         tooltip=f"Rotate the weights of {', '.join(formats)} layers before rounding (ConvRot), "
         "which evens out large values. ComfyUI rotates the activations to match, which takes some "
-        "time at every step.",
+        "time at every step. auto: where there is a scale per row, and the width can be divided by "
+        "16; other layers are stored as plain rows.",
     )
 
 
@@ -254,7 +256,7 @@ def recipe_from(
     fallback: str = NONE,
     method: str = AUTO,
     full_precision_matmul: bool = False,
-    convrot: bool = False,
+    convrot: str = AUTO,
     recipe: Draft | None = None,
 ) -> Recipe:
     """The Recipe that the inputs of `recipe_inputs` describe.
@@ -268,9 +270,13 @@ def recipe_from(
     """
     base = recipe or Draft()
     if base.primary:
-        stated = {"scaling": scaling != AUTO, "block_size": block_size != AUTO,
-                  "method": method not in (AUTO, base.primary.method),
-                  "full_precision_matmul": full_precision_matmul, "convrot": convrot}  # fmt: skip
+        stated = {
+            "scaling": scaling != AUTO,
+            "block_size": block_size != AUTO,
+            "method": method not in (AUTO, base.primary.method),
+            "full_precision_matmul": full_precision_matmul,
+            "convrot": convrot != AUTO,
+        }
         for name in filter(stated.get, stated):
             raise RecipeError(
                 "the connected recipe has a [primary] table, which says everything about "
@@ -281,8 +287,11 @@ def recipe_from(
         "scaling": None if scaling == AUTO else scaling,
         "block_size": None if block_size == AUTO else int(block_size),
         "full_precision_matrix_mult": full_precision_matmul,
-        "convrot": convrot,
     }
+    rotated = {ON: True, OFF: False}.get(convrot, convrot)
+    named = find_format(format)
+    if rotated != AUTO or (named and AUTO in named.Options.values("convrot")):
+        options["convrot"] = rotated
     own = Draft(
         rules=tuple(Rule(line.strip(), None) for line in keep.splitlines() if line.strip()),
         fallback=None if fallback == NONE else Wish(fallback),

@@ -70,10 +70,11 @@ class Options:
             RecipeError: what is allowed, and the closest value.
         """
         kind = cls.kind(name)
-        if type(value) is not kind and not (kind is float and type(value) is int):
+        kinds = {kind, *map(type, allowed)}  # "auto" may stand beside true and false
+        if type(value) not in kinds and not (kind is float and type(value) is int):
             raise RecipeError(f"{name} must be {kind.__name__}, got {value!r}")
         if allowed and value not in allowed:
-            listed = ", ".join(map(str, allowed))
+            listed = ", ".join(map(option_text, allowed))
             guess = did_you_mean(value, allowed, otherwise="") if kind is str else ""
             raise RecipeError(f"{name} must be one of {listed}; got {value!r}{guess}")
         low, high = cls.ranges.get(name, (value, value))
@@ -87,6 +88,11 @@ class Options:
         """The options that say something, for JSON and for printing: neither None nor False."""
         items = self.as_dict().items()
         return {name: value for name, value in items if value not in (None, False)}
+
+
+def option_text(value: object) -> str:
+    """A value as users write it: `true`, `auto`, `128`."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class Configurable:

@@ -45,7 +45,7 @@ def ignore_progress(done: int, total: int, layer: str) -> None:
     """The progress callback that does nothing."""
 
 
-def plan_source(source: TensorSource, recipe: Recipe) -> ModelPlan:
+def plan_source(source: TensorSource, recipe: Recipe, clashes: set[str] | None = None) -> ModelPlan:
     """`make_plan` with the markers that only tensors hold; reads a few bytes per quantized layer,
     no weights.
     """
@@ -54,7 +54,7 @@ def plan_source(source: TensorSource, recipe: Recipe) -> ModelPlan:
         for name in stored_markers_needed(source.header):
             base = name.removesuffix(".comfy_quant")
             markers[base] = parse_marker(base, stored_text(source, name))
-        return make_plan(source.header, recipe, markers)
+        return make_plan(source.header, recipe, markers, clashes)
     except (CheckpointError, SourceError) as error:
         raise error.at(source.name) from None
 

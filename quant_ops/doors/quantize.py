@@ -8,15 +8,14 @@ from dataclasses import replace
 import torch
 
 from ..calibration import Calibration
-from ..checkpoint.importers import ImportOptions, Translation
+from ..checkpoint.importers import ImportOptions
 from ..checkpoint.importers.source import ImportedSource, open_checkpoint
 from ..checkpoint.open import open_file
 from ..checkpoint.second_reading import refuse_other_reading
-from ..formats import FORMATS
 from ..pipeline import PlanFn, ProgressFn, ignore_progress, plan_source, quantize
 from ..planning.recipe import Recipe
 from ..report.report import Report
-from ..spec import LayerPlan, ModelPlan
+from ..spec import ModelPlan
 from .problems import checked_sink, mendable
 
 
@@ -80,23 +79,18 @@ def layers_to_round_again(source: str | os.PathLike, recipe: Recipe) -> frozense
     """The quantized layers of a file that the recipe stores in another format, or in another
     geometry of the same.
     """
+    clashes: set[str] = set()
     with open_file(source) as file, ImportedSource(file, ImportOptions()) as stored:
-        canonical = dict(stored.canonical)
-    quantized = frozenset(
-        base for base, made in canonical.items() if made.format or made.decode is not None
-    )
-    with open_checkpoint(source, decoded=quantized) as opened:
+        plan_source(stored, recipe, clashes)
+        made = dict(stored.canonical)
+    copied = {base for base, layer in made.items() if layer.decode is not None}
+    quantized = copied.union(base for base, layer in made.items() if layer.format)
+    clashes |= copied
+    with open_checkpoint(source, decoded=frozenset(quantized)) as opened:
         plan = plan_source(opened, recipe)
-    wanted = {layer.name: layer for layer in plan.layers if layer.action == "quantize"}
     return frozenset(
-        base for base in quantized & set(wanted) if not _same_codes(wanted[base], canonical[base])
+        layer.name for layer in plan.layers if layer.action == "quantize" and layer.name in clashes
     )
-
-
-def _same_codes(layer: LayerPlan, made: Translation) -> bool:
-    format = FORMATS.get(made.format)
-    same = format is not None and layer.format == made.format
-    return same and format.same_codes(layer.options, made.options)
 
 
 def with_warning(plan: ModelPlan, again: frozenset[str]) -> ModelPlan:

@@ -60,6 +60,7 @@ class Format(Configurable, ABC):
 
     name: str
     short: str = ""  # what users may write in its place
+    short_options: Mapping[str, object] = {}  # what the short name means where it is not stated
     called: tuple[str, ...] = ()  # names that are taken for it in "did you mean"
     read_as: tuple[str, ...] = ()  # names in files that are read as this one and never written
     # since when ComfyUI reads it, stock (`native`) or with FewBits installed
@@ -101,6 +102,20 @@ class Format(Configurable, ABC):
             if value is not None and (value is not False or False in self.Options.values(name))
         }
         return super().configure(said)
+
+    def meant_by(self, name: str) -> Mapping[str, object]:
+        """The options that a user states by writing this name."""
+        return self.short_options if name == self.short else {}
+
+    def settled(
+        self, layer: LayerInput, options: FormatOptions, *, looked_up: bool = False
+    ) -> FormatOptions:
+        """The options for one layer, with everything decided that was left to the format.
+
+        Args:
+            looked_up: whether the layer is an embedding table.
+        """
+        return options
 
     def check(self, layer: LayerInput, options: FormatOptions) -> str | None:
         """Why this (N, K) does not fit, as the plan says it; None when it does."""
@@ -148,7 +163,7 @@ class Format(Configurable, ABC):
         return None
 
     def same_codes(self, options: FormatOptions, other: FormatOptions) -> bool:
-        """Whether layers with these options hold the same codes and scales."""
+        """Whether layers with these options hold the same codes and scales, or may."""
         return all(getattr(options, name) == getattr(other, name) for name in self.layout_options)
 
     def options_from(self, marker: dict, specs: dict[str, TensorSpec]) -> FormatOptions:

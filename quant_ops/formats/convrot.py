@@ -11,6 +11,7 @@ from ..spec import LayerInput
 WRITTEN = (256, 64, 16)
 LARGEST = WRITTEN[0]
 READ = (4, 1024)  # in files of other writers, beside those
+AUTO = "auto"  # rotate the layers that allow it
 
 
 def smaller_group(layer: LayerInput, group: int) -> int | None:

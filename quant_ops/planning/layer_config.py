@@ -19,6 +19,7 @@ from ..files import read_text
 from ..formats import FORMATS, Format, find_format, read_as
 from ..formats.base import PRECISE, unknown_format
 from ..methods import METHODS
+from ..options import option_text
 from ..strict_json import check
 from .match import REGEX, Regex, check_pattern, closed, shortened
 from .wish import Wish, option_names
@@ -40,12 +41,19 @@ def settings_allowed() -> dict[str, type | tuple]:
     """setting -> type; a tuple lists the values where they do not depend on the format."""
     modes = {mode: None for format in FORMATS.values() for mode in format.Options.values(SCALING)}
     options = {
-        name: format.Options.kind(name)
+        name: _allowed(format, name)
         for format in FORMATS.values()
         for name in format.Options.names()
         if name != SCALING
     }
     return {**OWN_SETTINGS, **options, SCALING_MODE: tuple(modes)}
+
+
+def _allowed(format: Format, option: str) -> type | tuple:
+    """The type of an option's values, or the values where they are of several types."""
+    values = format.Options.values(option)
+    mixed = len(set(map(type, values))) > 1
+    return values if mixed else format.Options.kind(option)
 
 
 class LayerConfigError(RecipeError):
@@ -351,7 +359,8 @@ class _Reader:
             )
 
     def _build(self, where: str, settings: dict, format: Format) -> Wish | None:
-        options = {PRECISE: settings.get(PRECISE, self._unstated_precision())}
+        precise = settings.get(PRECISE, self._unstated_precision())
+        options = {**format.meant_by(settings["format"]), PRECISE: precise}
         mode = settings.get(SCALING_MODE)
         if mode is not None:
             if mode not in format.Options.values(SCALING):
@@ -370,7 +379,7 @@ class _Reader:
         if sizes:
             values["block_size"] = next(iter(sizes))
         for option, value in values.items():
-            if option == PRECISE or value is False:
+            if option == PRECISE or (value is False and option not in options):
                 continue
             spelled = option if option in settings else "group_size"
             allowed = format.Options.values(option)
@@ -451,7 +460,7 @@ def _fits(value: object, kind: type | tuple) -> bool:
 def _wanted(name: str, kind: type | tuple, settings: dict) -> str:
     """What a setting of the wrong type may be, in words."""
     if isinstance(kind, tuple):
-        return f"one of {', '.join(kind)}"
+        return f"one of {', '.join(map(option_text, kind))}"
     if kind is bool:
         return "true or false"
     values = _values(name, settings.get("format"))

@@ -11,7 +11,7 @@ from ..checkpoint.host_layers import HostLayer, host_layer, is_bank
 from ..checkpoint.labels import EMBEDDING
 from ..checkpoint.metadata import header_markers, output_metadata
 from ..errors import CheckpointError, RecipeError, SourceError
-from ..formats import FORMATS, get_format
+from ..formats import FORMATS, Format, FormatOptions, get_format
 from ..formats.base import marker_bytes
 from ..spec import (
     FLOAT_DTYPES,
@@ -27,6 +27,7 @@ from .match import matches
 from .model_family import Family, Part, find_parts, load_preset, width_layers
 from .recipe import Recipe, recipe_to_toml
 from .rules import CompiledRule, Decision, RuleList, Tally, compile_rules
+from .wish import Wish
 
 SMALLEST_SIDE = 16  # smaller layers gain nothing, and some kernels refuse them
 READS_WIDTH = "ComfyUI reads its width to recognise the model"
@@ -43,12 +44,19 @@ DIFFUSION_PREFIXES, FEW = ("model.diffusion_model.", "net."), 5
 UNKNOWN = Family("unknown", "diffusion model of unknown family", "diffusion", (), preset="generic")
 
 
-def make_plan(header: Header, recipe: Recipe, markers: dict[str, dict] | None = None) -> ModelPlan:
+def make_plan(
+    header: Header,
+    recipe: Recipe,
+    markers: dict[str, dict] | None = None,
+    clashes: set[str] | None = None,
+) -> ModelPlan:
     """Decide everything about a model from its header.
 
     Args:
         markers: base name -> `comfy_quant` object of layers that are quantized already; the
             header's own entries are used when it has any (ComfyUI does the same).
+        clashes: takes the names of layers that are quantized otherwise than the recipe asks, which
+            are refused without it.
 
     Raises:
         RecipeError: unknown preset, or a source that must not be quantized (VAE, ControlNet,
@@ -62,8 +70,8 @@ def make_plan(header: Header, recipe: Recipe, markers: dict[str, dict] | None = 
     known += _unknown_parts(header.tensors, parts)
     if refused and not known and recipe.primary:
         raise SourceError(f"this is a {refused.family.title} file: {refused.family.why}")
-    planner = _Planner(header, recipe, header_markers(header.metadata) or markers or {}, known)
-    return planner.plan()
+    stored = header_markers(header.metadata) or markers or {}
+    return _Planner(header, recipe, stored, known, clashes).plan()
 
 
 def stored_markers_needed(header: Header) -> list[str]:
@@ -78,8 +86,16 @@ def stored_markers_needed(header: Header) -> list[str]:
 class _Planner:
     """State of one `make_plan` call."""
 
-    def __init__(self, header: Header, recipe: Recipe, markers: dict[str, dict], parts: list[Part]):
+    def __init__(
+        self,
+        header: Header,
+        recipe: Recipe,
+        markers: dict[str, dict],
+        parts: list[Part],
+        clashes: set[str] | None,
+    ):
         self.header, self.recipe, self.markers = header, recipe, markers
+        self.clashes = clashes
         self.warnings: list[str] = list(header.warnings)
         self.maybe_tables: list[str] = []
         self.parts, self.main = parts, _main_parts(parts)
@@ -258,14 +274,11 @@ class _Planner:
     def _quantize(
         self, base: str, spec: TensorSpec, layer: LayerInput, rule: CompiledRule, reason: str
     ) -> LayerPlan:
-        steps = [reason]
-        wish, requested = rule.wish, rule.wish.format
-        while (obstacle := get_format(wish.format).check(layer, wish.options)) is not None:
-            fallback = get_format(wish.format).fallback(layer, wish.options)
-            if fallback is None:
-                return _keep(base, spec, "; ".join([*steps, obstacle]), requested=requested)
-            steps.append(obstacle if fallback[0] == wish.format else f"{obstacle} -> {fallback[0]}")
-            wish = wish.become(*fallback)
+        requested = rule.wish.format
+        wish, obstacles = _fitting(base, layer, rule.wish)
+        steps = [reason, *obstacles]
+        if wish is None:
+            return _keep(base, spec, "; ".join(steps), requested=requested)
         name, options = wish.format, wish.options
         format = get_format(name)
         steps += format.notes(layer, options)
@@ -332,9 +345,11 @@ class _Planner:
         layer = format.stored_layer(marker, by_suffix)
         decision = self.rules.decide(base, self._scope(base), layer)
         wish = decision.rule.wish
-        if wish is not None and not (
-            wish.format == format.name and format.same_codes(wish.options, options)
-        ):
+        asked = [] if wish is None else [wish, _fitting(base, layer, wish)[0]]
+        found = any(each and _asks_for(each, format, options) for each in asked)
+        if asked and not found and self.clashes is not None:
+            self.clashes.add(base)
+        elif asked and not found:
             raise SourceError(
                 f"layer '{base}' is quantized already ({format.name}) and {wish.format} was asked "
                 "for: rounding twice loses quality; start from the original model, or keep the "
@@ -391,6 +406,26 @@ class _Planner:
             tuple(specs),
             marker=self.markers.get(base),
         )
+
+
+def _fitting(base: str, layer: LayerInput, wish: Wish) -> tuple[Wish | None, list[str]]:
+    """What a wish becomes for one layer, None where it is kept; and the obstacles on the way."""
+    steps: list[str] = []
+    looked_up = EMBEDDING.fullmatch(base) is not None
+    options = get_format(wish.format).settled(layer, wish.options, looked_up=looked_up)
+    wish = replace(wish, options=options)
+    while (obstacle := get_format(wish.format).check(layer, wish.options)) is not None:
+        fallback = get_format(wish.format).fallback(layer, wish.options)
+        if fallback is None:
+            return None, [*steps, obstacle]
+        steps.append(obstacle if fallback[0] == wish.format else f"{obstacle} -> {fallback[0]}")
+        wish = wish.become(*fallback)
+    return wish, steps
+
+
+def _asks_for(wish: Wish, format: Format, options: FormatOptions) -> bool:
+    """Whether a layer that is stored in this format with these options is what the wish means."""
+    return wish.format == format.name and format.same_codes(wish.options, options)
 
 
 def _main_parts(parts: list[Part]) -> list[Part]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from ..errors import RecipeError, did_you_mean
 from ..formats import FORMATS, Format, FormatOptions, get_format, wished_format
 from ..methods import get_method
+from ..options import option_text
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Wish:
     method's defaults.
 
     On the way in `format` may be a short name and `options` those that are stated; afterwards they
-    are the format's full name, and its options with defaults.
+    are the format's full name, and its options with defaults. A short name may mean options too,
+    where they are not stated.
     `method` is None only on the way in: the format's own is meant, and stands there afterwards.
     `names_method` keeps whether it was named, for layer-config entries that leave it to the
     primary; such wishes are equal otherwise.
@@ -32,6 +34,9 @@ class Wish:
 
     def __post_init__(self) -> None:
         format = wished_format(self.format)
+        if type(self.options) is not format.Options:
+            stated = {**format.meant_by(self.format), **_said(self.options)}
+            object.__setattr__(self, "options", format.configure(stated))
         object.__setattr__(self, "format", format.name)
         object.__setattr__(self, "names_method", bool(self.method or self.method_options))
         if self.method is None:
@@ -39,8 +44,6 @@ class Wish:
         object.__setattr__(
             self, "method_options", _method_options(self.method, dict(self.method_options))
         )
-        if type(self.options) is not format.Options:
-            object.__setattr__(self, "options", format.configure(self.options))
 
     def to_json(self) -> dict:
         return {
@@ -60,7 +63,7 @@ class Wish:
         }
         method = {"method": self.method} if self.method != get_format(self.format).method else {}
         items = [
-            f"{name}={_text(value)}"
+            f"{name}={option_text(value)}"
             for name, value in (options | method | dict(self.method_options)).items()
         ]
         return ":".join(filter(None, [self.format, ",".join(items)]))
@@ -154,6 +157,10 @@ def typed(where: str, value: object, kind: type) -> object:
     return value
 
 
+def _said(options: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _method_options(method: str, stated: dict[str, object]) -> tuple[tuple[str, object], ...]:
     """The stated options in the method's own order, without those that equal its defaults."""
     chosen = get_method(method)
@@ -161,7 +168,3 @@ def _method_options(method: str, stated: dict[str, object]) -> tuple[tuple[str, 
     return tuple(
         (name, value) for name, value in configured.items() if value != chosen.options[name]
     )
-
-
-def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -139,7 +139,7 @@ def test_preset_and_fallback_of_the_quantize_node_count_unless_left_alone(rules,
         {"block_size": "64"},
         {"method": "svd"},
         {"full_precision_matmul": True},
-        {"convrot": True},
+        {"convrot": "on"},
     ],
     ids=lambda stated: next(iter(stated)),
 )
@@ -282,3 +282,26 @@ def test_a_preview_takes_its_format_from_one_place(rules, inspect):
     with pytest.raises(RecipeError, match=r"no \[primary\] table; choose in preview"):
         inspect(recipe=rules(pattern="x"))
     assert "plan" not in inspect()[1]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "wish"),
+    [
+        ({}, "int8"),
+        ({"convrot": "auto", "scaling": "row"}, "int8"),
+        ({"scaling": "tensor"}, "int8:scaling=tensor"),
+        ({"convrot": "on"}, "int8_tensorwise:convrot=true"),
+        ({"convrot": "off"}, "int8_tensorwise"),
+    ],
+    ids=["left out", "auto", "one scale", "on", "off"],
+)
+def test_the_nodes_rotate_int8_where_a_layer_allows_it_unless_told_otherwise(
+    recipe_from, inputs, wish
+):
+    assert recipe_from(format="int8_tensorwise", **inputs).primary == parse_wish(wish)
+
+
+def test_a_format_without_rotation_is_asked_for_as_before(recipe_from):
+    assert recipe_from(format="float8_e4m3fn").primary == parse_wish("float8_e4m3fn")
+    with pytest.raises(RecipeError, match="no option 'convrot'"):
+        recipe_from(format="float8_e4m3fn", convrot="on")
