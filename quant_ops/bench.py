@@ -184,9 +184,9 @@ def bench_linears(
     weight = torch.randn(n, k, device=device, dtype=torch.bfloat16) / k**0.5
     plain = _copies(weight)
     inputs = {m: _x(m, k, device) for m in rows}
-    dense = {
-        m: median_ms([partial(linear, x, w) for w in plain], device) for m, x in inputs.items()
-    }
+    dense = {}
+    for m, x in inputs.items():
+        dense[m] = median_ms([partial(linear, x, w) for w in plain], device)
     results = []
     for name in FORMATS if formats is None else formats:
         for row in _bench_format(get_format(name), weight, inputs):

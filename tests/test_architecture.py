@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tomllib
@@ -161,3 +161,50 @@ def test_format_names_stand_in_their_room_only():
         if named.search(text.value) or text.value in pieces(names)
     ]
     assert not found
+
+
+# ---- air ----
+
+COLUMNS = 100
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def shipped() -> list[Path]:
+    rooms = [path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py")]
+    return [*sorted(rooms), ROOT / "__init__.py", ROOT / "dev.py"]
+
+
+def nested(text: str, kinds: type | tuple[type, ...]) -> list[int]:
+    """The lines where an expression of these kinds stands inside another one."""
+    outer = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+    inner = [node for found in outer for node in ast.walk(found) if node is not found]
+    return sorted({node.lineno for node in inner if isinstance(node, kinds)})
+
+
+def in_all_files(lines_of: Callable[[str], list[int]]) -> list[str]:
+    found = []
+    for path in shipped():
+        lines = lines_of(path.read_text(encoding="utf-8"))
+        found += [f"{relative(path)}:{line}" for line in lines]
+    return found
+
+
+def test_no_line_is_longer_than_a_hundred_columns():
+    def long(text: str) -> list[int]:
+        return [i for i, line in enumerate(text.splitlines(), 1) if len(line) > COLUMNS]
+
+    assert in_all_files(long) == []
+
+
+def test_a_choice_does_not_stand_inside_a_choice():
+    assert in_all_files(lambda text: nested(text, ast.IfExp)) == []
+
+
+def test_a_comprehension_does_not_stand_inside_a_comprehension():
+    assert in_all_files(lambda text: nested(text, COMPREHENSIONS)) == []
+
+
+def test_what_is_nested_is_found():
+    text = "a = 1 if b else 2 if c else 3\nd = [x for y in z if any(w for w in y)]\n"
+    assert nested(text, ast.IfExp) == [1]
+    assert nested(text, COMPREHENSIONS) == [2]

@@ -129,8 +129,12 @@ WORK = {
 def work_for(tokens: int, n: int, codes: torch.dtype, gpu: Gpu) -> Work:
     """How a GPU shares out a product: what was measured, within what it has."""
     rows = WORK[4 if codes == torch.uint8 else 8]
-    sizes = next(sizes for most, *sizes in rows if tokens <= most)
-    work = Work(tokens, *sizes[0 if n >= 8192 else 1 if n >= 2048 else 2])
+    tall, middling, low = next(sizes for most, *sizes in rows if tokens <= most)
+    if n >= 8192:
+        sizes = tall
+    else:
+        sizes = middling if n >= 2048 else low
+    work = Work(tokens, *sizes)
     if not gpu.clusters:
         work = work._replace(cluster=1, split=min(work.split * work.cluster, 16 // work.rows))
     while shared_bytes(codes, work) > gpu.shared_bytes:

@@ -23,10 +23,8 @@ def table_asm(values: tuple[float, ...], dtype: torch.dtype) -> tuple[str, str]:
     """
     width = torch.empty(0, dtype=dtype).element_size()
     table = torch.tensor(values, dtype=torch.float32).to(dtype).view(torch.uint8).view(16, width)
-    planes = [
-        [int.from_bytes(bytes(table[i : i + 4, byte].tolist()), "little") for i in range(0, 16, 4)]
-        for byte in range(width)
-    ]
+    # byte i of every value in row i, four to a register
+    planes = table.T.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     count = 4 * width // 4  # 32-bit registers per output
     lines = ["{", f".reg .b32 x, s, t, u, m, p, q, {', '.join(f'b{i}' for i in range(width))};"]
     for output, shift in enumerate((4, 0)):
@@ -40,7 +38,7 @@ def table_asm(values: tuple[float, ...], dtype: torch.dtype) -> tuple[str, str]:
             "or.b32 s, s, t;",
             "prmt.b32 s, s, s, 0x4420;",  # selectors of the four codes, one nibble each
         ]
-        for byte, (a, b, c, d) in enumerate(planes):
+        for byte, (a, b, c, d) in enumerate(planes.tolist()):
             lines += [
                 f"mov.b32 t, {a:#010x};", f"mov.b32 u, {b:#010x};", "prmt.b32 p, t, u, s;",
                 f"mov.b32 t, {c:#010x};", f"mov.b32 u, {d:#010x};", "prmt.b32 q, t, u, s;",

@@ -178,7 +178,10 @@ PROGRAMS_PER_SM = 3
 
 def tile_for(m: int, n: int, k: int, group: int | None, sms: int) -> Tile:
     """The fastest tile of the sweep, K split where tiles are few and runs stay long."""
-    kind = "row" if group is None else "64" if group < 128 else "128"
+    if group is None:
+        kind = "row"
+    else:
+        kind = "64" if group < 128 else "128"
     tile = next(tile for most, tile in TILES[kind] if most is None or m <= most)
     programs, split = -(-m // tile.m) * -(-n // tile.n), 1
     while programs * split * 2 <= PROGRAMS_PER_SM * sms and k >= MIN_RUN[kind] * split * 2:

@@ -37,10 +37,7 @@ def compare(a: FileSource, b: FileSource, on_progress: ProgressFn = ignore_progr
     decoded = _decoded(a), _decoded(b)
     tensors = [source.header.tensors for source in decoded]
     prefixes = _prefixes(*tensors)
-    names = [
-        {name.removeprefix(prefix): name for name in found}
-        for prefix, found in zip(prefixes, tensors, strict=True)
-    ]
+    names = [_without(prefix, found) for prefix, found in zip(prefixes, tensors, strict=True)]
     shared = [name for name in names[0] if name in names[1]]
     if not shared:
         raise CheckpointError(
@@ -75,6 +72,11 @@ def _decoded(source: FileSource) -> ImportedSource:
     return ImportedSource(source, retarget=lambda made: made.decoded("F32", ""))
 
 
+def _without(prefix: str, names: Iterable[str]) -> dict[str, str]:
+    """The name without the prefix -> the name."""
+    return {name.removeprefix(prefix): name for name in names}
+
+
 def _prefixes(a: Iterable[str], b: Iterable[str]) -> tuple[str, str]:
     """What to leave out of the names of each file so that most are shared; nothing if in doubt."""
     pairs = [
@@ -84,11 +86,8 @@ def _prefixes(a: Iterable[str], b: Iterable[str]) -> tuple[str, str]:
     ]
 
     def shared(pair: tuple[str, str]) -> int:
-        left, right = (
-            {name.removeprefix(prefix) for name in names}
-            for prefix, names in zip(pair, (a, b), strict=True)
-        )
-        return len(left & right)
+        left, right = pair
+        return len(_without(left, a).keys() & _without(right, b).keys())
 
     return max(pairs, key=shared)  # the first of equals
 

@@ -77,10 +77,9 @@ def best_damping(inputs: Inputs, order: torch.Tensor) -> float:
         return ONE_HALF
     halves = [half[:, order] for half in inputs.halves]
     trials = [(half.T @ half, other) for half, other in zip(halves, reversed(halves))]
-    scores = {
-        damping: sum(_expected(gram, other, damping) for gram, other in trials)
-        for damping in DAMPING
-    }
+    scores = {}
+    for damping in DAMPING:
+        scores[damping] = sum(_expected(gram, other, damping) for gram, other in trials)
     # Each half has half of the rows, and what rows leave uncertain falls with their number.
     return min(scores, key=scores.get) / len(halves)
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from ..errors import RecipeError, closest
@@ -77,6 +78,12 @@ class Preset:
     exclude: tuple[Group, ...] = ()
     drop: tuple[Group, ...] = ()
 
+    @classmethod
+    def joined(cls, name: str, parts: Iterable[Preset]) -> Preset:
+        """Keeps and leaves out what any of the parts does, in their order."""
+        exclude, drop = zip(*((part.exclude, part.drop) for part in parts), strict=True)
+        return cls(name, tuple(chain(*exclude)), tuple(chain(*drop)))
+
 
 def _load(path: Path) -> dict:
     return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -137,14 +144,7 @@ def load_preset(name: str) -> Preset:
         RecipeError: no such preset; the message suggests the closest and lists those that exist.
     """
     if "+" in name:
-        parts = [load_preset(part) for part in name.split("+")]
-        return Preset(
-            name,
-            *(
-                tuple(group for part in parts for group in getattr(part, what))
-                for what in ("exclude", "drop")
-            ),
-        )
+        return Preset.joined(name, map(load_preset, name.split("+")))
     if name == "none":
         return Preset("none")
     if name not in preset_names():
@@ -156,15 +156,12 @@ def load_preset(name: str) -> Preset:
     if name not in _preset_files():
         return _family_presets()[name].own_preset
     table = _load(RECIPES / f"{name}.toml")
-    included = [load_preset(part) for part in table.get("include", ())]
-    groups = {
-        what: (
-            *(group for part in included for group in getattr(part, what)),
-            *(Group(tuple(entry["match"]), entry["why"]) for entry in table.get(what, ())),
-        )
-        for what in ("exclude", "drop")
-    }
-    return Preset(name, **groups)
+    own = Preset(name, _groups(table.get("exclude", ())), _groups(table.get("drop", ())))
+    return Preset.joined(name, [*map(load_preset, table.get("include", ())), own])
+
+
+def _groups(entries: Iterable[dict]) -> tuple[Group, ...]:
+    return tuple(Group(tuple(entry["match"]), entry["why"]) for entry in entries)
 
 
 def find_parts(tensors: Iterable[str] | Mapping[str, TensorSpec]) -> tuple[Part, ...]:

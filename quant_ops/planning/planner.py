@@ -269,7 +269,9 @@ class _Planner:
         part.
         """
         owner = self._owner(base)
-        return owner.prefix if owner else None if self.parts else ""
+        if owner:
+            return owner.prefix
+        return None if self.parts else ""
 
     def _quantize(
         self, base: str, spec: TensorSpec, layer: LayerInput, rule: CompiledRule, reason: str

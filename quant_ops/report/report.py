@@ -124,9 +124,8 @@ class Report:
         lines = []
         for method in sorted({result.method for result, _ in compared}):
             rows = [row for result, row in compared if result.method == method]
-            objective, error = (
-                statistics.median(row[key] for row in rows) for key in ("objective", "rel_l2")
-            )
+            objective = statistics.median(row["objective"] for row in rows)
+            error = statistics.median(row["rel_l2"] for row in rows)
             kept = sum(row["stored"] == "nearest" for row in rows)
             lines.append(
                 f"{method} against nearest, median of {len(rows)} layers: objective "

@@ -119,7 +119,8 @@ def _same_but_ones(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether the shapes differ in sizes of 1 only, or one is flat: a transposed grid is not the
     same grid.
     """
-    sizes, others = ([size for size in sizes if size != 1] for sizes in (shape, wanted))
+    sizes = [size for size in shape if size != 1]
+    others = [size for size in wanted if size != 1]
     flat = len(sizes) == 1 and math.prod(others) == sizes[0]
     return sizes == others or flat
 

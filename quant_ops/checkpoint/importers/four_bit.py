@@ -167,19 +167,21 @@ def _recoding(codes: Codes) -> tuple[int, ...] | None:
     found = []
     for index, value in enumerate(codes.table):
         close = [code for code, known in enumerate(ours) if abs(known - value) < SAME]
+        if not close:
+            return None
         # FP4 has two zeros: the negative half keeps the negative one
-        found.append(close[-1] if index >= 8 else close[0]) if close else None
+        found.append(close[-1] if index >= 8 else close[0])
     return tuple(found) if sorted(found) == list(IDENTITY) else None
 
 
 def decode_codes(tensors: Tensors, codes: Codes) -> torch.Tensor:
     """float32 of the logical shape: table[code] * absmax[flat // g], by the stored table."""
     packed = _bytes_of(tensors["weight"])
-    first, second = (
-        (packed >> 4, packed & 15) if codes.order.first == "high" else (packed & 15, packed >> 4)
-    )
+    nibbles = [packed >> 4, packed & 15]
+    if codes.order.first != "high":
+        nibbles.reverse()
     numel = math.prod(codes.shape)
-    indices = torch.stack([first, second], -1).reshape(-1)[:numel].int()
+    indices = torch.stack(nibbles, -1).reshape(-1)[:numel].int()
     table = torch.tensor(
         codes.table or TABLES[codes.kind], dtype=torch.float32, device=packed.device
     )

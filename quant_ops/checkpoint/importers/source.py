@@ -191,11 +191,16 @@ def _resolve_names(
     missing = [base for base in markers if base not in weights]
     if not missing:
         return markers, [], ""
-    fitting = [prefix for prefix in PREFIXES if all(prefix + base in weights for base in markers)]
+    moved = [(_under(prefix, markers), prefix) for prefix in PREFIXES]
+    fitting = [(names, prefix) for names, prefix in moved if names.keys() <= weights]
     if len(fitting) == 1:
-        moved = {fitting[0] + base: marker for base, marker in markers.items()}
-        return moved, [], fitting[0]
+        names, prefix = fitting[0]
+        return names, [], prefix
     return {base: marker for base, marker in markers.items() if base in weights}, missing, ""
+
+
+def _under(prefix: str, markers: dict[str, dict]) -> dict[str, dict]:
+    return {prefix + base: marker for base, marker in markers.items()}
 
 
 def _stored_layer(
