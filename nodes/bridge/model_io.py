@@ -247,9 +247,15 @@ class ModelSource(PatchedWeights):
         """
         if self._pieces[0] != base:
             module, device = self.quantized[base], self.patcher.load_device
-            weight = self.patcher.patch_weight_to_device(
-                f"{self.PREFIX}{base}.weight", device, return_weight=True
-            )
+            try:
+                weight = self.patcher.patch_weight_to_device(
+                    f"{self.PREFIX}{base}.weight", device, return_weight=True
+                )
+            except NotImplementedError:
+                raise UnsupportedLayerError(
+                    f"layer '{base}' carries a LoRA or another patch, and ComfyUI cannot make "
+                    f"codes of {module.quant_format}: apply it to the original model"
+                ) from None
             # shares everything but the table of parameters: the MODEL stays as it is
             twin = copy.copy(module)
             twin._parameters = {

@@ -32,7 +32,8 @@ def name_findings(source: TensorSource) -> list[Finding]:
     if not any(is_side(name) for name in source.header.tensors):
         return []
     parts = find_parts(source.header.tensors)
-    refused = [part.family for part in parts if part.family.kind == "refuse"]
+    families = [part.family for part in parts if part.family.kind == "refuse"]
+    refused = [family for family in families if not family.quantized_since]
     return [FOREIGN_NAMES.at("", f"{family.title}: {family.why}") for family in refused]
 
 

@@ -40,6 +40,8 @@ class Family:
     ComfyUI would read quantized layers of this family as plain numbers. `widths` names the entry of
     the widths table, the family's own name unless stated. `preset` names a file of recipes/, `keep`
     holds what the family keeps besides. `tables` are lookup tables that are never quantized.
+    `quantized_since` is the first ComfyUI that reads quantized layers of a family of kind "refuse":
+    such layers are copied, and nothing here makes them.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Family:
     size: tuple[tuple[str, int], ...] = ()
     keep: tuple[Group, ...] = ()
     tables: tuple[str, ...] = ()
+    quantized_since: str = ""
 
     @property
     def own_preset(self) -> Preset:

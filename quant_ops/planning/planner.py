@@ -71,7 +71,8 @@ def make_plan(
     if refused and not known and recipe.primary:
         raise SourceError(f"this is a {refused.family.title} file: {refused.family.why}")
     stored = header_markers(header.metadata) or markers or {}
-    return _Planner(header, recipe, stored, known, clashes).plan()
+    copied = [part for part in parts if part.family.quantized_since]
+    return _Planner(header, recipe, stored, known, copied, clashes).plan()
 
 
 def stored_markers_needed(header: Header) -> list[str]:
@@ -92,10 +93,11 @@ class _Planner:
         recipe: Recipe,
         markers: dict[str, dict],
         parts: list[Part],
+        copied: list[Part],
         clashes: set[str] | None,
     ):
         self.header, self.recipe, self.markers = header, recipe, markers
-        self.clashes = clashes
+        self.copied, self.clashes = copied, clashes
         self.warnings: list[str] = list(header.warnings)
         self.maybe_tables: list[str] = []
         self.parts, self.main = parts, _main_parts(parts)
@@ -128,7 +130,8 @@ class _Planner:
         layers = tuple(layer for layer, _ in planned)
         tally = Tally(self.rules, (decision for _, decision in planned if decision))
         quantized = [layer for layer in layers if layer.format]
-        min_comfyui = max((_min_comfyui(layer) for layer in quantized), key=version_key, default="")
+        since = [version for layer in quantized for version in self._since(layer)]
+        min_comfyui = max(since, key=version_key, default="")
         unstocked = sorted(
             {
                 part.family.title
@@ -165,6 +168,13 @@ class _Planner:
             layer.name.startswith(part.prefix) and self._owner(layer.name) is part
             for layer in layers
         )
+
+    def _since(self, layer: LayerPlan) -> Iterable[str]:
+        """The first ComfyUI that reads a quantized layer's format, and its part."""
+        yield _min_comfyui(layer)
+        for part in self.copied:
+            if layer.name.startswith(part.prefix):
+                yield part.family.quantized_since
 
     def _owner(self, base: str) -> Part | None:
         return next((part for part in self.parts if base.startswith(part.prefix)), None)

@@ -454,3 +454,55 @@ def test_layers_that_the_recipe_keeps_are_not_rounded_again(write, out):
     report = quantize_file(path, out, wish, requantize=True)
     made = load_file(out)
     assert report.rounded_twice == ("a",) and made["b.weight"].dtype == torch.float8_e4m3fn
+
+
+# ---- parts that ComfyUI reads quantized and nothing here makes ----
+
+
+PARTS = {
+    "MiniMax H3 VAE": (
+        ["decoder.transformer_blocks.0.scale1", "encoder.down.5.block.0.conv1.weight"],
+        "decoder.transformer_blocks.0.attn.to_out",
+        "0.33.0",
+    ),
+    "Qwen-Image 2.1 ControlNet": (
+        ["control_img_in.weight", "control_blocks.0.img_mlp.out.weight"],
+        "control_blocks.0.attn.to_q",
+        "0.38.0",
+    ),
+    "MiniMax H3 ControlNet": (
+        ["control_proj_in.weight", "control_blocks.0.mlp.fc1.weight"],
+        "control_blocks.0.attn.qkv_proj",
+        "0.38.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "vae."])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_quantized_part_that_comfyui_reads_is_copied(part, prefix, write, out):
+    keys, base, since = PARTS[part]
+    codes = dialects.under(prefix + base, *dialects.native("int8_tensorwise", WIDE))
+    tensors = {**{prefix + key: WIDE.bfloat16() for key in keys}, **codes}
+    path = write(tensors)
+    inspection = inspect_file(path)
+    assert part in inspection.family and inspection.findings == ()
+    assert inspection.loads_in == f"loads in stock ComfyUI >= {since}"
+    assert verify_file(path).ok
+    for door in (convert_file, repair_file):
+        door(path, out, overwrite=True)
+        stored = load_file(out)
+        assert all(torch.equal(stored[name], tensor) for name, tensor in codes.items())
+    with pytest.raises(QuantError, match=f"this is a {part} file: FewBits quantizes no"):
+        quantize_file(path, out, recipe("int8"), overwrite=True)
+
+
+def test_other_controlnets_and_vaes_with_codes_are_a_problem_by_name(write):
+    for keys in (
+        ["decoder.conv_in.weight", "encoder.conv_in.weight"],
+        ["input_hint_block.0.weight", "zero_convs.0.0.weight"],
+    ):
+        codes = dialects.under("mid.attn", *dialects.native("int8_tensorwise", WIDE))
+        path = write({**dict.fromkeys(keys, WIDE), **codes})
+        (found,) = verify_file(path).findings
+        assert found.name == "foreign-names" and "see the problems" in inspect_file(path).loads_in
