@@ -7,6 +7,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# Characters of a message: 100 problems of a layer-config fit.
+LONGEST = 16_000
+LONGEST_NAME = 200  # what is longer is no slip of the fingers
+
 
 class QuantError(Exception):
     """Base of all FewBits errors; a door turns it into one line and exit status 2, or into a node
@@ -18,7 +22,7 @@ class QuantError(Exception):
     """
 
     def __init__(self, message: str, option: str = ""):
-        super().__init__(message)
+        super().__init__(_readable(message))
         self.option = option
 
     def at(self, where: str) -> QuantError:
@@ -42,8 +46,21 @@ class UnsupportedLayerError(QuantError):
     """A layer that is read correctly but cannot run or be written here."""
 
 
+def _readable(message: str) -> str:
+    """The message, or both of its ends: what a stranger's file is quoted with may be of any
+    length.
+    """
+    if len(message) <= LONGEST:
+        return message
+    end = LONGEST // 4
+    left_out = len(message) - LONGEST
+    return f"{message[: LONGEST - end]} ... ({left_out:,} characters more) ... {message[-end:]}"
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """The known name that a mistyped one is most like; None if it is like none."""
+    if len(name) > LONGEST_NAME:
+        return None
     return next(iter(difflib.get_close_matches(name, known, 1, 0.6)), None)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import ClassVar
 
 from .errors import RecipeError, did_you_mean
@@ -34,11 +35,13 @@ class Options:
             self.check(name, value, self.readable(name))
 
     @classmethod
+    @cache
     def names(cls) -> tuple[str, ...]:
         """The options in the order in which they are listed and written."""
         return tuple(entry.name for entry in fields(cls))
 
     @classmethod
+    @cache
     def default(cls, name: str) -> object:
         return next(entry.default for entry in fields(cls) if entry.name == name)
 

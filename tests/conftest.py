@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--fast", action="store_true", help="no test that starts a ComfyUI or is slow")
     group.addoption("--browser", action="store_true", help="also the tests of the page")
     group.addoption("--fuzz", type=float, metavar="SECONDS", help="only the fuzzers, each so long")
+    group.addoption("--counts", metavar="FILE", help="JSON that adds up what the fuzzers tried")
     group.addoption("--seed", metavar="CASE:SEED", help="one input of the fuzzers again")
     group.addoption("--faults", action="store_true", help="only the faults, all of them")
 

@@ -24,10 +24,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from ..checkpoint.header import MAX_SIZE
 from ..checkpoint.reader import FileSource
 from ..errors import CheckpointError
 from ..methods.inputs import Inputs
 from ..part import write_whole
+from ..strict_json import parse, shown
 from .statistics import Half, InputStatistics
 
 KEY = "fewbits.calibration"
@@ -54,9 +56,21 @@ class Calibration:
         return self.inputs[index].problem()
 
     def inputs_of(self, base: str, device: torch.device | str = "cpu") -> Inputs | None:
-        """What a method needs to know; None for a layer that is not in it."""
+        """What a method needs to know; None for a layer that is not in it.
+
+        Raises:
+            CheckpointError: numbers that no rows can have led to.
+        """
         found = self._find(base)
-        return None if found is None else self.inputs[found[0]].inputs(device)
+        if found is None:
+            return None
+        try:
+            return self.inputs[found[0]].inputs(device)
+        except torch.linalg.LinAlgError:
+            raise CheckpointError(
+                f"layer '{base}': its statistics in the calibration are sums of no squares, so the "
+                "calibration is damaged: make it again"
+            ) from None
 
     def _find(self, base: str) -> tuple[int, int, int] | None:
         plain = next((base[len(p) :] for p in PREFIXES if base.startswith(p)), base)
@@ -94,7 +108,7 @@ class Calibration:
         if not self.layers:
             self.layers, self.inputs = dict(other.layers), list(other.inputs)
             return
-        if self.layers != other.layers:
+        if self.layers != other.layers or len(self.inputs) != len(other.inputs):
             raise CheckpointError("two calibrations of different models cannot be merged")
         for mine, theirs in zip(self.inputs, other.inputs, strict=True):
             try:
@@ -171,24 +185,34 @@ def load_calibration(path: str | os.PathLike) -> Calibration:
         if text is None:
             raise CheckpointError(f"{source.name}: not a calibration of FewBits")
         try:
-            table = json.loads(text)
-            if table["version"] != VERSION:
-                raise CheckpointError(
-                    f"{source.name}: a calibration of version {table['version']!r}; "
-                    f"this FewBits reads {VERSION}"
-                )
-            layers = {name: (int(i), int(n), int(k)) for name, (i, n, k) in table["layers"].items()}
-            inputs = [_read(source, number, facts) for number, facts in enumerate(table["inputs"])]
-            fits = all(k == inputs[i].size for i, _, k in layers.values() if i >= 0)
+            return _read_table(source, parse(text))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{source.name}: a damaged calibration: {error!r}") from None
-    if not fits or any(i < 0 for i, _, _ in layers.values()):
-        raise CheckpointError(f"{source.name}: a damaged calibration: layers and inputs differ")
+
+
+def _read_table(source: FileSource, table: dict) -> Calibration:
+    if table["version"] != VERSION:
+        raise CheckpointError(
+            f"{source.name}: a calibration of version {shown(table['version'])}; "
+            f"this FewBits reads {VERSION}"
+        )
+    inputs = [_read(source, number, facts) for number, facts in enumerate(table["inputs"])]
+    layers = {}
+    for name, (index, rows, size) in table["layers"].items():
+        layers[name] = _whole(index), _whole(rows), _whole(size)
+        if index >= len(inputs) or size != inputs[index].size:
+            raise ValueError(f"layer {shown(name)} and inputs differ")
     return Calibration(layers, inputs)
 
 
+def _whole(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_SIZE:
+        raise ValueError(f"{shown(value)} is no count")
+    return value
+
+
 def _read(source: FileSource, number: int, facts: dict) -> InputStatistics:
-    size, start = int(facts["size"]), f"input.{number}."
+    size, start = _whole(facts["size"]), f"input.{number}."
     tensors = {
         name[len(start) :]: source.read(name)
         for name in source.header.tensors
@@ -197,17 +221,35 @@ def _read(source: FileSource, number: int, facts: dict) -> InputStatistics:
     for name, tensor in tensors.items():
         _refuse_misfit(source.name, start + name, tensor, size)
     first, second = (
-        _read_half(tensors, index, int(count)) for index, count in enumerate(facts["counts"])
+        _read_half(tensors, index, _whole(count)) for index, count in enumerate(facts["counts"])
     )
-    return InputStatistics(
+    statistics = InputStatistics(
         size=size,
-        capacity=int(facts["capacity"]),
+        capacity=_whole(facts["capacity"]),
         total=tensors.get("total"),
         square=tensors.get("square"),
         largest=tensors.get("largest"),
-        damaged=int(facts["damaged"]),
+        damaged=_whole(facts["damaged"]),
         halves=(first, second),
     )
+    missing = _missing(statistics)
+    if missing:
+        raise ValueError(f"'{start}{missing}' is missing")
+    return statistics
+
+
+def _missing(statistics: InputStatistics) -> str | None:
+    """What it does not have of what was counted."""
+    if not statistics.count:
+        return None
+    for name in ("total", "square", "largest"):
+        if getattr(statistics, name) is None:
+            return name
+    for index, half in enumerate(statistics.halves):
+        kept = half.gram is not None if statistics.exact else half.held > 0
+        if half.count and not kept:
+            return f"{index}.{'gram' if statistics.exact else 'rows'}"
+    return None
 
 
 def _read_half(tensors: dict[str, torch.Tensor], index: int, count: int) -> Half:

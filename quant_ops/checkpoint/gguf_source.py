@@ -1,6 +1,7 @@
 """A GGUF file as a TensorSource: every quantized tensor decoded while it is read.
 
-The blocks are decoded by the `gguf` package, which is an extra (pip install comfyui-fewbits[gguf]).
+The blocks are decoded by the `gguf` package, which is an extra (pip install comfyui-fewbits[gguf]);
+the header is not read by it: its reader follows every count in it, beyond the file's end too.
 Tensors keep their names; files of ComfyUI-GGUF have ComfyUI's own. Text encoders under llama.cpp's
 names are refused: ComfyUI reads none of those names.
 
@@ -13,16 +14,22 @@ names are refused: ComfyUI reads none of those names.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..errors import CheckpointError
 from ..files import InputFile
 from ..sources import DTYPE_NAMES
-from ..spec import Header, TensorSpec
+from ..spec import ITEM_SIZES, Header, TensorSpec
+from ..strict_json import shown
+from .gguf_header import GgufEntry, read_gguf_header
+from .header import MAX_SIZE
 
 try:
     import gguf
@@ -35,8 +42,19 @@ PLAIN = {
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 DECODED = "BF16"
-ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 LLAMA_CPP = "token_embd.weight"  # every text encoder under llama.cpp's names has it
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Bytes of one tensor: `kind` is the package's name of its blocks, `rows` their shape in bytes
+    (in elements for numbers).
+    """
+
+    kind: str
+    rows: tuple[int, ...]
+    begin: int
+    end: int
 
 
 class GgufSource:
@@ -53,63 +71,106 @@ class GgufSource:
             raise CheckpointError(
                 f"{self.name}: GGUF files need the package gguf (pip install gguf)"
             )
-        self.files = (InputFile.found(self.path),)
-        try:
-            self._reader = gguf.GGUFReader(self.path)
-        except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
-            raise CheckpointError(
-                f"{self.name}: not a GGUF file, or damaged ({error}); get it again"
-            ) from None
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        if LLAMA_CPP in self._tensors:
+        file = InputFile.found(self.path)
+        self.files = (file,)
+        found = read_gguf_header(self.path, file.state.st_size)
+        if LLAMA_CPP in found.tensors:
             raise CheckpointError(
                 f"{self.name}: a text encoder under llama.cpp's names ('{LLAMA_CPP}'), which "
                 "ComfyUI does not know; start from its safetensors file"
             )
-        specs = {name: self._spec(name) for name in self._tensors}
-        whole = dict.fromkeys(specs, (self.path, 0, 0))
-        self.header = Header(specs, {}, whole)
+        self._stored = {name: self._place(name, entry) for name, entry in found.tensors.items()}
+        self._refuse_outside(file.state.st_size)
+        specs = {}
+        for name, entry in found.tensors.items():
+            shape = found.original_shapes.get(name, tuple(reversed(entry.sizes)))
+            specs[name] = self._spec(name, entry, shape)
+        self.header = Header(specs, {}, dict.fromkeys(specs, (self.path, 0, 0)))
 
-    def _spec(self, name: str) -> TensorSpec:
-        tensor = self._tensors[name]
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        stated = self._reader.fields.get(ORIGINAL_SHAPE + name)
-        if stated is not None:
-            shape = tuple(int(stated.parts[index][0]) for index in stated.data)
-        kind = tensor.tensor_type.name
+    def _place(self, name: str, entry: GgufEntry) -> Stored:
+        shape = tuple(reversed(entry.sizes))
+        try:
+            kind = gguf.GGMLQuantizationType(entry.kind)
+        except ValueError:
+            raise CheckpointError(
+                f"{self.name}: tensor {shown(name)} is of kind {entry.kind}, which gguf "
+                "does not know; a newer one may"
+            ) from None
+        if math.prod(size or 1 for size in shape) > MAX_SIZE:
+            raise self._damaged(name, f"a shape that no memory holds: {shown(list(shape))}")
+        if kind.name in PLAIN:
+            nbytes = math.prod(shape) * ITEM_SIZES[DTYPE_NAMES[PLAIN[kind.name]]]
+            return Stored(kind.name, shape, entry.begin, entry.begin + nbytes)
+        block, width = gguf.GGML_QUANT_SIZES[kind]
+        if not shape or shape[-1] % block:
+            raise self._damaged(name, f"shape {list(shape)}, {kind.name} has blocks of {block}")
+        rows = (*shape[:-1], shape[-1] // block * width)
+        return Stored(kind.name, rows, entry.begin, entry.begin + math.prod(rows))
+
+    def _refuse_outside(self, size: int) -> None:
+        """Every tensor has bytes of its own in the file; what lies between them fills up blocks."""
+        before, previous_end = "", 0
+        for name, stored in sorted(self._stored.items(), key=lambda item: item[1].begin):
+            if stored.end > size:
+                raise self._damaged(name, f"bytes up to {stored.end}, the file has {size}")
+            if stored.begin < previous_end:
+                raise self._damaged(name, f"bytes that {shown(before)} has too")
+            if stored.end > stored.begin:
+                before, previous_end = name, stored.end
+
+    def _spec(self, name: str, entry: GgufEntry, shape: tuple[int, ...]) -> TensorSpec:
+        if not all(type(size) is int and 0 <= size <= MAX_SIZE for size in shape):
+            raise self._damaged(name, f"the shape {shown(list(shape))}")
+        kind = self._stored[name].kind
         dtype = DTYPE_NAMES[PLAIN[kind]] if kind in PLAIN else DECODED
         spec = TensorSpec(name, dtype, shape)
-        if spec.numel != int(tensor.n_elements):
-            raise CheckpointError(
-                f"{self.name}: tensor '{name}' has {int(tensor.n_elements)} elements, its shape "
-                f"{list(shape)} needs {spec.numel}; the file is damaged"
-            )
+        if spec.numel != math.prod(entry.sizes):
+            what = f"{math.prod(entry.sizes)} elements, its shape {list(shape)} needs {spec.numel}"
+            raise self._damaged(name, what)
         return spec
 
+    def _damaged(self, name: str, has: str) -> CheckpointError:
+        return CheckpointError(f"{self.name}: tensor {shown(name)} has {has}; the file is damaged")
+
     def read(self, name: str) -> torch.Tensor:
-        tensor, spec = self._tensors[name], self.header.tensors[name]
-        kind = tensor.tensor_type.name
-        if kind in PLAIN:
-            raw = torch.from_numpy(tensor.data.copy()).view(torch.uint8).reshape(-1)
-            return raw.view(PLAIN[kind]).reshape(spec.shape)
+        stored, spec = self._stored[name], self.header.tensors[name]
+        data = self._bytes(name, stored)
+        if stored.kind in PLAIN:
+            return data.view(PLAIN[stored.kind]).reshape(spec.shape)
+        kind = gguf.GGMLQuantizationType[stored.kind]
         try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            # codes of a damaged file may overflow; NaN and Inf are refused by whoever quantizes
+            with np.errstate(all="ignore"):
+                values = gguf.quants.dequantize(data.numpy().reshape(stored.rows), kind)
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(
-                f"{self.name}: tensor '{name}' is {kind}, which the gguf package does not decode "
-                f"({error})"
+                f"{self.name}: tensor {shown(name)} is {stored.kind}, which the gguf package does "
+                f"not decode ({error})"
             ) from None
         return torch.from_numpy(values).float().reshape(spec.shape)
 
+    def _bytes(self, name: str, stored: Stored) -> torch.Tensor:
+        """(bytes,) uint8."""
+        data = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(stored.begin)
+                count = file.readinto(data.numpy())
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from None
+        if count < len(data):
+            raise self._damaged(name, f"{count} of {len(data)} bytes")
+        return data
+
     def origins(self) -> dict[str, int]:
         """Block format and what becomes of it -> number of tensors."""
-        kinds = Counter(tensor.tensor_type.name for tensor in self._tensors.values())
+        kinds = Counter(stored.kind for stored in self._stored.values())
         return {
             f"gguf: {kind} decoded": count for kind, count in kinds.items() if kind not in PLAIN
         }
 
     def close(self) -> None:
-        self._tensors.clear()
+        """Nothing is held open."""
 
     def __enter__(self) -> GgufSource:
         return self

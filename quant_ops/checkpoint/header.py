@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..files import regular_file
 from ..spec import ITEM_SIZES, Header, TensorSpec
-from ..strict_json import refuse_half_characters, shown, unique
+from ..strict_json import check, shown, unique
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_SIZE = (1 << 63) - 1  # what torch counts elements and bytes with
@@ -58,9 +58,9 @@ def parse_header(text: bytes, path: Path, data_start: int, file_size: int) -> He
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
         if not isinstance(entries, dict):
             raise ValueError("not an object")
-        metadata = entries.pop("__metadata__", {})
         if b"\\u" in text:  # half a character can only be written as an escape
-            _refuse_half_characters(entries, metadata)
+            check(entries)
+        metadata = entries.pop("__metadata__", {})
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path.name}: header is not valid JSON ({error}); the file is damaged"
@@ -84,14 +84,6 @@ def parse_header(text: bytes, path: Path, data_start: int, file_size: int) -> He
         ranges[name] = (path, data_start + begin, data_start + end)
     _refuse_gaps(path, ranges, data_start, file_size)
     return Header(tensors, metadata, ranges)
-
-
-def _refuse_half_characters(entries: dict, metadata: object) -> None:
-    texts = [*entries, *(metadata.keys() if isinstance(metadata, dict) else ())]
-    texts += metadata.values() if isinstance(metadata, dict) else ()
-    for text in texts:
-        if isinstance(text, str):
-            refuse_half_characters(text)
 
 
 def _parse_entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:

@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import ClassVar
 
 import torch
@@ -35,6 +35,7 @@ class FormatOptions(Options):
     stored: ClassVar[Mapping[str, tuple]] = {}
 
     @classmethod
+    @cache
     def names(cls) -> tuple[str, ...]:
         """The format's own options first."""
         own = (name for name in super().names() if name != PRECISE)

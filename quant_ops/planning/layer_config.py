@@ -20,7 +20,7 @@ from ..formats import FORMATS, Format, find_format, read_as
 from ..formats.base import PRECISE, unknown_format
 from ..methods import METHODS
 from ..options import option_text
-from ..strict_json import check
+from ..strict_json import check, shown
 from .match import REGEX, Regex, check_pattern, closed, shortened
 from .wish import Wish, option_names
 
@@ -34,6 +34,8 @@ OWN_SETTINGS: dict[str, type | tuple] = {
     "simple": bool,
 }
 SCALING, SCALING_MODE = "scaling", "scaling_mode"  # the option and its name in this file
+# problems of a file that come with a guess at what was meant: 4,000 guesses took a second
+HINTED = 100
 LISTED = 5  # entries named when many have the same problem
 
 
@@ -258,7 +260,8 @@ class _Reader:
         self.warnings: list[str] = []
         self.entries: list[Entry] = []
         self.empty: list[str] = []
-        self.allowed = settings_allowed()
+        self.wishes: dict[str, Wish | None] = {}
+        self.allowed, self.options = settings_allowed(), frozenset(option_names())
 
     def read(self, table: dict) -> LayerConfig:
         default = None
@@ -338,7 +341,18 @@ class _Reader:
         format = self._format(key, where, settings)
         if format is None or len(self.problems) > before:
             return None
-        return self._build(where, settings, format)
+        return self._built(where, settings, format)
+
+    def _built(self, where: str, settings: dict, format: Format) -> Wish | None:
+        """`_build`, once for all entries that say the same; what it objects to names its entry."""
+        key = repr(settings)
+        if key in self.wishes:
+            return self.wishes[key]
+        before = len(self.problems), len(self.warnings)
+        wish = self._build(where, settings, format)
+        if before == (len(self.problems), len(self.warnings)):
+            self.wishes[key] = wish
+        return wish
 
     def _format(self, key: str, where: str, settings: dict) -> Format | None:
         name = settings.get("format")
@@ -347,7 +361,9 @@ class _Reader:
         elif name == "":
             self.empty.append(key)
         elif isinstance(name, str) and find_format(name) is None:
-            self.problems.append(f"{where}: {_unwritable(name)}")
+            many = len(self.problems) >= HINTED
+            why = f"unknown format {shown(name)}" if many else _unwritable(name)
+            self.problems.append(f"{where}: {why}")
         return find_format(name)
 
     def _report_empty(self) -> None:
@@ -375,7 +391,7 @@ class _Reader:
                 f"{where}: 'block_size' and 'group_size' are one setting and differ"
             )
             return None
-        values = {name: settings[name] for name in settings if name in option_names()}
+        values = {name: settings[name] for name in settings if name in self.options}
         if sizes:
             values["block_size"] = next(iter(sizes))
         for option, value in values.items():

@@ -32,7 +32,7 @@ from typing import TypeVar
 from ..errors import RecipeError
 from ..files import read_text
 from ..spec import compact_json
-from ..strict_json import check
+from ..strict_json import MAX_DEPTH, check
 from .layer_config import LayerConfig, parse_layer_config
 from .match import check_pattern
 from .wish import Wish, known_keys, parse_wish, typed, wish_from_table
@@ -215,8 +215,33 @@ def draft_from_text(text: str, name: str) -> Draft:
     return _named(name, lambda: draft_from_table(_parsed(text)))
 
 
+# What TOML's text is made of where a dot does not join keys, and keys with all their parts.
+_PART = r"""(?:[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')"""
+PART = re.compile(_PART)
+KEY = re.compile(
+    rf"""
+      \"{{3}}(?:[^\\]|\\.)*?\"{{3}} | '{{3}}.*?'{{3}} | \#[^\n]*
+    | (?P<key>{_PART}(?:[ \t]*\.[ \t]*{_PART})*)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def _refuse_long_keys(text: str) -> None:
+    """A key of 40,000 parts would take the parser half a minute.
+
+    Raises:
+        ValueError: one has more parts than anything here is deep.
+    """
+    for found in KEY.finditer(text):
+        key = found["key"]
+        if key and key.count(".") > MAX_DEPTH and len(PART.findall(key)) > MAX_DEPTH:
+            raise ValueError(f"a key has more than {MAX_DEPTH} parts")
+
+
 def _parsed(text: str) -> dict:
     try:
+        _refuse_long_keys(text)
         table = tomllib.loads(text)
         check(table)
     except (ValueError, RecursionError) as error:

@@ -140,13 +140,20 @@ def test_two_calibrations_of_a_model_become_one():
     [
         (lambda tensors, facts: facts.update(version=2), "version 2"),
         (lambda tensors, facts: facts.update(layers={"q": [9, 64, 64]}), "damaged"),
-        (lambda tensors, facts: facts.update(layers={"q": [0, 64, 32]}), "layers and inputs differ"),
+        (lambda tensors, facts: facts.update(layers={"q": [0, 64, 32]}), "layer .* and inputs differ"),
         (lambda tensors, facts: facts.update(inputs=[{}]), "damaged"),
         (lambda tensors, facts: facts.pop("layers"), "damaged"),
+        (lambda tensors, facts: facts.update(layers={"q": [0.0, 64, 64]}), "0.0 is no count"),
+        (lambda tensors, facts: facts["inputs"][0].update(counts=[1e400, 3]), "Infinity is no number"),
+        (lambda tensors, facts: facts["inputs"][0].update(counts=[10**400, 3]), "is no count"),
+        (lambda tensors, facts: facts["inputs"][0].update(capacity=-1), "-1 is no count"),
+        (lambda tensors, facts: tensors.pop("input.0.square"), "'input.0.square' is missing"),
+        (lambda tensors, facts: tensors.pop("input.0.0.gram"), "'input.0.0.gram' is missing"),
         (lambda tensors, facts: tensors.update({"input.0.total": torch.ones(3)}), "does not fit K=64"),
         (lambda tensors, facts: tensors.update({"input.0.0.gram": torch.ones(3, 64)}), "does not fit K=64"),
     ],
-    ids=["version", "input", "width", "facts", "layers", "moments", "gram"],
+    ids=["version", "input", "width", "facts", "layers", "fraction", "infinite", "long", "negative", "no square", "no gram",
+         "moments", "gram"],
 )  # fmt: skip
 def test_a_damaged_file_is_refused_by_name(tmp_path, change, message):
     path = tmp_path / "c.safetensors"
@@ -157,6 +164,20 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, change, message):
     save_file(tensors, path, metadata={"fewbits.calibration": json.dumps(facts)})
     with pytest.raises(CheckpointError, match=message):
         load_calibration(path)
+
+
+def test_json_that_is_nested_deeply_is_refused(tmp_path):
+    path = tmp_path / "c.safetensors"
+    save_file({}, path, metadata={"fewbits.calibration": "[" * 100_000})
+    with pytest.raises(CheckpointError, match="nested too deeply"):
+        load_calibration(path)
+
+
+def test_sums_that_no_rows_lead_to_are_refused_by_layer():
+    found = watched(Observer(MEGABYTE), Block(), rows(40))
+    found.inputs[0].halves[0].gram.neg_()
+    with pytest.raises(CheckpointError, match="layer 'q': its statistics .* no squares"):
+        found.inputs_of("q")
 
 
 def test_a_model_file_is_no_calibration(tmp_path):

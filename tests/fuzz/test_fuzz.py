@@ -6,8 +6,10 @@ A failure names case and seed: `python3 dev.py test tests/fuzz --seed CASE:SEED`
 
 import random
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from fuzz import cases, watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,33 +25,32 @@ SLICE = {case: 12 * share for case, share in cases.CASES.items()}
 
 @pytest.fixture(autouse=True, scope="module")
 def warmed_up():
-    """What every case needs is in memory before anything is measured."""
+    """What every case needs is in memory before anything is measured; one thread, as workers have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     hostile.layers()
     for case in cases.CASES:
         for seed in range(3):
             case(random.Random(seed))
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.__name__)
 def test_hostile_inputs_are_read_or_refused_in_time_and_memory(case, request, capsys):
-    """The slice is the same every time; new inputs are counted on the terminal."""
-    seconds = request.config.getoption("--fuzz")
-    dice = random.Random(time.time_ns())
-    seeds = iter(range(SLICE[case])) if not seconds else iter(lambda: dice.getrandbits(48), None)
-    until = time.monotonic() + (seconds or float("inf"))
-    found, count = [], 0
-    for seed in seeds:
-        if time.monotonic() > until:
-            break
-        count += 1
-        try:
-            watch.run(case, seed)
-        except watch.Hostile as error:
-            found.append(str(error))
+    """The slice is the same every time; new inputs are counted on the terminal, and in --counts."""
+    seconds, counts = (request.config.getoption(name) for name in ("--fuzz", "--counts"))
     if seconds:
+        dice = random.Random(time.time_ns())
+        with watch.not_stuck(seconds):
+            hunted = watch.hunt(case, iter(lambda: dice.getrandbits(48), None), seconds)
         with capsys.disabled():
-            print(f"\n{case.__name__}: {count} inputs in {seconds:.0f} s, {len(found)} not handled")
-    assert count and not found, "\n".join(found[:20])
+            print(f"\n{case.__name__}: {hunted}")
+        if counts:
+            watch.add_up(Path(counts), case.__name__, hunted)
+    else:
+        hunted = watch.hunt(case, range(SLICE[case]))
+    assert hunted.inputs and not hunted.found, "\n".join(hunted.found[:20])
 
 
 def test_a_named_input_is_handled(request):

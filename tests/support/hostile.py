@@ -6,12 +6,14 @@ import copy
 import functools
 import json
 import random
+import struct
 from collections.abc import Callable
 
 import torch
 
 from fewbits.quant_ops.formats import FORMATS
-from fewbits.quant_ops.sources import TORCH_DTYPES
+from fewbits.quant_ops.sources import TORCH_DTYPES, spec_of
+from fewbits.quant_ops.spec import Header, TensorSpec
 from support import dialects
 from support.codec import CANONICAL, encode, wish
 
@@ -113,8 +115,43 @@ def header(dice: random.Random) -> tuple[bytes, int]:
     entries = copy.deepcopy(ENTRIES)
     for _ in range(dice.randrange(4)):
         entries = changed(dice, entries, FIELDS)
+    if dice.randrange(400) == 0 and isinstance(entries, dict):
+        entries |= many(dice, entries)
     text = json.dumps(entries).encode()
     return spoiled(dice, text), HEADER_BYTES + dice.choice((0, 0, 0, -1, 1, 8, 1000))
+
+
+def many(dice: random.Random, table: dict) -> dict:
+    """Thousands of entries like those of a table: what takes more than linear time shows."""
+    likes = list(table.values()) or [value(dice)]
+    count = dice.choice((300, 1000, 4000))
+    return {f"blocks.{i}.{dice.choice(KEYS)}": dice.choice(likes) for i in range(count)}
+
+
+def file(dice: random.Random) -> bytes:
+    """A whole safetensors file."""
+    text, _ = header(dice) if dice.random() < 0.5 else (json.dumps(ENTRIES).encode(), 0)
+    length = len(text) + dice.choice((0, 0, 0, 0, -1, 1, 8, -len(text), 2**31, 2**63))
+    data = length.to_bytes(8, "little") + text + bytes(HEADER_BYTES)
+    return damaged(dice, data)
+
+
+def damaged(dice: random.Random, data: bytes) -> bytes:
+    """Binary data with a few bytes changed, cut, added, or a number in it made another."""
+    for _ in range(dice.choice((0, 1, 1, 1, 2, 4))):
+        at = dice.randrange(len(data) + 1)
+        act = dice.randrange(5)
+        if act == 0:
+            data = data[:at]
+        elif act == 1:
+            data = data[:at] + bytes([dice.randrange(256)]) + data[at + 1 :]
+        elif act == 2:
+            data = data[:at] + data[at : at + 32] + data[at:]
+        else:
+            width = dice.choice((4, 8))
+            number = int(dice.choice(NUMBERS)) % (1 << 8 * width)
+            data = data[:at] + number.to_bytes(width, "little") + data[at + width :]
+    return data
 
 
 # ---- layers ----
@@ -155,6 +192,50 @@ def layers() -> dict[str, dict[str, torch.Tensor]]:
     }
     made["dummy"] = {"a.weight": wide.bfloat16(), "a.scale_weight": torch.ones(())}
     return made
+
+
+@functools.cache
+def headers() -> dict[str, tuple[dict[str, TensorSpec], dict]]:
+    """The layers of our formats without their bytes: tensors, and what their JSON says."""
+    return {
+        label: (
+            {name: spec_of(name, tensor) for name, tensor in tensors.items()},
+            _json_of(tensors["a.comfy_quant"]),
+        )
+        for label, tensors in layers().items()
+        if "a.comfy_quant" in tensors
+    }
+
+
+def marked(dice: random.Random) -> tuple[Header, dict[str, dict] | bytes]:
+    """A header of one layer of ours, and a marker that may say something else."""
+    specs, marker = headers()[dice.choice(list(headers()))]
+    specs = dict(specs)
+    for _ in range(dice.choice((1, 1, 2))):
+        marker = changed(dice, marker)
+    if dice.random() < 0.2:
+        name = dice.choice(list(specs))
+        shape = tuple(
+            dice.choice((0, 1, 2, 32, 64, 2**31, 2**62)) for _ in range(dice.randrange(4))
+        )
+        dtype = dice.choice((specs[name].dtype, *TORCH_DTYPES))
+        specs[name] = TensorSpec(name, dtype, shape)
+    return Header(specs), spoiled(dice, json.dumps(marker).encode())
+
+
+def quant_state(dice: random.Random) -> dict[str, torch.Tensor]:
+    """A 4-bit layer of bitsandbytes whose state says something else."""
+    label = dice.choice(("bitsandbytes", "nested", "fp4"))
+    tensors = dict(layers()[label])
+    name = next(key for key in tensors if "quant_state" in key)
+    state = _json_of(tensors[name])
+    for _ in range(dice.choice((1, 1, 2, 3))):
+        state = changed(dice, state)
+    tensors[name] = _as_bytes(spoiled(dice, json.dumps(state).encode()))
+    if dice.random() < 0.3:
+        other = dice.choice(list(tensors))
+        tensors[other] = other_tensor(dice, tensors[other])
+    return tensors
 
 
 def _own(case: str) -> dict[str, torch.Tensor]:
@@ -210,6 +291,10 @@ def _json_of(tensor: torch.Tensor) -> object:
 
 def _other_json(dice: random.Random, tensor: torch.Tensor) -> torch.Tensor:
     text = spoiled(dice, json.dumps(changed(dice, _json_of(tensor))).encode())
+    return _as_bytes(text)
+
+
+def _as_bytes(text: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.zeros(0).byte()
 
 
@@ -285,6 +370,8 @@ def layer_config(dice: random.Random) -> str:
     table = copy.deepcopy(LAYER_CONFIG)
     for _ in range(dice.randrange(4)):
         table = changed(dice, table, SETTINGS)
+    if dice.randrange(400) == 0 and isinstance(table, dict):
+        table |= many(dice, table)
     return spoiled(dice, json.dumps(table).encode()).decode("utf-8", "replace")
 
 
@@ -304,6 +391,8 @@ def recipe(dice: random.Random) -> str:
             lines[at] = f"{key} = {json.dumps(value(dice))}"
         if not lines:
             break
+    if lines and dice.randrange(400) == 0:
+        lines += [dice.choice(lines) for _ in range(dice.choice((300, 4000)))]
     return spoiled(dice, "\n".join(lines).encode()).decode("utf-8", "replace")
 
 
@@ -311,7 +400,25 @@ def rule(dice: random.Random) -> str:
     texts = (
         "double_blocks.0.*=bnb_nf4:block_size=64", "re:a+=keep", "search:b=int8_tensorwise:scaling=row", "*=fp8",
     )  # fmt: skip
-    return spoiled(dice, dice.choice(texts).encode()).decode("utf-8", "replace")[:2000]
+    text = dice.choice(texts)
+    if dice.randrange(100) == 0:
+        text = "".join(dice.choice(text) for _ in range(dice.choice((100, 3000, 100_000))))
+    return spoiled(dice, text.encode()).decode("utf-8", "replace")
+
+
+PIECES = (
+    "*", "?", "[", "]", "[!", "[^", "[a-z]", "[z-a]", "(", ")", "(?:", "(?i)", "|", "+", "+?", "{1000}", "{,}", "{4294967295}",
+    "\\w", "\\d", "\\1", "(?=a)", "(?<!a)", "(?P<n>a)", ".", ".*", "a", "0", "blocks", "double_blocks.0.img", "$", "^",
+    "\0", "\ud800", "🙂", "re:", "search:", "part:", "top:", "\\", "\\p{L}", "(a+)+", "([\\w.]+)+", "[[:alpha:]]", "\n",
+)  # fmt: skip
+
+
+def pattern(dice: random.Random) -> str:
+    """What names layers, in any of its ways to be written."""
+    prefix = dice.choice(("", "", "re:", "search:", "part:", "top:"))
+    pieces = [dice.choice(PIECES) for _ in range(dice.choice((1, 2, 4, 8, 30)))]
+    times = dice.choice((2, 100, 3000)) if dice.random() < 0.1 else 1
+    return prefix + "".join(pieces) * times
 
 
 INDEX = {
@@ -324,4 +431,88 @@ def index(dice: random.Random) -> bytes:
     table = copy.deepcopy(INDEX)
     for _ in range(dice.randrange(3)):
         table = changed(dice, table, ("weight_map", "a.weight", "../x", "c.weight"))
+    if dice.randrange(400) == 0 and isinstance(table, dict):
+        table["weight_map"] = many(dice, INDEX["weight_map"])
     return spoiled(dice, json.dumps(table).encode())
+
+
+# ---- calibrations ----
+
+CALIBRATION = {
+    "version": 1,
+    "layers": {"a": [0, 32, 8], "b": [1, 4, 8]},
+    "inputs": [
+        {"size": 8, "capacity": 4, "counts": [3, 2], "damaged": 0},
+        {"size": 8, "capacity": 16, "counts": [3, 2], "damaged": 1},
+    ],
+}
+CALIBRATION_KEYS = ("version", "layers", "inputs", "size", "capacity", "counts", "damaged", "a")
+
+
+@functools.cache
+def statistics() -> dict[str, torch.Tensor]:
+    """The tensors of a valid calibration: one input with rows, one with its gram."""
+    sums = {f"input.{n}.{name}": torch.ones(8) for n in (0, 1) for name in SUMS}
+    rows = {f"input.0.{half}.rows": torch.ones(2, 8).bfloat16() for half in (0, 1)}
+    grams = {f"input.1.{half}.gram": torch.eye(8) for half in (0, 1)}
+    return {**sums, **rows, **grams}
+
+
+SUMS = ("total", "square", "largest")
+
+
+def calibration(dice: random.Random) -> tuple[dict[str, torch.Tensor], str]:
+    """(tensors, JSON) of a calibration file with a few things changed."""
+    tensors, table = dict(statistics()), copy.deepcopy(CALIBRATION)
+    for _ in range(dice.randrange(3)):
+        table = changed(dice, table, CALIBRATION_KEYS)
+    for _ in range(dice.randrange(3)):
+        name = dice.choice(list(tensors))
+        if dice.random() < 0.3:
+            tensors[dice.choice(("input.0.x", "input.1.0.rows", "input.0.1.gram"))] = tensors.pop(
+                name
+            )
+        else:
+            tensors[name] = other_tensor(dice, tensors[name])
+    return tensors, spoiled(dice, json.dumps(table).encode()).decode("utf-8", "replace")
+
+
+# ---- GGUF ----
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def _listed(key: str, kind: int, code: str, *values: object) -> bytes:
+    data = (
+        b"".join(map(_text, values)) if kind == 8 else struct.pack(f"<{len(values)}{code}", *values)
+    )
+    return _text(key) + struct.pack("<IIQ", 9, kind, len(values)) + data
+
+
+@functools.cache
+def gguf_file() -> bytes:
+    """A valid file with a plain tensor, one of blocks, and one that was flattened."""
+    keys = (
+        _text("general.architecture") + struct.pack("<I", 8) + _text("flux"),
+        _text("general.alignment") + struct.pack("<II", 4, 32),
+        _listed("tokens", 8, "", "a", "bc"),
+        _listed("comfy.gguf.orig_shape.c.weight", 5, "i", 4, 2, 2, 2),
+    )
+    entries = (
+        ("a.weight", (8, 2), 0, 0),
+        ("b.weight", (32, 2), 8, 64),
+        ("c.weight", (8, 4), 1, 160),
+    )
+    infos = [
+        _text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
+        for name, sizes, kind, offset in entries
+    ]
+    start = struct.pack("<4sIQQ", b"GGUF", 3, len(infos), len(keys))
+    data = start + b"".join(keys) + b"".join(infos)
+    return data + bytes(-len(data) % 32) + bytes(range(224))
+
+
+def gguf(dice: random.Random) -> bytes:
+    return damaged(dice, gguf_file())
