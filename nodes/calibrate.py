@@ -1,4 +1,6 @@
-"""Calibrate: see what a model's layers are given while it samples; Save and Load Calibration."""
+"""Calibrate: see what a model's layers are given while it samples, and text encoders' while they
+encode; Save and Load Calibration.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,44 @@ from .common import CALIBRATION, overwrite_input, path_output, schema, settled
 
 CATEGORY = "FewBits/quantize"
 ALIASES = ["calibration", "gptq", "calibrated quantization", "better 4 bit", "fewbits"]
+
+
+def _memory_input() -> io.Float.Input:
+    return io.Float.Input(
+        "memory_gb",
+        default=1.0,
+        min=0.1,
+        max=64.0,
+        step=0.1,
+        optional=True,
+        advanced=True,
+        tooltip="Memory for what is collected, in GB, whatever the model's size. More keeps more "
+        "rows of large models.",
+    )
+
+
+def _seed_input() -> io.Int.Input:
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=2**32 - 1,
+        optional=True,
+        advanced=True,
+        tooltip="Chooses the rows that are kept. The sampler's noise does not depend on it.",
+    )
+
+
+def _collecting_output() -> io.Output:
+    return CALIBRATION.Output(
+        "calibration",
+        display_name="calibration",
+        tooltip="What is being collected. Save Calibration hands it on when the run is over.",
+    )
+
+
+def _observer(memory_gb: float, seed: int) -> Observer:
+    return Observer(int(memory_gb * 1e9), seed)
 
 
 class FewBitsCalibrate(io.ComfyNode):
@@ -27,27 +67,8 @@ class FewBitsCalibrate(io.ComfyNode):
                     "model",
                     tooltip="The model to watch, with its LoRAs. It is not changed.",
                 ),
-                io.Float.Input(
-                    "memory_gb",
-                    default=1.0,
-                    min=0.1,
-                    max=64.0,
-                    step=0.1,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Memory for what is collected, in GB, whatever the model's size. More "
-                    "keeps more rows of large models.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**32 - 1,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Chooses the rows that are kept. The sampler's noise does not depend "
-                    "on it.",
-                ),
+                _memory_input(),
+                _seed_input(),
             ],
             outputs=[
                 io.Model.Output(
@@ -55,19 +76,49 @@ class FewBitsCalibrate(io.ComfyNode):
                     display_name="model",
                     tooltip="The same model, watched: sample with this one, with several prompts.",
                 ),
-                CALIBRATION.Output(
-                    "calibration",
-                    display_name="calibration",
-                    tooltip="What is being collected. Save Calibration hands it on when sampling "
-                    "is over.",
-                ),
+                _collecting_output(),
             ],
         )
 
     @classmethod
     def execute(cls, model: io.Model.Type, memory_gb: float = 1.0, seed: int = 0) -> io.NodeOutput:
-        observer = Observer(int(memory_gb * 1e9), seed)
+        observer = _observer(memory_gb, seed)
         return io.NodeOutput(observe.observed(model, observer), observer)
+
+
+class FewBitsCalibrateTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FewBitsCalibrateTextEncoder",
+            display_name="Calibrate Text Encoder",
+            category=CATEGORY,
+            description="Watches what the layers of text encoders are given while they encode, so "
+            "that the method gptq can round for your own prompts. What they encode does not "
+            "change.",
+            search_aliases=["calibrate clip", *ALIASES],
+            inputs=[
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The text encoders to watch, with their LoRAs. They are not changed.",
+                ),
+                _memory_input(),
+                _seed_input(),
+            ],
+            outputs=[
+                io.Clip.Output(
+                    "clip",
+                    display_name="clip",
+                    tooltip="The same text encoders, watched: encode with these, several prompts.",
+                ),
+                _collecting_output(),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip: io.Clip.Type, memory_gb: float = 1.0, seed: int = 0) -> io.NodeOutput:
+        observer = _observer(memory_gb, seed)
+        return io.NodeOutput(observe.observed_clip(clip, observer), observer)
 
 
 class FewBitsSaveCalibration(io.ComfyNode):
@@ -77,15 +128,17 @@ class FewBitsSaveCalibration(io.ComfyNode):
             node_id="FewBitsSaveCalibration",
             display_name="Save Calibration",
             category=CATEGORY,
-            description="Waits for the sampler, then writes what Calibrate collected so far to a "
-            "file and hands it on. Prompts that run later are added.",
+            description="Waits for the sampler or the text encoder, then writes what Calibrate "
+            "collected so far to a file and hands it on. Prompts that run later are added.",
             search_aliases=ALIASES,
             is_output_node=True,
             inputs=[
                 CALIBRATION.Input("calibration", tooltip="What Calibrate is collecting."),
-                io.Latent.Input(
+                io.MultiType.Input(
                     "latent",
-                    tooltip="The sampler's result: the file is written after it, never before.",
+                    types=[io.Latent, io.Conditioning],
+                    tooltip="The sampler's result, or a text encoder's: the file is written after "
+                    "it, never before.",
                 ),
                 io.String.Input(
                     "filename",
@@ -111,7 +164,7 @@ class FewBitsSaveCalibration(io.ComfyNode):
     def execute(
         cls,
         calibration: Observer | Calibration,
-        latent: dict,
+        latent: object,
         filename: str = "calibrations/model",
         overwrite: bool = False,
     ) -> io.NodeOutput:

@@ -24,6 +24,7 @@ NODES = [
     *quantize_model.NODES,
     quantize_text_encoder.FewBitsQuantizeTextEncoder,
     calibrate.FewBitsCalibrate,
+    calibrate.FewBitsCalibrateTextEncoder,
     calibrate.FewBitsSaveCalibration,
     calibrate.FewBitsLoadCalibration,
     quantize_file.FewBitsQuantizeFile,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..quant_ops.calibration import Calibration, Observer
 from ..quant_ops.formats import FORMATS
 from .bridge import clip_io, host, kernels
 from .common import (
     AUTO,
+    calibration_input,
     device_input,
     kernels_input,
     recipe_from,
@@ -15,6 +17,7 @@ from .common import (
     report_output,
     report_result,
     schema,
+    settled,
 )
 
 # text encoders compute at full precision, and its error is the smallest at this size
@@ -46,6 +49,7 @@ class FewBitsQuantizeTextEncoder(io.ComfyNode):
                 *advanced,
                 kernels_input(),
                 device_input(),
+                calibration_input(),
             ],
             outputs=[
                 io.Clip.Output(
@@ -60,7 +64,12 @@ class FewBitsQuantizeTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip: io.Clip.Type, quantized_kernels: bool = False, device: str = AUTO, **wish: object
+        cls,
+        clip: io.Clip.Type,
+        quantized_kernels: bool = False,
+        device: str = AUTO,
+        calibration: Calibration | Observer | None = None,
+        **wish: object,
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
         quantized, report = clip_io.quantize_clip(
@@ -68,6 +77,7 @@ class FewBitsQuantizeTextEncoder(io.ComfyNode):
             recipe_from(**wish),
             kernels=quantized_kernels,
             device=host.pick_device(device),
+            calibration=settled(calibration),
             on_plan=run.on_plan,
             on_progress=run.on_progress,
         )

@@ -261,8 +261,9 @@ def _convert(
     key = f"{layer.name}.weight"
     # no other reference: a rotated weight replaces the source in memory
     weight = tensors.pop(key).detach().to(device)
+    shape = tuple(weight.shape)
     format = get_format(layer.format)
-    grid = format.grid(LayerInput(tuple(weight.shape), DTYPE_NAMES[weight.dtype]), layer.options)
+    grid = format.grid(LayerInput(shape, DTYPE_NAMES[weight.dtype]), layer.options)
     _refuse_non_finite(file, key, weight)
     weight = format.prepare(weight, layer.options)
     step()
@@ -271,7 +272,7 @@ def _convert(
     generator = layer_generator(seed, layer.name, device)
     inputs = None
     if method.needs_inputs:
-        seen = calibration.inputs_of(layer.name, device)
+        seen = calibration.inputs_of(layer.name, shape, device)
         inputs = seen.map(lambda rows: format.prepare(rows, layer.options))
     choice = choose(method, Layer(weight, grid, options, generator, step=step, inputs=inputs))
     step()

@@ -16,6 +16,7 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...quant_ops.calibration import Calibration
 from ...quant_ops.checkpoint.importers.source import open_checkpoint
 from ...quant_ops.errors import CheckpointError
 from ...quant_ops.pipeline import PlanFn, ProgressFn, quantize
@@ -190,6 +191,7 @@ def quantize_clip(
     *,
     kernels: bool,
     device: torch.device,
+    calibration: Calibration | None,
     on_plan: PlanFn,
     on_progress: ProgressFn,
 ) -> tuple[comfy.sd.CLIP, Report]:
@@ -203,7 +205,13 @@ def quantize_clip(
         source.refuse_quantized("CLIP")
         sink = MemorySink()
         report = quantize(
-            source, sink, recipe, device=device, on_plan=on_plan, on_progress=on_progress
+            source,
+            sink,
+            recipe,
+            device=device,
+            calibration=calibration,
+            on_plan=on_plan,
+            on_progress=on_progress,
         )
         return source.rebuild(sink, kernels), report
 

@@ -36,6 +36,8 @@ KEY = "fewbits.calibration"
 VERSION = 1
 # Names under which ComfyUI or a file nests a diffusion model; a calibration has names without.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "cond_stage_model.")
+# Stands between a text encoder's name in ComfyUI and the names in its own file.
+ENCODER = ".transformer."
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Calibration:
 
     def missing(self, base: str, shape: tuple[int, int]) -> str | None:
         """Why a layer of this (N, K) cannot be rounded by it; None when it can."""
-        found = self._find(base)
+        found = self._find(base, shape)
         if found is None:
             return "not in the calibration"
         index, *seen = found
@@ -55,13 +57,15 @@ class Calibration:
             return f"{shape[0]}x{shape[1]}, in the calibration {seen[0]}x{seen[1]}"
         return self.inputs[index].problem()
 
-    def inputs_of(self, base: str, device: torch.device | str = "cpu") -> Inputs | None:
-        """What a method needs to know; None for a layer that is not in it.
+    def inputs_of(
+        self, base: str, shape: tuple[int, int], device: torch.device | str = "cpu"
+    ) -> Inputs | None:
+        """What a method needs to know of a layer (N, K); None for one that is not in it.
 
         Raises:
             CheckpointError: numbers that no rows can have led to.
         """
-        found = self._find(base)
+        found = self._find(base, shape)
         if found is None:
             return None
         try:
@@ -72,9 +76,17 @@ class Calibration:
                 "calibration is damaged: make it again"
             ) from None
 
-    def _find(self, base: str) -> tuple[int, int, int] | None:
+    def _find(self, base: str, shape: tuple[int, int]) -> tuple[int, int, int] | None:
+        """The entry of a layer, whatever its file puts before its name. Of text encoders that name
+        their layers alike the one of this shape; None where that leaves two.
+        """
         plain = next((base[len(p) :] for p in PREFIXES if base.startswith(p)), base)
-        return self.layers.get(base) or self.layers.get(plain)
+        named = self.layers.get(base) or self.layers.get(plain)
+        if named is not None:
+            return named
+        alike = [entry for name, entry in self.layers.items() if _tail(name) == _tail(base)]
+        fitting = [entry for entry in alike if entry[1:] == tuple(shape)] or alike
+        return fitting[0] if len(fitting) == 1 else None
 
     def refuse_another_model(self, shapes: Mapping[str, tuple[int, int]], name: str) -> None:
         """Check that it was made of a model like this one.
@@ -85,7 +97,7 @@ class Calibration:
         Raises:
             CheckpointError: it knows none of them, or knows some in other shapes.
         """
-        known = {base: self._find(base) for base in shapes}
+        known = {base: self._find(base, shape) for base, shape in shapes.items()}
         found = {base: entry for base, entry in known.items() if entry}
         if not found:
             raise CheckpointError(
@@ -131,6 +143,11 @@ class Calibration:
             {"version": VERSION, "layers": self.layers, "inputs": facts}, separators=(",", ":")
         )
         return tensors, {KEY: text}
+
+
+def _tail(name: str) -> str:
+    """`clip_l.transformer.a` -> `a`; any other name as it is."""
+    return name.partition(ENCODER)[2] or name
 
 
 def _stored(statistics: InputStatistics):

@@ -42,9 +42,9 @@ class Observer:
 
     Layers that are given the very same tensor share one `InputStatistics`; should the tensor have
     been changed in place between them, which a few of its values show, the later layer is left out.
-    Runs, not calls, decide
-    the half that rows go to, so that the two halves know different prompts; the first run, which
-    may stay the only one, is dealt out call by call.
+    Runs, not calls, decide the half that rows go to, so that the two halves know different prompts;
+    the first run, which may stay the only one, is dealt out call by call. A number's half is the
+    parity of its bits: what comes at every other run, such as the negative prompt, fills both.
 
     Args:
         memory: bytes that statistics may take, whatever the model.
@@ -69,7 +69,7 @@ class Observer:
         """One call of the model; every hook is gone afterwards, however it ends."""
         layers = dict(_candidates(model))
         capacity = self._capacity(layers)
-        half = (self._calls if self.run <= 0 else self.run) % HALVES
+        half = (self._calls if self.run <= 0 else self.run).bit_count() % HALVES
         self._calls += 1
         self._seen.clear()
         handles = [
@@ -82,6 +82,8 @@ class Observer:
             for handle in handles:
                 handle.remove()
             self._seen.clear()
+            for statistics in self.calibration.inputs:
+                statistics.settle()
 
     def _capacity(self, layers: dict[str, torch.nn.Linear]) -> int:
         """Rows that each half of each input may keep."""

@@ -33,6 +33,23 @@ class Half:
     def held(self) -> int:
         return sum(len(batch) for batch in self.rows)
 
+    def chosen(
+        self, rows: torch.Tensor, each: int, generator: torch.Generator
+    ) -> torch.Tensor | None:
+        """At most `each` rows of every `stride`-th call, bfloat16; None for the other calls."""
+        self.calls += 1
+        if self.calls % self.stride:
+            return None
+        index = torch.randperm(len(rows), generator=generator, device=rows.device)[:each]
+        return rows[index].to(torch.bfloat16)
+
+    def take(self, batch: torch.Tensor, capacity: int) -> None:
+        """Keep a batch; when there are too many rows, every other batch goes."""
+        self.rows.append(batch)
+        if self.held > capacity and len(self.rows) > 1:
+            self.rows = self.rows[1::2]
+            self.stride *= 2
+
 
 @dataclass
 class InputStatistics:
@@ -54,6 +71,9 @@ class InputStatistics:
     largest: torch.Tensor | None = None
     damaged: int = 0
     halves: tuple[Half, Half] = field(default_factory=lambda: (Half(), Half()))
+    _unsettled: list[tuple[Half, torch.Tensor, torch.Tensor | None]] = field(
+        default_factory=list, repr=False
+    )
 
     @property
     def exact(self) -> bool:
@@ -65,7 +85,7 @@ class InputStatistics:
         return sum(half.count for half in self.halves)
 
     def add(self, x: torch.Tensor, half: int, each: int, generator: torch.Generator) -> None:
-        """Take in the rows of one call.
+        """Take in the rows of one call. Nothing here waits for a GPU: `settle` does, once.
 
         Args:
             x: (..., K) of any float dtype, on any device; not changed.
@@ -74,21 +94,32 @@ class InputStatistics:
                 device.
         """
         rows = x.detach().reshape(-1, self.size)
-        sound = rows.float().abs().amax(1).isfinite()
-        if not bool(sound.all()):
-            self.damaged += int((~sound).sum())
-            rows = rows[sound]
         if not len(rows):
             return
         wide = rows.float()
+        sound = wide.abs().amax(1).isfinite()
+        wide = torch.where(sound[:, None], wide, 0.0)
         part = self.halves[half]
         part.count += len(rows)
+        kept = None
         self._add_moments(wide)
         if self.exact:
             gram = wide.T @ wide
             part.gram = gram if part.gram is None else part.gram.to(gram.device).add_(gram)
         else:
-            self._keep(part, rows, each, generator)
+            kept = part.chosen(rows, each, generator)
+        self._unsettled.append((part, (~sound).sum(), kept))
+
+    def settle(self) -> None:
+        """Bring what was added since to the CPU, without the rows that hold NaN or Inf."""
+        for part, damaged, kept in self._unsettled:
+            lost = int(damaged)
+            part.count -= lost
+            self.damaged += lost
+            if kept is not None:
+                batch = kept.cpu()
+                part.take(batch[batch.isfinite().all(1)] if lost else batch, self.capacity)
+        self._unsettled.clear()
 
     def _add_moments(self, wide: torch.Tensor) -> None:
         total, square, largest = wide.sum(0), wide.square().sum(0), wide.abs().amax(0)
@@ -97,17 +128,6 @@ class InputStatistics:
             square += self.square.to(total.device)
             largest = torch.maximum(largest, self.largest.to(total.device))
         self.total, self.square, self.largest = total, square, largest
-
-    def _keep(self, part: Half, rows: torch.Tensor, each: int, generator: torch.Generator) -> None:
-        """Some rows of every `stride`-th call; when there are too many, every other batch goes."""
-        part.calls += 1
-        if part.calls % part.stride:
-            return
-        index = torch.randperm(len(rows), generator=generator, device=rows.device)[:each]
-        part.rows.append(rows[index].to("cpu", torch.bfloat16))
-        if part.held > self.capacity and len(part.rows) > 1:
-            part.rows = part.rows[1::2]
-            part.stride *= 2
 
     def merge(self, other: InputStatistics) -> None:
         """Take in what another calibration saw of the same input, half by half.

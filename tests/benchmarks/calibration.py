@@ -53,7 +53,13 @@ def main() -> None:
         wish = parse_wish(text)
         started, total, parameters, worst = time.perf_counter(), 0.0, 0, 0.0
         for name, weight in emoji_weights(wish).items():
-            ratio = measure(name, weight.to(device), wish, known, held.inputs_of(name, device).gram)
+            ratio = measure(
+                name,
+                weight.to(device),
+                wish,
+                known,
+                held.inputs_of(name, tuple(weight.shape), device).gram,
+            )
             total, worst = total + ratio * weight.numel(), max(worst, ratio)
             parameters += weight.numel()
         row = {
@@ -72,7 +78,9 @@ def measure(name: str, weight: torch.Tensor, wish, known, gram: torch.Tensor) ->
     format, options, method = get_format(wish.format), wish.options, get_method("gptq")
     layer = LayerInput(tuple(weight.shape), "BF16")
     grid, prepared = format.grid(layer, options), format.prepare(weight, options)
-    inputs = known.inputs_of(name, weight.device).map(lambda rows: format.prepare(rows, options))
+    inputs = known.inputs_of(name, tuple(weight.shape), weight.device).map(
+        lambda rows: format.prepare(rows, options)
+    )
     generator = layer_generator(0, name, weight.device)
     choice = choose(method, Layer(prepared, grid, method.configure({}), generator, inputs=inputs))
     errors = []

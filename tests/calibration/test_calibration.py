@@ -19,6 +19,7 @@ from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from support.layers import correlated_rows, heavy_weight
 
 MEGABYTE = 10**6
+SQUARE = (64, 64)
 
 
 class Block(torch.nn.Module):
@@ -61,9 +62,9 @@ def test_layers_with_the_same_input_share_their_statistics():
 def test_a_gram_is_exact_and_its_halves_are_runs():
     a, b, c = rows(32), rows(48, 1), rows(16, 2)
     found = watched(Observer(MEGABYTE), Block(), a, b, c)
-    first, second = found.inputs_of("q").halves
-    close(first.T @ first, torch.cat([a, c]).T @ torch.cat([a, c]) / 48)
-    close(second.T @ second, b.T @ b / 48)
+    first, second = found.inputs_of("q", SQUARE).halves
+    close(first.T @ first, a.T @ a / 32)
+    close(second.T @ second, torch.cat([b, c]).T @ torch.cat([b, c]) / 64)
     statistics = found.inputs[0]
     together = torch.cat([a, b, c])
     torch.testing.assert_close(statistics.total, together.sum(0))
@@ -77,7 +78,14 @@ def test_a_single_run_fills_both_halves_call_by_call():
     for seed in range(4):
         with observer.watching(model):
             model(rows(16, seed))
-    assert observer.finish().inputs_of("q").counts == (32, 32)
+    assert observer.finish().inputs_of("q", SQUARE).counts == (32, 32)
+
+
+def test_what_comes_at_every_other_run_fills_both_halves():
+    found = watched(
+        Observer(MEGABYTE), Block(), *(rows(24 if run % 2 else 16, run) for run in range(8))
+    )
+    assert found.inputs_of("q", SQUARE).counts == (80, 80)
 
 
 def test_memory_stays_within_the_bound_however_much_is_seen():
@@ -121,16 +129,28 @@ def test_a_file_gives_back_what_was_collected(tmp_path, memory):
     loaded = load_calibration(tmp_path / "c.safetensors")
     assert loaded.layers == found.layers
     for name in found.layers:
-        ours, theirs = found.inputs_of(name), loaded.inputs_of(name)
+        ours, theirs = found.inputs_of(name, SQUARE), loaded.inputs_of(name, SQUARE)
         assert ours.counts == theirs.counts
         assert all(torch.equal(a, b) for a, b in zip(ours.halves, theirs.halves, strict=True))
+
+
+def test_a_text_encoders_layers_are_found_under_the_names_in_its_file():
+    """ComfyUI puts `clip_l.transformer.` before them, a checkpoint `cond_stage_model.`."""
+    found = watched(Observer(MEGABYTE), Block(), rows(40))
+    entry = found.layers["q"]
+    found.layers = {"clip_l.transformer.enc.q": entry, "clip_g.transformer.enc.q": (*entry[:2], 32)}
+    for name in ("enc.q", "clip_l.transformer.enc.q", "cond_stage_model.transformer.enc.q"):
+        assert found.missing(name, SQUARE) is None
+    assert "in the calibration 64x32" in found.missing("clip_g.transformer.enc.q", SQUARE)
+    found.layers["t5.transformer.enc.q"] = entry
+    assert found.missing("enc.q", SQUARE) == "not in the calibration"
 
 
 def test_two_calibrations_of_a_model_become_one():
     first, second = (watched(Observer(MEGABYTE), Block(), rows(40, seed)) for seed in (0, 1))
     first.merge(second)
     assert first.inputs[0].count == 80
-    close(first.inputs_of("q").gram * 80, sum(rows(40, s).T @ rows(40, s) for s in (0, 1)))
+    close(first.inputs_of("q", SQUARE).gram * 80, sum(rows(40, s).T @ rows(40, s) for s in (0, 1)))
     with pytest.raises(CheckpointError, match="different models"):
         first.merge(watched(Observer(MEGABYTE), Block(32), correlated_rows(32, 8)))
 

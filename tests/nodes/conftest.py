@@ -165,13 +165,14 @@ def quantize_clip(comfy):
     from fewbits.quant_ops.pipeline import ignore_progress
     from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
-    def run(clip, wish="float8_e4m3fn", kernels=False, **recipe):
+    def run(clip, wish="float8_e4m3fn", kernels=False, calibration=None, **recipe):
         recipe = Recipe(primary=parse_wish(wish), **recipe)
         return clip_io.quantize_clip(
             clip,
             recipe,
             kernels=kernels,
             device="cpu",
+            calibration=calibration,
             on_plan=lambda plan: None,
             on_progress=ignore_progress,
         )

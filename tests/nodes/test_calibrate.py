@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
+from support.helpers import clip_shapes, random_tensors
 
 
 @pytest.fixture
@@ -75,3 +78,58 @@ def test_a_quantized_model_can_be_watched(model, sample, calibrate, quantize):
     watched, observer = calibrate(small)
     assert torch.equal(sample(watched), sample(small))
     assert observer.finish().rows > 0
+
+
+@pytest.fixture
+def clip(comfy, small_clip, tmp_path):
+    path = tmp_path / "clip_small.safetensors"
+    save_file(random_tensors(clip_shapes(2, 128)), path)
+    return comfy.sd.load_clip([str(path)])
+
+
+@pytest.fixture
+def watch_clip(comfy):
+    from fewbits.nodes.bridge.observe import observed_clip
+    from fewbits.quant_ops.calibration import Observer
+
+    def run(clip):
+        observer = Observer(10**9)
+        return observed_clip(clip, observer), observer
+
+    return run
+
+
+def test_a_watched_text_encoder_gives_the_same_bits_and_keeps_no_hook(clip, encode, watch_clip):
+    expected = encode(clip)
+    watched, observer = watch_clip(clip)
+    assert torch.equal(encode(watched), expected)
+    assert torch.equal(encode(clip), expected)
+    assert observer.run == 0 and observer.finish().rows == 77
+    assert not any(m._forward_pre_hooks for m in clip.cond_stage_model.modules())
+
+
+def test_a_clone_of_a_watched_text_encoder_is_watched_and_scheduled_texts_count_once(
+    clip, watch_clip
+):
+    watched, observer = watch_clip(clip)
+    clone = watched.clone()
+    clone.clip_layer(-2)
+    clone.encode_from_tokens_scheduled(clone.tokenize("a red panda"))
+    clone.encode_from_tokens_scheduled(clone.tokenize("a blue whale"))
+    assert observer.run == 1
+    assert observer.finish().inputs[0].halves[0].count == 77
+
+
+def test_text_encoders_are_rounded_with_what_was_seen(clip, encode, watch_clip, quantize_clip):
+    watched, observer = watch_clip(clip)
+    texts = ["a red panda on a bicycle", "two blue whales", "an old town at night", "a green tea"]
+    for text in texts:
+        encode(watched, text)
+    calibrated, report = quantize_clip(clip, "bnb_nf4:method=gptq", calibration=observer.finish())
+    nearest, _ = quantize_clip(clip, "bnb_nf4")
+    assert {result.against_nearest["stored"] for result in report.results} == {"gptq"}
+
+    def error(of):
+        return sum(float((encode(of, text) - encode(clip, text)).norm()) for text in texts)
+
+    assert error(calibrated) < error(nearest)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 IDS = [
     "FewBitsLoadModel", "FewBitsLoadTextEncoder", "FewBitsLoadCheckpoint", "FewBitsQuantizeFP8", "FewBitsQuantizeINT8",
     "FewBitsQuantizeNF4", "FewBitsQuantizeFP4", "FewBitsQuantizeTextEncoder",
-    "FewBitsCalibrate", "FewBitsSaveCalibration", "FewBitsLoadCalibration", "FewBitsQuantizeFile",
+    "FewBitsCalibrate", "FewBitsCalibrateTextEncoder", "FewBitsSaveCalibration", "FewBitsLoadCalibration", "FewBitsQuantizeFile",
     "FewBitsLayerRules", "FewBitsSaveRecipe", "FewBitsSaveComfyQuant", "FewBitsConvertFP8Scaled", "FewBitsInspectFile",
 ]  # fmt: skip
 
