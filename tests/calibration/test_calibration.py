@@ -197,7 +197,7 @@ def test_sums_that_no_rows_lead_to_are_refused_by_layer():
     found = watched(Observer(MEGABYTE), Block(), rows(40))
     found.inputs[0].halves[0].gram.neg_()
     with pytest.raises(CheckpointError, match="layer 'q': its statistics .* no squares"):
-        found.inputs_of("q")
+        found.inputs_of("q", SQUARE)
 
 
 def test_a_model_file_is_no_calibration(tmp_path):

@@ -185,7 +185,7 @@ def calibration(dice: random.Random) -> bytes:
         found = load_calibration(path)
         for base, (_, *shape) in found.layers.items():
             if found.missing(base, shape) is None:
-                found.inputs_of(base)
+                found.inputs_of(base, tuple(shape))
         found.merge(load_calibration(path))
     return data
 
