@@ -20,7 +20,7 @@ ORIGINAL = EMOJI / "emoji_flux.safetensors"
 IDS = [*json.loads((PACK / "node_list.json").read_text(encoding="utf-8"))]
 FORMATS = {"FewBitsQuantizeFP8": "float8_e4m3fn", "FewBitsQuantizeINT8": "int8_tensorwise",
            "FewBitsQuantizeNF4": "bnb_nf4", "FewBitsQuantizeFP4": "nvfp4"}  # fmt: skip
-EXAMPLES = ["quantize_int8_emoji", "quantize_text_encoder"]
+EXAMPLES = ["calibrate_and_quantize", "quantize_int8_emoji", "quantize_text_encoder"]
 EMOJI_FILE = "diffusion_models/emoji_flux.safetensors"
 SAME_PICTURE = (
     0.985  # SSIM of one prompt against the original's; two prompts of unlike emoji: below 0.8
