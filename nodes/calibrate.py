@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..quant_ops.calibration import Calibration, Observer, load_calibration, save_calibration
 from .bridge import host, observe
-from .common import CALIBRATION, overwrite_input, path_output, schema, settled
+from .common import CALIBRATION, overwrite_input, path_output, saved_result, schema, settled
 
 CATEGORY = "FewBits/quantize"
 ALIASES = ["calibration", "gptq", "calibrated quantization", "better 4 bit", "fewbits"]
@@ -168,12 +168,11 @@ class FewBitsSaveCalibration(io.ComfyNode):
         filename: str = "calibrations/model",
         overwrite: bool = False,
     ) -> io.NodeOutput:
-        run = host.Run(cls.hidden.unique_id, text=True)
         collected = settled(calibration)
         target = host.output_path(filename, overwrite=overwrite)
         save_calibration(collected, target)
-        run.say(f"saved {target.name}: {len(collected.layers)} layers, {collected.rows} rows seen")
-        return io.NodeOutput(collected, str(target))
+        text = f"{len(collected.layers)} layers, {collected.rows} rows seen"
+        return saved_result(collected, str(target), written=target, text=text)
 
 
 class FewBitsLoadCalibration(io.ComfyNode):

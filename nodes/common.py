@@ -7,11 +7,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from comfy_api.latest import io
 
 from ..quant_ops.calibration import Calibration, Observer
-from ..quant_ops.doors import Inspection
+from ..quant_ops.doors import Conversion, Inspection
 from ..quant_ops.errors import RecipeError
 from ..quant_ops.formats import FORMATS, find_format, own_methods
 from ..quant_ops.methods import METHODS
@@ -19,6 +20,7 @@ from ..quant_ops.planning.model_family import preset_names
 from ..quant_ops.planning.recipe import Draft, Recipe, Rule, Wish
 from ..quant_ops.report.report import Report
 from . import bridge
+from .bridge import host
 
 AUTO, NONE = "auto", "none"
 ON, OFF = "on", "off"
@@ -29,14 +31,40 @@ CALIBRATION = io.Custom(
 SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
 
+# What people search for who want a smaller model
+QUANTIZE_ALIASES = [
+    "quantize",
+    "quantization",
+    "convert",
+    "compress",
+    "low vram",
+    "vram",
+    "smaller model",
+    "model size",
+    "fewbits",
+]
+
+
+def format_aliases(formats: Iterable[str]) -> list[str]:
+    """Names of the formats as people search for them: `float8_e4m3fn`, `float8`, `fp8`."""
+    words = []
+    for name in formats:
+        family = name.split("_")[0]
+        words += [name, family, family.replace("float", "fp"), FORMATS[name].short]
+        words += ["convrot"] if "convrot" in FORMATS[name].Options.names() else []
+    return list(dict.fromkeys(filter(None, words)))
+
+
 def schema(**fields: object) -> io.Schema:
     """A Schema without the fields that an older ComfyUI does not have."""
     return io.Schema(**{name: value for name, value in fields.items() if name in SCHEMA_FIELDS})
 
 
 def model_input() -> io.Model.Input:
+    """Lazy: wishes that cannot be fulfilled are refused before the model is loaded."""
     return io.Model.Input(
         "model",
+        lazy=True,
         tooltip="The model to convert. LoRAs and other weight patches on it are baked in first. It "
         "is not changed.",
     )
@@ -301,12 +329,31 @@ def recipe_from(
     return dataclasses.replace(own.over(base), primary=primary).finish()
 
 
-def report_result(*values: object, report: Report, **facts: object) -> io.NodeOutput:
+def report_result(
+    *values: object, report: Report | Conversion, written: Path | None = None, **facts: object
+) -> io.NodeOutput:
     """A node's outputs, the report last as text and, for the page, as JSON; with further facts of
-    this node.
+    this node, and where the file is that it wrote.
     """
-    data = {**report.to_json(), **facts}
+    where = host.whereabouts(written) if written else {}
+    data = {**where, **report.to_json(), **facts}
     return io.NodeOutput(*values, json.dumps(data, indent=2), ui={"fewbits_report": [data]})
+
+
+def saved_result(*values: object, written: Path, text: str) -> io.NodeOutput:
+    """The outputs of a node that wrote a file without a report; for the page, where it is."""
+    data = {**host.whereabouts(written), "text": text}
+    return io.NodeOutput(*values, ui={"fewbits_saved": [data]})
+
+
+def name_mark(recipe: Recipe) -> str:
+    """What an automatic file name says of a recipe: its format, and whether rules add others."""
+    wishes = [rule.wish for rule in recipe.rules] + [recipe.fallback]
+    config = recipe.layer_config
+    wishes += [entry.wish for entry in config.entries] if config else []
+    primary = recipe.primary.format
+    others = {wish.format for wish in wishes if wish} - {primary}
+    return f"{primary}_mixed" if others else primary
 
 
 def inspection_text(*inspections: Inspection, kernels: Iterable[str] = ()) -> str:

@@ -4,15 +4,19 @@ since 0.8 reads.
 
 from __future__ import annotations
 
-import json
-
 from comfy_api.latest import io
 
 from ..quant_ops.checkpoint.importers import ImportOptions
 from ..quant_ops.doors import convert_file
-from ..quant_ops.report.report import megabytes
 from .bridge import host
-from .common import filename_input, full_precision_input, overwrite_input, path_output, schema
+from .common import (
+    filename_input,
+    full_precision_input,
+    overwrite_input,
+    path_output,
+    report_result,
+    schema,
+)
 
 
 class FewBitsConvertFP8Scaled(io.ComfyNode):
@@ -24,7 +28,15 @@ class FewBitsConvertFP8Scaled(io.ComfyNode):
             category="FewBits/tools",
             description="Rewrites an old scaled FP8 file with the names and metadata that ComfyUI "
             "uses today. No weight is rounded again, and e5m2 stays e5m2.",
-            search_aliases=["scaled_fp8", "fp8 scaled", "comfy_quant", "convert", "fewbits"],
+            search_aliases=[
+                "scaled_fp8",
+                "fp8 scaled",
+                "legacy fp8",
+                "fp8",
+                "comfy_quant",
+                "convert",
+                "fewbits",
+            ],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
@@ -71,7 +83,7 @@ class FewBitsConvertFP8Scaled(io.ComfyNode):
         high_precision: str = "",
         full_precision_matmul: bool = False,
     ) -> io.NodeOutput:
-        run = host.Run(cls.hidden.unique_id, text=True)
+        run = host.Run(cls.hidden.unique_id)
         target = host.output_path(
             filename or host.automatic_name(file, "comfy_quant"), overwrite=overwrite
         )
@@ -84,6 +96,4 @@ class FewBitsConvertFP8Scaled(io.ComfyNode):
             overwrite=overwrite,
             on_progress=run.on_progress,
         )
-        run.say(f"saved {target.name}, {megabytes(result.report.plan.bytes_after)}")
-        data = result.to_json()
-        return io.NodeOutput(str(target), json.dumps(data, indent=2), ui={"fewbits_report": [data]})
+        return report_result(str(target), report=result, written=target)

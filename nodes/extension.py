@@ -16,6 +16,7 @@ from . import (
     quantize_text_encoder,
     save,
 )
+from .bridge import routes
 
 NODES = [
     load.FewBitsLoadModel,
@@ -40,6 +41,7 @@ class FewBitsExtension(ComfyExtension):
     async def on_load(self) -> None:
         # free when the pack's root did it; a second chance for hosts that import in another order
         bridge.register()
+        routes.add_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

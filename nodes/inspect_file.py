@@ -27,7 +27,15 @@ class FewBitsInspectFile(io.ComfyNode):
             description="Shows model family, layers per format, sizes and problems of a file, and "
             "previews a conversion. It reads the header only, so it takes a moment even for the "
             "largest file.",
-            search_aliases=["info", "metadata", "what is inside", "fewbits"],
+            search_aliases=[
+                "info",
+                "metadata",
+                "what is inside",
+                "model size",
+                "which format",
+                "gguf",
+                "fewbits",
+            ],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(

@@ -14,7 +14,7 @@ from ..quant_ops.formats import FORMATS
 from ..quant_ops.planning.layer_config import parse_layer_config_text
 from ..quant_ops.planning.recipe import Draft, Rule, draft_from_text, rule_from
 from .bridge import host
-from .common import AUTO, RECIPE, overwrite_input, preset_input, recipe_input, schema
+from .common import AUTO, RECIPE, overwrite_input, preset_input, recipe_input, saved_result, schema
 
 KEEP = "keep"
 
@@ -187,8 +187,10 @@ class FewBitsSaveRecipe(io.ComfyNode):
         path = (
             host.save_text(filename, ".toml", text, overwrite=overwrite) if filename.strip() else ""
         )
-        host.Run(cls.hidden.unique_id, text=True).say(f"saved {path.name}" if path else text)
-        return io.NodeOutput(str(path), text)
+        if not path:
+            host.Run(cls.hidden.unique_id, text=True).say(text)
+            return io.NodeOutput("", text)
+        return saved_result(str(path), text, written=path, text="recipe")
 
 
 def recipe_of(report: str) -> str:

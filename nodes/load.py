@@ -50,7 +50,8 @@ class FewBitsLoadModel(io.ComfyNode):
             category="FewBits/load",
             description="Loads a diffusion model, quantized or not, as ComfyUI's own loader does; "
             "says what is inside.",
-            search_aliases=["load diffusion model", "unet", "quantized", "fewbits"],
+            search_aliases=["load diffusion model", "load quantized", "unet", "fewbits"],
+            has_intermediate_output=True,
             inputs=[file_input(MODELS, "a diffusion model")],
             outputs=[
                 io.Model.Output(
@@ -82,7 +83,8 @@ class FewBitsLoadTextEncoder(io.ComfyNode):
             category="FewBits/load",
             description="Loads one to four text encoders, quantized or not, as ComfyUI's own "
             "loaders do; says what is inside.",
-            search_aliases=["load clip", "dual clip", "triple", "t5", "quantized", "fewbits"],
+            search_aliases=["load clip", "dual clip", "triple", "t5", "load quantized", "fewbits"],
+            has_intermediate_output=True,
             inputs=[
                 file_input(ENCODERS, "a text encoder"),
                 *(
@@ -150,11 +152,12 @@ class FewBitsLoadCheckpoint(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FewBitsLoadCheckpoint",
-            display_name="Load Checkpoint",
+            display_name="Load Quantized Checkpoint",
             category="FewBits/load",
             description="Loads a checkpoint, quantized or not, as ComfyUI's own loader does; says "
             "what is inside.",
-            search_aliases=["checkpoint loader", "ckpt", "quantized", "fewbits"],
+            search_aliases=["load checkpoint", "checkpoint loader", "ckpt", "fewbits"],
+            has_intermediate_output=True,
             inputs=[
                 file_input(CHECKPOINTS, "a diffusion model with its text encoders and VAE"),
                 kernels_input(),

@@ -10,9 +10,12 @@ from ..quant_ops.formats import FORMATS
 from .bridge import host
 from .common import (
     AUTO,
+    QUANTIZE_ALIASES,
     calibration_input,
     device_input,
     filename_input,
+    format_aliases,
+    name_mark,
     overwrite_input,
     path_output,
     recipe_from,
@@ -38,7 +41,7 @@ class FewBitsQuantizeFile(io.ComfyNode):
             category="FewBits/quantize",
             description="Writes a smaller copy of a model file. It reads and writes one layer at a "
             "time, so the model may be larger than the memory.",
-            search_aliases=["quantize", "convert", "compress", "fewbits"],
+            search_aliases=[*QUANTIZE_ALIASES, *format_aliases(FORMATS), "smaller file", "gguf"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
@@ -75,7 +78,7 @@ class FewBitsQuantizeFile(io.ComfyNode):
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
         recipe = recipe_from(**wish)
-        name = filename or host.automatic_name(file, recipe.primary.format)
+        name = filename or host.automatic_name(file, name_mark(recipe))
         target = host.output_path(name, overwrite=overwrite)
         report = quantize_file(
             host.model_path(*host.split_choice(file)),
@@ -87,4 +90,4 @@ class FewBitsQuantizeFile(io.ComfyNode):
             on_plan=run.on_plan,
             on_progress=run.on_progress,
         )
-        return report_result(str(target), report=report)
+        return report_result(str(target), report=report, written=target)

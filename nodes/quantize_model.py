@@ -9,11 +9,14 @@ from comfy_api.latest import io
 from ..quant_ops.calibration import Calibration, Observer
 from ..quant_ops.errors import RecipeError
 from ..quant_ops.formats import FORMATS
+from ..quant_ops.planning.recipe import Recipe
 from .bridge import host, model_io
 from .common import (
     AUTO,
+    QUANTIZE_ALIASES,
     calibration_input,
     device_input,
+    format_aliases,
     model_input,
     recipe_from,
     recipe_inputs,
@@ -91,7 +94,8 @@ class QuantizeModel(io.ComfyNode):
             category="FewBits/quantize",
             description=f"Makes a model smaller in the graph. {cls.ROW.about} The model that comes "
             "in stays as it is.",
-            search_aliases=["quantize", "convert", "compress", "fewbits"],
+            search_aliases=[*QUANTIZE_ALIASES, *format_aliases(cls.ROW.formats)],
+            has_intermediate_output=True,
             inputs=[model_input(), *shown, *advanced, device_input(), calibration_input()],
             outputs=[
                 io.Model.Output(
@@ -105,6 +109,35 @@ class QuantizeModel(io.ComfyNode):
         )
 
     @classmethod
+    def check_lazy_status(
+        cls,
+        model: io.Model.Type | None = None,
+        device: str = AUTO,
+        calibration: Calibration | Observer | None = None,
+        **wish: object,
+    ) -> list[str]:
+        """Refuse what cannot be fulfilled before the model is loaded."""
+        cls.recipe(**wish)
+        host.pick_device(device)
+        return ["model"] if model is None else []
+
+    @classmethod
+    def recipe(cls, **wish: object) -> Recipe:
+        """The recipe that the inputs state.
+
+        Raises:
+            RecipeError: see `recipe_from`; and a connected recipe of another node's format.
+        """
+        recipe = recipe_from(**wish)
+        if recipe.primary.format not in cls.ROW.formats:
+            raise RecipeError(
+                f"the connected recipe's primary format is {recipe.primary.format}, {cls.ROW.name} "
+                f"makes {', '.join(cls.ROW.formats)}; take the node of that format, or delete "
+                "[primary] from the recipe"
+            )
+        return recipe
+
+    @classmethod
     def execute(
         cls,
         model: io.Model.Type,
@@ -113,13 +146,7 @@ class QuantizeModel(io.ComfyNode):
         **wish: object,
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
-        recipe = recipe_from(**wish)
-        if recipe.primary.format not in cls.ROW.formats:
-            raise RecipeError(
-                f"the connected recipe's primary format is {recipe.primary.format}, {cls.ROW.name} "
-                f"makes {', '.join(cls.ROW.formats)}; take the node of that format, or delete "
-                "[primary] from the recipe"
-            )
+        recipe = cls.recipe(**wish)
         quantized, report = model_io.quantize_model(
             model,
             recipe,

@@ -9,8 +9,10 @@ from ..quant_ops.formats import FORMATS
 from .bridge import clip_io, host, kernels
 from .common import (
     AUTO,
+    QUANTIZE_ALIASES,
     calibration_input,
     device_input,
+    format_aliases,
     kernels_input,
     recipe_from,
     recipe_inputs,
@@ -38,10 +40,18 @@ class FewBitsQuantizeTextEncoder(io.ComfyNode):
             category="FewBits/quantize",
             description="Makes text encoders smaller in the graph, all that the CLIP holds. The "
             "CLIP that comes in stays as it is.",
-            search_aliases=["quantize clip", "t5", "convert", "compress", "fewbits"],
+            search_aliases=[
+                "quantize clip",
+                "t5",
+                "smaller text encoder",
+                *QUANTIZE_ALIASES,
+                *format_aliases(FORMATS),
+            ],
+            has_intermediate_output=True,
             inputs=[
                 io.Clip.Input(
                     "clip",
+                    lazy=True,
                     tooltip="The text encoders to convert. LoRAs and other weight patches on them "
                     "are baked in first. They are not changed.",
                 ),
@@ -61,6 +71,20 @@ class FewBitsQuantizeTextEncoder(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def check_lazy_status(
+        cls,
+        clip: io.Clip.Type | None = None,
+        quantized_kernels: bool = False,
+        device: str = AUTO,
+        calibration: Calibration | Observer | None = None,
+        **wish: object,
+    ) -> list[str]:
+        """Refuse what cannot be fulfilled before the text encoders are loaded."""
+        recipe_from(**wish)
+        host.pick_device(device)
+        return ["clip"] if clip is None else []
 
     @classmethod
     def execute(

@@ -7,7 +7,6 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..quant_ops.doors.problems import checked_sink
-from ..quant_ops.report.report import megabytes
 from .bridge import host, model_io
 from .common import overwrite_input, path_output, report_output, report_result, schema
 
@@ -21,15 +20,26 @@ class FewBitsSaveComfyQuant(io.ComfyNode):
             category="FewBits/quantize",
             description="Writes a model to a file with its quantized layers as they are. LoRAs on "
             "it are baked in; layers that are quantized already are rounded a second time by that.",
-            search_aliases=["save model", "export", "quantized", "fewbits"],
+            search_aliases=[
+                "save quantized",
+                "save quantized model",
+                "save model",
+                "save safetensors",
+                "export",
+                "comfy_quant",
+                "fewbits",
+            ],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to save. It is not changed."),
+                io.Model.Input("model", lazy=True, tooltip="The model to save. It is not changed."),
                 io.String.Input(
                     "filename",
-                    default="diffusion_models/model_quantized",
+                    optional=True,
+                    default="",
+                    placeholder="automatic: diffusion_models/<file>_<format>",
                     tooltip="Name of the file inside ComfyUI's output folder; subfolders are made. "
-                    "In diffusion_models/ the loaders find it.",
+                    "In diffusion_models/ the loaders find it. Empty: the name of the file that "
+                    "the model came from, with its format, there.",
                 ),
                 overwrite_input(),
             ],
@@ -38,10 +48,21 @@ class FewBitsSaveComfyQuant(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: io.Model.Type, filename: str, overwrite: bool = False) -> io.NodeOutput:
-        run = host.Run(cls.hidden.unique_id, text=True)
-        target = host.output_path(filename, overwrite=overwrite)
+    def check_lazy_status(
+        cls, model: io.Model.Type | None = None, filename: str = "", overwrite: bool = False
+    ) -> list[str]:
+        """Refuse the name before the model is loaded and quantized."""
+        if filename.strip():
+            host.output_path(filename, overwrite=overwrite)
+        return ["model"] if model is None else []
+
+    @classmethod
+    def execute(
+        cls, model: io.Model.Type, filename: str = "", overwrite: bool = False
+    ) -> io.NodeOutput:
+        run = host.Run(cls.hidden.unique_id)
+        name = filename.strip() or model_io.automatic_name(model)
+        target = host.output_path(name, overwrite=overwrite)
         sink = checked_sink(target, overwrite=overwrite)
         report = model_io.save_model(model, sink, on_plan=run.on_plan, on_progress=run.on_progress)
-        run.say(f"saved {target.name}, {megabytes(report.plan.bytes_after)}")
-        return report_result(str(target), report=report)
+        return report_result(str(target), report=report, written=target)

@@ -160,6 +160,7 @@ class ModelPlan:
     rules: tuple[RuleUse, ...] = ()  # in order: the first that matches a layer decides about it
     # TOML from which the same plan comes again; empty where nothing was wished for
     recipe: str = ""
+    family_title: str = ""  # the family as people write it
 
     @cached_property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -203,6 +204,7 @@ class ModelPlan:
     def to_json(self) -> dict:
         return {
             "family": self.family,
+            "family_title": self.family_title or self.family,
             "min_comfyui": self.min_comfyui,
             "requires_pack": self.requires_pack,
             "loads_in": self.loads_in(),

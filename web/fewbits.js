@@ -1,17 +1,44 @@
-// Puts the plan, progress and report panel under every Quantize node. Every call into ComfyUI's page is tested for
-// first: where a page lacks it, the node simply works without a panel.
+// Puts a panel under the nodes of FewBits: plan, progress, report, and where the file went. Every call into ComfyUI's
+// page is tested for first: where a page lacks it, the node simply works without.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { PANEL_HEIGHT, QuantizePanel } from "./quantize_panel.mjs?v=bff82685";
+import { fitInputs, watchWidget } from "./fitting.mjs?v=44a0d5ce";
+import { Panel } from "./panel.mjs?v=44a0d5ce";
+import { earlierOutput, settingsOf } from "./results.mjs?v=44a0d5ce";
+import { say, useLanguage } from "./words.mjs?v=44a0d5ce";
 
-const PANEL_NODES = /^FewBitsQuantize/;
+const WORK = { height: 344, idle: "Run the workflow to see the plan" };
+const FILE = { height: 236, idle: "Run the workflow to write the file" };
+const LOOK = { height: 236, idle: "Run the workflow to see what is inside" };
+const NOTE = { height: 120, idle: "Run the workflow to write the file" };
+const PANELS = {
+  FewBitsConvertFP8Scaled: FILE,
+  FewBitsInspectFile: { ...WORK, idle: LOOK.idle },
+  FewBitsLoadCheckpoint: LOOK,
+  FewBitsLoadModel: LOOK,
+  FewBitsLoadTextEncoder: LOOK,
+  FewBitsSaveCalibration: NOTE,
+  FewBitsSaveComfyQuant: FILE,
+  FewBitsSaveRecipe: NOTE,
+};
+const QUANTIZE_NODES = /^FewBitsQuantize/;
 const PANEL_WIDTH = 360; // a new node starts this wide; the user may make it narrower
 const MARGIN = 10; // ComfyUI's own distance between a node's border and a DOM widget
+const KEEP_HEIGHT = 72; // the field `keep` shows four patterns; the report takes the rest of a tall node
+const HISTORY = 64; // runs that are searched for an earlier result
+const PAUSE_MS = 200; // a burst of changes is looked at once
 
 const panels = new WeakMap(); // node -> panel
 const active = new Set(); // panels that heard from the prompt that runs now
 const plans = new Map(); // execution id -> plan of that prompt: undo and tab changes recreate nodes while it runs
+const cached = new Set(); // execution ids that ComfyUI answers from its cache in the prompt that runs now
+const results = new Map(); // panel -> { prompt, settings } of the result it shows
+const shown = new WeakMap(); // panel -> output that it drew last
+const troubled = new Set(); // panels of runs that ended early: the next run begins without their red and yellow
+let formats = null; // format -> inputs that it has
+
+useLanguage(() => app.extensionManager?.setting?.get?.("Comfy.Locale") ?? "en");
 
 /** The node that runs as `"12"`, or as `"5:12"` when it is node 12 inside subgraph node 5. */
 function nodeByExecutionId(id) {
@@ -35,32 +62,69 @@ function nodeByLocator(locator) {
 }
 
 const panelOf = (node) => (node ? panels.get(node) : undefined);
+const hasResult = (output) => Boolean(output?.fewbits_report || output?.fewbits_inspection || output?.fewbits_saved);
 
-function showOutput(panel, output) {
-  const report = output?.fewbits_report?.at?.(0);
-  if (!panel || !report) return;
+function showOutput(panel, output, reused = false) {
+  if (!panel || !hasResult(output)) return false;
   active.delete(panel);
-  panel.showReport(report);
+  shown.set(panel, output);
+  const [report] = output.fewbits_report ?? [];
+  const [saved] = output.fewbits_saved ?? [];
+  if (report) panel.showReport(report, reused);
+  else if (saved) panel.showSaved(saved);
+  else panel.showInspection(output.fewbits_inspection);
+  return true;
 }
 
-function addPanel(node) {
+/** JSON of a route; null where the page or the server has none. */
+async function fetched(route) {
+  try {
+    const answer = await api.fetchApi(route);
+    return answer.ok ? await answer.json() : null;
+  } catch {
+    return null;
+  }
+}
+
+/** What the page would send now: execution id -> class and inputs; null where that cannot be said. */
+async function currentPrompt() {
+  try {
+    return (await app.graphToPrompt())?.output ?? null;
+  } catch {
+    return null;
+  }
+}
+
+function addPanel(node, options) {
   if (typeof node.addDOMWidget !== "function" || panels.has(node)) return;
-  const panel = new QuantizePanel();
+  const panel = new Panel({ ...options, idle: say(options.idle) });
   const widget = node.addDOMWidget("fewbits_panel", "fewbits_panel", panel.element, {
     serialize: false, // not an input of the prompt
+    hideInPanel: true, // not a parameter for the page's side panel
     hideOnZoom: true,
     margin: MARGIN,
-    getMinHeight: () => PANEL_HEIGHT + 2 * MARGIN,
+    getMinHeight: () => options.height + 2 * MARGIN,
   });
-  if (widget) widget.serialize = false; // not a value in the workflow
+  if (widget) {
+    widget.serialize = false; // not a value in the workflow
+    // the page's side panel sets it to its own width, and the node would keep that
+    Object.defineProperty(widget, "width", { get: () => undefined, set: () => {}, configurable: true });
+  }
   panels.set(node, panel);
   letCanvasNavigate(panel.element);
 
   const inherited = node.onExecuted;
   node.onExecuted = function (output) {
     inherited?.apply(this, arguments);
-    showOutput(panel, output);
+    if (shown.get(panel) !== output) showOutput(panel, output);
   };
+  const removed = node.onRemoved;
+  node.onRemoved = function () {
+    removed?.apply(this, arguments);
+    for (const kept of [active, results, troubled]) kept.delete(panel);
+  };
+  const keep = node.widgets?.find((candidate) => candidate.name === "keep");
+  if (keep?.options) keep.options.getMaxHeight = () => KEEP_HEIGHT;
 
   const size = node.computeSize?.();
   if (size) node.setSize?.([Math.max(node.size?.[0] ?? 0, PANEL_WIDTH), Math.max(node.size?.[1] ?? 0, size[1])]);
@@ -90,23 +154,98 @@ function letCanvasNavigate(element) {
   forward("pointerup", "processMouseUp", (event) => event.button === 1);
 }
 
+/** Switch off the inputs that the node's format does not have, now and whenever the format changes. */
+async function keepFitting(node) {
+  watchWidget(node, "format", () => fitInputs(node, formats));
+  formats ??= await fetched("/fewbits/formats");
+  fitInputs(node, formats);
+}
+
+// ---- results of earlier runs ----
+
+/** Once after a burst of calls. */
+function debounced(work) {
+  let timer;
+  return () => {
+    clearTimeout(timer);
+    timer = setTimeout(work, PAUSE_MS);
+  };
+}
+
+/** [execution id, panel] of every node of the prompt that has a panel of which `wanted` is true. */
+function panelsOf(prompt, wanted) {
+  const found = Object.keys(prompt ?? {}).map((id) => [id, panelOf(nodeByExecutionId(id))]);
+  return found.filter(([, panel]) => panel && wanted(panel));
+}
+
+/** Empty panels get the newest result in ComfyUI's history that belongs to the settings they have now. */
+const refill = debounced(async () => {
+  const prompt = await currentPrompt();
+  const empty = panelsOf(prompt, (panel) => panel.phase === "idle");
+  if (!empty.length) return;
+  const history = await fetched(`/history?max_items=${HISTORY}`);
+  for (const [id, panel] of empty) {
+    if (panel.phase !== "idle") continue; // a run began meanwhile
+    const settings = settingsOf(prompt, id);
+    const output = earlierOutput(history, id, settings, hasResult);
+    if (showOutput(panel, output)) results.set(panel, { settings });
+  }
+});
+
+/** Grey results whose settings are no longer those of the graph. */
+const compareSettings = debounced(async () => {
+  if (!results.size) return;
+  const prompt = await currentPrompt();
+  for (const [id, panel] of panelsOf(prompt, (candidate) => results.has(candidate))) {
+    const result = results.get(panel);
+    if (result.prompt && !result.settings) {
+      const run = (await fetched(`/history/${result.prompt}`))?.[result.prompt];
+      if (run) result.settings = settingsOf(run.prompt?.[2], id);
+    }
+    if (result.settings) panel.setStale(result.settings !== settingsOf(prompt, id));
+  }
+});
+
+/** ComfyUI's loaders list a new file only after their lists were asked for again. */
+function refreshLists(output) {
+  const wrote = [...(output.fewbits_report ?? []), ...(output.fewbits_saved ?? [])].some((data) => data.saved);
+  if (wrote) app.refreshComboInNodes?.()?.catch?.(() => {});
+}
+
+// ---- a run ----
+
 function listen(type, handler) {
   api.addEventListener?.(type, (event) => handler(event?.detail ?? {}));
 }
 
 function endPrompt(settle) {
   for (const panel of active) settle(panel);
+  for (const panel of active) if (panel.phase === "stopped") troubled.add(panel);
   active.clear();
   plans.clear();
+}
+
+function showPlan(id, plan) {
+  const panel = panelOf(nodeByExecutionId(id));
+  if (!plan || !panel) return;
+  active.add(panel);
+  results.delete(panel);
+  panel.showPlan(plan);
+}
+
+/** The page was reloaded while a node was at work: its plan was sent to the page before. */
+async function askForPlan(id) {
+  const plan = (await fetched("/fewbits/running"))?.[String(id)];
+  if (plan && !plans.has(String(id))) {
+    plans.set(String(id), plan);
+    showPlan(id, plan);
+  }
 }
 
 listen("fewbits.plan", ({ node_id, plan }) => {
   if (!plan) return;
   plans.set(String(node_id), plan);
-  const panel = panelOf(nodeByExecutionId(node_id));
-  if (!panel) return;
-  active.add(panel);
-  panel.showPlan(plan);
+  showPlan(node_id, plan);
 });
 
 listen("fewbits.progress", (progress) => {
@@ -114,28 +253,56 @@ listen("fewbits.progress", (progress) => {
   if (!panel) return;
   if (!active.has(panel)) {
     active.add(panel);
+    results.delete(panel);
     const plan = plans.get(String(progress.node_id));
     if (plan) panel.showPlan(plan);
-    else panel.reset();
+    else {
+      panel.reset();
+      askForPlan(progress.node_id);
+    }
   }
   panel.showProgress(progress);
 });
 
-listen("execution_start", () => endPrompt((panel) => panel.stop("Stopped")));
-listen("execution_cached", ({ nodes }) => {
-  for (const id of nodes ?? []) panelOf(nodeByExecutionId(id))?.reuse();
+listen("executed", ({ node, display_node, output, prompt_id }) => {
+  const panel = panelOf(nodeByExecutionId(display_node ?? node));
+  if (!panel || !hasResult(output)) return;
+  results.set(panel, { prompt: prompt_id });
+  const reused = cached.has(String(node));
+  showOutput(panel, output, reused);
+  if (!reused) refreshLists(output);
 });
-listen("execution_success", () => endPrompt((panel) => panel.finish()));
-listen("execution_interrupted", () => endPrompt((panel) => panel.stop("Cancelled")));
+
+listen("execution_start", () => {
+  endPrompt((panel) => panel.stop(say("Stopped")));
+  for (const panel of troubled) panel.reset();
+  troubled.clear();
+  cached.clear();
+});
+listen("execution_cached", ({ nodes }) => {
+  for (const id of nodes ?? []) {
+    cached.add(String(id));
+    const panel = panelOf(nodeByExecutionId(id));
+    panel?.reuse();
+  }
+  refill();
+});
+listen("execution_success", () => {
+  endPrompt((panel) => panel.finish());
+  refill();
+});
+listen("execution_interrupted", () => endPrompt((panel) => panel.stop(say("Cancelled"))));
 listen("reconnecting", () => {
-  for (const panel of active) panel.stop("Connection lost");
+  for (const panel of active) panel.stop(say("Connection lost"));
 });
 listen("execution_error", ({ node_id, exception_message }) => {
   const failed = panelOf(nodeByExecutionId(node_id));
   if (failed && !active.has(failed)) failed.reset(); // it failed before it had a plan: what it shows is an older run
-  endPrompt((panel) => panel !== failed && panel.stop("Stopped"));
+  endPrompt((panel) => panel !== failed && panel.stop(say("Stopped")));
   failed?.fail(exception_message);
+  if (failed) troubled.add(failed);
 });
+listen("graphChanged", compareSettings);
 
 function addStyle() {
   const href = new URL("./fewbits.css", import.meta.url).href;
@@ -145,16 +312,23 @@ function addStyle() {
 if (typeof app.registerExtension === "function") {
   addStyle();
   app.registerExtension({
-    name: "FewBits.QuantizePanel",
+    name: "FewBits.Panel",
     nodeCreated(node) {
-      if (PANEL_NODES.test(node.comfyClass ?? "")) addPanel(node);
+      const name = node.comfyClass ?? "";
+      const options = PANELS[name] ?? (QUANTIZE_NODES.test(name) ? WORK : null);
+      if (!options) return;
+      addPanel(node, options);
+      if (QUANTIZE_NODES.test(name)) keepFitting(node);
     },
     loadedGraphNode(node) {
-      showOutput(panelOf(node), app.nodeOutputs?.[locatorOf(node)]);
+      if (!panelOf(node)) return;
+      fitInputs(node, formats);
+      if (!showOutput(panelOf(node), app.nodeOutputs?.[locatorOf(node)])) refill();
     },
     onNodeOutputsUpdated(outputs) {
       for (const [locator, output] of Object.entries(outputs ?? {})) {
-        if (output?.fewbits_report) showOutput(panelOf(nodeByLocator(locator)), output);
+        const panel = panelOf(nodeByLocator(locator));
+        if (panel?.phase !== "done") showOutput(panel, output);
       }
     },
   });

@@ -1,7 +1,8 @@
 // Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
 
-import { el, layerName } from "./dom.mjs?v=bff82685";
-import { bytes, decibels, relL2 } from "./text.mjs?v=bff82685";
+import { el, layerName } from "./dom.mjs?v=44a0d5ce";
+import { bytes, decibels, relL2 } from "./text.mjs?v=44a0d5ce";
+import { say, translated } from "./words.mjs?v=44a0d5ce";
 
 /** Lives as long as its panel, so that filter text, focus and scroll position survive when the report arrives. */
 export class LayerList {
@@ -12,8 +13,8 @@ export class LayerList {
   #filter = el("input", {
     type: "text",
     class: "fewbits-filter",
-    placeholder: "Filter by name, format or reason",
-    "aria-label": "Filter layers",
+    placeholder: say("Filter by name, format or reason"),
+    "aria-label": say("Filter layers"),
     spellcheck: "false",
     autocomplete: "off",
   });
@@ -38,7 +39,7 @@ export class LayerList {
   show(layers) {
     this.#layers = layers;
     this.#entries = null;
-    this.#summary.textContent = layers.length === 1 ? "1 layer" : `All ${layers.length} layers`;
+    this.#summary.textContent = layers.length === 1 ? say("1 layer") : say("All {count} layers", { count: layers.length });
     this.element.hidden = layers.length === 0;
     this.#fill();
   }
@@ -61,7 +62,7 @@ export class LayerList {
       element.hidden = !words.every((word) => text.includes(word));
       if (!element.hidden) shown += 1;
     }
-    this.#count.textContent = words.length ? `${shown} of ${this.#layers.length}` : "";
+    this.#count.textContent = words.length ? say("{shown} of {all}", { shown, all: this.#layers.length }) : "";
   }
 
   #bringToTop() {
@@ -75,7 +76,7 @@ function entry(layer) {
   const before = bytes(layer.bytes_before);
   const after = bytes(layer.bytes_after);
   const facts = [
-    layer.format ?? layer.action,
+    layer.format ?? say(String(layer.action)),
     [shape, layer.dtype].filter(Boolean).join(" "),
     before === after ? before : `${before} → ${after}`,
   ].filter(Boolean);
@@ -90,6 +91,6 @@ function entry(layer) {
       measured ? el("span", { title: decibels(layer.sqnr_db) }, relL2(layer.rel_l2)) : null,
     ),
     el("div", { class: "fewbits-facts" }, ...facts.map((fact) => el("span", {}, fact))),
-    layer.reason ? el("div", { class: "fewbits-reason" }, layer.reason) : null,
+    layer.reason ? el("div", { class: "fewbits-reason" }, translated(layer.reason)) : null,
   );
 }

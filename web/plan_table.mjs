@@ -1,13 +1,15 @@
 // The plan at a glance: layers and sizes per format, and what to read before trusting it.
 
-import { el } from "./dom.mjs?v=bff82685";
-import { inUnit, unitFor } from "./text.mjs?v=bff82685";
+import { el } from "./dom.mjs?v=44a0d5ce";
+import { inUnit, unitFor } from "./text.mjs?v=44a0d5ce";
+import { say, translated } from "./words.mjs?v=44a0d5ce";
 
 /** One row per format and a total; all sizes in the unit that fits the total. Without a plan: the empty table. */
 export function planTable(plan) {
   const rows = plan?.summary ?? [];
   const unit = unitFor(plan?.bytes_before ?? 0);
   const inName = plan ? `, ${unit.name}` : "";
+  const heads = [say("Format"), say("Layers"), say("Before") + inName, say("After") + inName];
   const layers = plan ? String(rows.reduce((sum, row) => sum + (row.layers ?? 0), 0)) : "–";
   const heading = (text) => el("th", { scope: "col" }, text);
   const sizes = (row) => [row?.bytes_before, row?.bytes_after].map((count) => el("td", {}, inUnit(count, unit)));
@@ -15,17 +17,17 @@ export function planTable(plan) {
     el(
       "tr",
       {},
-      el("th", { scope: "row", title: row.format }, String(row.format)),
+      el("th", { scope: "row", title: row.format }, say(String(row.format))),
       el("td", {}, String(row.layers ?? "–")),
       ...sizes(row),
     );
   return el(
     "table",
     { class: "fewbits-formats" },
-    el("caption", {}, "Layers and size per format"),
-    el("thead", {}, el("tr", {}, ...["Format", "Layers", `Before${inName}`, `After${inName}`].map(heading))),
+    el("caption", {}, say("Layers and size per format")),
+    el("thead", {}, el("tr", {}, ...heads.map(heading))),
     el("tbody", {}, ...rows.map(line)),
-    el("tfoot", {}, el("tr", {}, el("th", { scope: "row" }, "Total"), el("td", {}, layers), ...sizes(plan))),
+    el("tfoot", {}, el("tr", {}, el("th", { scope: "row" }, say("Total")), el("td", {}, layers), ...sizes(plan))),
   );
 }
 
@@ -34,8 +36,9 @@ export function warningList(plan) {
   const warnings = plan.warnings ?? [];
   const said = (pattern) => warnings.some((warning) => warning.includes(pattern));
   const unmatched = (plan.unmatched ?? []).filter((pattern) => !said(pattern));
-  const lines = [...warnings, ...unmatched.map((pattern) => `'${pattern}' matched no layer`)];
-  return lines.length ? noteList("Warnings", lines) : null;
+  const unused = unmatched.map((pattern) => say("'{pattern}' matched no layer", { pattern }));
+  const lines = [...warnings.map(translated), ...unused];
+  return lines.length ? noteList(say("Warnings"), lines) : null;
 }
 
 /** Coloured notes: yellow, or red with the extra class `fewbits-error`. */

@@ -1,7 +1,8 @@
 // What was given up: the measured error of the whole model and of its worst layers.
 
-import { el, layerName } from "./dom.mjs?v=bff82685";
-import { decibels, relL2 } from "./text.mjs?v=bff82685";
+import { el, layerName } from "./dom.mjs?v=44a0d5ce";
+import { decibels, relL2 } from "./text.mjs?v=44a0d5ce";
+import { say } from "./words.mjs?v=44a0d5ce";
 
 /** The layers with the largest error; null when nothing was measured. */
 export function worstLayers(report) {
@@ -11,8 +12,8 @@ export function worstLayers(report) {
   return el(
     "table",
     { class: "fewbits-worst" },
-    el("caption", {}, "Largest errors"),
-    el("thead", {}, el("tr", {}, heading("Largest errors"), heading("rel_l2"), heading("SQNR"))),
+    el("caption", {}, say("Largest errors")),
+    el("thead", {}, el("tr", {}, heading(say("Largest errors")), heading("rel_l2"), heading("SQNR"))),
     el(
       "tbody",
       {},

@@ -1,5 +1,7 @@
 // Numbers for people: sizes in decimal units as file managers show them, fractions for errors, no locale surprises.
 
+import { say } from "./words.mjs?v=44a0d5ce";
+
 const UNITS = [
   [1e9, "GB"],
   [1e6, "MB"],
@@ -31,8 +33,9 @@ export function bytes(count) {
 export function change(before, after) {
   if (!isNumber(before) || !isNumber(after) || before <= 0) return "";
   const percent = Math.round((after / before - 1) * 100);
-  if (percent === 0) return "same size";
-  return `${Math.abs(percent)}% ${percent < 0 ? "smaller" : "larger"}`;
+  if (percent === 0) return say("same size");
+  const share = Math.abs(percent);
+  return percent < 0 ? say("{share}% smaller", { share }) : say("{share}% larger", { share });
 }
 
 /** Whole percent, rounded down so that 100 means finished. */
@@ -63,7 +66,8 @@ export function duration(seconds) {
 /** Time left in whole seconds, so that the text does not flicker. */
 export function timeLeft(seconds) {
   if (!isNumber(seconds) || seconds < 0) return "";
-  return seconds < 1 ? "under 1 s left" : `${duration(Math.ceil(seconds)).replace(".0 s", " s")} left`;
+  if (seconds < 1) return say("under 1 s left");
+  return say("{time} left", { time: duration(Math.ceil(seconds)).replace(".0 s", " s") });
 }
 
 /** rel_l2 as a fraction: `0.00768` -> `"0.0077"`; tiny ones keep one digit. */
@@ -75,7 +79,7 @@ export function relL2(value) {
 
 /** `null` means that nothing was lost. */
 export function decibels(value) {
-  return isNumber(value) ? `${value.toFixed(1)} dB` : "exact";
+  return isNumber(value) ? `${value.toFixed(1)} dB` : say("exact");
 }
 
 /** `"loads in stock ComfyUI"` -> `"Loads in stock ComfyUI"`. */

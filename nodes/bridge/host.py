@@ -24,7 +24,17 @@ CALIBRATIONS = "calibrations"  # a folder of ours among the model folders, and i
 KNOWN_FOLDERS = (*MODEL_FOLDERS, CALIBRATIONS)
 SUFFIXES = (".safetensors", ".sft")
 TYPED_LOADERS = ("CLIPLoader", "DualCLIPLoader")
+# ComfyUI's loader of each folder, by the name that a person looks for
+LOADERS = {
+    "diffusion_models": "Load Diffusion Model",
+    "text_encoders": "Load CLIP",
+    "checkpoints": "Load Checkpoint",
+    CALIBRATIONS: "Load Calibration",
+}
 MESSAGE_SECONDS = 0.1  # at most ten progress messages a second
+# The time left is said when it can be known: a 42 s job began with "1 h 47 min left" after its
+# first layer, whose share was small and whose seconds held the start of everything.
+ETA_SECONDS, ETA_SHARE = 2.0, 0.02
 # Names that Windows gives to devices in every folder, whatever the extension.
 DEVICE_NAMES = {
     "con",
@@ -154,6 +164,32 @@ def save_text(name: str, suffix: str, text: str, *, overwrite: bool) -> Path:
     return target
 
 
+def whereabouts(path: Path) -> dict:
+    """A written file for the page and for scripts: `output`, its full path; `saved`, its path from
+    ComfyUI's folder on, with the loader that lists it and the name it has there, where one does.
+    """
+    root = Path(folder_paths.get_output_directory())
+    saved = {"path": _shown(path, root), "loader": None, "name": None}
+    for folder, loader in LOADERS.items():
+        for base in _folders_of(folder):
+            if path.suffix.lower() in SUFFIXES and is_within(base, path):
+                name = os.path.relpath(os.path.realpath(path), os.path.realpath(base))
+                saved |= {"loader": loader, "name": name}
+    return {"output": str(path), "saved": saved}
+
+
+def _shown(path: Path, root: Path) -> str:
+    """A path below the output folder as people write it: `output/a/b.safetensors`."""
+    return Path(root.name, path.relative_to(root)).as_posix()
+
+
+def _folders_of(folder: str) -> list[str]:
+    try:
+        return folder_paths.get_folder_paths(folder)
+    except KeyError:  # the folder for calibrations, before the first one was listed
+        return []
+
+
 def output_folder(folder: str) -> str:
     """The folder inside ComfyUI's output folder whose files appear in the loaders of `folder`,
     relative to it.
@@ -217,6 +253,10 @@ def pick_device(choice: str) -> torch.device:
     return device
 
 
+# node id -> plan of the run that is at work: a page that was reloaded asks for it
+PLANS: dict[str | None, dict] = {}
+
+
 class Run:
     """One execution of a node, as the user sees it: plan, progress bar, layer names. Its callbacks
     also cancel.
@@ -231,9 +271,13 @@ class Run:
         self.started = time.perf_counter()
         self._bar = comfy.utils.ProgressBar(1, node_id=node_id)
         self._sent = float("-inf")
+        self._first: tuple[float, int] | None = None
 
     def on_plan(self, plan: ModelPlan) -> None:
-        self._send("fewbits.plan", {"plan": plan.to_json()})
+        data = plan.to_json()
+        PLANS.clear()
+        PLANS[self.node_id] = data
+        self._send("fewbits.plan", {"plan": data})
 
     def on_progress(self, done: int, total: int, layer: str) -> None:
         """Show progress.
@@ -248,7 +292,7 @@ class Run:
             return
         self._sent = now
         seconds = now - self.started
-        eta = seconds * (total - done) / done if done else None
+        eta = self._eta(now, done, total)
         progress = {
             "layer": layer,
             "done": done,
@@ -259,6 +303,18 @@ class Run:
         self._send("fewbits.progress", progress)
         if self.text:
             self.say(f"{done * 100 // max(total, 1)} % {layer}")
+
+    def _eta(self, now: float, done: int, total: int) -> float | None:
+        """Seconds left at the speed since the first message; None while that is no measure."""
+        if self._first is None:
+            self._first = now, done
+        if done >= total:
+            return 0.0
+        since, before = self._first
+        gained = done - before
+        if now - since < ETA_SECONDS or gained < ETA_SHARE * total:
+            return None
+        return (now - since) * (total - done) / gained
 
     def say(self, text: str) -> None:
         """A line of text under the node."""

@@ -5,6 +5,8 @@ new MODEL.
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from pathlib import PurePath
 
 import comfy.model_base
 import comfy.sd
@@ -34,6 +36,7 @@ from ...quant_ops.sources import (
     spec_of,
 )
 from ...quant_ops.spec import ITEM_SIZES, Header, TensorSpec
+from . import host
 from .origin import Naming, Outside, Stored, read_outside
 from .weights import Entry, PatchedWeights, carry_over, refuse_unread, same_values
 
@@ -47,6 +50,7 @@ V_PREDICTION = comfy.model_base.ModelType.V_PREDICTION
 # What ComfyUI read off a checkpoint beyond the weights, and could not read off the weights alone.
 TRAITS = ("model_type", "model_sampling", "latent_format")
 MARKER = ".comfy_quant"
+NAMELESS = "MODEL"  # a source whose file is not known
 LEGACY_MARKER = "scaled_fp8"  # a tensor that old FP8 files carry beside their layers
 
 
@@ -73,7 +77,7 @@ class ModelSource(PatchedWeights):
         self._outside = Outside()
         self._origins = [self._origin] if self._origin else []
         self._pieces: tuple[str, dict[str, torch.Tensor]] = ("", {})
-        self.name = self._origin.name if self._origin else "MODEL"
+        self.name = self._origin.name if self._origin else NAMELESS
         self._entries = self._list_with_origin() if self._origin else self._list_alone()
         self._restore_markers()
         self._extra = self._unsaid()
@@ -339,6 +343,23 @@ def save_model(
     """
     with ModelSource(patcher) as source:
         return rewrite(source, sink, COPY, on_plan=on_plan, on_progress=on_progress)
+
+
+def automatic_name(patcher: ModelPatcher) -> str:
+    """Where a MODEL is saved that nobody named: beside the diffusion models, after the file that it
+    came from and the formats of its layers.
+    """
+    with ModelSource(patcher) as source:
+        markers = [name for name in source.header.tensors if name.endswith(MARKER)]
+        formats = Counter(
+            _marker(name.removesuffix(MARKER), source.read(name))["format"] for name in markers
+        )
+        stem = PurePath(source.name).stem if source.name != NAMELESS else "model"
+    folder = host.output_folder("diffusion_models")
+    if not formats:
+        return f"{folder}/{stem}_saved"
+    mark = formats.most_common(1)[0][0] + ("_mixed" if len(formats) > 1 else "")
+    return f"{folder}/{stem.removesuffix(f'_{mark}')}_{mark}"
 
 
 def _find_origin(patcher: ModelPatcher) -> tuple[TensorSource | None, bool, tuple[str, ...]]:

@@ -161,6 +161,7 @@ class _Planner:
             warnings=tuple(self.warnings),
             rules=tally.uses(),
             recipe=recipe_to_toml(self.recipe) if self.recipe.primary else "",
+            family_title=", ".join(dict.fromkeys(part.family.title for part in self.main)),
         )
 
     def _has(self, part: Part, layers: Iterable[LayerPlan]) -> bool:

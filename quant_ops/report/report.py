@@ -148,7 +148,7 @@ def plan_lines(plan: ModelPlan) -> list[str]:
         f"{'total':<24} {'':>6} {megabytes(plan.bytes_before):>10} "
         f"{megabytes(plan.bytes_after):>10}"
     )
-    lines.append(f"family {plan.family}; {plan.loads_in()}")
+    lines.append(f"family {plan.family_title or plan.family}; {plan.loads_in()}")
     lines += [f"note: {warning}" for warning in plan.warnings]
     return [visible(line) for line in lines]
 

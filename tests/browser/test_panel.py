@@ -23,17 +23,25 @@ class Graph {
 }
 window.Graph = Graph;
 window.events = new EventTarget();
+window.answers = {}; // route -> JSON
+window.prompt = {}; // execution id -> class and inputs
+window.refreshed = 0;
 window.host = {
   app: {
+    graphToPrompt: async () => ({ output: structuredClone(window.prompt) }),
+    refreshComboInNodes: async () => { refreshed += 1; },
     rootGraph: new Graph("root"), nodeOutputs: {}, extensions: [],
     registerExtension(extension) { this.extensions.push(extension); },
   },
-  api: { addEventListener: (...args) => window.events.addEventListener(...args) },
+  api: {
+    addEventListener: (...args) => window.events.addEventListener(...args),
+    fetchApi: async (route) => ({ ok: route in answers, json: async () => structuredClone(answers[route]) }),
+  },
 };
 window.send = (type, detail) => window.events.dispatchEvent(new CustomEvent(type, { detail }));
-window.addNode = (id, graph = host.app.rootGraph, comfyClass = "FewBitsQuantizeINT8") => {
+window.addNode = (id, graph = host.app.rootGraph, comfyClass = "FewBitsQuantizeINT8", widgets = []) => {
   const node = {
-    id, comfyClass, size: [210, 100], widgets: [],
+    id, comfyClass, size: [210, 100], widgets,
     computeSize: () => [210, 100 + 364],
     setSize(size) { this.size = size; },
     addDOMWidget(name, type, element, options) {
@@ -56,6 +64,7 @@ STUBS = {
 
 PLAN = {
     "family": "flux",
+    "family_title": "Flux.1",
     "min_comfyui": "0.27.0",
     "requires_pack": False,
     "loads_in": "loads in stock ComfyUI >= 0.27.0",
@@ -262,7 +271,9 @@ def test_the_plan_shows_every_format_and_the_total(page, panel):
     ]
     assert panel.locator(".fewbits-value").all_inner_texts() == ["13.61 MB → 7.40 MB", "–"]
     assert panel.locator(".fewbits-label").first.inner_text() == "46% smaller"
-    assert panel.locator(".fewbits-loads").inner_text() == "flux · Loads in stock ComfyUI >= 0.27.0"
+    assert (
+        panel.locator(".fewbits-loads").inner_text() == "Flux.1 · Loads in stock ComfyUI >= 0.27.0"
+    )
     assert panel.locator(".fewbits-notes li").all_inner_texts() == [
         "rule 'img_mlp' matched nothing",
         "'double_stream.*' matched no layer",
@@ -505,7 +516,7 @@ def test_stored_outputs_come_back(page, panel, hook):
 
 def test_other_nodes_get_no_panel(page, panel):
     page.evaluate(
-        "addNode(13, host.app.rootGraph, 'KSampler'); addNode(14, host.app.rootGraph, 'FewBitsInspectFile')"
+        "addNode(13, host.app.rootGraph, 'KSampler'); addNode(14, host.app.rootGraph, 'FewBitsLayerRules')"
     )
     assert panel.count() == 1
 
@@ -559,3 +570,268 @@ def test_the_script_is_silent_where_a_node_lacks_something(page, missing):
         missing,
     )
     assert page.locator(".fewbits-panel").count() == (missing != "addDOMWidget")
+
+
+# ---- results of earlier runs ----
+
+PROMPT = {
+    "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "a.safetensors"}},
+    "12": {"class_type": "FewBitsQuantizeINT8", "inputs": {"model": ["1", 0], "keep": ""}},
+}
+
+
+def history(prompt: dict, report: dict = REPORT, key: str = "fewbits_report") -> dict:
+    return {"p1": {"prompt": [1, "p1", prompt, {}, ["12"]], "outputs": {"12": {key: [report]}}}}
+
+
+def answer(page, route: str, data: object) -> None:
+    page.evaluate("([route, data]) => { answers[route] = data; }", [route, data])
+
+
+def set_prompt(page, prompt: dict) -> None:
+    page.evaluate("(value) => { window.prompt = value; }", prompt)
+
+
+def wait_for(page, condition: str) -> None:
+    page.wait_for_function(f"document.querySelector('.fewbits-panel').{condition}", timeout=20_000)
+
+
+def changed(prompt: dict, node: str, **inputs: object) -> dict:
+    return {
+        **prompt,
+        node: {**prompt[node], "inputs": {**prompt[node]["inputs"], **inputs}},
+    }
+
+
+def reload(page) -> None:
+    """What the page does with a stored workflow after a reload: outputs are gone."""
+    page.evaluate("host.app.extensions[0].loadedGraphNode(host.app.rootGraph.getNodeById(12))")
+
+
+def test_a_reload_brings_back_the_report_of_the_same_settings(page, panel):
+    answer(page, "/history?max_items=64", history(PROMPT))
+    set_prompt(page, PROMPT)
+    reload(page)
+    wait_for(page, "dataset.phase === 'done'")
+    assert line(panel) == "Done in 12 s on cpu"
+    assert panel.get_by_text("All 30 layers").is_visible()
+
+
+@pytest.mark.parametrize("node, inputs", [("12", {"keep": "x"}), ("1", {"unet_name": "b"})])
+def test_a_report_of_other_settings_does_not_come_back(page, panel, node, inputs):
+    answer(page, "/history?max_items=64", history(changed(PROMPT, node, **inputs)))
+    set_prompt(page, PROMPT)
+    reload(page)
+    page.wait_for_timeout(600)
+    assert phase(panel) == "idle"
+
+
+def test_a_run_answered_from_the_cache_shows_its_earlier_report(page, panel):
+    send(page, "execution_start", {})
+    send(page, "execution_cached", {"nodes": ["1", "12"]})
+    send(page, "executed", {"node": "12", "output": {"fewbits_report": [REPORT]}, "prompt_id": "p"})
+    assert line(panel) == "Unchanged · Done in 12 s on cpu"
+    finish(page, REPORT)
+    assert phase(panel) == "done"
+    assert page.evaluate("refreshed") == 0
+
+
+def test_an_older_comfyui_that_sends_nothing_for_the_cache_is_asked_for_its_history(page, panel):
+    answer(page, "/history?max_items=64", history(PROMPT))
+    set_prompt(page, PROMPT)
+    send(page, "execution_start", {})
+    send(page, "execution_cached", {"nodes": ["1", "12"]})
+    send(page, "execution_success", {})
+    wait_for(page, "dataset.phase === 'done'")
+    assert cells(panel, ".fewbits-formats")[-1] == ["Total", "30", "13.61", "7.40"]
+
+
+def test_a_page_reloaded_during_a_run_gets_the_plan(page, panel):
+    answer(page, "/fewbits/running", {"12": PLAN})
+    send(page, "fewbits.progress", progress(420_000_000))
+    page.wait_for_function(
+        "document.querySelector('.fewbits-formats tfoot').textContent.includes('13.61')"
+    )
+    send(page, "fewbits.progress", progress(430_000_000))
+    assert phase(panel) == "running"
+
+
+def test_a_failure_is_gone_when_the_next_run_starts(page, panel):
+    answer(page, "/history?max_items=64", history(PROMPT))
+    set_prompt(page, changed(PROMPT, "12", keep="re:("))
+    send(page, "execution_error", {"node_id": "12", "exception_message": "boom"})
+    assert phase(panel) == "failed"
+    set_prompt(page, PROMPT)
+    send(page, "execution_start", {})
+    assert phase(panel) == "idle" and panel.locator(".fewbits-error").count() == 0
+    send(page, "execution_cached", {"nodes": ["1", "12"]})
+    wait_for(page, "dataset.phase === 'done'")
+
+
+def test_a_failure_is_gone_when_the_loader_before_it_fails(page, panel):
+    send(page, "execution_error", {"node_id": "12", "exception_message": "boom"})
+    send(page, "execution_start", {})
+    send(page, "execution_error", {"node_id": "1", "exception_message": "no such file"})
+    assert phase(panel) == "idle" and panel.locator(".fewbits-error").count() == 0
+
+
+def test_a_result_is_greyed_when_a_setting_changes_and_back_when_it_returns(page, panel):
+    answer(page, "/history/p1", history(PROMPT))
+    set_prompt(page, PROMPT)
+    send(
+        page, "executed", {"node": "12", "output": {"fewbits_report": [REPORT]}, "prompt_id": "p1"}
+    )
+    for prompt in (changed(PROMPT, "12", keep="x"), changed(PROMPT, "1", unet_name="b")):
+        set_prompt(page, prompt)
+        send(page, "graphChanged", {})
+        wait_for(page, "hasAttribute('data-stale')")
+        assert line(panel) == "Settings changed: run again for their result"
+        set_prompt(page, PROMPT)
+        send(page, "graphChanged", {})
+        wait_for(page, "hasAttribute('data-stale') === false")
+        assert line(panel) == "Done in 12 s on cpu"
+
+
+# ---- files ----
+
+SAVED = {
+    "output": "/comfy/output/diffusion_models/flux_int8.safetensors",
+    "saved": {
+        "path": "output/diffusion_models/flux_int8.safetensors",
+        "loader": "Load Diffusion Model",
+        "name": "flux_int8.safetensors",
+    },
+}
+
+
+def test_a_written_file_is_named_with_its_loader_and_can_be_copied(page, panel):
+    page.evaluate(
+        "Object.defineProperty(navigator, 'clipboard',"
+        " { value: { writeText: async (text) => { window.copied = text; } } })"
+    )
+    output = {"fewbits_report": [{**REPORT, **SAVED}]}
+    send(page, "executed", {"node": "12", "output": output, "prompt_id": "p1"})
+    assert panel.locator(".fewbits-saved code").inner_text() == SAVED["saved"]["path"]
+    assert (
+        "Loads with Load Diffusion Model as flux_int8.safetensors"
+        in panel.locator(".fewbits-saved").inner_text()
+    )
+    panel.get_by_role("button", name="Copy path").click()
+    assert page.evaluate("copied") == SAVED["output"]
+    assert page.evaluate("refreshed") == 1  # the loaders list the new file
+
+
+def test_a_page_without_a_clipboard_selects_the_path(page, panel):
+    finish(page, {**REPORT, **SAVED})
+    panel.get_by_role("button", name="Copy path").click()
+    page.wait_for_function(
+        "getSelection().toString() === 'output/diffusion_models/flux_int8.safetensors'"
+    )
+
+
+INSPECTION = {
+    "name": "flux_nf4.safetensors",
+    "bytes": 7_000_000,
+    "tensors": 99,
+    "family": "Flux.1",
+    "formats": {"bnb_nf4": 22},
+    "dialects": {},
+    "dtypes": {"U8": [22, 6_000_000], "BF16": [77, 1_000_000]},
+    "loads_in": "needs FewBits in ComfyUI >= 0.18.0",
+    "findings": ["layer 'a': odd"],
+}
+
+
+@pytest.mark.parametrize("kind", ["FewBitsLoadModel", "FewBitsInspectFile"])
+def test_a_node_that_looks_into_a_file_shows_what_is_inside(page, panel, kind):
+    page.evaluate("(kind) => addNode(13, host.app.rootGraph, kind)", kind)
+    other = panel.nth(1)
+    assert line(other) == "Run the workflow to see what is inside"
+    page.evaluate(
+        "(found) => host.app.rootGraph.getNodeById(13).onExecuted({ fewbits_inspection: [found] })",
+        INSPECTION,
+    )
+    assert phase(other) == "done"
+    assert other.locator(".fewbits-loads").inner_text() == (
+        "Flux.1 · Needs FewBits in ComfyUI >= 0.18.0"
+    )
+    assert cells(other, ".fewbits-contents") == [
+        ["bnb_nf4", "22 layers", ""],
+        ["U8", "22 tensors", "6.00 MB"],
+        ["BF16", "77 tensors", "1.00 MB"],
+    ]
+    assert other.locator(".fewbits-notes li").all_inner_texts() == ["layer 'a': odd"]
+
+
+# ---- the node around the panel ----
+
+
+def test_inputs_that_the_format_lacks_are_switched_off_with_the_reason(page):
+    load(page)
+    answer(
+        page,
+        "/fewbits/formats",
+        {
+            "int8_tensorwise": {"scaling": ["row", "tensor"]},
+            "int8_blockwise": {"block_size": ["64", "128"]},
+        },
+    )
+    page.wait_for_function("host.app.extensions.length === 1")
+    page.evaluate(
+        """() => addNode(12, host.app.rootGraph, "FewBitsQuantizeINT8", [
+          { name: "format", value: "int8_tensorwise" },
+          { name: "scaling", value: "tensor", tooltip: "rows" },
+          { name: "block_size", value: "64", tooltip: "blocks" },
+        ])"""
+    )
+    state = "() => addedWidgets().map((w) => [w.value, Boolean(w.disabled), w.tooltip ?? ''])"
+    page.evaluate(
+        "window.addedWidgets = () => host.app.rootGraph.getNodeById(12).widgets.slice(1, 3)"
+    )
+    page.wait_for_function("addedWidgets()[1].disabled === true")
+    assert page.evaluate(state) == [
+        ["tensor", False, "rows"],
+        ["auto", True, "int8_tensorwise has no such option"],
+    ]
+    page.evaluate(
+        "const format = host.app.rootGraph.getNodeById(12).widgets[0];"
+        "format.value = 'int8_blockwise'; format.callback()"
+    )
+    assert page.evaluate(state) == [
+        ["auto", True, "int8_blockwise has no such option"],
+        ["auto", False, "blocks"],
+    ]
+
+
+def test_the_side_panel_of_the_page_neither_lists_nor_narrows_the_panel(page, panel):
+    found = page.evaluate(
+        "(() => { const widget = host.app.rootGraph.getNodeById(12).widgets[0]; widget.width = 120;"
+        " return [widget.width ?? null, widget.options.hideInPanel]; })()"
+    )
+    assert found == [None, True]
+
+
+def test_a_chinese_page_has_a_chinese_panel(page):
+    page.evaluate("host.app.extensionManager = { setting: { get: () => 'zh' } }")
+    load(page)
+    page.evaluate("addNode(12)")
+    panel = page.locator(".fewbits-panel")
+    assert line(panel) == "运行工作流即可看到计划"
+    finish(page, {**REPORT, **SAVED})
+    shown = panel.inner_text()
+    for text in (
+        "完成，用时 12 s（cpu）",
+        "原版 ComfyUI 0.27.0 或更新可打开",
+        "没有匹配任何层",
+        "复制路径",
+    ):
+        assert text in shown
+    send(
+        page,
+        "execution_error",
+        {
+            "node_id": "12",
+            "exception_message": "x exists already in the output folder; choose another filename or turn overwrite on",
+        },
+    )
+    assert "已存在于输出文件夹" in panel.inner_text()

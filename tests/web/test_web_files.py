@@ -83,6 +83,19 @@ def test_scripts_import_nothing_but_helpers_and_the_two_stable_host_modules():
     assert foreign == {"../../scripts/app.js", "../../scripts/api.js"}
 
 
+def test_every_text_of_the_page_is_there_in_chinese():
+    table = (WEB / "zh.mjs").read_text(encoding="utf-8")
+    texts = table.split("export const MESSAGES")[0]
+    known = set(re.findall(r'^  (?:"(.*)"|(\w+)): "', texts, re.M))
+    known = {quoted or bare for quoted, bare in known}
+    used = set()
+    for path in SCRIPTS:
+        source = path.read_text(encoding="utf-8")
+        used |= set(re.findall(r'\b(?:say\(|idle: )"((?:[^"\\]|\\.)*)"', source))
+    assert used - known == set()
+    assert len(used) > 40
+
+
 def test_every_class_of_the_style_sheet_is_used():
     classes = set(
         re.findall(r"\.(fewbits-[\w-]+)", (WEB / "fewbits.css").read_text(encoding="utf-8"))

@@ -1,0 +1,35 @@
+// Where a file went, in words that find it again.
+
+import { el } from "./dom.mjs?v=44a0d5ce";
+import { say } from "./words.mjs?v=44a0d5ce";
+
+const COPIED_MS = 1500;
+
+/** The path with a copy button and the loader that lists it; null when nothing was written. */
+export function savedFile({ output, saved } = {}) {
+  if (!saved?.path) return null;
+  const path = el("code", { title: output }, saved.path);
+  const button = el("button", { type: "button", class: "fewbits-button" }, say("Copy path"));
+  button.addEventListener("click", () => copy(output ?? saved.path, button, path));
+  const words = saved.loader
+    ? say("Loads with {loader} as {name}", { loader: say(saved.loader), name: saved.name })
+    : say("No loader looks there: move it into one of ComfyUI's model folders");
+  return el(
+    "div",
+    { class: "fewbits-saved", role: "group", "aria-label": say("Saved file") },
+    el("div", { class: "fewbits-path" }, path, button),
+    el("div", { class: "fewbits-label" }, words),
+  );
+}
+
+/** A page that is not served securely has no clipboard: there the path is selected, ready for Ctrl+C. */
+async function copy(text, button, path) {
+  const label = button.textContent;
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = say("Copied");
+    setTimeout(() => (button.textContent = label), COPIED_MS);
+  } catch {
+    getSelection()?.selectAllChildren(path);
+  }
+}
