@@ -43,8 +43,9 @@ class Observer:
     Layers that are given the very same tensor share one `InputStatistics`; should the tensor have
     been changed in place between them, which a few of its values show, the later layer is left out.
     Runs, not calls, decide the half that rows go to, so that the two halves know different prompts;
-    the first run, which may stay the only one, is dealt out call by call. A number's half is the
-    parity of its bits: what comes at every other run, such as the negative prompt, fills both.
+    the first run, which may stay the only one, is dealt out call by call. A later run goes to the
+    half that fewer runs filled, of equal ones to the parity of the bits of its number: what comes
+    at every other run, such as the negative prompt, fills both.
 
     Args:
         memory: bytes that statistics may take, whatever the model.
@@ -56,6 +57,7 @@ class Observer:
         self.calibration = Calibration()
         self.run = -1
         self._calls = 0
+        self._runs: tuple[set[int], set[int]] = (set(), set())  # which ones filled each half
         self._seen: dict[int, _Seen] = {}
         self._changed: dict[str, torch.Tensor] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -69,8 +71,9 @@ class Observer:
         """One call of the model; every hook is gone afterwards, however it ends."""
         layers = dict(_candidates(model))
         capacity = self._capacity(layers)
-        half = (self._calls if self.run <= 0 else self.run).bit_count() % HALVES
+        half = self._half()
         self._calls += 1
+        self._runs[half].add(self.run)
         self._seen.clear()
         handles = [
             layer.register_forward_pre_hook(self._hook(name, layer, capacity, half))
@@ -84,6 +87,12 @@ class Observer:
             self._seen.clear()
             for statistics in self.calibration.inputs:
                 statistics.settle()
+
+    def _half(self) -> int:
+        if self.run <= 0:
+            return self._calls % HALVES
+        first, second = (len(runs - {self.run}) for runs in self._runs)
+        return self.run.bit_count() % HALVES if first == second else int(second < first)
 
     def _capacity(self, layers: dict[str, torch.nn.Linear]) -> int:
         """Rows that each half of each input may keep."""
