@@ -1,6 +1,4 @@
-"""rewrite(): source -> plan -> sink, the only loop over layers; reading, computing and writing
-overlap.
-"""
+"""source -> plan -> sink, the only loop over layers; reading, computing and writing overlap."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
@@ -28,6 +27,7 @@ from .sources import DTYPE_NAMES, TORCH_DTYPES, TensorSink, TensorSource
 from .spec import ITEM_SIZES, LayerInput, LayerPlan, ModelPlan, TensorSpec
 from .workers import workers
 
+CPU = torch.device("cpu")
 COPY = Recipe(primary=None)  # decides about no layer: codes and weights are carried over
 HUGE = 2.0**120  # |w| above this counts as Inf
 REASONS = 3  # why nothing is quantized: the commonest ones are named
@@ -39,6 +39,7 @@ WAITING, WAITING_ON_GPU = 1, 4
 # between its steps, so that cancelling waits for a part of a layer only; may raise to cancel.
 ProgressFn = Callable[[int, int, str], None]
 PlanFn = Callable[[ModelPlan], None]
+Tensors = dict[str, torch.Tensor]
 
 
 def ignore_progress(done: int, total: int, layer: str) -> None:
@@ -59,7 +60,18 @@ def plan_source(source: TensorSource, recipe: Recipe, clashes: set[str] | None =
         raise error.at(source.name) from None
 
 
-def rewrite(
+@dataclass(frozen=True)
+class Conditions:
+    """What codes depend on beside the plan and the weights: where they are computed, the seed, and
+    what methods that need inputs work from.
+    """
+
+    device: torch.device = CPU
+    seed: int = 0
+    calibration: Calibration | None = None
+
+
+def quantize(
     source: TensorSource,
     sink: TensorSink,
     recipe: Recipe,
@@ -69,8 +81,8 @@ def rewrite(
     on_plan: PlanFn | None = None,
     on_progress: ProgressFn = ignore_progress,
 ) -> Report:
-    """Carry every tensor over as the plan says: quantized, re-labelled, kept or left out. The sink
-    is complete when this returns and untouched when it raises.
+    """Carry every tensor over as the recipe's plan says: quantized, re-labelled, kept or left out.
+    The sink is complete when this returns and untouched when it raises.
 
     Args:
         device: where codes are computed; equal sources and recipes give equal bytes on equal
@@ -81,39 +93,64 @@ def rewrite(
             run.
 
     Raises:
+        RecipeError: not one layer would be stored quantized; the commonest reasons are named.
         QuantError: see `plan_source`; and CheckpointError for NaN or Inf in a weight, by tensor
             name and count.
     """
-    started = time.perf_counter()
     plan = calibrated(plan_source(source, recipe), calibration, source.name)
+    refuse_plain_copy(source.name, plan)
     if on_plan:
         on_plan(plan)
+    conditions = Conditions(torch.device(device), recipe.seed, calibration)
+    return _carry_out(plan, source, sink, conditions, on_progress=on_progress)
+
+
+def rewrite(
+    source: TensorSource,
+    sink: TensorSink,
+    *,
+    on_plan: PlanFn | None = None,
+    on_progress: ProgressFn = ignore_progress,
+) -> Report:
+    """`quantize` without a recipe: codes and weights are carried over, labels written anew."""
+    plan = plan_source(source, COPY)
+    if on_plan:
+        on_plan(plan)
+    return _carry_out(plan, source, sink, Conditions(), on_progress=on_progress)
+
+
+def _carry_out(
+    plan: ModelPlan,
+    source: TensorSource,
+    sink: TensorSink,
+    conditions: Conditions,
+    *,
+    on_progress: ProgressFn,
+) -> Report:
+    started = time.perf_counter()
     results = []
     done, total = 0, plan.bytes_before
-    device = torch.device(device)
+    on_cpu = conditions.device.type == "cpu"
     with (
         ThreadPoolExecutor(1, "fewbits-read") as reads,
         ThreadPoolExecutor(1, "fewbits-write") as writes,
-        workers(
-            device.type == "cpu" and all(_in_passes(layer) for layer in plan.layers)
-        ) as compute,
+        workers(on_cpu and all(map(_in_passes, plan.layers))) as compute,
     ):
         running: deque[tuple[LayerPlan, object]] = deque()
         writing: deque[Future] = deque()
+
+        def step_of(layer: LayerPlan) -> Callable[[], None]:
+            return functools.partial(on_progress, done, total, layer.name)
 
         def finish() -> None:
             """Take the oldest layer and hand it on, once few enough wait to be written."""
             nonlocal done
             layer, handle = running.popleft()
-            outputs, result = compute.result(
-                handle, functools.partial(on_progress, done, total, layer.name)
-            )
+            outputs, result = compute.result(handle, step_of(layer))
             if result:
                 results.append(result)
-            waiting = (
-                WAITING_ON_GPU if device.type == "cuda" and layer.action == "quantize" else WAITING
-            )
-            while len(writing) >= waiting:
+            from_gpu = conditions.device.type == "cuda" and layer.action == "quantize"
+            while len(writing) >= (WAITING_ON_GPU if from_gpu else WAITING):
                 writing.popleft().result()
             writing.append(writes.submit(_write, sink, outputs))
             done += layer.bytes_before
@@ -121,17 +158,8 @@ def rewrite(
         try:
             sink.open(plan, source.files)
             for layer, tensors in _read_ahead(source, plan.layers, reads):
-                task = functools.partial(
-                    _convert, source.name, layer, tensors, device, recipe.seed, calibration
-                )
-                running.append(
-                    (
-                        layer,
-                        compute.submit(
-                            task, functools.partial(on_progress, done, total, layer.name)
-                        ),
-                    )
-                )
+                task = functools.partial(_convert, source.name, layer, tensors, conditions)
+                running.append((layer, compute.submit(task, step_of(layer))))
                 del tensors, task
                 if len(running) == compute.at_once:
                     finish()
@@ -145,40 +173,8 @@ def rewrite(
             writes.shutdown(wait=True, cancel_futures=True)
             sink.abort()
             raise
-    return Report(plan, tuple(results), time.perf_counter() - started, str(device))
-
-
-def quantize(
-    source: TensorSource,
-    sink: TensorSink,
-    recipe: Recipe,
-    *,
-    device: torch.device | str = "cpu",
-    calibration: Calibration | None = None,
-    on_plan: PlanFn | None = None,
-    on_progress: ProgressFn = ignore_progress,
-) -> Report:
-    """`rewrite`, for a run that is to quantize something.
-
-    Raises:
-        RecipeError: not one layer would be stored quantized; the commonest reasons are named.
-        QuantError: see `rewrite`.
-    """
-
-    def check(plan: ModelPlan) -> None:
-        refuse_plain_copy(source.name, plan)
-        if on_plan:
-            on_plan(plan)
-
-    return rewrite(
-        source,
-        sink,
-        recipe,
-        device=device,
-        calibration=calibration,
-        on_plan=check,
-        on_progress=on_progress,
-    )
+    seconds = time.perf_counter() - started
+    return Report(plan, tuple(results), seconds, str(conditions.device))
 
 
 def refuse_plain_copy(name: str, plan: ModelPlan) -> None:
@@ -205,13 +201,13 @@ def _in_passes(layer: LayerPlan) -> bool:
 
 def _read_ahead(
     source: TensorSource, layers: tuple[LayerPlan, ...], reads: ThreadPoolExecutor
-) -> Iterator[tuple[LayerPlan, dict[str, torch.Tensor]]]:
+) -> Iterator[tuple[LayerPlan, Tensors]]:
     """Layers with their tensors; exactly one layer is read ahead, so that memory stays at a few
     layers.
     """
     wanted = [layer for layer in layers if layer.outputs]
 
-    def fetch(layer: LayerPlan) -> dict[str, torch.Tensor]:
+    def fetch(layer: LayerPlan) -> Tensors:
         return {spec.name: source.read(spec.name) for spec in layer.inputs}
 
     pending = reads.submit(fetch, wanted[0]) if wanted else None
@@ -222,7 +218,7 @@ def _read_ahead(
         del tensors
 
 
-def _write(sink: TensorSink, outputs: dict[str, torch.Tensor]) -> None:
+def _write(sink: TensorSink, outputs: Tensors) -> None:
     for name, tensor in outputs.items():
         sink.write(name, tensor)
 
@@ -230,12 +226,10 @@ def _write(sink: TensorSink, outputs: dict[str, torch.Tensor]) -> None:
 def _convert(
     file: str,
     layer: LayerPlan,
-    tensors: dict[str, torch.Tensor],
-    device: torch.device,
-    seed: int,
-    calibration: Calibration | None,
+    tensors: Tensors,
+    conditions: Conditions,
     step: Callable[[], None],
-) -> tuple[dict[str, torch.Tensor], LayerResult | None]:
+) -> tuple[Tensors, LayerResult | None]:
     """One layer -> (stored tensors by full name, measured result). Takes the weight out of
     `tensors`.
     """
@@ -245,19 +239,33 @@ def _convert(
         }, None
     marker = torch.frombuffer(bytearray(marker_bytes(layer.marker)), dtype=torch.uint8)
     if layer.action == "recode":
-        copied = {
-            spec.name: _same_bytes(tensors[spec.name], spec)
-            for spec in layer.outputs
-            if spec.name in tensors
-        }
-        problem = scale_problem(
-            {name[len(layer.name) + 1 :]: tensor for name, tensor in copied.items()}
+        outputs, result = _recoded(file, layer, tensors), None
+    else:
+        outputs, result = _quantized(file, layer, tensors, conditions, step=step)
+    return {**outputs, f"{layer.name}.comfy_quant": marker}, result
+
+
+def _recoded(file: str, layer: LayerPlan, tensors: Tensors) -> Tensors:
+    """The same codes and scales under the names of the plan."""
+    wanted = [spec for spec in layer.outputs if spec.name in tensors]
+    copied = {spec.name: _same_bytes(tensors[spec.name], spec) for spec in wanted}
+    own = {name[len(layer.name) + 1 :]: tensor for name, tensor in copied.items()}
+    if problem := scale_problem(own):
+        raise CheckpointError(
+            f"{file}: layer '{layer.name}': {problem}; the file is damaged: get a good copy"
         )
-        if problem:
-            raise CheckpointError(
-                f"{file}: layer '{layer.name}': {problem}; the file is damaged: get a good copy"
-            )
-        return {**copied, f"{layer.name}.comfy_quant": marker}, None
+    return copied
+
+
+def _quantized(
+    file: str,
+    layer: LayerPlan,
+    tensors: Tensors,
+    conditions: Conditions,
+    *,
+    step: Callable[[], None],
+) -> tuple[Tensors, LayerResult]:
+    device = conditions.device
     key = f"{layer.name}.weight"
     # no other reference: a rotated weight replaces the source in memory
     weight = tensors.pop(key).detach().to(device)
@@ -269,10 +277,10 @@ def _convert(
     step()
     method = get_method(layer.method)
     options = method.configure(dict(layer.method_options))
-    generator = layer_generator(seed, layer.name, device)
+    generator = layer_generator(conditions.seed, layer.name, device)
     inputs = None
     if method.needs_inputs:
-        seen = calibration.inputs_of(layer.name, shape, device)
+        seen = conditions.calibration.inputs_of(layer.name, shape, device)
         inputs = seen.map(lambda rows: format.prepare(rows, layer.options))
     choice = choose(method, Layer(weight, grid, options, generator, step=step, inputs=inputs))
     step()
@@ -281,18 +289,17 @@ def _convert(
     if device.type == "cuda":
         # another thread copies the outputs, on a stream of its own
         torch.cuda.current_stream(device).synchronize()
-    result = LayerResult(
-        layer.name,
-        layer.format,
-        layer.method,
-        choice.error,
-        choice.signal,
-        choice.error_nearest,
-        choice.objective,
-        choice.objective_nearest,
-        choice.verdict,
+    return outputs, LayerResult(
+        name=layer.name,
+        format=layer.format,
+        method=layer.method,
+        squared_error=choice.error,
+        squared_weight=choice.signal,
+        squared_error_nearest=choice.error_nearest,
+        objective=choice.objective,
+        objective_nearest=choice.objective_nearest,
+        verdict=choice.verdict,
     )
-    return {**outputs, f"{layer.name}.comfy_quant": marker}, result
 
 
 def _same_bytes(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

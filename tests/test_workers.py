@@ -102,7 +102,7 @@ def test_cancelling_ends_a_long_layer_between_its_steps(model, monkeypatch):
 
     started = threading.Event()
 
-    def endless(file, layer, tensors, device, seed, calibration, step):
+    def endless(file, layer, tensors, conditions, step):
         started.set()
         for _ in range(600):
             time.sleep(0.05)

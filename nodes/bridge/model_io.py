@@ -18,14 +18,7 @@ from ...quant_ops.checkpoint.importers.source import open_checkpoint
 from ...quant_ops.checkpoint.metadata import HEADER_KEY, parse_marker
 from ...quant_ops.checkpoint.reader import tensor_text
 from ...quant_ops.errors import CheckpointError, QuantError, UnsupportedLayerError
-from ...quant_ops.pipeline import (
-    COPY,
-    PlanFn,
-    ProgressFn,
-    ignore_progress,
-    quantize,
-    rewrite,
-)
+from ...quant_ops.pipeline import PlanFn, ProgressFn, ignore_progress, quantize, rewrite
 from ...quant_ops.planning.recipe import Recipe
 from ...quant_ops.report.report import Report
 from ...quant_ops.sources import (
@@ -342,7 +335,7 @@ def save_model(
     completed.
     """
     with ModelSource(patcher) as source:
-        return rewrite(source, sink, COPY, on_plan=on_plan, on_progress=on_progress)
+        return rewrite(source, sink, on_plan=on_plan, on_progress=on_progress)
 
 
 def automatic_name(patcher: ModelPatcher) -> str:

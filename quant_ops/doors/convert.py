@@ -14,7 +14,7 @@ from ..checkpoint.importers.source import ImportedSource, refuse_unexplained
 from ..checkpoint.open import open_file
 from ..checkpoint.second_reading import refuse_other_reading
 from ..errors import CheckpointError, RecipeError, visible
-from ..pipeline import COPY, ProgressFn, ignore_progress, rewrite
+from ..pipeline import ProgressFn, ignore_progress, rewrite
 from ..planning.match import Regex, shortened
 from ..report.report import Report, plan_lines
 from ..spec import FLOAT_DTYPES
@@ -90,7 +90,7 @@ def convert_file(
         if only == "fp8_scaled":
             _refuse_unscaled(opened)
         matched = _high_precision(opened, pattern) if pattern else None
-        report = rewrite(opened, sink, COPY, on_progress=on_progress)
+        report = rewrite(opened, sink, on_progress=on_progress)
         if matched == 0:
             logger.warning("the high-precision filter %r matches no layer", hp_filter)
         return Conversion(report, opened.origins(), matched)

@@ -15,7 +15,7 @@ from ..checkpoint.reader import FileSource
 from ..checkpoint.verify import SCALE_LOST, Finding, Verification
 from ..checkpoint.writer import check_target
 from ..errors import visible
-from ..pipeline import COPY, ProgressFn, ignore_progress, rewrite
+from ..pipeline import ProgressFn, ignore_progress, rewrite
 from .problems import checked_sink
 from .verify import verify
 
@@ -74,7 +74,7 @@ def repair_file(
         sink = checked_sink(target, overwrite=overwrite, known=before.findings)
         options = replace(options or ImportOptions(), left=left)
         with closing(ImportedSource(file, options)) as opened:
-            rewrite(opened, sink, COPY, on_progress=on_progress)
+            rewrite(opened, sink, on_progress=on_progress)
             origins = opened.origins()
     with FileSource(Path(target)) as written:
         return _repaired(before, verify(written), origins)

@@ -158,7 +158,7 @@ class Tally:
     def _complaint(self, at: int, rule: CompiledRule) -> tuple[CompiledRule, str]:
         if not self._matched[at]:
             hint = rule.origin == "layer-config" and looks_like_regex(rule.pattern)
-            suffix = "; for regular expressions add --fullmatch" if hint else ""
+            suffix = "; for regular expressions ask for fullmatch" if hint else ""
             return rule, f"matched nothing{suffix}"
         if not self._candidates[at]:
             return rule, "matches only tensors that cannot be quantized"

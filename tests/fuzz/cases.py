@@ -38,7 +38,6 @@ from fewbits.quant_ops.planning.recipe import Recipe, draft_from_text, parse_rul
 from fewbits.quant_ops.sources import MemorySink, MemorySource
 from support import hostile
 
-COPY = Recipe(primary=None)
 INT8 = Recipe(primary=parse_wish("int8_tensorwise"), preset="none")
 LONGEST = 20_000  # characters of an error that somebody has to read
 
@@ -98,12 +97,12 @@ def blob(dice: random.Random) -> bytes:
     options = ImportOptions(foreign_only=dice.random() < 0.3, **assume)
     with refused():
         sink = MemorySink()
-        rewrite(ImportedSource(source, options, TARGETS["comfy_quant"]), sink, COPY)
+        rewrite(ImportedSource(source, options, TARGETS["comfy_quant"]), sink)
         for name, tensor in sink.tensors.items():
             assert tensor is not None, name
     with refused():
         target = TARGETS[dice.choice(("bf16", "bnb"))]
-        rewrite(ImportedSource(source, options, target), MemorySink(), COPY)
+        rewrite(ImportedSource(source, options, target), MemorySink())
     with refused():
         quantize(imported(source, ImportOptions(foreign_only=True)), MemorySink(), INT8)
     with refused():

@@ -484,7 +484,7 @@ def test_a_default_closes_the_list_and_says_how_many_layers_the_preset_would_hav
     ("config", "warning"),
     [
         ({"nothing*": FP8}, "layer-config 'nothing*' matched nothing"),
-        ({r"double_blocks\.\d+": FP8}, r"layer-config 'double_blocks\.\d+' matched nothing; for regular expressions add --fullmatch"),
+        ({r"double_blocks\.\d+": FP8}, r"layer-config 'double_blocks\.\d+' matched nothing; for regular expressions ask for fullmatch"),
         ({"*query_norm": FP8}, "layer-config '*query_norm' matches only tensors that cannot be quantized"),
         ({"img_in": FP8, "img_i*": FP8}, "layer-config 'img_i*' never decides: rules before it match the same layers"),
         ({"img_in": {**FP8, "block_size": 64}}, "layer-config entry 'img_in': 'block_size' does not apply to float8_e4m3fn and is ignored"),
