@@ -23,7 +23,7 @@ from ...kernels.scales import TINY
 from ..options import Options
 from .base import Layer, Method, Objective, register_method
 from .inputs import best_damping, damped, upper_root
-from .svd import WORTH_A_SCALE
+from .scales import WORTH_A_SCALE, BestScales
 
 BLOCK = 128  # columns between two products with the whole rest
 # Factors of the absmax scale, in octaves: 4-bit groups clip to about .7, uneven grids gain above 1.
@@ -55,7 +55,7 @@ class Gptq(Method):
         order = torch.argsort(gram.diagonal(), descending=True, stable=True)
         damping = options.damping or best_damping(inputs, order)
         gram = damped(gram, damping)
-        scale = starting_scale(layer, weight, gram.diagonal())
+        scale = felt_scale(layer, weight, gram.diagonal())
         work = _Columns(layer, weight, scale, order)
         ordered = gram[order][:, order]
         work.feed_back(ordered)
@@ -70,29 +70,27 @@ class Gptq(Method):
         return work.codes(), scale, objective
 
 
-def starting_scale(layer: Layer, weight: torch.Tensor, strength: torch.Tensor) -> Scale:
-    """The scale of every region with the smallest error where inputs are strong, if that gains
-    enough; else nearest's.
+def felt_scale(layer: Layer, weight: torch.Tensor, strength: torch.Tensor) -> Scale:
+    """The scale of every region whose error is felt least, that is where inputs are strong, if it
+    gains enough; else nearest's.
 
     Args:
         weight: (N, K) float32.
         strength: (K,) second moment of each input channel.
     """
     grid = layer.grid
-    start = best = grid.scale(weight)
+    start = grid.scale(weight)
 
     def errors(scale: Scale) -> torch.Tensor:
         layer.step()
         difference = grid.decode(grid.encode(weight, scale), scale).sub_(weight)
         return grid.region_sums(difference.square_().mul_(strength))
 
-    plain = lowest = errors(start)
+    plain = errors(start)
+    best = BestScales(grid, (start, plain), errors)
     for factor in _factors(grid):
-        scale = grid.rescaled(start, factor)
-        tried = errors(scale)
-        best = grid.chosen(tried < lowest, scale, best)
-        lowest = torch.minimum(tried, lowest)
-    return best if lowest.sum() <= WORTH_A_SCALE**2 * plain.sum() else start
+        best.attempt(grid.rescaled(start, factor))
+    return best.scale if best.errors.sum() <= WORTH_A_SCALE**2 * plain.sum() else start
 
 
 def _factors(grid: Grid) -> Iterator[float]:

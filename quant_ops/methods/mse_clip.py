@@ -17,6 +17,7 @@ import torch
 from ...kernels.grids import Scale
 from ..options import Options
 from .base import Layer, Method, WeightError, register_method
+from .scales import BestScales
 
 
 @dataclass(frozen=True)
@@ -52,26 +53,25 @@ def search_scale(layer: Layer) -> Scale:
     """
     weight, grid, options = layer.weight, layer.grid, layer.options
     step = max(1 / options.steps_per_octave, grid.scale_step)
-    start, errors = layer.nearest_errors
-    best = start
+    start, _ = layer.nearest_errors
 
-    def attempt(scale: Scale, best: Scale, errors: torch.Tensor) -> tuple[Scale, torch.Tensor]:
+    def errors(scale: Scale) -> torch.Tensor:
         layer.step()
-        tried = grid.region_errors(weight, grid.encode(weight, scale), scale)
-        better = tried < errors  # zero regions have no error: they keep their scale
-        return grid.chosen(better, scale, best), torch.where(better, tried, errors)
+        return grid.region_errors(weight, grid.encode(weight, scale), scale)
 
+    best = BestScales(grid, layer.nearest_errors, errors)
     found = grid.best_factors(weight, start, tuple(_factors(options, step / 2, 2 * step)))
     if found is not None:
-        return attempt(grid.rescaled(start, found), best, errors)[0]
+        best.attempt(grid.rescaled(start, found))
+        return best.scale
     for factor in _factors(options, step, max(4 * step, 0.25)):
-        best, errors = attempt(grid.rescaled(start, factor), best, errors)
+        best.attempt(grid.rescaled(start, factor))
     for octaves in (2 * step, step, step / 2):
         if octaves >= grid.scale_step:
-            centre = best
+            centre = best.scale
             for factor in (2**octaves, 2**-octaves):
-                best, errors = attempt(grid.rescaled(centre, factor), best, errors)
-    return best
+                best.attempt(grid.rescaled(centre, factor))
+    return best.scale
 
 
 def _factors(options: MseClipOptions, step: float, wide: float) -> Iterator[float]:

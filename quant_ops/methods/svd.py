@@ -21,17 +21,12 @@ from ..options import Options
 from .base import Layer, Method, Objective, register_method
 from .learning_rate import SCHEDULES, LearningRate
 from .mse_clip import MseClipOptions, search_scale
+from .scales import WORTH_A_SCALE
 
-# The searched scale is used where it brings the weight error to this or less, x nearest's. Another
-# scale rounds every weight anew, and where activations have few directions the output error then
-# falls or rises by chance: by 4 % on the emoji model's single_blocks.2.linear2 (int8 row), for a
-# gain of 0.2 %. Under nearest's own scale its codes stay, but for those that learning moves. nf4
-# gains 7 %, fp8 rows 8 %; int8 rows and fp8 with one scale gain under 1 %.
-WORTH_A_SCALE = 0.95
-# ... and where no row or column of the weight errs more than this many times as much. Clipping a
-# few outliers for finer steps is cheap by the weight's error, and dear where just their inputs are
-# strong: of 22 layers of the emoji model in int8 with one scale, whose weight error falls to 0.77,
-# the output error of two rises to 2.3 and 2.7.
+# The searched scale is used where it is WORTH_A_SCALE, and no row or column of the weight errs more
+# than this many times as much. Clipping a few outliers for finer steps is cheap by the weight's
+# error, and dear where just their inputs are strong: of 22 layers of the emoji model in int8 with
+# one scale, whose weight error falls to 0.77, the output error of two rises to 2.3 and 2.7.
 WORST_CHANNEL = 2.0
 
 # Optimizer and what `lr` 1.0 means to it: adamw and radam move every weight by about lr, whatever
@@ -133,7 +128,7 @@ class Svd(Method):
     def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, Objective]:
         layer = replace(layer, weight=layer.weight.float())
         weight, grid, options = layer.weight, layer.grid, layer.options
-        scale = starting_scale(layer)
+        scale = clipped_scale(layer)
         rank = options.rank(tuple(weight.shape))
         directions = leading_directions(weight, rank, options.full_matrix, layer.generator)
 
@@ -143,19 +138,15 @@ class Svd(Method):
         return learn_codes(layer, scale, directions), scale, objective
 
 
-def starting_scale(layer: Layer) -> Scale:
+def clipped_scale(layer: Layer) -> Scale:
     """The scale of `mse_clip` where it gains enough and no channel pays for it, else nearest's."""
     weight, grid = layer.weight, layer.grid
     searching = replace(layer, options=MseClipOptions())
     (plain, _), searched = searching.nearest_errors, search_scale(searching)
-    before, after = (
-        grid.decode(grid.encode(weight, scale), scale).sub_(weight) for scale in (plain, searched)
-    )
-    worth = (
-        after.norm() <= WORTH_A_SCALE * before.norm()
-        and worst_channel(after, before) <= WORST_CHANNEL
-    )
-    return searched if worth else plain
+    before = grid.decode(grid.encode(weight, plain), plain).sub_(weight)
+    after = grid.decode(grid.encode(weight, searched), searched).sub_(weight)
+    gains = after.norm() <= WORTH_A_SCALE * before.norm()
+    return searched if gains and worst_channel(after, before) <= WORST_CHANNEL else plain
 
 
 def worst_channel(error: torch.Tensor, before: torch.Tensor) -> float:
@@ -164,7 +155,7 @@ def worst_channel(error: torch.Tensor, before: torch.Tensor) -> float:
     """
     ratios = []
     for dim in (0, 1):
-        now, was = (e.square().mean(dim).sqrt() for e in (error, before))
+        now, was = error.square().mean(dim).sqrt(), before.square().mean(dim).sqrt()
         ratios.append((now / was.clamp(min=was.mean())).amax())
     return float(torch.stack(ratios).amax())
 
