@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import gelu
 
 from .dispatch import op
-from .grids import Levels, TiledGrid
+from .grids import TiledGrid
+from .levels import Levels
 from .scales import Geometry
 from .triton import why_not_codes_of
 
@@ -48,7 +49,7 @@ def _why_not(x: torch.Tensor, levels: Levels, group: int | None) -> str | None:
 def _quantize_activations(x, levels, group):
     from .triton import activations
 
-    return activations.quantize(x, levels.dtype, levels.qmax, group)
+    return activations.quantize(x, levels, group)
 
 
 @op
@@ -68,4 +69,4 @@ def quantize_gelu(
 def _quantize_gelu(x, levels, group, approximate):
     from .triton import activations
 
-    return activations.quantize(x, levels.dtype, levels.qmax, group, gelu=approximate)
+    return activations.quantize(x, levels, group, gelu=approximate)

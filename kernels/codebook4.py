@@ -11,23 +11,13 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
 
 import torch
 
 from .columns import Columns, LevelColumns
 from .dispatch import op
-from .grids import (
-    Grid,
-    Levels,
-    by_division_,
-    by_reciprocal_,
-    decode,
-    encode,
-    squared_error,
-    tile_errors,
-    why_not_codes,
-)
+from .grids import Grid, decode, encode, squared_error, tile_errors, why_not_codes
+from .levels import Levels, by_division_, by_reciprocal_
 from .packing import pack_nibbles
 from .scales import CHUNK_ELEMENTS, Geometry, chunk_rows, scale_from_absmax
 
@@ -330,7 +320,6 @@ class FlatGrid(Grid):
 
     levels: Levels
     group_size: int
-    scale_step: ClassVar[float] = 0.0
 
     def _runs(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The flattened matrix as (blocks, group_size), then what is left as (1, rest); views of
@@ -377,9 +366,6 @@ class FlatGrid(Grid):
         parts = [decode(run, part, self.levels, ROWS) for run, part in pairs]
         return _joined(parts).view(codes.shape)
 
-    def rescaled(self, scale: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
-        return scale * factor
-
     def best_factors(
         self, weight: torch.Tensor, scale: torch.Tensor, factors: tuple[float, ...]
     ) -> torch.Tensor:
@@ -416,9 +402,6 @@ class FlatGrid(Grid):
         group = (index[:, None] + rows).div(self.group_size, rounding_mode="floor")
         return LevelColumns(self.levels, scale[group])
 
-    def chosen(self, take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return torch.where(take, scale, other)
-
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0].view(-1) if len(parts) == 1 else torch.cat([part.view(-1) for part in parts])
@@ -445,5 +428,4 @@ def nearest_flat4(
 def _nearest_flat4(weight, levels, group_size, packed):
     from .triton import quantize
 
-    how = (levels.name, levels.dtype, levels.qmax, levels.kernel, group_size, packed)
-    return quantize.quantize_groups(weight, *how)
+    return quantize.quantize_groups(weight, levels, group_size, packed)

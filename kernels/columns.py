@@ -7,12 +7,11 @@ Everything is transposed: a column is one contiguous row of N values.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:  # grids imports this module
-    from .grids import Levels
+from .levels import Levels
 
 
 class Columns(Protocol):

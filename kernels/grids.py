@@ -1,12 +1,9 @@
-"""Levels of a number format: rounding scaled values to codes and back, in cache-sized chunks.
-
-q = round(w / scale), w ~ q * scale. All arithmetic is float32 whatever the dtype of
-w: docs/formats.md#numbers.
+"""Grids: levels times scales. Rounding weights to codes and back in cache-sized chunks, and what
+methods choose from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Protocol, TypeAlias
@@ -15,137 +12,9 @@ import torch
 
 from .columns import Columns, LevelColumns
 from .dispatch import op
+from .levels import Levels, code_values
 from .scales import CHUNK_ELEMENTS, TINY, Geometry, chunk_rows, scale_from_absmax
 from .triton import why_not_codes_of, why_not_double
-
-
-@dataclass(frozen=True)
-class Levels:
-    """One number format: storage dtype, largest code value, and the in-place float32 step from w to
-    a code value.
-
-    `normalise_(x, scale)` turns float32 x into unrounded code values (multiply by the reciprocal,
-    or divide: the choice decides rare codes and is part of the format). `round_(x)` clamps, and
-    rounds where the cast would not. `widen(codes)` is the exact float32 value of each code.
-    `dither_(x, u)` moves x by u steps, u uniform in [-0.5, 0.5), and may round it, so that rounding
-    gives x on average. `clear_zero_blocks`: the cast keeps the sign of -0, which a zero block must
-    not show. `kernel`: the thresholds of a code table, () where rounding needs none; None where no
-    GPU kernel rounds so.
-    """
-
-    name: str
-    dtype: torch.dtype
-    qmax: float
-    normalise_: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    round_: Callable[[torch.Tensor], torch.Tensor]
-    widen: Callable[[torch.Tensor], torch.Tensor]
-    dither_: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    clear_zero_blocks: bool = False
-    kernel: tuple[float, ...] | None = None
-
-
-def by_reciprocal_(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return x.mul_(scale.reciprocal())
-
-
-def by_division_(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return x.div_(scale)
-
-
-E4M3_MAX = 448.0
-
-
-def _widen_e4m3(codes: torch.Tensor) -> torch.Tensor:
-    """Exact float32 values by way of float16 bits: sign, exponent and mantissa moved into place,
-    then times 2^8.
-
-    torch's own cast reads 0.65 GB/s of codes on two CPU cores, this 2.9 (torch 2.11).
-    """
-    if codes.is_cuda:
-        return codes.float()
-    # A sign-extended shift leaves the sign in bits 15 and 14; bit 14 belongs to the exponent.
-    half = (
-        codes.view(torch.int8)
-        .to(torch.int16)
-        .bitwise_left_shift_(7)
-        .bitwise_and_(~0x4000)
-        .view(torch.float16)
-    )
-    values = half.float().mul_(256.0)
-    # The two NaN codes come out as +-480, which no other code has. Looking for them in the floats
-    # takes 0.1 ns per code on one core, comparing the codes took 1.0.
-    if values.numel() and max(map(abs, torch.aminmax(values))) > E4M3_MAX:
-        values.masked_fill_(values.abs() > E4M3_MAX, torch.nan)
-    return values
-
-
-def _widen_e5m2(codes: torch.Tensor) -> torch.Tensor:
-    """Exact float32 values: e5m2 is the upper byte of float16, NaN and infinities included."""
-    if codes.is_cuda:
-        return codes.float()
-    return codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(8).view(torch.float16).float()
-
-
-def _clamp_to(limit: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: x.clamp_(-limit, limit)
-
-
-def _float_dither(
-    mantissa_bits: int, min_exponent: int
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    def dither_(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        # frexp: x = m * 2^e with m in [0.5, 1)
-        exponent = torch.frexp(x).exponent.sub_(1).clamp_(min=min_exponent)
-        step = torch.ldexp(torch.ones_like(x), exponent - mantissa_bits)
-        # Rounded on x's own steps: below a power of two the cast would use steps half as wide and
-        # shift the mean.
-        return x.add_(offset.mul_(step)).div_(step).round_().mul_(step)
-
-    return dither_
-
-
-# The cast to FP8 rounds to nearest even; the clamp comes first, because overflow differs between
-# torch versions.
-E4M3 = Levels(
-    name="e4m3fn",
-    dtype=torch.float8_e4m3fn,
-    qmax=E4M3_MAX,
-    normalise_=by_reciprocal_,
-    round_=_clamp_to(E4M3_MAX),
-    widen=_widen_e4m3,
-    dither_=_float_dither(3, -6),
-    clear_zero_blocks=True,
-    kernel=(),
-)
-E5M2 = Levels(
-    name="e5m2",
-    dtype=torch.float8_e5m2,
-    qmax=57344.0,
-    normalise_=by_reciprocal_,
-    round_=_clamp_to(57344.0),
-    widen=_widen_e5m2,
-    dither_=_float_dither(2, -14),
-    clear_zero_blocks=True,
-)
-INT8 = Levels(
-    name="int8",
-    dtype=torch.int8,
-    qmax=127.0,
-    normalise_=by_division_,
-    round_=lambda x: x.round_().clamp_(-127.0, 127.0),
-    widen=torch.Tensor.float,
-    dither_=torch.Tensor.add_,
-    kernel=(),
-)
-INT4 = Levels(
-    name="int4",
-    dtype=torch.int8,
-    qmax=7.0,
-    normalise_=by_division_,
-    round_=lambda x: x.round_().clamp_(-7.0, 7.0),
-    widen=torch.Tensor.float,
-    dither_=torch.Tensor.add_,
-)
 
 
 def _row_chunks(geometry: Geometry, weight: torch.Tensor) -> int:
@@ -222,7 +91,7 @@ def _why_not_nearest_codes(
 def _nearest_codes(weight, scale, levels, geometry, seed):
     from .triton import encode
 
-    return encode.encode(weight, scale, levels.name, levels.dtype, levels.kernel)
+    return encode.encode(weight, scale, levels)
 
 
 @op
@@ -256,9 +125,7 @@ def _why_not_nearest(weight: torch.Tensor, levels: Levels, geometry: Geometry) -
 def _nearest_tiles(weight, levels, geometry):
     from .triton import quantize
 
-    return quantize.quantize_tiles(
-        weight, levels.name, levels.dtype, levels.qmax, geometry.rows, geometry.cols
-    )
+    return quantize.quantize_tiles(weight, levels, geometry)
 
 
 def _clear_zero_blocks_(
@@ -269,8 +136,13 @@ def _clear_zero_blocks_(
         return
     zero = geometry.absmax(weight) < TINY
     if zero.any():
-        mask = _spread(zero, geometry, 0, weight.shape[0])
-        geometry.tiles(codes.view(torch.uint8)).masked_fill_(mask, 0)
+        _blank_(codes, zero, geometry)
+
+
+def _blank_(codes: torch.Tensor, zero: torch.Tensor, geometry: Geometry) -> None:
+    """Make the bytes of some tiles all zero."""
+    mask = _spread(zero, geometry, 0, len(codes))
+    geometry.tiles(codes.view(torch.uint8)).masked_fill_(mask, 0)
 
 
 def decode(
@@ -335,12 +207,6 @@ def _squared_error(weight, codes, scale, levels, geometry):
 
 
 @cache
-def code_values(levels: Levels) -> tuple[float, ...]:
-    """The value of each of the 16 codes."""
-    return tuple(levels.widen(torch.arange(16, dtype=torch.uint8)).tolist())
-
-
-@cache
 def _values(levels: Levels, device: torch.device) -> torch.Tensor:
     """`code_values` of 4-bit codes on a device; of others one number that nothing reads."""
     return torch.tensor(
@@ -383,21 +249,6 @@ def _tile_errors(weight, codes, scale, levels, geometry):
     return found.view(rows, len(found) // rows, cols, -1).sum((1, 3))
 
 
-E4M3_SCALE_STEP = 0.125  # e4m3fn has eight values per octave
-
-
-def rescaled_e4m3(scale: torch.Tensor, factor: float) -> torch.Tensor:
-    """factor * scale for scales stored as e4m3fn, rounded to even, at most 448."""
-    return scale.float().mul_(factor).clamp_(max=E4M3.qmax).to(torch.float8_e4m3fn)
-
-
-def chosen_e4m3(take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """`torch.where` for e4m3fn, by its bytes: torch has none for float8."""
-    return torch.where(take, scale.view(torch.uint8), other.view(torch.uint8)).view(
-        torch.float8_e4m3fn
-    )
-
-
 # A grid's own description of its scales, passed on unread: one tensor, or a NamedTuple where a
 # format has two levels.
 Scale: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
@@ -407,10 +258,11 @@ class Grid(Protocol):
     """The representable values of one weight matrix. Formats make it, methods choose from it.
 
     `scale_step`: octaves between neighbouring scales that the format can store, 0 for float32
-    scales. A search with finer steps than this meets the same scales again.
+    scales. A search with finer steps than this meets the same scales again. `rescaled` and `chosen`
+    are those of one float32 tensor.
     """
 
-    scale_step: float
+    scale_step: ClassVar[float] = 0.0
 
     def scale(self, weight: torch.Tensor) -> Scale:
         """The scale that maps each region's absmax to the largest code; 1.0 for zero regions."""
@@ -435,10 +287,11 @@ class Grid(Protocol):
     def decode(self, codes: torch.Tensor, scale: Scale) -> torch.Tensor:
         """(N, K) float32 value of each code."""
 
-    def rescaled(self, scale: Scale, factor: float) -> Scale:
+    def rescaled(self, scale: Scale, factor: float | torch.Tensor) -> Scale:
         """The closest scale to factor * scale that the format can store; scales that mark zero
         regions stay.
         """
+        return scale * factor
 
     def best_factors(
         self, weight: torch.Tensor, scale: Scale, factors: tuple[float, ...]
@@ -465,24 +318,60 @@ class Grid(Protocol):
         """`scale` for the regions where `take` is true, `other` elsewhere; `take` is shaped as
         `region_errors`.
         """
-
-
-def level_columns(
-    levels: Levels, geometry: Geometry, scale: torch.Tensor, index: torch.Tensor
-) -> LevelColumns:
-    """`Grid.columns` where `scale` is the grid of tile scales."""
-    of_columns = scale[:, index // geometry.cols] if geometry.cols else scale.expand(-1, len(index))
-    rows = 1 if geometry.rows is None else geometry.rows
-    return LevelColumns(levels, of_columns.t().repeat_interleave(rows, 1).contiguous())
+        return torch.where(take, scale, other)
 
 
 @dataclass(frozen=True)
-class TiledGrid(Grid):
-    """Levels times a tile geometry; `scale` is the 2-D grid of `Geometry.grid_shape`."""
+class ScaledGrid(Grid):
+    """Levels times one number per tile, which a subclass makes of the scale that it stores."""
 
     levels: Levels
     geometry: Geometry
-    scale_step: ClassVar[float] = 0.0
+
+    def multiplier(self, scale: Scale) -> torch.Tensor:
+        """What codes are multiplied by, float32 of `Geometry.grid_shape`; 0 where a tile decodes
+        to zeros whatever its codes.
+        """
+        return scale
+
+    def encode(self, weight: torch.Tensor, scale: Scale, seed: int = 0) -> torch.Tensor:
+        """(N, K) codes; all-zero bytes where the multiplier is 0."""
+        number = self.multiplier(scale)
+        zero = number == 0
+        if not zero.any():
+            return encode(weight, number, self.levels, self.geometry, seed)
+        codes = encode(weight, torch.where(zero, 1.0, number), self.levels, self.geometry, seed)
+        _blank_(codes, zero, self.geometry)
+        return codes
+
+    def squared_error(
+        self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale
+    ) -> tuple[float, float]:
+        return squared_error(weight, codes, self.multiplier(scale), self.levels, self.geometry)
+
+    def decode(self, codes: torch.Tensor, scale: Scale) -> torch.Tensor:
+        """(N, K) float32: value(code) * multiplier, the product rounded."""
+        return decode(codes, self.multiplier(scale), self.levels, self.geometry)
+
+    def region_errors(
+        self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale
+    ) -> torch.Tensor:
+        return tile_errors(weight, codes, self.multiplier(scale), self.levels, self.geometry)
+
+    def region_sums(self, x: torch.Tensor) -> torch.Tensor:
+        return self.geometry.tiles(x).sum((1, 3))
+
+    def columns(self, scale: Scale, index: torch.Tensor, shape: tuple[int, int]) -> Columns:
+        grid, geometry = self.multiplier(scale), self.geometry
+        of_columns = (
+            grid[:, index // geometry.cols] if geometry.cols else grid.expand(-1, len(index))
+        )
+        rows = 1 if geometry.rows is None else geometry.rows
+        return LevelColumns(self.levels, of_columns.t().repeat_interleave(rows, 1).contiguous())
+
+
+class TiledGrid(ScaledGrid):
+    """`scale` is the 2-D grid of `Geometry.grid_shape`, float32; 1.0 for zero tiles."""
 
     def scale(self, weight: torch.Tensor) -> torch.Tensor:
         return scale_from_absmax(self.geometry.absmax(weight), self.levels.qmax)
@@ -492,28 +381,3 @@ class TiledGrid(Grid):
 
     def nearest(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return nearest_tiles(weight, self.levels, self.geometry)
-
-    def squared_error(
-        self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
-    ) -> tuple[float, float]:
-        return squared_error(weight, codes, scale, self.levels, self.geometry)
-
-    def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return decode(codes, scale, self.levels, self.geometry)
-
-    def rescaled(self, scale: torch.Tensor, factor: float) -> torch.Tensor:
-        return scale * factor
-
-    def region_errors(
-        self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
-    ) -> torch.Tensor:
-        return tile_errors(weight, codes, scale, self.levels, self.geometry)
-
-    def region_sums(self, x: torch.Tensor) -> torch.Tensor:
-        return self.geometry.tiles(x).sum((1, 3))
-
-    def columns(self, scale: torch.Tensor, index: torch.Tensor, shape: tuple[int, int]) -> Columns:
-        return level_columns(self.levels, self.geometry, scale, index)
-
-    def chosen(self, take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return torch.where(take, scale, other)

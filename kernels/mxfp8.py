@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import torch
 
-from .columns import Columns
-from .grids import E4M3, Grid, decode, encode, level_columns, squared_error, tile_errors
+from .grids import ScaledGrid
+from .levels import E4M3, Levels
 from .scales import TINY, Geometry
 
 BLOCK = 32
@@ -36,12 +36,18 @@ def e8m0_value(exponent: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Mxfp8Grid(Grid):
+class Mxfp8Grid(ScaledGrid):
     """`scale` is (N, K/32) uint8, E8M0; 0 marks a zero block, whose codes are 0x00. K is a multiple
     of 32.
     """
 
+    levels: Levels = E4M3
+    geometry: Geometry = BLOCKS
     scale_step: ClassVar[float] = 1.0
+
+    def multiplier(self, scale: torch.Tensor) -> torch.Tensor:
+        """2^(e-127), exact; 0 for byte 0, as comfy-kitchen decodes it."""
+        return e8m0_value(scale).masked_fill_(scale == 0, 0.0)
 
     def scale(self, weight: torch.Tensor) -> torch.Tensor:
         absmax = BLOCKS.absmax(weight)
@@ -52,36 +58,7 @@ class Mxfp8Grid(Grid):
         )
         return exponent.masked_fill_(absmax < TINY, 0)
 
-    def encode(self, weight: torch.Tensor, scale: torch.Tensor, seed: int = 0) -> torch.Tensor:
-        return encode(weight, e8m0_value(scale), E4M3, BLOCKS, seed)
-
-    def squared_error(
-        self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
-    ) -> tuple[float, float]:
-        return squared_error(weight, codes, e8m0_value(scale), E4M3, BLOCKS)
-
-    def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """(N, K) float32: code * 2^(e-127), exact; 0 in blocks with byte 0, as comfy-kitchen
-        decodes them.
-        """
-        return decode(codes, e8m0_value(scale).masked_fill_(scale == 0, 0.0), E4M3, BLOCKS)
-
     def rescaled(self, scale: torch.Tensor, factor: float) -> torch.Tensor:
         """The exponent moved by log2(factor), rounded to even, within 1..254."""
         moved = (scale.int() + round(math.log2(factor))).clamp_(1, 254)
         return moved.to(torch.uint8).masked_fill_(scale == 0, 0)
-
-    def region_errors(
-        self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
-    ) -> torch.Tensor:
-        return tile_errors(weight, codes, e8m0_value(scale), E4M3, BLOCKS)
-
-    def region_sums(self, x: torch.Tensor) -> torch.Tensor:
-        return BLOCKS.tiles(x).sum((1, 3))
-
-    def columns(self, scale: torch.Tensor, index: torch.Tensor, shape: tuple[int, int]) -> Columns:
-        value = e8m0_value(scale).masked_fill_(scale == 0, 0.0)
-        return level_columns(E4M3, BLOCKS, value, index)
-
-    def chosen(self, take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return torch.where(take, scale, other)

@@ -10,20 +10,9 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from .codebook4 import E2M1
-from .columns import Columns
-from .grids import (
-    E4M3,
-    E4M3_SCALE_STEP,
-    Grid,
-    chosen_e4m3,
-    decode,
-    encode,
-    level_columns,
-    rescaled_e4m3,
-    squared_error,
-    tile_errors,
-)
-from .scales import Geometry, scale_from_absmax
+from .grids import ScaledGrid
+from .levels import E4M3, Levels
+from .scales import E4M3_SCALE_STEP, Geometry, chosen_e4m3, rescaled_e4m3, scale_from_absmax
 
 BLOCK = 16
 BLOCKS = Geometry(1, BLOCK)
@@ -45,10 +34,15 @@ class Nvfp4Scale(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Nvfp4Grid(Grid):
+class Nvfp4Grid(ScaledGrid):
     """K is a multiple of 16. A zero tensor has per_tensor 1.0 and otherwise only zero bytes."""
 
+    levels: Levels = E2M1
+    geometry: Geometry = BLOCKS
     scale_step: ClassVar[float] = E4M3_SCALE_STEP
+
+    def multiplier(self, scale: Nvfp4Scale) -> torch.Tensor:
+        return scale.total()
 
     def scale(self, weight: torch.Tensor) -> Nvfp4Scale:
         absmax = BLOCKS.absmax(weight)
@@ -60,38 +54,9 @@ class Nvfp4Grid(Grid):
         )
         return Nvfp4Scale(per_tensor, block.clamp_(max=E4M3.qmax).to(torch.float8_e4m3fn))
 
-    def encode(self, weight: torch.Tensor, scale: Nvfp4Scale, seed: int = 0) -> torch.Tensor:
-        """(N, K) uint8 E2M1 codes, sign << 3 | magnitude; 0 in blocks whose total scale is 0."""
-        total = scale.total()
-        zero = total == 0
-        codes = encode(weight, torch.where(zero, 1.0, total), E2M1, BLOCKS, seed)
-        if zero.any():
-            BLOCKS.tiles(codes).masked_fill_(zero[:, None, :, None], 0)
-        return codes
-
-    def squared_error(
-        self, weight: torch.Tensor, codes: torch.Tensor, scale: Nvfp4Scale
-    ) -> tuple[float, float]:
-        return squared_error(weight, codes, scale.total(), E2M1, BLOCKS)
-
-    def decode(self, codes: torch.Tensor, scale: Nvfp4Scale) -> torch.Tensor:
-        """(N, K) float32: value(code) * total, the product rounded."""
-        return decode(codes, scale.total(), E2M1, BLOCKS)
-
     def rescaled(self, scale: Nvfp4Scale, factor: float) -> Nvfp4Scale:
         """Block scales times factor as e4m3fn, at most 448; the scale of the tensor stays."""
         return scale._replace(block=rescaled_e4m3(scale.block, factor))
-
-    def region_errors(
-        self, weight: torch.Tensor, codes: torch.Tensor, scale: Nvfp4Scale
-    ) -> torch.Tensor:
-        return tile_errors(weight, codes, scale.total(), E2M1, BLOCKS)
-
-    def region_sums(self, x: torch.Tensor) -> torch.Tensor:
-        return BLOCKS.tiles(x).sum((1, 3))
-
-    def columns(self, scale: Nvfp4Scale, index: torch.Tensor, shape: tuple[int, int]) -> Columns:
-        return level_columns(E2M1, BLOCKS, scale.total(), index)
 
     def chosen(self, take: torch.Tensor, scale: Nvfp4Scale, other: Nvfp4Scale) -> Nvfp4Scale:
         return scale._replace(block=chosen_e4m3(take, scale.block, other.block))

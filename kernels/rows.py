@@ -17,8 +17,9 @@ from .codebook4 import E2M1, FlatGrid
 from .cuda import rows as cuda
 from .cuda import why_not_cuda
 from .dispatch import Op, op
-from .grids import INT8, Levels, code_values, decode
+from .grids import decode
 from .hadamard import rotate
+from .levels import INT8, Levels, code_values
 from .mxfp8 import BLOCK as MX_BLOCK
 from .mxfp8 import Mxfp8Grid
 from .nvfp4 import BLOCK as NV_BLOCK

@@ -21,9 +21,10 @@ from .cuda import rows as cuda_rows
 from .cuda import why_not_cuda
 from .device import gpu_of
 from .dispatch import op, ordered
-from .grids import INT8, Levels, code_values, decode
+from .grids import decode
 from .hadamard import rotate
 from .kinds import Codes
+from .levels import INT8, Levels, code_values
 from .packing import unpack_nibbles
 from .scaled_mm import why_not_scaled_mm
 from .scales import CHUNK_ELEMENTS, Geometry
@@ -131,7 +132,7 @@ def _linear_tiles_hopper(x, codes, scale, levels, geometry, bias):
     from .cuda import wide
     from .triton import activations
 
-    x_codes, x_scale = activations.quantize(x, levels.dtype, levels.qmax, geometry.cols)
+    x_codes, x_scale = activations.quantize(x, levels, geometry.cols)
     return wide.multiply(
         x_codes, x_scale, codes, scale, bias, x.dtype, geometry.cols, geometry.rows or len(codes)
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from .device import gpu_of
-from .grids import E4M3
+from .levels import E4M3
 from .scales import Geometry
 from .triton import why_not_triton
 
@@ -47,7 +47,7 @@ def linear(
     """(M, K) bfloat16 @ (N, K).T + bias, x quantized per row or per 128 elements."""
     from .triton import activations
 
-    x_codes, x_scale = activations.quantize(x, E4M3.dtype, E4M3.qmax, geometry.cols)
+    x_codes, x_scale = activations.quantize(x, E4M3, geometry.cols)
     if geometry.cols is None:
         w_scale = scale.t() if geometry.rows == 1 else scale.expand(1, len(codes)).contiguous()
         return torch._scaled_mm(x_codes, codes.t(), x_scale, w_scale, bias=bias, out_dtype=x.dtype)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .dispatch import op
+from .levels import E4M3_MAX
 from .triton import why_not_triton
 
 TINY = 2.0**-80  # a region whose absmax is below this is a zero block: docs/formats.md#numbers
@@ -118,3 +119,18 @@ def scale_from_absmax(absmax: torch.Tensor, qmax: float) -> torch.Tensor:
     # ulp off.
     divisor = torch.full((), qmax, dtype=torch.float32, device=absmax.device)
     return torch.where(absmax < TINY, torch.ones_like(absmax), absmax / divisor)
+
+
+E4M3_SCALE_STEP = 0.125  # e4m3fn has eight values per octave
+
+
+def rescaled_e4m3(scale: torch.Tensor, factor: float) -> torch.Tensor:
+    """factor * scale for scales stored as e4m3fn, rounded to even, at most 448."""
+    return scale.float().mul_(factor).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def chosen_e4m3(take: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`torch.where` for e4m3fn, by its bytes: torch has none for float8."""
+    return torch.where(take, scale.view(torch.uint8), other.view(torch.uint8)).view(
+        torch.float8_e4m3fn
+    )

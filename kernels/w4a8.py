@@ -19,10 +19,18 @@ import torch
 from .codebook4 import constant, fast_codes, look_up
 from .columns import Columns, TableColumns
 from .dispatch import op
-from .grids import E4M3_SCALE_STEP, Grid, chosen_e4m3, rescaled_e4m3, total
+from .grids import Grid, total
 from .hadamard import rotate
 from .packing import unpack_nibbles
-from .scales import CHUNK_ELEMENTS, TINY, Geometry, chunk_rows
+from .scales import (
+    CHUNK_ELEMENTS,
+    E4M3_SCALE_STEP,
+    TINY,
+    Geometry,
+    chosen_e4m3,
+    chunk_rows,
+    rescaled_e4m3,
+)
 from .triton import why_not_double, why_not_triton
 
 GROUP = 16

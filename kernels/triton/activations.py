@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..levels import E4M3, Levels
 from ..scales import TINY
 from .launch import launch
 from .rounding import divide, divide_many, magnitude, round_int8, scale_of
@@ -90,8 +91,7 @@ ROW_BLOCKS = ((4096, (1024, 4)), (12288, (4096, 8)), (None, (8192, 16)))
 
 def quantize(
     x: torch.Tensor,
-    dtype: torch.dtype,
-    qmax: float,
+    levels: Levels,
     group: int | None,
     shape: tuple[int, int] | None = None,
     gelu: str | None = None,
@@ -105,32 +105,20 @@ def quantize(
     m, k = x.shape
     if x.stride(1) != 1 or (group and x.stride(0) != k):
         x = x.contiguous()
-    codes = torch.empty((m, k), dtype=dtype, device=x.device)
+    codes = torch.empty((m, k), dtype=levels.dtype, device=x.device)
     groups = k // group if group else 1
     pitch = -(-m // 4) * 4
     scale = torch.empty((groups, pitch), dtype=torch.float32, device=x.device)
-    float8, activation = dtype == torch.float8_e4m3fn, ACTIVATIONS[gelu]
+    how, activation = (levels.qmax, levels is E4M3, TINY), ACTIVATIONS[gelu]
     if group:
         runs = max(4096 // group, 1)
-        grid, counts = (-(-m * groups // runs), 1, 1), (pitch, m * groups, groups)
-        launch(
-            _groups,
-            grid,
-            (x, codes, scale),
-            *counts,
-            qmax,
-            float8,
-            TINY,
-            group,
-            runs,
-            activation,
-            num_warps=4,
-        )
+        grid = (-(-m * groups // runs), 1, 1)
+        numbers = (pitch, m * groups, groups, *how, group, runs, activation)
+        launch(_groups, grid, (x, codes, scale), *numbers, num_warps=4)
     else:
-        most, warps = shape or next(
-            shape for limit, shape in ROW_BLOCKS if limit is None or k <= limit
-        )
+        fitting = (shape for limit, shape in ROW_BLOCKS if limit is None or k <= limit)
+        most, warps = shape or next(fitting)
         block = min(1 << (k - 1).bit_length(), most)
-        numbers = (k, x.stride(0), qmax, float8, TINY, block, activation)
+        numbers = (k, x.stride(0), *how, block, activation)
         launch(_rows, (m, 1, 1), (x, codes, scale), *numbers, num_warps=warps)
     return codes, scale[:, :m].t()

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..levels import Levels
 from .launch import launch
 from .rounding import divide, divide_many, magnitude, round_int8
 
@@ -42,9 +43,11 @@ def strip_table(thresholds: tuple[float, ...], signed: bool) -> tuple[int, ...]:
 
 
 @cache
-def table_of(name: str, thresholds: tuple[float, ...], device: torch.device) -> torch.Tensor:
+def table_of(levels: Levels, device: torch.device) -> torch.Tensor:
     """`strip_table` of a code table on a device; anything for levels that round by arithmetic."""
-    values = strip_table(thresholds, name == "nf4") if thresholds else (0,) * STRIPS
+    values = (0,) * STRIPS
+    if levels.kernel:
+        values = strip_table(levels.kernel, levels.name == "nf4")
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
@@ -218,23 +221,18 @@ def _encode(
     tl.store(codes + at, codes_of(value, s, divide(1.0, s), table, KIND), inside)
 
 
-def encode(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    name: str,
-    dtype: torch.dtype,
-    thresholds: tuple[float, ...],
-) -> torch.Tensor:
-    """(N, K) floats, scales as a grid over it -> (N, K) codes of the levels `name`, nearest with
-    ties as theirs.
+def encode(x: torch.Tensor, scale: torch.Tensor, levels: Levels) -> torch.Tensor:
+    """(N, K) floats, scales as a grid over it -> (N, K) nearest codes, with ties as the levels
+    have them.
     """
     n, k = x.shape
     grid_rows, grid_cols = scale.shape
-    codes = torch.empty((n, k), dtype=dtype, device=x.device)
+    codes = torch.empty((n, k), dtype=levels.dtype, device=x.device)
     block_k = block_columns(k, k // grid_cols)
     block_n = 2048 // block_k
-    tensors = (x.contiguous(), scale.contiguous(), table_of(name, thresholds, x.device), codes)
-    numbers = (n, k, grid_cols, n // grid_rows, k // grid_cols, KINDS[name], block_n, block_k)
+    tensors = (x.contiguous(), scale.contiguous(), table_of(levels, x.device), codes)
+    kind = KINDS[levels.name]
+    numbers = (n, k, grid_cols, n // grid_rows, k // grid_cols, kind, block_n, block_k)
     launch(_encode, (-(-n // block_n), -(-k // block_k), 1), tensors, *numbers, num_warps=4)
     return codes
 

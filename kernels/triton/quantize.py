@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..scales import TINY
+from ..levels import Levels
+from ..scales import TINY, Geometry
 from .encode import KINDS, byte_of_codes, code_word, table_of, upper_nibble, whole_absmax
 from .launch import launch
 from .rounding import divide, divide_small, magnitude, nearest_integer, scale_of
@@ -77,13 +78,7 @@ def _groups(
 
 
 def quantize_groups(
-    x: torch.Tensor,
-    name: str,
-    dtype: torch.dtype,
-    qmax: float,
-    thresholds: tuple[float, ...],
-    group: int,
-    pack: bool,
+    x: torch.Tensor, levels: Levels, group: int, pack: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Groups of consecutive elements of (N, K) -> codes (N, K), or (N, K/2) high nibble first, and
     (groups,) scales.
@@ -91,12 +86,12 @@ def quantize_groups(
     n, k = x.shape
     count = x.numel()
     groups = -(-count // group)
-    codes = torch.empty((n, k // 2 if pack else k), dtype=dtype, device=x.device)
+    codes = torch.empty((n, k // 2 if pack else k), dtype=levels.dtype, device=x.device)
     scale = torch.empty(groups, dtype=torch.float32, device=x.device)
     elements, warps = PACKED if pack else GROUPS
     runs = max(elements // group, 1)
-    tensors = (x.contiguous(), table_of(name, thresholds, x.device), codes, scale)
-    numbers = (count, groups, KINDS[name], qmax, TINY, pack, group, runs)
+    tensors = (x.contiguous(), table_of(levels, x.device), codes, scale)
+    numbers = (count, groups, KINDS[levels.name], levels.qmax, TINY, pack, group, runs)
     launch(_groups, (-(-groups // runs), 1, 1), tensors, *numbers, num_warps=warps)
     return codes, scale
 
@@ -184,19 +179,18 @@ def _tensor(
 
 
 def quantize_tiles(
-    x: torch.Tensor, name: str, dtype: torch.dtype, qmax: float, rows: int | None, cols: int | None
+    x: torch.Tensor, levels: Levels, geometry: Geometry
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, K) -> (N, K) codes, float32 scales as a grid of tiles of rows x cols (None: the whole
-    extent).
-    """
+    """(N, K) -> (N, K) codes, float32 scales as a grid of tiles."""
     n, k = x.shape
+    rows, cols = geometry.rows, geometry.cols
     x = x.contiguous()
     if rows == 1 and cols:
-        codes, scale = quantize_groups(x, name, dtype, qmax, (), cols, False)
+        codes, scale = quantize_groups(x, levels, cols, False)
         return codes, scale.view(n, -1)
-    codes = torch.empty((n, k), dtype=dtype, device=x.device)
+    codes = torch.empty((n, k), dtype=levels.dtype, device=x.device)
     scale = torch.empty((n // (rows or n), k // (cols or k)), dtype=torch.float32, device=x.device)
-    table, how = table_of(name, (), x.device), (KINDS[name], qmax, TINY)
+    table, how = table_of(levels, x.device), (KINDS[levels.name], levels.qmax, TINY)
     if rows is None:
         elements, warps = TENSOR
         grid = (-(-x.numel() // elements), 1, 1)

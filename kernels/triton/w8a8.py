@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..device import gpu_of
+from ..levels import E4M3, INT8
 from ..scales import Geometry
 from . import activations
 from .launch import launch
@@ -199,8 +200,8 @@ def linear(
     """(M, K) floats @ (N, K).T + bias in x's dtype, x quantized to the codes' kind with the
     weight's groups along K.
     """
-    qmax = 127.0 if codes.dtype == torch.int8 else 448.0
-    x_codes, x_scale = activations.quantize(x, codes.dtype, qmax, geometry.cols)
+    levels = INT8 if codes.dtype == torch.int8 else E4M3
+    x_codes, x_scale = activations.quantize(x, levels, geometry.cols)
     n = len(codes)
     if geometry.cols is None and geometry.rows == 1:
         return rows_product(x_codes, x_scale, codes, scale, bias, x.dtype)

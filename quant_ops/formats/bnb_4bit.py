@@ -11,7 +11,7 @@ import torch
 
 from ...kernels.codebook4 import FP4, NF4, FlatGrid, nearest_flat4
 from ...kernels.dispatch import Op
-from ...kernels.grids import Levels
+from ...kernels.levels import Levels
 from ...kernels.packing import pack_nibbles, unpack_nibbles
 from ...kernels.runtime import dequantize_flat4, linear_flat4
 from ..errors import CheckpointError

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ...kernels.grids import INT4
+from ...kernels.levels import INT4
 from ...kernels.packing import pack_nibbles, unpack_nibbles
 from ..errors import CheckpointError
 from ..spec import LayerInput, TensorSpec
@@ -36,7 +36,7 @@ class ConvRotW4A4(TiledFormat):
     """
 
     name, min_comfyui, native = "convrot_w4a4", "0.28.0", True
-    levels, dtype, codes_per_byte, unused_code = INT4, "I8", 2, -8
+    levels, codes_per_byte = INT4, 2
     arrangements = (Arrangement.ROW,)
     layout_options = ("convrot_groupsize",)
 

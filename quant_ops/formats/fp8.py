@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...kernels.grids import E4M3, E5M2
+from ...kernels.levels import E4M3, E5M2
 from .arrangement import Arrangement
 from .base import PRECISE, FormatOptions, register_format
 from .chain import FP8_ROW
@@ -44,7 +44,7 @@ class Float8E4M3(ScalarFP8):
 
     name, min_comfyui = "float8_e4m3fn", "0.4.0"
     short, called = "fp8", ("fp8_scaled",)
-    levels, dtype = E4M3, "F8_E4M3"
+    levels = E4M3
 
 
 class Float8E5M2(ScalarFP8):
@@ -64,7 +64,7 @@ class Float8E5M2(ScalarFP8):
     """
 
     name, min_comfyui = "float8_e5m2", "0.8.0"
-    levels, dtype = E5M2, "F8_E5M2"
+    levels = E5M2
 
     @dataclass(frozen=True)
     class Options(ScalarFP8.Options):
@@ -89,7 +89,7 @@ class Float8Rowwise(TiledFormat):
     """
 
     name, native, min_comfyui = "float8_e4m3fn_rowwise", False, "0.8.0"
-    levels, dtype = E4M3, "F8_E4M3"
+    levels = E4M3
     arrangements = (Arrangement.ROW,)
 
     @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Float8Blockwise(BlockFormat):
     """
 
     name, instead = "float8_e4m3fn_blockwise", FP8_ROW
-    levels, dtype = E4M3, "F8_E4M3"
+    levels = E4M3
     arrangements = (Arrangement.TILE,)
 
     @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Float8Block3d(BlockFormat):
     """
 
     name, instead = "float8_e4m3fn_block3d", FP8_ROW
-    levels, dtype = E4M3, "F8_E4M3"
+    levels = E4M3
     arrangements = (Arrangement.GROUP,)
     lacks_group_size = True
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from ...kernels.grids import INT8
+from ...kernels.levels import INT8
 from ..errors import CheckpointError, RecipeError
 from ..spec import LayerInput, TensorSpec
 from .arrangement import Arrangement
@@ -14,8 +14,6 @@ from .base import FormatOptions, register_format, with_precision
 from .chain import INT8_ROW, Next
 from .convrot import AUTO, LARGEST, READ, WRITTEN, refusal, smaller_group, stored_group
 from .tiled import BLOCK_SIZES, BlockFormat, BlockOptions, TiledFormat
-
-LOWEST = -128  # never written: every code has a positive counterpart
 
 
 class Int8Tensorwise(TiledFormat):
@@ -64,7 +62,7 @@ class Int8Tensorwise(TiledFormat):
     name, min_comfyui, native = "int8_tensorwise", "0.27.0", True
     short, short_options = "int8", {"convrot": AUTO}
     embedding_min_comfyui = "0.29.0"
-    levels, dtype, unused_code = INT8, "I8", LOWEST
+    levels = INT8
     arrangements = (Arrangement.TENSOR, Arrangement.ROW)
     layout_options = ("scaling", "convrot_groupsize")
 
@@ -147,6 +145,11 @@ class Int8Tensorwise(TiledFormat):
         return {**options, "convrot": True, "convrot_groupsize": group}
 
 
+@dataclass(frozen=True)
+class Int8BlockOptions(BlockOptions):
+    block_size: int = 128
+
+
 class Int8Blockwise(BlockFormat):
     """One scale per square tile; N and K are multiples of its side.
 
@@ -164,13 +167,11 @@ class Int8Blockwise(BlockFormat):
     """
 
     name, instead = "int8_blockwise", INT8_ROW
-    levels, dtype, unused_code = INT8, "I8", LOWEST
+    levels = INT8
     arrangements = (Arrangement.TILE,)
 
     @dataclass(frozen=True)
-    class Options(BlockOptions):
-        block_size: int = 128
-
+    class Options(Int8BlockOptions):
         choices: ClassVar = {"scaling": ("block2d", "block"), "block_size": BLOCK_SIZES}
 
 
@@ -190,14 +191,12 @@ class Int8Lodewise(BlockFormat):
     """
 
     name, instead = "int8_lodewise", INT8_ROW
-    levels, dtype, unused_code = INT8, "I8", LOWEST
+    levels = INT8
     arrangements = (Arrangement.GROUP,)
     modes_meant = ("block3d",)
 
     @dataclass(frozen=True)
-    class Options(BlockOptions):
-        block_size: int = 128
-
+    class Options(Int8BlockOptions):
         choices: ClassVar = {"scaling": ("block",), "block_size": BLOCK_SIZES}
 
 

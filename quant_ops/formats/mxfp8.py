@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...kernels.dispatch import Op
-from ...kernels.grids import E4M3
+from ...kernels.levels import E4M3
 from ...kernels.mxfp8 import BLOCK, Mxfp8Grid
 from ...kernels.packing import swizzle_scales, unswizzle_scales
 from ...kernels.runtime import linear_mxfp8

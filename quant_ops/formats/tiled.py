@@ -10,11 +10,13 @@ from typing import ClassVar
 import torch
 
 from ...kernels.dispatch import Op
-from ...kernels.grids import E4M3, INT8, Levels, TiledGrid, decode
+from ...kernels.grids import TiledGrid, decode
 from ...kernels.hadamard import rotate
+from ...kernels.levels import E4M3, INT8, Levels
 from ...kernels.runtime import dequantize_tiles, linear_tiles
 from ...kernels.scales import Geometry
 from ..errors import CheckpointError
+from ..sources import DTYPE_NAMES
 from ..spec import LayerInput, TensorSpec
 from .arrangement import Arrangement
 from .base import Format, FormatOptions, with_precision
@@ -32,7 +34,11 @@ class TiledFormat(Format):
     """
 
     levels: Levels
-    dtype: str  # safetensors dtype of the codes
+
+    @property
+    def unused_code(self) -> int | None:
+        """Of integers the one below -qmax: never written, so that every code has its opposite."""
+        return None if self.levels.dtype.is_floating_point else -int(self.levels.qmax) - 1
 
     @property
     def stores(self) -> str:
@@ -71,7 +77,7 @@ class TiledFormat(Format):
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         n, k = layer.shape
         return {
-            "weight": (self.dtype, (n, k // self.codes_per_byte)),
+            "weight": (DTYPE_NAMES[self.levels.dtype], (n, k // self.codes_per_byte)),
             "weight_scale": ("F32", self.scale_shape(layer.shape, options)),
         }
 

@@ -12,7 +12,7 @@ from comfy_kitchen.tensor.base import QuantizedTensor
 from ...kernels import choice
 from ...kernels.device import gpu_at, gpu_of
 from ...kernels.dispatch import Op
-from ...kernels.grids import E4M3, INT8
+from ...kernels.levels import E4M3, INT8
 from ...kernels.rows import SPANS
 from ...kernels.runtime import linear_mxfp8, linear_nvfp4, linear_rotated, linear_tiles
 from ...kernels.scales import Geometry

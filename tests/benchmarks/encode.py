@@ -25,7 +25,8 @@ from torch.nn.functional import gelu
 
 from fewbits.kernels.activations import quantize_activations, quantize_gelu
 from fewbits.kernels.codebook4 import nearest_flat4
-from fewbits.kernels.grids import E4M3, INT8, nearest_tiles
+from fewbits.kernels.grids import nearest_tiles
+from fewbits.kernels.levels import E4M3, INT8
 from fewbits.kernels.scales import Geometry
 
 RESULTS = Path(__file__).parent / "results" / "encode.csv"

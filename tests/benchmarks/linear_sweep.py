@@ -23,7 +23,7 @@ import triton
 
 from fewbits.kernels.cuda import skinny, wide
 from fewbits.kernels.kinds import Codes
-from fewbits.kernels.runtime import code_values
+from fewbits.kernels.levels import E4M3, INT8, code_values
 from fewbits.kernels.triton import activations, w8a8
 from fewbits.kernels.triton.w8a8 import Tile
 
@@ -95,7 +95,7 @@ def sweep_wide(
         else:
             levels, geometry = gpu.TILED[name]
             group, per_scale, values = geometry.cols, geometry.rows or n, None
-            quantize = partial(activations.quantize, x, levels.dtype, levels.qmax, group)
+            quantize = partial(activations.quantize, x, levels, group)
             inputs, quantizer = quantize(), gpu.graph_time([quantize] * 4, 3)
         scaling, found = wide.Scaling(Codes.of(levels.dtype), group, per_scale), []
         for tile, split in itertools.product(wide.COSTS[scaling.family], wide.SPLITS):
@@ -138,17 +138,10 @@ CODED = ("int8 row", "int8 block 128", "int8 block 64", "fp8 row", "fp8 block 12
 
 
 def candidates(m: int, geometry) -> list[Tile]:
-    tiles = (
-        TINY
-        if m <= 16
-        else SMALL
-        if m <= 64
-        else MIDDLE
-        if m <= 256
-        else GROUPED
-        if geometry.cols
-        else BIG
-    )
+    if m > 256:
+        tiles = GROUPED if geometry.cols else BIG
+    else:
+        tiles = next(tiles for most, tiles in ((16, TINY), (64, SMALL), (256, MIDDLE)) if m <= most)
     return [t._replace(k=min(t.k, geometry.cols or t.k)) for t in tiles]
 
 
@@ -160,7 +153,7 @@ def sweep_coded(part: int | None = None) -> None:
         levels, geometry = gpu.TILED[name]
         layer = gpu.layer(name, n, k)
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        xc, xs = activations.quantize(x, levels.dtype, levels.qmax, geometry.cols)
+        xc, xs = activations.quantize(x, levels, geometry.cols)
         found = []
         for tile in candidates(m, geometry):
             calls = [
@@ -181,9 +174,7 @@ def sweep_coded(part: int | None = None) -> None:
             ) as error:
                 print("  ", tile, type(error).__name__, str(error)[:80], flush=True)
         if part is None:
-            quantizer = gpu.graph_time(
-                [lambda: activations.quantize(x, levels.dtype, levels.qmax, geometry.cols)] * 4
-            )
+            quantizer = gpu.graph_time([lambda: activations.quantize(x, levels, geometry.cols)] * 4)
             report(
                 f"{name} {n}x{k} M={m} (quantizer {quantizer:.4f})",
                 gpu.graph_time(layer.plain_linears(x)),
@@ -200,9 +191,9 @@ def sweep_library() -> None:
             gpu.layer("fp8 block 128", n, k),
             gpu.layer("int8 row", n, k),
         )
-        xc, xs = activations.quantize(x, torch.float8_e4m3fn, 448.0, None)
-        gc, gs = activations.quantize(x, torch.float8_e4m3fn, 448.0, 128)
-        ic, _ = activations.quantize(x, torch.int8, 127.0, None)
+        xc, xs = activations.quantize(x, E4M3, None)
+        gc, gs = activations.quantize(x, E4M3, 128)
+        ic, _ = activations.quantize(x, INT8, None)
         scaled = torch._scaled_mm
         calls = {
             f"scaled_mm row fast={fast}": [
@@ -235,18 +226,16 @@ def sweep_quantizer() -> None:
         copy = (
             gpu.graph_time([lambda c=c: target.copy_(c) for c in copies]) * 0.75
         )  # 3 bytes moved instead of 4
-        for dtype, most in ((torch.int8, 127.0), (torch.float8_e4m3fn, 448.0)):
+        for levels in (INT8, E4M3):
             found = []
             for shape in itertools.product((1024, 2048, 4096, 8192, 16384), (4, 8, 16)):
-                calls = [
-                    lambda c=c: activations.quantize(c, dtype, most, None, shape) for c in copies
-                ]
+                calls = [lambda c=c: activations.quantize(c, levels, None, shape) for c in copies]
                 found.append((gpu.graph_time(calls, 3), shape))
             grouped = gpu.graph_time(
-                [lambda c=c: activations.quantize(c, dtype, most, 128) for c in copies]
+                [lambda c=c: activations.quantize(c, levels, 128) for c in copies]
             )
             report(
-                f"quantizer {dtype} {m}x{k}, copying as many bytes {copy:.4f}, groups {grouped:.4f}",
+                f"quantizer {levels.name} {m}x{k}, copying as many bytes {copy:.4f}, groups {grouped:.4f}",
                 copy,
                 found,
             )

@@ -28,16 +28,9 @@ from triton.runtime.jit import mangle_type
 
 from fewbits.kernels.codebook4 import E2M1, FP4, NF4, lowest_error, nearest_flat4
 from fewbits.kernels.dispatch import use_backend
-from fewbits.kernels.grids import (
-    E4M3,
-    E5M2,
-    INT8,
-    nearest_codes,
-    nearest_tiles,
-    squared_error,
-    tile_errors,
-)
+from fewbits.kernels.grids import nearest_codes, nearest_tiles, squared_error, tile_errors
 from fewbits.kernels.hadamard import rotate
+from fewbits.kernels.levels import E4M3, E5M2, INT8
 from fewbits.kernels.packing import packed_nibbles
 from fewbits.kernels.scales import Geometry, tile_absmax
 from fewbits.kernels.triton import encode, errors, hadamard, launch, quantize, search, tiles, w4a8  # noqa: F401

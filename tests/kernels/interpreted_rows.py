@@ -20,8 +20,9 @@ import triton.language as tl
 from fewbits.kernels import rows
 from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid
 from fewbits.kernels.dispatch import use_backend
-from fewbits.kernels.grids import E4M3, INT8, TiledGrid, decode
+from fewbits.kernels.grids import TiledGrid, decode
 from fewbits.kernels.hadamard import rotate
+from fewbits.kernels.levels import E4M3, INT8
 from fewbits.kernels.mxfp8 import Mxfp8Grid
 from fewbits.kernels.nvfp4 import Nvfp4Grid
 from fewbits.kernels.packing import pack_nibbles, swizzle_scales

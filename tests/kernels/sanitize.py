@@ -20,16 +20,9 @@ from fewbits.kernels import runtime
 from fewbits.kernels.activations import quantize_activations, quantize_gelu
 from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid, lowest_error, nearest_flat4
 from fewbits.kernels.dispatch import Op, use_backend
-from fewbits.kernels.grids import (
-    E4M3,
-    INT8,
-    Levels,
-    TiledGrid,
-    nearest_codes,
-    nearest_tiles,
-    tile_errors,
-)
+from fewbits.kernels.grids import TiledGrid, nearest_codes, nearest_tiles, tile_errors
 from fewbits.kernels.hadamard import rotate
+from fewbits.kernels.levels import E4M3, INT8, Levels
 from fewbits.kernels.packing import pack_nibbles, packed_nibbles
 from fewbits.kernels.scales import Geometry, tile_absmax
 from fewbits.kernels.w4a8 import (

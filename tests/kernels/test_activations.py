@@ -8,7 +8,8 @@ from torch.nn.functional import gelu
 
 from fewbits.kernels.activations import quantize_activations, quantize_gelu
 from fewbits.kernels.dispatch import use_backend
-from fewbits.kernels.grids import E4M3, INT8, decode
+from fewbits.kernels.grids import decode
+from fewbits.kernels.levels import E4M3, INT8
 from fewbits.kernels.scales import Geometry
 
 by_form = pytest.mark.parametrize("form", ["tanh", "none"])

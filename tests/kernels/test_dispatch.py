@@ -10,7 +10,7 @@ from fewbits.kernels import dispatch, runtime
 from fewbits.kernels.codebook4 import NF4
 from fewbits.kernels.device import CLASSES, as_if
 from fewbits.kernels.dispatch import Op, use_backend
-from fewbits.kernels.grids import E4M3, INT8
+from fewbits.kernels.levels import E4M3, INT8
 from fewbits.kernels.scales import Geometry
 
 

@@ -5,7 +5,8 @@ import torch
 
 from fewbits.kernels.codebook4 import E2M1, FP4, NF4, FlatGrid
 from fewbits.kernels.dispatch import use_backend
-from fewbits.kernels.grids import E4M3, E5M2, INT4, INT8, TiledGrid, squared_error, tile_errors
+from fewbits.kernels.grids import TiledGrid, squared_error, tile_errors
+from fewbits.kernels.levels import E4M3, E5M2, INT4, INT8
 from fewbits.kernels.mxfp8 import Mxfp8Grid
 from fewbits.kernels.nvfp4 import Nvfp4Grid
 from fewbits.kernels.scales import Geometry

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fewbits.kernels.grids import E4M3, E5M2, INT4, INT8, TiledGrid, decode, encode
+from fewbits.kernels.grids import TiledGrid, decode, encode
+from fewbits.kernels.levels import E4M3, E5M2, INT4, INT8
 from fewbits.kernels.scales import CHUNK_ELEMENTS, TINY, Geometry, scale_from_absmax
 from fewbits.quant_ops import reference
 from support.vectors import raw

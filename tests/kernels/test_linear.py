@@ -13,8 +13,9 @@ from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid
 from fewbits.kernels.cuda import skinny, wide
 from fewbits.kernels.device import CLASSES, as_if
 from fewbits.kernels.dispatch import list_backends, use_backend
-from fewbits.kernels.grids import E4M3, INT8, TiledGrid, decode
+from fewbits.kernels.grids import TiledGrid, decode
 from fewbits.kernels.kinds import Codes
+from fewbits.kernels.levels import E4M3, INT8
 from fewbits.kernels.packing import pack_nibbles
 from fewbits.kernels.scaled_mm import why_not_scaled_mm
 from fewbits.kernels.scales import Geometry

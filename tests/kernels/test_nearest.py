@@ -10,7 +10,8 @@ import torch
 
 from fewbits.kernels.codebook4 import E2M1, FP4, NF4, FlatGrid, nearest_flat4
 from fewbits.kernels.dispatch import use_backend
-from fewbits.kernels.grids import E4M3, E5M2, INT8, TiledGrid, nearest_tiles
+from fewbits.kernels.grids import TiledGrid, nearest_tiles
+from fewbits.kernels.levels import E4M3, E5M2, INT8
 from fewbits.kernels.packing import pack_nibbles
 from fewbits.kernels.scales import Geometry
 

@@ -7,7 +7,8 @@ from fewbits.kernels import runtime
 from fewbits.kernels.activations import quantize_activations
 from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid
 from fewbits.kernels.dispatch import list_backends, use_backend
-from fewbits.kernels.grids import E4M3, E5M2, INT8, TiledGrid, encode
+from fewbits.kernels.grids import TiledGrid, encode
+from fewbits.kernels.levels import E4M3, E5M2, INT8
 from fewbits.kernels.packing import pack_nibbles
 from fewbits.kernels.scales import Geometry
 

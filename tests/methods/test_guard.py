@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fewbits.kernels.grids import INT8, TiledGrid
+from fewbits.kernels.grids import TiledGrid
+from fewbits.kernels.levels import INT8
 from fewbits.kernels.scales import Geometry
 from fewbits.quant_ops.errors import RecipeError
 from fewbits.quant_ops.methods import METHODS, Layer, choose, get_method, layer_generator

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewbits.kernels.grids import INT4, TiledGrid
+from fewbits.kernels.grids import TiledGrid
+from fewbits.kernels.levels import INT4
 from fewbits.kernels.scales import Geometry
 from fewbits.quant_ops.doors import inspect_file, quantize_file, verify_file
 from fewbits.quant_ops.formats import FORMATS, Format, FormatOptions

@@ -11,7 +11,8 @@ import torch
 
 from fewbits.kernels import runtime
 from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid
-from fewbits.kernels.grids import E4M3, INT8, TiledGrid
+from fewbits.kernels.grids import TiledGrid
+from fewbits.kernels.levels import E4M3, INT8
 from fewbits.kernels.packing import pack_nibbles
 from fewbits.kernels.scales import Geometry
 from fewbits.quant_ops.bench import median_ms, replayed

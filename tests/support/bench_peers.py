@@ -14,7 +14,7 @@ from importlib.metadata import version
 import torch
 
 from fewbits.kernels import activations
-from fewbits.kernels.grids import E4M3, INT8
+from fewbits.kernels.levels import E4M3, INT8
 from support import bench_layers as gpu
 
 Calls = list[Callable[[], object]]
