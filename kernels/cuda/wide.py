@@ -20,10 +20,27 @@ from .skinny import aligned
 
 SOURCE = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
 ARGUMENTS = struct.Struct("128s128s128s4P7I4x")
-STEP = {Codes.FOUR_BIT: 64, Codes.INT8: 128, Codes.FP8: 128}  # elements of K in a stage
 SHARED_BYTES = 227 * 1024
-TABLE_BYTES = 256 * 128  # of a 4-bit code: the pair of each byte, once per 8 bytes of the banks
 OUT_BYTES = 5120  # of a group of warps: output on its way
+
+
+class Stage(NamedTuple):
+    """What a kind of codes takes of shared memory.
+
+    k: elements of K in a stage; row: bytes of a row of W there; table: bytes of the table that
+    decodes, for 4 bits the pair of each byte, once per 8 bytes of the banks.
+    """
+
+    k: int
+    row: int
+    table: int = 0
+
+
+STAGES = {
+    Codes.FOUR_BIT: Stage(64, 32, 256 * 128),
+    Codes.INT8: Stage(128, 128),
+    Codes.FP8: Stage(128, 128),
+}
 
 
 class Tile(NamedTuple):
@@ -92,11 +109,15 @@ class Scaling(NamedTuple):
     rows: int
 
     @property
+    def stage(self) -> Stage:
+        return STAGES[self.codes]
+
+    @property
     def parts(self) -> int:
         """Groups of K with 8-bit scales of their own in a stage."""
         if self.codes == Codes.FOUR_BIT or not self.group:
             return 0
-        return STEP[self.codes] // self.group
+        return self.stage.k // self.group
 
     @property
     def x_left(self) -> bool:
@@ -119,13 +140,12 @@ class Scaling(NamedTuple):
 
 def shared_bytes(scaling: Scaling, tile: Tile) -> int:
     """Shared memory of a block: stages, or sums to add; table of a 4-bit code; output; barriers."""
-    four_bit = scaling.codes == Codes.FOUR_BIT
-    left = 64 * tile.groups * (32 if four_bit else 128)
+    left = 64 * tile.groups * scaling.stage.row
     scales = 0 if scaling.x_left else scaling.parts * tile.right * 4
     stages = tile.stages * (tile.right * 128 + left + scales)
     sums = tile.right * tile.groups * 256 if tile.split > 1 else 0
-    table = TABLE_BYTES if four_bit else 0
-    return 1024 + max(stages, sums) + 16 * tile.stages + table + tile.groups * OUT_BYTES
+    beside = scaling.stage.table + tile.groups * OUT_BYTES
+    return 1024 + max(stages, sums) + 16 * tile.stages + beside
 
 
 def _microseconds(tile: Tile, family: str, steps: int, needed: int, multiprocessors: int) -> float:
@@ -141,7 +161,7 @@ def _microseconds(tile: Tile, family: str, steps: int, needed: int, multiprocess
 def tile_for(scaling: Scaling, m: int, n: int, k: int, multiprocessors: int) -> Tile:
     """The tile of least estimated time."""
     family, rows = scaling.family, scaling.factors(m, n)
-    steps = -(-k // STEP[scaling.codes])
+    steps = -(-k // scaling.stage.k)
     best, least = None, float("inf")
     for whole in COSTS[family]:
         needed = whole.needed(*rows)
@@ -311,17 +331,16 @@ def plan_for(
     m, n, k = shape
     multiprocessors = gpu_at(device).multiprocessors
     tile = tile or tile_for(scaling, m, n, k, multiprocessors)
-    left, step = 64 * tile.groups, STEP[scaling.codes]
+    left = 64 * tile.groups
     x_rows, w_rows = (left, tile.right) if scaling.x_left else (tile.right, left)
-    w_columns = step // 2 if scaling.codes == Codes.FOUR_BIT else step
     tiles = tile.needed(*scaling.factors(m, n))
     clusters = tiles if tile.split > 1 else min(tiles, multiprocessors)
     return Plan(
         entry=_entry(device, scaling, dtype, tile, values),
         grid=(clusters * tile.split, 1, 1),
         threads=128 * (tile.groups + 1),
-        x_box=(x_rows, step),
-        w_box=(w_rows, w_columns),
+        x_box=(x_rows, scaling.stage.k),
+        w_box=(w_rows, scaling.stage.row),
         right=tile.right,
         shift=_shift(scaling, n),
     )
@@ -371,10 +390,9 @@ def multiply(
             box = (scaling.parts, plan.right)
             address = x_scale.data_ptr()
             scales_map = map_of(address, x_scale.dtype, groups, m, 4 * pitch, box, False)
-    at = scale.data_ptr()
-    x_scale_at = at if x_scale is None else x_scale.data_ptr()
-    bias_at = at if bias is None else bias.data_ptr()
-    pointers = (x_scale_at, at, bias_at, out.data_ptr())
+    # what is not there is not read: any address will do
+    tensors = [scale if tensor is None else tensor for tensor in (x_scale, scale, bias, out)]
+    pointers = [tensor.data_ptr() for tensor in tensors]
     numbers = (m, n, k, bias is not None, plan.shift, groups, pitch)
     plan.entry.launch(plan.grid, plan.threads, ARGUMENTS, *factors, scales_map, *pointers, *numbers)
     return out
