@@ -5,7 +5,7 @@
     python3 dev.py test [pytest args]   all tests on CPU, real ComfyUI included
     python3 dev.py test --fast          those that start no ComfyUI and take no time
     python3 dev.py comfy [--port N]     ComfyUI with the pack and the emoji model, to click in
-    python3 dev.py bench [NAME] [args]  the scripts of tests/benchmarks on this machine
+    python3 dev.py bench [NAME] [args]  a script of tests/benchmarks; without a name their list
     python3 dev.py lint                 ruff: check and format
 
 The first run downloads the pinned ComfyUI and makes a virtual environment, both in a cache folder
@@ -16,6 +16,7 @@ names a ComfyUI of your own instead, COMFYUI_PYTHON its interpreter; both stay a
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import platform
 import sys
@@ -81,7 +82,7 @@ def command_line() -> argparse.ArgumentParser:
     comfy.add_argument(
         "--port", type=int, default=8188, help="default 8188; a free one if that is taken"
     )
-    command("bench", "speed and memory; other arguments go to the script")
+    command("bench", "NAME: speed and memory; other arguments go to the script")
     command("lint", "ruff check and ruff format --check")
     return parser
 
@@ -133,13 +134,20 @@ def comfy(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def bench(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
-    scripts = {
-        path.stem: f"tests/benchmarks/{path.name}"
-        for path in sorted((ROOT / "tests/benchmarks").glob("*.py"))
-    }
-    if rest and rest[0] in scripts:
-        scripts, rest = {rest[0]: scripts[rest[0]]}, rest[1:]
-    return max(env.python(script, *rest) for script in scripts.values())
+    scripts = {path.stem: path for path in sorted((ROOT / "tests/benchmarks").glob("*.py"))}
+    name, *arguments = rest or [None]
+    if name in scripts:
+        return env.python(f"tests/benchmarks/{name}.py", *arguments)
+    for known, path in scripts.items():
+        print(f"{known:<16} {first_line(path)}")
+    if name is None:
+        return 0
+    raise Failed(f"bench {name}: no such script; those above are in tests/benchmarks")
+
+
+def first_line(script: Path) -> str:
+    """What a script says of itself."""
+    return ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))).splitlines()[0]
 
 
 def lint(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:

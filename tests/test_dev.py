@@ -278,6 +278,18 @@ def test_pytest_gets_its_arguments_and_workers_unless_tests_are_chosen(
     assert pytest_calls == [["-m", "pytest", *wanted]]
 
 
+def test_a_benchmark_runs_by_its_name_and_without_one_they_are_listed(dev, pytest_calls, capsys):
+    assert dev.main(["bench", "soak", "--jobs", "3"]) == 5
+    assert pytest_calls == [["tests/benchmarks/soak.py", "--jobs", "3"]]
+    assert dev.main(["bench"]) == 0
+    listed = capsys.readouterr().out
+    assert {line.split()[0] for line in listed.splitlines()} == {
+        path.stem for path in (ROOT / "tests/benchmarks").glob("*.py")
+    }
+    assert dev.main(["bench", "--jobs", "3"]) == 2 and "bench --jobs" in capsys.readouterr().err
+    assert len(pytest_calls) == 1
+
+
 @pytest.mark.parametrize(
     ("cores", "memory", "workers"), [(2, 24, 2), (16, 256, 4), (8, 12, 2), (1, 64, 1), (8, 2, 1)]
 )
