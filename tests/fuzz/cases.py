@@ -38,6 +38,7 @@ from fewbits.quant_ops.planning.recipe import Recipe, draft_from_text, parse_rul
 from fewbits.quant_ops.sources import MemorySink, MemorySource
 from support import hostile
 
+COPY = Recipe(primary=None)
 INT8 = Recipe(primary=parse_wish("int8_tensorwise"), preset="none")
 LONGEST = 20_000  # characters of an error that somebody has to read
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ....kernels.grids import Levels, decode
+from ....kernels.grids import decode
+from ....kernels.levels import Levels
 from ...errors import CheckpointError
 from ...formats import Arrangement, get_format
 from ...formats.base import PRECISE
