@@ -115,42 +115,41 @@ def _rotated(value, signs, SIDE: tl.constexpr, TWICE: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def _quantize(
-    stored, scale, whole, table, signs, codes, scales, k, stride, across, tile_rows,
-    STORED: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
-    ASM: tl.constexpr, SPEC: tl.constexpr, SIDE: tl.constexpr, TWICE: tl.constexpr,
+def _rounded(
+    value, signs, SIDE: tl.constexpr, TWICE: tl.constexpr, BLOCK: tl.constexpr,
     FACTOR: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    value = _row(
-        stored, scale, whole, table, row, k, stride, across, tile_rows,
-        STORED, GROUP, BLOCK, KIND, ASM, SPEC,
-    )  # fmt: skip
+    """(BLOCK,) INT8 codes of a row, rotated before, and their scale."""
     power = _power_of_two(tl.max(magnitude(value), 0))
     value = _rotated(value * power, signs, SIDE, TWICE, BLOCK)
     largest = tl.max(tl.max(magnitude(value), 1), 0).to(tl.float32, bitcast=True)
     absmax = divide(largest * FACTOR, power)
-    tl.store(scales + row, scale_of(absmax, 127.0, FLOOR))
     code = round_int8(value * tl.where(absmax < FLOOR, 0.0, divide(127.0, largest)))
     if TWICE:
         code = tl.permute(tl.reshape(code, (BLOCK // 256, SIDE, SIDE)), (0, 2, 1))
-    at = tl.arange(0, BLOCK)
-    tl.store(codes + row * k + at, tl.reshape(code, (BLOCK,)), at < k)
+    return tl.reshape(code, (BLOCK,)), scale_of(absmax, 127.0, FLOOR)
 
 
 @triton.jit
-def _decode(
-    stored, scale, whole, table, out, k, stride, across, tile_rows,
+def _rows(
+    stored, scale, whole, table, signs, out, scales, k, stride, across, tile_rows,
     STORED: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
-    ASM: tl.constexpr, SPEC: tl.constexpr,
+    ASM: tl.constexpr, SPEC: tl.constexpr, SIDE: tl.constexpr, TWICE: tl.constexpr,
+    FACTOR: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
+    """The values of a row in the dtype of `out`; rotated and rounded to INT8 unless SIDE is 0."""
     row = tl.program_id(0).to(tl.int64)
     value = _row(
         stored, scale, whole, table, row, k, stride, across, tile_rows,
         STORED, GROUP, BLOCK, KIND, ASM, SPEC,
     )  # fmt: skip
     at = tl.arange(0, BLOCK)
-    tl.store(out + row * k + at, value.to(out.dtype.element_ty), at < k)
+    if SIDE > 0:
+        code, found = _rounded(value, signs, SIDE, TWICE, BLOCK, FACTOR, FLOOR)
+        tl.store(scales + row, found)
+        tl.store(out + row * k + at, code, at < k)
+    else:
+        tl.store(out + row * k + at, value.to(out.dtype.element_ty), at < k)
 
 
 @triton.jit
@@ -271,7 +270,7 @@ def quantize(stored: Stored, span: int) -> tuple[torch.Tensor, torch.Tensor]:
     side = 16 if span == 256 else span
     tensors = (*stored.tensors, _signs(side, device), codes, scales)
     numbers = (*stored.numbers, side, span == 256, span**-0.5, TINY)
-    launch(_quantize, (m, 1, 1), tensors, *numbers, num_warps=stored.warps)
+    launch(_rows, (m, 1, 1), tensors, *numbers, num_warps=stored.warps)
     return codes, scales[:, :m].t()
 
 
@@ -279,8 +278,9 @@ def decode(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     """(N, K) `dtype`: float32 products, rounded once."""
     n = len(stored.tensors[0])
     out = torch.empty((n, stored.k), dtype=dtype, device=stored.tensors[0].device)
-    tensors = (*stored.tensors, out)
-    launch(_decode, (n, 1, 1), tensors, *stored.numbers, num_warps=stored.warps)
+    tensors = (*stored.tensors, out, out, out)  # neither signs nor scales
+    numbers = (*stored.numbers, 0, False, 1.0, TINY)
+    launch(_rows, (n, 1, 1), tensors, *numbers, num_warps=stored.warps)
     return out
 
 
