@@ -58,8 +58,10 @@ def kernel_report(
     names = FORMATS if formats is None else formats
     if isinstance(device, Gpu):
         with as_if(device):
-            return [_report(get_format(name), "meta", dtype, shape, rows) for name in names]
-    return [_report(get_format(name), torch.device(device), dtype, shape, rows) for name in names]
+            return [_report(get_format(name), "meta", dtype, shape, rows=rows) for name in names]
+    return [
+        _report(get_format(name), torch.device(device), dtype, shape, rows=rows) for name in names
+    ]
 
 
 def _report(
@@ -222,7 +224,7 @@ def _bench_format(
             "format": format.name,
             "ms": median_ms(products, device),
             "decoded_ms": median_ms([partial(decoded, x, copy) for copy in copies], device),
-            "kernel": WORDS[_backend(format, x, stored, layer, options)],
+            "kernel": WORDS[_backend(format, x, stored, layer, options=options)],
             "encode_ms": encode,
         }
 

@@ -104,7 +104,7 @@ class Observer:
 
         def hook(_: torch.nn.Module, arguments: tuple) -> None:
             if arguments and isinstance(arguments[0], torch.Tensor):
-                self._see(name, shape, arguments[0], capacity, half)
+                self._see(name, shape, arguments[0], capacity, half=half)
 
         return hook
 

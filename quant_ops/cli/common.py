@@ -111,7 +111,13 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     elif args.fullmatch:
         raise RecipeError("--fullmatch is about the keys of --layer-config FILE, which is missing")
     stated = Draft(
-        None, tuple(args.rules), args.fallback, args.preset, args.seed, config, args.heuristics
+        None,
+        tuple(args.rules),
+        args.fallback,
+        args.preset,
+        seed=args.seed,
+        layer_config=config,
+        heuristics=args.heuristics,
     )
     return replace(stated.over(base), primary=primary).finish()
 

@@ -53,9 +53,8 @@ def state(flags: dict[str, object]) -> Stated:
         group, _, key = flag.field.partition(".")
         fields = stated.setdefault(group, {})
         read = _read(flag, value)
-        fields[key] = (
-            (*fields.get(key, ()), read) if flag.value is bool and flag.means is not True else read
-        )
+        adds_up = flag.value is bool and flag.means is not True
+        fields[key] = (*fields.get(key, ()), read) if adds_up else read
     return stated
 
 
@@ -69,10 +68,9 @@ def _read(flag: Flag, value: object) -> object:
         return Path(os.fspath(value))
     if isinstance(flag.value, tuple):
         if value not in flag.value:
-            guess = closest(str(value), flag.value)
-            hint = f", did you mean {guess!r}?" if guess else ""
+            guess = did_you_mean(value, flag.value, otherwise="")
             raise RecipeError(
-                f"--{flag.name} must be one of {', '.join(flag.value)}; got {value!r}{hint}"
+                f"--{flag.name} must be one of {', '.join(flag.value)}; got {value!r}{guess}"
             )
         return value
     try:
@@ -100,18 +98,36 @@ def make_job(flags: dict[str, object]) -> Job:
         return _conversion(stated, run)
     if run.get("dry_run") == "create-template":
         arguments = ["plan", str(run["input"]), "--template", *_switches(run, "overwrite")]
-        return Job("create-template", run["input"], None, None, tuple(arguments), run)
+        return Job(
+            "create-template", run["input"], None, None, arguments=tuple(arguments), options=run
+        )
     recipe, wishes = _recipe(stated)
     notes = [*_priority_note(stated), *_input_scale_note(stated, wishes)]
     arguments = _recipe_arguments(stated, recipe)
     if run.get("dry_run"):
         command = ["plan", str(run["input"]), *arguments, *_switches(run, "json")]
-        return Job("analyze", run["input"], None, recipe, tuple(command), run, tuple(notes))
+        return Job(
+            "analyze",
+            run["input"],
+            None,
+            recipe,
+            arguments=tuple(command),
+            options=run,
+            notes=tuple(notes),
+        )
     output = run.get("output") or _automatic_name(run["input"], wishes)
     device = ["--device", run["device"]] if "device" in run else []
     switches = _switches(run, "overwrite", "quiet", "json")
     command = ["quantize", str(run["input"]), "-o", str(output), *arguments, *device, *switches]
-    return Job("quantize", run["input"], output, recipe, tuple(command), run, tuple(notes))
+    return Job(
+        "quantize",
+        run["input"],
+        output,
+        recipe,
+        arguments=tuple(command),
+        options=run,
+        notes=tuple(notes),
+    )
 
 
 def _conversion(stated: Stated, run: dict[str, object]) -> Job:
@@ -136,7 +152,7 @@ def _conversion(stated: Stated, run: dict[str, object]) -> Job:
         *precise,
         *switches,
     ]
-    return Job("convert", run["input"], output, None, tuple(command), options)
+    return Job("convert", run["input"], output, None, arguments=tuple(command), options=options)
 
 
 NEEDS = {  # group.field -> what else must be stated for it to mean anything
@@ -167,21 +183,15 @@ def _refuse_contradictions(stated: Stated) -> None:
         raise RecipeError("--preset and a preset's own flag say the same thing; use one of them")
     if "convert.fp8_scaled" in named:
         allowed = {"convert", "run", "accepted", "refused"}
-        other = next(
-            (
-                key
-                for key in sorted(named)
-                if key.split(".")[0] not in allowed and key != "primary.precise"
-            ),
-            None,
-        )
-        if other or "run.dry_run" in named:
+        beside = sorted(named - {"primary.precise"})
+        others = [key for key in beside if key.partition(".")[0] not in allowed]
+        others += named & {"run.dry_run"}
+        if others:
+            flag = _flag_of(others[0])
             raise RecipeError(
-                "--convert-fp8-scaled copies codes as they are; "
-                f"{_flag_of(other or 'run.dry_run')} does not apply"
+                f"--convert-fp8-scaled copies codes as they are; {flag} does not apply"
             )
-    simple = "primary.simple" in named
-    if simple and "svd" in stated:
+    if "primary.simple" in named and "svd" in stated:
         option = _flag_of(f"svd.{next(iter(stated['svd']))}")
         raise RecipeError(
             f"{option} is an option of learned rounding, which --simple switches off; leave one of "
@@ -197,42 +207,33 @@ def _recipe(stated: Stated) -> tuple[Recipe, list[Wish]]:
     """The recipe, and every wish in it, the primary first."""
     recipe = stated.get("recipe", {})
     primary = _wish(stated, "primary")
-    fallback = _wish(stated, "fallback") if "fallback" in stated else None
-    custom = _wish(stated, "custom") if "custom" in stated else None
+    tiers = {tier: _wish(stated, tier) for tier in ("custom", "fallback") if tier in stated}
     rules = []
-    if custom:
-        rules.append(
-            Rule(
-                _search("--custom-layers", stated["custom"]["layers"]),
-                custom,
-                "heuristics" in stated["custom"],
-            )
-        )
+    if "custom" in tiers:
+        pattern = _search("--custom-layers", stated["custom"]["layers"])
+        rules.append(Rule(pattern, tiers["custom"], "heuristics" in stated["custom"]))
     if "exclude" in recipe:
         rules.append(Rule(_search("--exclude-layers", recipe["exclude"]), None))
-    config = None
+    config, entries = None, ()
     if "layer_config" in recipe:
         config = load_layer_config(
             recipe["layer_config"], fullmatch="fullmatch" in recipe, unstated=primary
         )
+        entries = (*config.entries, config.default)
     preset = "+".join(recipe.get("presets", ())) or recipe.get("preset", "auto")
     if preset != "auto":
         load_preset(preset)
     made = Recipe(
         primary=primary,
         rules=tuple(rules),
-        fallback=fallback,
+        fallback=tiers.get("fallback"),
         preset=preset,
         seed=max(recipe.get("seed", 0), 0),
         layer_config=config,
         heuristics="heuristics" in recipe,
     )
-    entries = (
-        [entry.wish for entry in (*config.entries, config.default) if entry and entry.wish]
-        if config
-        else []
-    )
-    return made, [primary, *filter(None, (custom, fallback)), *entries]
+    configured = [entry.wish for entry in entries if entry and entry.wish]
+    return made, [primary, *tiers.values(), *configured]
 
 
 def _wish(stated: Stated, tier: str) -> Wish:
@@ -263,28 +264,22 @@ def wish_of(
         kind = next(name for name in PRIORITY if name in kind)
     if kind not in PRIORITY:
         raise RecipeError(f"unknown format type {kind!r}{did_you_mean(str(kind), PRIORITY)}")
-    scaling, backend, size = (fields.get(name) for name in ("scaling", "backend", "block_size"))
-    target = TARGETS.get((kind, scaling or (SIZED if size is not None else None), backend))
-    if target is None or (
-        size is not None and "block_size" not in get_format(target.format).Options.names()
-    ):
+    sized = {"block_size": fields["block_size"]} if fields.get("block_size") is not None else {}
+    scaling = fields.get("scaling") or (SIZED if sized else None)
+    target = TARGETS.get((kind, scaling, fields.get("backend")))
+    if target is None or not sized.keys() <= set(get_format(target.format).Options.names()):
         raise RecipeError(_contradiction(tier, kind, fields))
-    options = {**target.options, **({"block_size": size} if size is not None else {})}
+    options = {**target.options, **sized}
     if "convrot_groupsize" in fields:
         if "convrot" not in target.options:
             raise RecipeError("--convrot-group-size has no effect without --convrot")
         options["convrot_groupsize"] = fields["convrot_groupsize"]
-    method, method_options = ("nearest", ()) if simple else ("svd", tuple(svd.items()))
     if simple and svd:
         raise RecipeError(
             f"{next(iter(svd))} is an option of learned rounding, which is switched off"
         )
-    return Wish(
-        target.format,
-        {**options, "full_precision_matrix_mult": precise},
-        method,
-        method_options,
-    )
+    options["full_precision_matrix_mult"] = precise
+    return Wish(target.format, options, "nearest" if simple else "svd", tuple(svd.items()))
 
 
 def _contradiction(tier: str, kind: str, fields: dict[str, object]) -> str:

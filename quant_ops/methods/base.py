@@ -137,7 +137,15 @@ def choose(method: Method, layer: Layer) -> Choice:
     if verdict:
         plain = plain or grid.nearest(weight)
         return Choice(*plain, plain_error, signal, plain_error, plain_value, plain_value, verdict)
-    return Choice(codes, scale, error, signal, plain_error, value, plain_value)
+    return Choice(
+        codes,
+        scale,
+        error,
+        signal,
+        error_nearest=plain_error,
+        objective=value,
+        objective_nearest=plain_value,
+    )
 
 
 def layer_generator(seed: int, name: str, device: torch.device) -> torch.Generator:

@@ -289,7 +289,7 @@ class _Reader:
         if self.problems:
             raise LayerConfigError(self.problems)
         return LayerConfig(
-            tuple(self.entries), default, self.fullmatch, tuple(self.warnings), table
+            tuple(self.entries), default, self.fullmatch, tuple(self.warnings), stated=table
         )
 
     def _exclusions(self, value: object) -> None:

@@ -72,7 +72,7 @@ def make_plan(
         raise SourceError(f"this is a {refused.family.title} file: {refused.family.why}")
     stored = header_markers(header.metadata) or markers or {}
     copied = [part for part in parts if part.family.quantized_since]
-    return _Planner(header, recipe, stored, known, copied, clashes).plan()
+    return _Planner(header, recipe, stored, known, copied=copied, clashes=clashes).plan()
 
 
 def stored_markers_needed(header: Header) -> list[str]:
@@ -228,7 +228,7 @@ class _Planner:
         dropped = self.rules.drop(base, scope)
         if dropped:
             rule = dropped.rule
-            plan = LayerPlan(base, "drop", rule.why, tuple(specs), (), rule=rule.label)
+            plan = LayerPlan(base, "drop", rule.why, tuple(specs), outputs=(), rule=rule.label)
             return plan, dropped
         if base in self.header.left:
             return self._leave(base, specs), self.rules.notice(base, scope)
@@ -252,7 +252,7 @@ class _Planner:
                 base, spec, f"{decision.reason}; {MAYBE_TABLE}", requested=rule.wish.format
             )
         else:
-            plan = self._quantize(base, spec, layer, rule, decision.reason)
+            plan = self._quantize(base, spec, layer, rule, reason=decision.reason)
         return replace(plan, rule=rule.label), decision
 
     def _fixed(self, base: str) -> str | None:
@@ -302,7 +302,9 @@ class _Planner:
             if format.native or not rule.users:
                 if rule.users:
                     self.warnings.append(f"layer '{base}' does not become {name}: {READS_WIDTH}")
-                return self._unpacked(base, spec, layer, rule, "; ".join([*steps, READS_WIDTH]))
+                return self._unpacked(
+                    base, spec, layer, rule, reason="; ".join([*steps, READS_WIDTH])
+                )
             self.warnings.append(
                 f"layer '{base}' becomes {name}, but {READS_WIDTH}; keep it with a rule"
             )
@@ -340,7 +342,9 @@ class _Planner:
         """The recipe's fallback for a layer that may not be packed, else keep."""
         if self.recipe.fallback is None or self.recipe.fallback is rule.wish:
             return _keep(base, spec, reason, requested=rule.wish.format)
-        return self._quantize(base, spec, layer, replace(rule, wish=self.recipe.fallback), reason)
+        return self._quantize(
+            base, spec, layer, replace(rule, wish=self.recipe.fallback), reason=reason
+        )
 
     def _recode(self, base: str, specs: list[TensorSpec]) -> tuple[LayerPlan, Decision]:
         """A layer that is quantized already: same codes, metadata made complete."""
@@ -416,7 +420,7 @@ class _Planner:
             "keep",
             "damaged: left as it is",
             tuple(specs),
-            tuple(specs),
+            outputs=tuple(specs),
             marker=self.markers.get(base),
         )
 
@@ -469,7 +473,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _keep(base: str, spec: TensorSpec, reason: str, requested: str | None = None) -> LayerPlan:
-    return LayerPlan(base, "keep", reason, (spec,), (spec,), requested=requested)
+    return LayerPlan(base, "keep", reason, (spec,), outputs=(spec,), requested=requested)
 
 
 def not_a_candidate(spec: TensorSpec) -> str | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..spec import LayerInput, RuleUse
 from .heuristics import gains_nothing
@@ -21,7 +21,7 @@ EVERYTHING = "*"
 @dataclass(frozen=True)
 class CompiledRule:
     """pattern -> action. Where it came from survives only as text: `label` names it, `why` explains
-    it.
+    it where the name does not.
 
     `within` are the prefixes of the model parts whose layers it may decide (None: all layers; a
     prefix of None: layers of no part). `below` says whether the pattern speaks of names below that
@@ -31,12 +31,18 @@ class CompiledRule:
     label: str
     pattern: str
     wish: Wish | None
-    why: str
-    action: str = ""
+    why: str = ""
+    drops: bool = False
     within: tuple[str | None, ...] | None = None
     below: str = "full"  # "full" | "below" | "either"
     judged_by: Wish | None = None  # only layers that gain nothing when they become this
     origin: str = ""  # "layer-config" | "rule" where a user wrote the pattern; "preset"
+
+    @property
+    def action(self) -> str:
+        if self.drops:
+            return "drop"
+        return "quantize" if self.wish else "keep"
 
     @property
     def users(self) -> bool:
@@ -57,10 +63,11 @@ class CompiledRule:
         """Why it speaks about a layer of this shape; None when its heuristics find the layer worth
         quantizing.
         """
+        why = self.why or self.label
         if self.judged_by is None:
-            return self.why
+            return why
         found = gains_nothing(layer, self.judged_by)
-        return found and f"{self.why}: {found}"
+        return found and f"{why}: {found}"
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class RuleList:
     def drop(self, base: str, owner: str | None) -> Decision | None:
         """The rule that leaves a tensor out, if any."""
         for at, rule in self._naming(base, owner):
-            if rule.action == "drop":
+            if rule.drops:
                 return Decision((at,), rule, rule.why)
         return None
 
@@ -115,8 +122,7 @@ class RuleList:
         """The first rule that speaks about a candidate, and why it does."""
         reasons: dict[int, str] = {}
         for at, rule in self._naming(base, owner):
-            reason = rule.reason(layer) if rule.action != "drop" else None
-            if reason is not None:
+            if not rule.drops and (reason := rule.reason(layer)) is not None:
                 reasons[at] = reason
         first = next(iter(reasons))
         return Decision(tuple(reasons), self.rules[first], reason=reasons[first], candidate=True)
@@ -136,7 +142,7 @@ class Tally:
 
     def uses(self) -> tuple[RuleUse, ...]:
         return tuple(
-            RuleUse(rule.label, rule.pattern, rule.action, self._matched[at], self._won[at])
+            RuleUse(rule.label, rule.pattern, rule.action, self._matched[at], won=self._won[at])
             for at, rule in enumerate(self.rules)
         )
 
@@ -203,33 +209,30 @@ def compile_rules(
         *([_keep_part((None,), "outside the recognised model")] if known else ()),
         *_exclusions(main, recipe.fallback),
         *_heuristics(recipe, prefixes),
-        CompiledRule("primary", EVERYTHING, recipe.primary, "primary", _action(recipe.primary)),
+        CompiledRule("primary", EVERYTHING, recipe.primary),
     )
 
 
 def _drops(main: list[tuple[str, Preset]]) -> Iterable[CompiledRule]:
     for prefix, preset in main:
-        yield from _preset_rules(preset.name, preset.drop, prefix, "drop", wish=None)
+        for rule in _preset_rules(preset.name, preset.drop, prefix):
+            yield replace(rule, drops=True)
 
 
 def _exclusions(main: list[tuple[str, Preset]], fallback: Wish | None) -> Iterable[CompiledRule]:
     for prefix, preset in main:
-        yield from _preset_rules(
-            preset.name, preset.exclude, prefix, _action(fallback), wish=fallback
-        )
+        for rule in _preset_rules(preset.name, preset.exclude, prefix):
+            yield replace(rule, wish=fallback)
 
 
-def _preset_rules(
-    preset: str, groups: Iterable[Group], prefix: str, action: str, *, wish: Wish | None
-) -> Iterable[CompiledRule]:
+def _preset_rules(preset: str, groups: Iterable[Group], prefix: str) -> Iterable[CompiledRule]:
     for group in groups:
         for pattern in group.match:
             yield CompiledRule(
                 label=f"preset {preset} '{pattern}'",
                 pattern=pattern,
-                wish=wish,
+                wish=None,
                 why=f"preset {preset}: {group.why}",
-                action=action,
                 within=(prefix,),
                 below="below",
                 origin="preset",
@@ -238,10 +241,8 @@ def _preset_rules(
 
 def _heuristics(recipe: Recipe, prefixes: tuple[str, ...]) -> Iterable[CompiledRule]:
     if recipe.heuristics and recipe.primary:
-        wish, judged = recipe.fallback, recipe.primary
-        yield CompiledRule(
-            "heuristics", EVERYTHING, wish, "heuristics", _action(wish), prefixes, judged_by=judged
-        )
+        rule = CompiledRule("heuristics", EVERYTHING, recipe.fallback, within=prefixes)
+        yield replace(rule, judged_by=recipe.primary)
 
 
 def _layer_config_rules(
@@ -253,38 +254,31 @@ def _layer_config_rules(
     for ranked in config.ranked(names):
         entry = ranked.entry
         label = f"layer-config {'_exclusions ' if entry.exclusion else ''}'{entry.pattern}'"
-        yield CompiledRule(
-            label, ranked.match, entry.wish, label, _action(entry.wish), origin="layer-config"
-        )
+        yield CompiledRule(label, ranked.match, entry.wish, origin="layer-config")
     if config.default:
-        label, wish = f"layer-config {DEFAULT}", config.default.wish
-        yield CompiledRule(
-            label, EVERYTHING, wish, label, _action(wish), prefixes, origin="default"
-        )
+        rule = CompiledRule(f"layer-config {DEFAULT}", EVERYTHING, config.default.wish)
+        yield replace(rule, within=prefixes, origin="default")
 
 
 def _custom_rules(recipe: Recipe) -> Iterable[CompiledRule]:
     """The custom tier; patterns may name a layer with or without the part's prefix."""
-    for rule in recipe.rules:
-        label = f"rule '{rule.match}'"
-        below = "full" if rule.match.startswith(SEARCH) else "either"
-        if rule.heuristics and rule.wish:
-            judged = f"{label} heuristics"
-            yield CompiledRule(
-                judged, rule.match, None, judged, "keep", None, below, rule.wish, "rule"
-            )
-        yield CompiledRule(
-            label, rule.match, rule.wish, label, _action(rule.wish), None, below, origin="rule"
+    for stated in recipe.rules:
+        rule = CompiledRule(
+            label=f"rule '{stated.match}'",
+            pattern=stated.match,
+            wish=stated.wish,
+            below="full" if stated.match.startswith(SEARCH) else "either",
+            origin="rule",
         )
+        if stated.heuristics and stated.wish:
+            judged = f"{rule.label} heuristics"
+            yield replace(rule, label=judged, wish=None, judged_by=stated.wish)
+        yield rule
 
 
 def _keep_part(within: tuple[str | None, ...], why: str) -> CompiledRule:
-    return CompiledRule(why, EVERYTHING, None, why, "keep", within)
+    return CompiledRule(why, EVERYTHING, None, within=within)
 
 
 def _inside(part: Part) -> str:
     return f"{part.family.title} inside a checkpoint; quantize it with a rule of its own"
-
-
-def _action(wish: Wish | None) -> str:
-    return "quantize" if wish else "keep"

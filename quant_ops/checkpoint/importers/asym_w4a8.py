@@ -39,7 +39,9 @@ class AsymW4A8:
         if NAME in options.host_formats:
             return None  # the host's own layout reads these variants
         shape, decode = decode_asym(layer)
-        return floating("asym_w4a8", layer, shape, decode, "variant of another writer: decoded")
+        return floating(
+            "asym_w4a8", layer, shape, decode, note="variant of another writer: decoded"
+        )
 
 
 def decode_asym(

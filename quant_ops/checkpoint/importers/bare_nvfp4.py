@@ -70,9 +70,9 @@ def translate_bare_nvfp4(layer: StoredLayer, options: ImportOptions) -> Translat
         layer,
         Nvfp4.name,
         source,
-        Nvfp4.Options(),
-        convert,
-        f"taken for {Nvfp4.name}, {options.nibble_order} nibble first, {order} scales",
+        options=Nvfp4.Options(),
+        convert=convert,
+        note=f"taken for {Nvfp4.name}, {options.nibble_order} nibble first, {order} scales",
         asked=("assume", "nibble_order"),
     )
 

@@ -106,7 +106,7 @@ def _nested(layer: StoredLayer, state: dict) -> Callable[[Tensors], torch.Tensor
             tensors["weight.nested_quant_map"],
             tensors["weight.nested_absmax"],
             size,
-            offset,
+            offset=offset,
         )
 
     return absmax

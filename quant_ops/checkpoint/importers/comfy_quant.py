@@ -58,9 +58,9 @@ class ComfyQuant:
             layer,
             name,
             source,
-            stored_options,
-            lambda tensors: _present(tensors, specs),
-            "",
+            options=stored_options,
+            convert=lambda tensors: _present(tensors, specs),
+            note="",
         )
         same = all(
             suffix in layer.specs and (layer.specs[suffix].dtype, layer.specs[suffix].shape) == spec

@@ -115,7 +115,7 @@ def _zero_layer(layer: StoredLayer, kind: str, size: int) -> Translation:
         layer,
         WRITTEN[kind],
         source,
-        options,
-        convert,
-        "zero layer stored unpacked: made zero",
+        options=options,
+        convert=convert,
+        note="zero layer stored unpacked: made zero",
     )

@@ -90,4 +90,4 @@ class BytesWithScales:
             absmax_count=scales,
         )
         note = f"taken for {options.assume}, nibbles swapped"
-        return translate_codes("flat-4bit-bytes", layer, codes, note, ("assume",))
+        return translate_codes("flat-4bit-bytes", layer, codes, note, asked=("assume",))

@@ -37,7 +37,9 @@ class PackedInt4:
                 f"qweight {layer.weight.dtype} {list(layer.weight.shape)} is GPTQ's or another "
                 "packing that does not say its zero points; start from the original model"
             )
-        return floating("auto-awq", layer, shape, decode_auto_awq, "AutoAWQ: decoded", dtype="F16")
+        return floating(
+            "auto-awq", layer, shape, decode_auto_awq, note="AutoAWQ: decoded", dtype="F16"
+        )
 
 
 def _awq_shape(layer: StoredLayer) -> tuple[int, int] | None:

@@ -72,7 +72,7 @@ def translate_scaled(
     if len(layer.weight.shape) != 2:
         return _odd_rank(dialect, layer, scale, note)
     label = label_of(
-        layer.weight.dtype, layer.matrix, scale_shape, tag, layer.said.get("group_size")
+        layer.weight.dtype, layer.matrix, scale_shape, tag, group_size=layer.said.get("group_size")
     )
     options = resolved(label.format, {**label.options, PRECISE: precise})
     source = LayerInput(layer.matrix, None)
@@ -90,7 +90,11 @@ def translate_scaled(
         note = f"{note}; blocks of {label.size} are not written by any format: decoded"
         codes = layer.codes
         return floating(
-            dialect, layer, layer.matrix, lambda t: _decode(t[codes], scale.read(t), label), note
+            dialect,
+            layer,
+            layer.matrix,
+            lambda t: _decode(t[codes], scale.read(t), label),
+            note=note,
         )
 
     def rename(tensors: Tensors) -> Tensors:
@@ -99,7 +103,16 @@ def translate_scaled(
             _refuse_lost_scale(layer, codes)
         return {"weight": codes, "weight_scale": scale.read(tensors) if scale else torch.ones(())}
 
-    return quantized(dialect, layer, label.format, source, options, rename, note, asked=asked)
+    return quantized(
+        dialect,
+        layer,
+        label.format,
+        source,
+        options=options,
+        convert=rename,
+        note=note,
+        asked=asked,
+    )
 
 
 def _scale_of(layer: StoredLayer) -> ScaleOf | None:
@@ -157,5 +170,5 @@ def _odd_rank(dialect: str, layer: StoredLayer, scale: ScaleOf | None, note: str
         layer,
         shape,
         decode_plain,
-        f"{note}; not 2-D: decoded" if note else "not 2-D: decoded",
+        note=f"{note}; not 2-D: decoded" if note else "not 2-D: decoded",
     )

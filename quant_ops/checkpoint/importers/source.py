@@ -102,7 +102,7 @@ def read_contents(source: TensorSource) -> Contents:
     facts = FileFacts({prefix: names[key].numel for key, prefix in scopes.items()}, converters)
     layers = {}
     for base, specs in grouped.items():
-        layer = _stored_layer(source, base, specs, facts, markers.get(base))
+        layer = _stored_layer(source, base, specs, facts, header_marker=markers.get(base))
         if (
             layer.header_marker
             and layer.tensor_marker
@@ -119,11 +119,11 @@ def read_contents(source: TensorSource) -> Contents:
         tuple(loose),
         tuple(orphans),
         scopes,
-        order,
-        tuple(warnings),
-        problem,
-        tuple(unresolved),
-        prefix,
+        header_order=order,
+        warnings=tuple(warnings),
+        header_problem=problem,
+        unresolved=tuple(unresolved),
+        missing_prefix=prefix,
     )
 
 

@@ -90,7 +90,7 @@ def _check_layer(
         rel_l2, more = compare(Pair(base, made, canonical, weight))
         found += more
     format = layer.said["format"] if is_host_layer(layer) else made.format
-    return LayerCheck(base, made.dialect, format, rel_l2, made.nibbles), found
+    return LayerCheck(base, made.dialect, format, rel_l2, nibbles=made.nibbles), found
 
 
 def _original(truth: ImportedSource, base: str) -> torch.Tensor | None:

@@ -126,7 +126,7 @@ def _relabelled(layer: StoredLayer) -> Label | None:
         pass
     size = layer.said.get("group_size")
     try:
-        return label_of(layer.weight.dtype, layer.matrix, scale.shape, name, size)
+        return label_of(layer.weight.dtype, layer.matrix, scale.shape, name, group_size=size)
     except CheckpointError:
         return None  # reported as unreadable
 
