@@ -146,6 +146,9 @@ class RuleUse:
     won: int
 
 
+NOT_RECOGNISED = ", if ComfyUI knows this model: FewBits does not recognise it"
+
+
 @dataclass(frozen=True)
 class ModelPlan:
     """The decision for every tensor of a model. Pure data: printable, JSON, exact output size."""
@@ -155,6 +158,7 @@ class ModelPlan:
     family: str
     min_comfyui: str
     requires_pack: bool
+    recognised: bool = True  # whether the model is known that ComfyUI must know to open the file
     unmatched: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     rules: tuple[RuleUse, ...] = ()  # in order: the first that matches a layer decides about it
@@ -196,10 +200,12 @@ class ModelPlan:
     def loads_in(self) -> str:
         """Where the file opens, as every result is labelled."""
         if not self.min_comfyui:
-            return "loads in stock ComfyUI (nothing is quantized)"
-        if self.requires_pack:
-            return f"needs FewBits in ComfyUI >= {self.min_comfyui}"
-        return f"loads in stock ComfyUI >= {self.min_comfyui}"
+            label = "loads in stock ComfyUI (nothing is quantized)"
+        elif self.requires_pack:
+            label = f"needs FewBits in ComfyUI >= {self.min_comfyui}"
+        else:
+            label = f"loads in stock ComfyUI >= {self.min_comfyui}"
+        return label if self.recognised else label + NOT_RECOGNISED
 
     def to_json(self) -> dict:
         return {
@@ -208,6 +214,7 @@ class ModelPlan:
             "min_comfyui": self.min_comfyui,
             "requires_pack": self.requires_pack,
             "loads_in": self.loads_in(),
+            "recognised": self.recognised,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "summary": self.summary(),

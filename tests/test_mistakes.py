@@ -88,6 +88,8 @@ TESTS = {
     "header-unresolved": (HEADER, "checkpoint/test_importers.py::test_header_names_without_the_prefix_are_resolved_when_one_prefix_fits_all"),
     "foreign-names": ("checkpoint/test_verify.py::test_a_file_with_diffusers_names_is_reported",
             "planning/test_planner.py::test_files_whose_layers_comfyui_cannot_read_quantized_are_refused"),
+    "names-misplaced": ("planning/test_misplaced.py::test_quantized_layers_under_such_names_are_a_problem",
+            "planning/test_misplaced.py::test_a_model_under_two_prefixes_is_refused"),
     "format-unknown": (FOUND, "cli/test_template.py::test_an_unedited_template_is_refused_with_the_way_out",
             "planning/test_layer_config.py::test_a_malformed_config_is_refused_in_documented_words"),
     "unseeded randomness": ("compat/test_command.py::test_two_equal_runs_are_byte_identical_and_the_seed_is_recorded",

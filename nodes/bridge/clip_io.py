@@ -4,10 +4,8 @@ CLIP, and files.
 
 from __future__ import annotations
 
-import contextlib
-import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import comfy.sd
@@ -25,17 +23,13 @@ from ...quant_ops.report.report import Report
 from ...quant_ops.sources import MemorySink, MemorySource, TensorSource
 from ...quant_ops.spec import Header
 from .kernels import use_kernels
-from .seams.text_encoders import Made, made_by
+from .seams.text_encoders import Made, made_by, misfits_named
 from .weights import Entry, PatchedWeights, carry_over, refuse_unread, same_values
 
 FILE_LOADERS = (
     "load_clip_model_patcher",
     "load_checkpoint_clip_patcher",
     "load_checkpoint_guess_config_clip_only",
-)
-SIZE_MISMATCH = re.compile(
-    r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]*)\]\) from "
-    r"checkpoint, the shape in current model is torch\.Size\(\[([\d, ]*)\]\)"
 )
 PART = ".transformer."  # stands between a text encoder's name and the names in its file
 MARKER = ".comfy_quant"
@@ -141,27 +135,6 @@ def load_files(paths: list[str], kind: str, *, on_cpu: bool, kernels: bool) -> c
             model_options=options,
         )
     return with_kernels(clip) if kernels else clip
-
-
-@contextlib.contextmanager
-def misfits_named(what: str) -> Iterator[None]:
-    """Say torch's wall of size mismatches in one sentence.
-
-    Raises:
-        CheckpointError: weights have other shapes than the text encoder that ComfyUI built.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        misfits = SIZE_MISMATCH.findall(str(error))
-        if not misfits:
-            raise
-        layer, stored, wanted = misfits[0]
-        raise CheckpointError(
-            f"{what}: {len(misfits)} weights do not fit the text encoder that ComfyUI builds for "
-            f"this type ('{layer}' is [{stored}] in the file, [{wanted}] in the encoder); choose "
-            "the type that this file belongs to, or the file for this type"
-        ) from None
 
 
 def load_checkpoint(

@@ -13,7 +13,7 @@ from ..checkpoint.metadata import HEADER_KEY
 from ..checkpoint.open import open_file
 from ..errors import QuantError, visible
 from ..pipeline import COPY, plan_source
-from ..planning.model_family import find_parts
+from ..planning.model_family import described, find_parts
 from ..report.report import megabytes
 from ..sources import TensorSource
 from ..spec import ModelPlan
@@ -104,12 +104,13 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
             entry[1] += spec.nbytes
         formats = [layer.format for layer in plan.layers if layer.format] if plan else []
         parts = find_parts(header.tensors)
+        titles = dict.fromkeys(described(part, header.tensors) for part in parts)
         files = {file for file, _, _ in header.ranges.values()}
         return Inspection(
             name=source.name,
             bytes=sum(file.stat().st_size for file in files),
             tensors=len(header.tensors),
-            family=", ".join(part.family.title for part in parts) or "unknown",
+            family=", ".join(titles) or "unknown",
             formats={name: formats.count(name) for name in dict.fromkeys(formats)},
             dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1][1])),
             loads_in=_loads_in(source, plan),

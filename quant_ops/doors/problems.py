@@ -14,11 +14,14 @@ from ..checkpoint.verify import Finding, Mistake, stored_findings
 from ..checkpoint.verify.findings import ORIGINAL
 from ..checkpoint.writer import FileSink
 from ..errors import CheckpointError
-from ..planning.model_family import find_parts
+from ..planning.model_family import find_parts, owner_of, why_misplaced
 from ..sources import TensorSource
 
 FOREIGN_NAMES = Mistake(
     "foreign-names", "layers have names or a place that ComfyUI does not read quantized", ORIGINAL
+)
+MISPLACED = Mistake(
+    "names-misplaced", "ComfyUI does not find the model under these names", ORIGINAL
 )
 
 
@@ -29,12 +32,19 @@ def problems(source: TensorSource) -> list[Finding]:
 
 def name_findings(source: TensorSource) -> list[Finding]:
     """Quantized layers under names that ComfyUI renames while loading, or leaves unread."""
-    if not any(is_side(name) for name in source.header.tensors):
+    quantized = [name for name in source.header.tensors if is_side(name)]
+    if not quantized:
         return []
     parts = find_parts(source.header.tensors)
-    families = [part.family for part in parts if part.family.kind == "refuse"]
-    refused = [family for family in families if not family.quantized_since]
-    return [FOREIGN_NAMES.at("", f"{family.title}: {family.why}") for family in refused]
+    holding = {owner_of(name, parts) for name in quantized}
+    refused = [
+        part.family
+        for part in parts
+        if part in holding and part.family.kind == "refuse" and not part.family.quantized_since
+    ]
+    found = [FOREIGN_NAMES.at("", f"{family.title}: {family.why}") for family in refused]
+    misplaced = why_misplaced(source.header.tensors, parts)
+    return [*found, *([MISPLACED.at("", misplaced)] if misplaced else [])]
 
 
 def mendable(source: TensorSource) -> list[Finding]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,10 @@ else:  # the standard library has it from 3.11 on
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 WIDTHS, WHY = "widths", "why"  # tables of families.toml that are no families
+# Where checkpoints keep their diffusion model; ComfyUI takes a prefix with more than 5 names.
+DIFFUSION_PREFIXES, FEW = ("model.diffusion_model.", "net."), 5
+# What ComfyUI takes away before it recognises a model (`unet_prefix_from_state_dict`).
+READ_PREFIXES = (*DIFFUSION_PREFIXES, "model.model.", "model.")
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,14 @@ class Family:
     """One entry of families.toml.
 
     `keys` must all exist under one common prefix and none of `without`, and tensors of `size` must
-    have that many rows; `kind` is "diffusion", "text" or "refuse". `stock` is False where stock
-    ComfyUI would read quantized layers of this family as plain numbers. `widths` names the entry of
-    the widths table, the family's own name unless stated. `preset` names a file of recipes/, `keep`
-    holds what the family keeps besides. `tables` are lookup tables that are never quantized.
+    have that many rows; `also` lists other such keys, each of which makes a Family of its own;
+    `kind` is "diffusion", "text" or "refuse". `stock` is False where stock ComfyUI would read
+    quantized layers of this family as plain numbers. `widths` names the entry of the widths table,
+    the family's own name unless stated. `preset` names a file of recipes/, `keep` holds what the
+    family keeps besides. `tables` are lookup tables that are never quantized.
     `quantized_since` is the first ComfyUI that reads quantized layers of a family of kind "refuse":
-    such layers are copied, and nothing here makes them.
+    such layers are copied, and nothing here makes them. `sizes` are the encoders of this family
+    that ComfyUI builds, by the rows of the tensor `width`.
     """
 
     name: str
@@ -57,6 +63,14 @@ class Family:
     keep: tuple[Group, ...] = ()
     tables: tuple[str, ...] = ()
     quantized_since: str = ""
+    width: str = ""
+    sizes: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Everything that is known about its layers' names."""
+        kept = (pattern for group in self.own_preset.exclude for pattern in group.match)
+        return (*self.keys, *width_layers(self.name), *kept)
 
     @property
     def own_preset(self) -> Preset:
@@ -97,16 +111,20 @@ def families() -> tuple[Family, ...]:
     """All families, in the order in which they are tried."""
     table = _load(RECIPES / "families.toml")
     reasons = table[WHY]
-    return tuple(
-        _family(name, dict(entry), reasons)
-        for name, entry in table.items()
-        if name not in (WIDTHS, WHY)
-    )
+    found = []
+    for name, entry in table.items():
+        if name not in (WIDTHS, WHY):
+            family, others = _family(name, dict(entry), reasons), entry.get("also", ())
+            found += [family, *(replace(family, keys=tuple(keys)) for keys in others)]
+    return tuple(found)
 
 
 def _family(name: str, entry: dict, reasons: dict[str, str]) -> Family:
     for field in ("keys", "without", "tables"):
         entry[field] = tuple(entry.get(field, ()))
+    entry.pop("also", None)
+    sizes = entry.get("sizes", {}).items()
+    entry["sizes"] = tuple((int(rows), size) for rows, size in sizes)
     entry["size"] = tuple(entry.get("size", {}).items())
     kept = entry.pop("keep", {}).items()
     groups = tuple(Group(tuple(patterns), reasons[reason]) for reason, patterns in kept)
@@ -188,6 +206,72 @@ def find_parts(tensors: Iterable[str] | Mapping[str, TensorSpec]) -> tuple[Part,
                     claimed[prefix] = family
     parts = [Part(family, prefix) for prefix, family in claimed.items()]
     return tuple(sorted(parts, key=lambda part: (-len(part.prefix), part.family.name)))
+
+
+def described(part: Part, specs: Mapping[str, TensorSpec]) -> str:
+    """The family's title, with the width of a text encoder and the models it fits."""
+    family = part.family
+    spec = specs.get(part.prefix + family.width)
+    if not family.sizes or spec is None or not spec.shape:
+        return family.title
+    rows = spec.shape[0]
+    size = dict(family.sizes).get(rows)
+    if size is None:
+        known = ", ".join(str(width) for width, _ in family.sizes)
+        return f"{family.title} (width {rows}; ComfyUI builds {known})"
+    return f"{family.title} (width {rows}, {size})"
+
+
+def owner_of(name: str, parts: Iterable[Part]) -> Part | None:
+    """The part that a tensor or a layer belongs to; `parts` as `find_parts` gives them."""
+    return next((part for part in parts if name.startswith(part.prefix)), None)
+
+
+def is_whole(part: Part, names: Iterable[str]) -> bool:
+    """Whether ComfyUI would look at this part at all: it takes no prefix with so few names."""
+    return sum(name.startswith(part.prefix) for name in names) > FEW
+
+
+def why_misplaced(names: Iterable[str], parts: Iterable[Part]) -> str | None:
+    """Why ComfyUI would not find the diffusion model of a file, or not all of it; None where it
+    does. ComfyUI takes away one known prefix, and looks at what stood behind it only.
+    """
+    diffusion = [part for part in parts if part.family.kind == "diffusion"]
+    if not diffusion:
+        return None
+    found = [part for part in diffusion if part.prefix in ("", *READ_PREFIXES)]
+    if not found:
+        part = diffusion[0]
+        return (
+            f"the names of the {part.family.title} model begin with '{part.prefix}', which ComfyUI "
+            f"does not take away (it takes {', '.join(READ_PREFIXES)})"
+        )
+    for part in found:
+        stray = _stray(part, list(names))
+        if stray is not None:
+            return (
+                f"the {part.family.title} model lies under two prefixes: '{part.prefix}', and that "
+                f"of '{stray}'; ComfyUI reads one of them"
+            )
+    return None
+
+
+def _stray(part: Part, names: list[str]) -> str | None:
+    """A tensor of a diffusion model that is not where the rest of it is."""
+    home = part.prefix
+    outside = [name for name in names if not (home and name.startswith(home))]
+    others = tuple(prefix for prefix in DIFFUSION_PREFIXES if not home.startswith(prefix))
+    moved = next((name for name in outside if name.startswith(others)), None)
+    if moved is not None or not home:
+        return moved
+    inside = {_child(name, home) for name in names if name.startswith(home)}
+    inside |= {_child(pattern, "") for pattern in part.family.patterns}
+    return next((name for name in outside if _child(name, "") in inside), None)
+
+
+def _child(name: str, prefix: str) -> str:
+    """The first part of a name below a prefix."""
+    return name[len(prefix) :].partition(".")[0]
 
 
 def _fits(family: Family, prefix: str, specs: Mapping[str, TensorSpec | None]) -> bool:

@@ -24,7 +24,18 @@ from ..spec import (
 )
 from ..version import VERSION
 from .match import matches
-from .model_family import Family, Part, find_parts, load_preset, width_layers
+from .model_family import (
+    DIFFUSION_PREFIXES,
+    FEW,
+    Family,
+    Part,
+    find_parts,
+    is_whole,
+    load_preset,
+    owner_of,
+    why_misplaced,
+    width_layers,
+)
 from .recipe import Recipe, recipe_to_toml
 from .rules import CompiledRule, Decision, RuleList, Tally, compile_rules
 from .wish import Wish
@@ -39,8 +50,6 @@ TABLE_NAMES = ("part:*embed*", "part:*emb", "part:*embs", "part:*_token", "part:
 TABLE_NAMES += ("part:*table*", "part:*codebook*", "part:wte", "part:wpe", "part:shared")
 TABLE_RATIO, TABLE_ROWS = 16, 1000
 LISTED = 5  # layers named in one warning
-# Where checkpoints keep their diffusion model; ComfyUI takes a prefix with more than 5 names.
-DIFFUSION_PREFIXES, FEW = ("model.diffusion_model.", "net."), 5
 UNKNOWN = Family("unknown", "diffusion model of unknown family", "diffusion", (), preset="generic")
 
 
@@ -65,14 +74,17 @@ def make_plan(
         CheckpointError: an already quantized layer whose tensors do not fit its marker.
     """
     parts = find_parts(header.tensors)
-    refused = next((part for part in parts if part.family.kind == "refuse"), None)
+    refused = [part for part in parts if part.family.kind == "refuse"]
     known = [part for part in parts if part.family.kind != "refuse"]
     known += _unknown_parts(header.tensors, parts)
     if refused and not known and recipe.primary:
-        raise SourceError(f"this is a {refused.family.title} file: {refused.family.why}")
+        family = refused[0].family
+        raise SourceError(f"this is a {family.title} file: {family.why}")
+    misplaced = why_misplaced(header.tensors, known)
+    if misplaced and recipe.primary:
+        raise SourceError(f"{misplaced}; give all of them one of these prefixes, or none")
     stored = header_markers(header.metadata) or markers or {}
-    copied = [part for part in parts if part.family.quantized_since]
-    return _Planner(header, recipe, stored, known, copied=copied, clashes=clashes).plan()
+    return _Planner(header, recipe, stored, known, refused=refused, clashes=clashes).plan()
 
 
 def stored_markers_needed(header: Header) -> list[str]:
@@ -93,11 +105,11 @@ class _Planner:
         recipe: Recipe,
         markers: dict[str, dict],
         parts: list[Part],
-        copied: list[Part],
+        refused: list[Part],
         clashes: set[str] | None,
     ):
         self.header, self.recipe, self.markers = header, recipe, markers
-        self.copied, self.clashes = copied, clashes
+        self.refused, self.clashes = refused, clashes
         self.warnings: list[str] = list(header.warnings)
         self.maybe_tables: list[str] = []
         self.parts, self.main = parts, _main_parts(parts)
@@ -155,6 +167,7 @@ class _Planner:
             layers=layers,
             metadata=self._metadata(layers, min_comfyui, requires_pack),
             family=", ".join(dict.fromkeys(part.family.name for part in self.main)) or "unknown",
+            recognised=self._recognised(),
             min_comfyui=min_comfyui,
             requires_pack=requires_pack,
             unmatched=tally.unmatched(),
@@ -163,6 +176,14 @@ class _Planner:
             recipe=recipe_to_toml(self.recipe) if self.recipe.primary else "",
             family_title=", ".join(dict.fromkeys(part.family.title for part in self.main)),
         )
+
+    def _recognised(self) -> bool:
+        """Whether what the file is about is known, and where ComfyUI finds it."""
+        names = self.header.tensors
+        known = [part for part in self.main if part.family is not UNKNOWN]
+        if not known:
+            return bool(self.refused)
+        return any(is_whole(part, names) for part in known) and not why_misplaced(names, known)
 
     def _has(self, part: Part, layers: Iterable[LayerPlan]) -> bool:
         return any(
@@ -173,12 +194,12 @@ class _Planner:
     def _since(self, layer: LayerPlan) -> Iterable[str]:
         """The first ComfyUI that reads a quantized layer's format, and its part."""
         yield _min_comfyui(layer)
-        for part in self.copied:
-            if layer.name.startswith(part.prefix):
+        for part in self.refused:
+            if part.family.quantized_since and layer.name.startswith(part.prefix):
                 yield part.family.quantized_since
 
     def _owner(self, base: str) -> Part | None:
-        return next((part for part in self.parts if base.startswith(part.prefix)), None)
+        return owner_of(base, self.parts)
 
     def _metadata(
         self, layers: tuple[LayerPlan, ...], min_comfyui: str, requires_pack: bool

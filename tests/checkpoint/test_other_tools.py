@@ -237,7 +237,7 @@ def test_layers_of_comfyuis_own_are_copied_through_every_door(case, write, out):
     path = write({**tensors, "b.weight": WIDE.bfloat16()})
     inspection, found = inspect_file(path), verify_file(path)
     assert inspection.formats == {name: 1} and inspection.findings == () and found.ok
-    assert inspection.loads_in == f"loads in stock ComfyUI >= {since}"
+    assert inspection.loads_in.startswith(f"loads in stock ComfyUI >= {since}, if ComfyUI knows")
     doors = {
         "quantize": lambda: quantize_file(path, out, recipe(), overwrite=True).plan,
         "convert": lambda: convert_file(path, out, overwrite=True).report.plan,
