@@ -346,16 +346,6 @@ def saved_result(*values: object, written: Path, text: str) -> io.NodeOutput:
     return io.NodeOutput(*values, ui={"fewbits_saved": [data]})
 
 
-def name_mark(recipe: Recipe) -> str:
-    """What an automatic file name says of a recipe: its format, and whether rules add others."""
-    wishes = [rule.wish for rule in recipe.rules] + [recipe.fallback]
-    config = recipe.layer_config
-    wishes += [entry.wish for entry in config.entries] if config else []
-    primary = recipe.primary.format
-    others = {wish.format for wish in wishes if wish} - {primary}
-    return f"{primary}_mixed" if others else primary
-
-
 def inspection_text(*inspections: Inspection, kernels: Iterable[str] = ()) -> str:
     """What is in the files, which kernels run, and what of FewBits is switched off in this
     ComfyUI.

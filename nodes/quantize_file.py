@@ -15,7 +15,6 @@ from .common import (
     device_input,
     filename_input,
     format_aliases,
-    name_mark,
     overwrite_input,
     path_output,
     recipe_from,
@@ -78,7 +77,7 @@ class FewBitsQuantizeFile(io.ComfyNode):
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
         recipe = recipe_from(**wish)
-        name = filename or host.automatic_name(file, name_mark(recipe))
+        name = filename or host.automatic_name(file, recipe.mark)
         target = host.output_path(name, overwrite=overwrite)
         report = quantize_file(
             host.model_path(*host.split_choice(file)),

@@ -165,6 +165,8 @@ class ModelPlan:
     # TOML from which the same plan comes again; empty where nothing was wished for
     recipe: str = ""
     family_title: str = ""  # the family as people write it
+    # who opens the file where it is not ComfyUI's own form; said in place of all else
+    opened_by: str = ""
 
     @cached_property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -199,6 +201,8 @@ class ModelPlan:
 
     def loads_in(self) -> str:
         """Where the file opens, as every result is labelled."""
+        if self.opened_by:
+            return self.opened_by
         if not self.min_comfyui:
             label = "loads in stock ComfyUI (nothing is quantized)"
         elif self.requires_pack:

@@ -118,6 +118,7 @@ def test_our_own_rooms_are_never_imported_absolutely():
 # decoder, which shares nothing with the formats.
 NAMED_IN = (
     "quant_ops/formats/",
+    "quant_ops/cli/arguments.py",  # help without torch; a test compares
     "quant_ops/compat/flags.py",
     "quant_ops/reference.py",
     "nodes/quantize_",

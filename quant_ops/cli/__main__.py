@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 from ..errors import RecipeError, closest
 from ..version import VERSION
+from .arguments import ARGUMENTS
 from .door import run_command
 
-# name -> what it does; the module of that name has the arguments and is imported when it is asked
+# name -> what it does; the module of that name does it and is imported when it is asked to
 COMMANDS = {
     "quantize": "write a quantized copy of a model",
     "calibrate": "how to make a calibration for the method gptq",
@@ -59,16 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fewbits {VERSION}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, help in COMMANDS.items():
-        subparsers.add_parser(name, help=help).fill = _filler(name)
+        command = subparsers.add_parser(name, help=help)
+        command.fill = ARGUMENTS[name]
+        command.set_defaults(command=name)
     return parser
-
-
-def _filler(name: str) -> Callable[[argparse.ArgumentParser], None]:
-    def fill(parser: argparse.ArgumentParser) -> None:
-        module = importlib.import_module(f".{MODULES.get(name, name)}", __package__)
-        module.add_arguments(parser)
-
-    return fill
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,7 +71,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int | None:
         args = build_parser().parse_args(argv)
-        return args.run(args)
+        if hasattr(args, "check"):
+            args.check(args)
+        module = importlib.import_module(f".{MODULES.get(args.command, args.command)}", __package__)
+        return module.run(args)
 
     return run_command("fewbits", work)
 

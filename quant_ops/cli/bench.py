@@ -8,40 +8,10 @@ import json
 import torch
 
 from ...kernels.device import CLASSES, Gpu
-from ..bench import ROWS, SHAPE, bench_linears, kernel_report, reason_lines
+from ..bench import ROWS, bench_linears, kernel_report, reason_lines
 from ..errors import RecipeError
 from ..formats import wished_format
 from .quantize import pick_device
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--format", dest="formats", action="append", metavar="F", help="only this one; repeatable"
-    )
-    parser.add_argument(
-        "--rows",
-        type=int,
-        nargs="+",
-        help=f"rows of the input (default {' '.join(map(str, ROWS))})",
-    )
-    size = "x".join(map(str, SHAPE))
-    parser.add_argument(
-        "--size", default=size, metavar="NxK", help=f"the layer's weight (default {size})"
-    )
-    parser.add_argument(
-        "--reasons", action="store_true", help="only say which kernel runs; time nothing"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto (cuda when there is one), cpu, cuda, cuda:1"
-    )
-    parser.add_argument(
-        "--gpu",
-        choices=CLASSES,
-        metavar="SM",
-        help=f"only say what runs on this class of GPU, here or not: {', '.join(CLASSES)}",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

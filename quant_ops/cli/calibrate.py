@@ -20,9 +20,5 @@ where you sample: in ComfyUI.
 Over HTTP the same graph does it: docs/calibration.md has the workflow."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=run)
-
-
 def run(args: argparse.Namespace) -> None:
     say(TEXT)

@@ -3,84 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import RecipeError
-from ..formats import FORMATS, own_methods, short_names
-from ..methods import METHODS
+from ..formats import FORMATS
 from ..planning.layer_config import load_layer_config
 from ..planning.recipe import Draft, Recipe, Rule, Wish, draft_from_toml, parse_rule, parse_wish
-
-
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--format",
-        metavar="F",
-        help=f"what layers become: {', '.join(FORMATS)}; for short {', '.join(short_names())}",
-    )
-    parser.add_argument(
-        "--scaling", help="how many weights share a scale: tensor, row (default: the format's own)"
-    )
-    parser.add_argument(
-        "--recipe", type=Path, metavar="R.toml", help="a recipe file; --format only if it says none"
-    )
-    parser.add_argument(
-        "--rule",
-        dest="rules",
-        action="append",
-        default=[],
-        type=_reported(parse_rule),
-        metavar="PATTERN=FORMAT[:o=v,...]",
-        help="another format for layers whose name matches (glob, re: or search:); first match "
-        "decides; repeatable",
-    )
-    parser.add_argument(
-        "--keep",
-        dest="rules",
-        action="append",
-        type=_reported(lambda text: Rule(text, None)),
-        metavar="PATTERN",
-        help="keep matching layers as they are; repeatable, in one order with --rule",
-    )
-    parser.add_argument(
-        "--fallback",
-        type=_reported(parse_wish),
-        metavar="F",
-        help="format for what a preset would keep",
-    )
-    parser.add_argument(
-        "--heur",
-        dest="heuristics",
-        action="store_true",
-        help="layers that gain nothing by their shape count as excluded",
-    )
-    parser.add_argument(
-        "--layer-config", type=Path, metavar="C.json", help="settings per layer, before every rule"
-    )
-    parser.add_argument(
-        "--fullmatch", action="store_true", help="layer-config keys are whole regular expressions"
-    )
-    parser.add_argument(
-        "--method", help=f"how codes are chosen: {', '.join(METHODS)} (default: {own_methods()})"
-    )
-    parser.add_argument("--preset", help="auto (default), none, or presets joined by +")
-    parser.add_argument(
-        "--seed", type=int, help="seed of methods that draw random numbers (default 0)"
-    )
-
-
-def _reported(parse: Callable) -> Callable:
-    """argparse shows ArgumentTypeError texts; ours are RecipeErrors."""
-
-    def convert(text: str) -> object:
-        try:
-            return parse(text)
-        except RecipeError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:
@@ -112,14 +41,34 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         raise RecipeError("--fullmatch is about the keys of --layer-config FILE, which is missing")
     stated = Draft(
         None,
-        tuple(args.rules),
-        args.fallback,
+        tuple(_rule(flag, text) for flag, text in args.rules),
+        parse_wish(args.fallback) if args.fallback else None,
         args.preset,
         seed=args.seed,
         layer_config=config,
         heuristics=args.heuristics,
     )
     return replace(stated.over(base), primary=primary).finish()
+
+
+def _rule(flag: str, text: str) -> Rule:
+    """--rule PATTERN=FORMAT or --keep PATTERN.
+
+    Raises:
+        RecipeError: a malformed rule, saying which.
+    """
+    try:
+        return Rule(text, None) if flag == "--keep" else parse_rule(text)
+    except RecipeError as error:
+        raise RecipeError(f"argument {flag}: {error}") from None
+
+
+def output_of(source: Path, mark: str) -> Path:
+    """Where a result goes that nobody named: beside the input, `flux.safetensors` -> `flux_nf4`."""
+    name = source.name
+    for suffix in (".safetensors.index.json", ".safetensors", ".sft", ".gguf"):
+        name = name.removesuffix(suffix)
+    return source.with_name(f"{name or 'model'}_{mark}.safetensors")
 
 
 def _primary(args: argparse.Namespace) -> Wish:

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from ..doors import compare_files
 from .door import say
 from .progress import progress_bar
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = ".safetensors file, .safetensors.index.json, or folder of shards"
-    parser.add_argument("first", type=Path, help=f"{what}; errors are relative to it")
-    parser.add_argument("second", type=Path)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,16 +6,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from ..doors import inspect_file
 from .door import say
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

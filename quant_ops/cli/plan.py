@@ -14,23 +14,8 @@ from ..planning.recipe import Recipe
 from ..planning.template import write_template
 from ..report.report import layer_lines, megabytes, plan_lines
 from ..spec import ModelPlan
-from .common import add_recipe_arguments, recipe_from
+from .common import recipe_from
 from .door import say, warn
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "input", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards"
-    )
-    add_recipe_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.add_argument(
-        "--template",
-        action="store_true",
-        help="write a layer-config to fill in beside the model; needs no --format",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing template")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

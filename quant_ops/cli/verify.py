@@ -6,21 +6,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from ..doors import verify_file
 from .door import say
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "file", type=Path, help=".safetensors file, .safetensors.index.json, or folder of shards"
-    )
-    parser.add_argument(
-        "--against", type=Path, metavar="ORIGINAL", help="also the error of each layer, worst first"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

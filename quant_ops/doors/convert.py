@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..checkpoint.exporters import TARGETS
+from ..checkpoint.exporters import KINDS, TARGETS
 from ..checkpoint.importers import ImportOptions
 from ..checkpoint.importers.scaled_fp8 import ScaledFp8
 from ..checkpoint.importers.source import ImportedSource, refuse_unexplained
 from ..checkpoint.open import open_file
 from ..checkpoint.second_reading import refuse_other_reading
 from ..errors import CheckpointError, RecipeError, visible
+from ..formats import FORMATS
 from ..pipeline import ProgressFn, ignore_progress, rewrite
 from ..planning.match import Regex, shortened
 from ..report.report import Report, plan_lines
-from ..spec import FLOAT_DTYPES
+from ..spec import FLOAT_DTYPES, ModelPlan, version_key
 from .problems import checked_sink
 
 logger = logging.getLogger(__name__)
@@ -90,10 +91,37 @@ def convert_file(
         if only == "fp8_scaled":
             _refuse_unscaled(opened)
         matched = _high_precision(opened, pattern) if pattern else None
+        if to == "bnb":
+            _refuse_unknown_to_bitsandbytes(opened)
         report = rewrite(opened, sink, on_progress=on_progress)
+        if to == "bnb":
+            report = replace(report, plan=_opened_by_bitsandbytes(report.plan, opened))
         if matched == 0:
             logger.warning("the high-precision filter %r matches no layer", hp_filter)
         return Conversion(report, opened.origins(), matched)
+
+
+def _refuse_unknown_to_bitsandbytes(opened: ImportedSource) -> None:
+    """A file of other formats only would become a plain model: that is what bf16 is for."""
+    formats = {made.format for made in opened.canonical.values() if made.format}
+    if formats and not formats & set(KINDS):
+        raise CheckpointError(
+            f"{opened.name}: no layer is in a format of bitsandbytes ({', '.join(KINDS)}); found "
+            f"{', '.join(sorted(formats))}: convert it to bf16, which decodes it"
+        )
+
+
+def _opened_by_bitsandbytes(plan: ModelPlan, opened: ImportedSource) -> ModelPlan:
+    """The plan's label: ComfyUI itself takes such a file for a plain one."""
+    formats = {made.format for made in opened.canonical.values()} & set(KINDS)
+    if not formats:
+        return plan
+    since = max((FORMATS[name].min_comfyui for name in formats), key=version_key)
+    label = (
+        "bitsandbytes' own keys, as diffusers and transformers read them; needs FewBits in ComfyUI "
+        f">= {since}"
+    )
+    return replace(plan, requires_pack=True, opened_by=label)
 
 
 def _refuse_unscaled(opened: ImportedSource) -> None:

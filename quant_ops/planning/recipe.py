@@ -118,6 +118,16 @@ class Recipe:
     layer_config: LayerConfig | None = None
     heuristics: bool = False
 
+    @property
+    def mark(self) -> str:
+        """What an automatic file name says: the format, and whether rules add others."""
+        wishes = [rule.wish for rule in self.rules] + [self.fallback]
+        config = self.layer_config
+        wishes += [entry.wish for entry in config.entries] if config else []
+        primary = self.primary.format
+        others = {wish.format for wish in wishes if wish} - {primary}
+        return f"{primary}_mixed" if others else primary
+
     def to_json(self) -> dict:
         return {
             "primary": self.primary and self.primary.to_json(),

@@ -340,3 +340,21 @@ def test_quantize_refuses_to_round_a_foreign_layer_again_and_copies_its_codes(
     assert "quantized already (bnb_nf4)" in capsys.readouterr().err
     assert main(["quantize", str(path), "-o", str(output), "--format", "bnb_nf4", "--quiet"]) == 0
     assert torch.equal(load_file(output)["a.weight"], dialects.native("bnb_nf4", WIDE)[0]["weight"])
+
+
+def test_bitsandbytes_keys_are_labelled_as_what_reads_them(tmp_path, capsys):
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    assert main(["quantize", str(EMOJI), "-o", str(ours), "--format", "bnb_nf4", "--quiet"]) == 0
+    assert main(["convert", str(ours), "-o", str(theirs), "--to", "bnb"]) == 0
+    shown = capsys.readouterr().out
+    assert "bitsandbytes' own keys, as diffusers and transformers read them" in shown
+    assert "loads in stock ComfyUI" not in shown
+
+
+def test_a_file_without_a_format_of_bitsandbytes_does_not_become_a_plain_one(tmp_path, capsys):
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    quantize = ["quantize", str(EMOJI), "-o", str(ours), "--format", "int8_tensorwise"]
+    assert main([*quantize, "--quiet"]) == 0
+    assert main(["convert", str(ours), "-o", str(theirs), "--to", "bnb"]) == 2
+    assert "found int8_tensorwise: convert it to bf16" in capsys.readouterr().err
+    assert not theirs.exists()

@@ -21,8 +21,11 @@ HELP = (
     "import sys\n"
     "from fewbits.quant_ops.cli.__main__ import main as fewbits\n"
     "from fewbits.quant_ops.compat import main as classic\n"
-    "for command, argument in ((fewbits, '--help'), (fewbits, '--version'), (classic, '--help'), (classic, '--version')):\n"
-    "    try: command([argument])\n"
+    "from fewbits.quant_ops.cli.__main__ import COMMANDS\n"
+    "asked = [(fewbits, [name, '--help']) for name in COMMANDS]\n"
+    "asked += [(command, [flag]) for command in (fewbits, classic) for flag in ('--help', '--version')]\n"
+    "for command, arguments in asked:\n"
+    "    try: command(arguments)\n"
     "    except SystemExit as left: assert left.code == 0\n"
     "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
 )
@@ -38,6 +41,58 @@ def test_help_and_version_of_both_commands_import_no_torch():
     result = python(HELP)
     assert result.returncode == 0, result.stderr
     assert "verify" in result.stdout and "--input" in result.stdout
+
+
+def test_what_help_names_is_what_there_is():
+    from fewbits.kernels.device import CLASSES
+    from fewbits.quant_ops.bench import ROWS, SHAPE
+    from fewbits.quant_ops.checkpoint.exporters import TARGETS
+    from fewbits.quant_ops.cli import arguments
+    from fewbits.quant_ops.cli.__main__ import COMMANDS
+    from fewbits.quant_ops.formats import FORMATS, own_methods, short_names
+    from fewbits.quant_ops.methods import METHODS
+
+    tables = [
+        (arguments.FORMATS, FORMATS), (arguments.METHODS, METHODS), (arguments.TARGETS, TARGETS),
+        (arguments.CLASSES, CLASSES), (arguments.ROWS, ROWS), (arguments.SHAPE, SHAPE),
+        (arguments.SHORT_NAMES, short_names()), (arguments.ARGUMENTS, COMMANDS),
+    ]  # fmt: skip
+    for named, there in tables:
+        assert sorted(map(str, named)) == sorted(map(str, there))
+    assert own_methods() == arguments.OWN_METHODS
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("m.safetensors", "m_bnb_nf4.safetensors"),
+        ("shards", "shards_bnb_nf4.safetensors"),
+        ("m.v1.safetensors.index.json", "m.v1_bnb_nf4.safetensors"),
+    ],
+)
+def test_a_result_without_a_name_lies_beside_its_source(tmp_path, source, target):
+    from fewbits.quant_ops.cli.common import output_of
+
+    assert output_of(tmp_path / source, "bnb_nf4") == tmp_path / target
+
+
+def test_quantize_names_its_file_by_the_format_and_says_it(tmp_path, capsys):
+    model = tiny_checkpoint(tmp_path / "m.safetensors", SHAPES)
+    assert main(["quantize", str(model), "--format", "nf4", "--quiet"]) == 0
+    assert (tmp_path / "m_bnb_nf4.safetensors").is_file()
+    mixed = ["--format", "nf4", "--rule", "a=int8_tensorwise"]
+    assert main(["quantize", str(model), *mixed]) == 0
+    assert capsys.readouterr().out.endswith("m_bnb_nf4_mixed.safetensors\n")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_the_bar_keeps_its_room_beside_a_long_name(width):
+    from fewbits.quant_ops.cli import progress
+
+    name = "model.diffusion_model.double_blocks.18.img_attn.proj.weight"
+    shown = progress.end_of(name, width - progress.FACTS)
+    assert len(shown) <= max(0, width - progress.FACTS)
+    assert name.endswith(shown.removeprefix("…"))
 
 
 def test_every_command_has_its_module_and_arguments(capsys):

@@ -31,7 +31,7 @@ REFUSED = {
     "--recipe DIR/syntax.toml": "recipe syntax.toml: ",
     "--recipe DIR/good.toml --format mxfp8": "--recipe already says format, scaling and method",
     "--recipe DIR/good.toml --layer-config DIR/bad.json": "the recipe has a [layer_config] of its own",
-    "--method svd": "say --format",
+    "--method svd": "missing: --format F, or --recipe R.toml with a [primary] table",
 }
 
 
@@ -60,7 +60,11 @@ def test_a_wish_that_makes_no_sense_is_one_line_and_status_2(
     [
         ([], "the following arguments are required: COMMAND; see fewbits --help"),
         (["quantise"], "invalid choice: 'quantise'"),
-        (["quantize"], "the following arguments are required: input; see fewbits quantize --help"),
+        (
+            ["quantize"],
+            "missing: the input; and --format F, or --recipe R.toml with a [primary] table;",
+        ),
+        (["plan", "--format", "nf4"], "missing: the input; see fewbits plan --help"),
         (
             ["plan", "m", "--fromat", "x"],
             "unrecognized arguments: --fromat x, did you mean --format?; see fewbits plan --help",
