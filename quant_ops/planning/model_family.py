@@ -73,6 +73,11 @@ class Family:
         return (*self.keys, *width_layers(self.name), *kept)
 
     @property
+    def named(self) -> str:
+        """The title with its article."""
+        return f"{'an' if self.title[0] in 'AEIOUaeiou' else 'a'} {self.title}"
+
+    @property
     def own_preset(self) -> Preset:
         """What `auto` keeps and leaves out."""
         stated = load_preset(self.preset) if self.preset else Preset(self.name)
@@ -190,12 +195,14 @@ def find_parts(tensors: Iterable[str] | Mapping[str, TensorSpec]) -> tuple[Part,
 
     A family matches under a prefix when all its keys exist there; the prefix is read off the first
     key, so nested checkpoints and bare files need no list of known prefixes. The first family that
-    fits claims a prefix. Without shapes, a family's `size` is taken as given.
+    fits claims a prefix. Without shapes, a family's `size` is taken as given. Inside a model that
+    is recognised nothing is a file of another kind: its keys are the model's own.
     """
     specs = tensors if isinstance(tensors, Mapping) else dict.fromkeys(tensors)
     endings: dict[str, list[str]] = {}
     for key in specs:
-        endings.setdefault(_ending(key), []).append(key)
+        for ending in {_ending(key), key.rpartition(".")[2]}:
+            endings.setdefault(ending, []).append(key)
     claimed: dict[str, Family] = {}
     for family in families():
         first = family.keys[0]
@@ -204,7 +211,12 @@ def find_parts(tensors: Iterable[str] | Mapping[str, TensorSpec]) -> tuple[Part,
                 prefix = key[: -len(first)]
                 if prefix not in claimed and _fits(family, prefix, specs):
                     claimed[prefix] = family
-    parts = [Part(family, prefix) for prefix, family in claimed.items()]
+    models = [prefix for prefix, family in claimed.items() if family.kind != "refuse"]
+    parts = [
+        Part(family, prefix)
+        for prefix, family in claimed.items()
+        if family.kind != "refuse" or not any(map(prefix.startswith, models))
+    ]
     return tuple(sorted(parts, key=lambda part: (-len(part.prefix), part.family.name)))
 
 

@@ -79,7 +79,7 @@ def make_plan(
     known += _unknown_parts(header.tensors, parts)
     if refused and not known and recipe.primary:
         family = refused[0].family
-        raise SourceError(f"this is a {family.title} file: {family.why}")
+        raise SourceError(f"this is {family.named} file: {family.why}")
     misplaced = why_misplaced(header.tensors, known)
     if misplaced and recipe.primary:
         raise SourceError(f"{misplaced}; give all of them one of these prefixes, or none")

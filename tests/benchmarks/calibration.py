@@ -1,9 +1,11 @@
-"""What a calibration is worth: output error of gptq x nearest's, on prompts that it never saw.
+"""What a calibration is worth: output error of gptq x nearest's, on prompts that it never saw; and pictures.
 
-    python tests/benchmarks/calibration.py [--formats bnb_nf4,...] [--device cuda]
+    python tests/benchmarks/calibration.py [--formats bnb_nf4,...] [--device cuda] [--pictures]
 
 The emoji model; statistics from 32 prompts in two halves, errors on the activations of 32 others, 16 steps, cfg 3. Means
-over the layers, weighted by their parameters. Appends a row per format to results/calibration.csv. Asserts nothing.
+over the layers, weighted by their parameters. Appends a row per format to results/calibration.csv. `--pictures` draws all
+64 prompts instead, with decoded weights, and appends the distance of the final latents and the SSIM of the pictures, each
+with its standard error, to results/calibrated_pictures.csv. Asserts nothing.
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "import_shim"), str(HERE.parent)]
 
+import piq
 import torch
 
-from fewbits.quant_ops.calibration import Observer
+from fewbits.quant_ops.calibration import Calibration, Observer
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.methods import Layer, choose, get_method, layer_generator
-from fewbits.quant_ops.planning.recipe import parse_wish
+from fewbits.quant_ops.planning.recipe import Wish, parse_wish
 from fewbits.quant_ops.spec import LayerInput
-from support.layers import emoji_trainer, emoji_weights
+from support.layers import EMOJI, emoji_trainer, emoji_weights
 
-RESULTS = HERE / "results" / "calibration.csv"
+RESULTS = HERE / "results"
+STEPS, CFG, BATCH = 16, 3.0, 16
 FORMATS = (
     "float8_e4m3fn,int8_tensorwise:convrot=false,int8_tensorwise:convrot=true,int8_blockwise,bnb_nf4,nvfp4,"
     "asym_w4a8_int8"
@@ -37,63 +41,131 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--formats", default=FORMATS)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pictures", action="store_true")
     args = parser.parse_args()
-    device = torch.device(args.device)
     train, model, prompts = emoji_trainer(args.device)
-    seen, unseen = Observer(10**9), Observer(10**9)
-    for observer, part in ((seen, prompts[:32]), (unseen, prompts[32:64])):
-        observer.start_run()
-        for start in (0, 16):
-            observer.start_run()
-            conditioning = train.conditioning(part[start : start + 16], args.device)
-            with observer.watching(model):
-                train.sample(model, *conditioning, 16, 3.0, 1 + start, args.device)
-    known, held = seen.finish(), unseen.finish()
+    prompts = [prompt for prompt in prompts if prompt]
+    table = Pictures(train, model, prompts, args.device) if args.pictures else None
+    seen = watched(train, model, prompts[:32], args.device)
+    table = table or HeldOut(watched(train, model, prompts[32:], args.device))
     for text in args.formats.split(","):
+        started = time.perf_counter()
         wish = parse_wish(text)
-        started, total, parameters, worst = time.perf_counter(), 0.0, 0, 0.0
+        row = {"format": text, **table.row(wish, seen, torch.device(args.device))}
+        row |= {"seconds": f"{time.perf_counter() - started:.0f}", "device": args.device}
+        print(row, flush=True)
+        record(table.file, row)
+
+
+def watched(train, model: torch.nn.Module, prompts: list[str], device: str) -> Calibration:
+    observer = Observer(10**9)
+    observer.start_run()  # the first is dealt out call by call, and here runs are to be halves
+    for start in range(0, len(prompts), BATCH):
+        observer.start_run()
+        conditioning = train.conditioning(prompts[start : start + BATCH], device)
+        with observer.watching(model):
+            train.sample(model, *conditioning, STEPS, CFG, 1 + start, device)
+    return observer.finish()
+
+
+class HeldOut:
+    file = RESULTS / "calibration.csv"
+
+    def __init__(self, held: Calibration):
+        self.held = held
+
+    def row(self, wish: Wish, seen: Calibration, device: torch.device) -> dict[str, str]:
+        total, parameters, worst = 0.0, 0, 0.0
         for name, weight in emoji_weights(wish).items():
-            ratio = measure(
-                name,
-                weight.to(device),
-                wish,
-                known,
-                held.inputs_of(name, tuple(weight.shape), device).gram,
+            weight = weight.to(device)
+            gram = self.held.inputs_of(name, tuple(weight.shape), device).gram
+            calibrated, nearest = (
+                float(((error @ gram) * error).sum())
+                for error in (
+                    decoded(name, weight, wish, seen, method) - weight.float()
+                    for method in ("gptq", "nearest")
+                )
             )
+            ratio = (calibrated / nearest) ** 0.5
             total, worst = total + ratio * weight.numel(), max(worst, ratio)
             parameters += weight.numel()
-        row = {
-            "format": text,
-            "held_out": f"{total / parameters:.3f}",
-            "worst_layer": f"{worst:.3f}",
-            "seconds": f"{time.perf_counter() - started:.0f}",
-            "device": args.device,
-        }
-        print(row, flush=True)
-        record(row)
+        return {"held_out": f"{total / parameters:.3f}", "worst_layer": f"{worst:.3f}"}
 
 
-def measure(name: str, weight: torch.Tensor, wish, known, gram: torch.Tensor) -> float:
-    """Output error of gptq x nearest's, for inputs of this second moment."""
-    format, options, method = get_format(wish.format), wish.options, get_method("gptq")
+class Pictures:
+    file = RESULTS / "calibrated_pictures.csv"
+
+    def __init__(self, train, model: torch.nn.Module, prompts: list[str], device: str):
+        self.train, self.model, self.prompts, self.device = train, model, prompts, device
+        _, self.decoder = train.load_vae(
+            argparse.Namespace(out=EMOJI.parent, work=EMOJI.parent), device
+        )
+        self.latents, self.pictures = self.draw()
+
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = torch.cat(
+            [
+                self.train.sample(
+                    self.model,
+                    *self.train.conditioning(self.prompts[start : start + BATCH], self.device),
+                    STEPS,
+                    CFG,
+                    100 + start,
+                    self.device,
+                )
+                for start in range(0, len(self.prompts), BATCH)
+            ]
+        )
+        return latents, self.train.decode_all(self.decoder, latents)
+
+    def row(self, wish: Wish, seen: Calibration, device: torch.device) -> dict[str, str]:
+        found = {method: self.measured(wish, seen, method) for method in ("nearest", "gptq")}
+        (plain, _), (calibrated, _) = found["nearest"], found["gptq"]
+        shown = {"ratio": with_error(calibrated / plain.mean())}
+        for method, (distance, likeness) in found.items():
+            shown[f"{method} latent"] = with_error(distance)
+            shown[f"{method} ssim"] = with_error(likeness)
+        return shown
+
+    def measured(
+        self, wish: Wish, seen: Calibration, method: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each prompt: the final latent's distance over its norm, and the SSIM of the picture."""
+        original = {}
+        for name, weight in emoji_weights(wish).items():
+            module = self.model.get_submodule(name)
+            original[name] = module.weight.data
+            module.weight.data = decoded(name, weight.to(self.device), wish, seen, method)
+        latents, pictures = self.draw()
+        for name, weight in original.items():
+            self.model.get_submodule(name).weight.data = weight
+        distance = (latents - self.latents).flatten(1).norm(dim=1) / self.latents.flatten(1).norm(
+            dim=1
+        )
+        return distance, piq.ssim(pictures, self.pictures, data_range=1.0, reduction="none")
+
+
+def with_error(values: torch.Tensor) -> str:
+    return f"{float(values.mean()):.4f}+-{float(values.std() / len(values) ** 0.5):.4f}"
+
+
+def decoded(
+    name: str, weight: torch.Tensor, wish: Wish, seen: Calibration, method: str
+) -> torch.Tensor:
+    """(N, K) float32: what is stored of a weight, read again."""
+    format, options, chosen = get_format(wish.format), wish.options, get_method(method)
     layer = LayerInput(tuple(weight.shape), "BF16")
     grid, prepared = format.grid(layer, options), format.prepare(weight, options)
-    inputs = known.inputs_of(name, tuple(weight.shape), weight.device).map(
-        lambda rows: format.prepare(rows, options)
-    )
+    inputs = seen.inputs_of(name, tuple(weight.shape), weight.device)
+    inputs = inputs.map(lambda rows: format.prepare(rows, options))
     generator = layer_generator(0, name, weight.device)
-    choice = choose(method, Layer(prepared, grid, method.configure({}), generator, inputs=inputs))
-    errors = []
-    for codes in ((choice.codes, choice.scale), grid.nearest(prepared)):
-        decoded = format.dequantize(format.pack(*codes, options), layer, options)
-        error = decoded - weight.float()
-        errors.append(float(((error @ gram) * error).sum()))
-    return (errors[0] / errors[1]) ** 0.5
+    choice = choose(chosen, Layer(prepared, grid, chosen.configure({}), generator, inputs=inputs))
+    return format.dequantize(format.pack(choice.codes, choice.scale, options), layer, options)
 
 
-def record(row: dict) -> None:
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
+def record(path: Path, row: dict) -> None:
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, row)
         if new:
             writer.writeheader()

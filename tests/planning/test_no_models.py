@@ -1,0 +1,53 @@
+"""Files that are no models: refused by what they are, whatever names their kind has."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fewbits.quant_ops.doors import inspect_file, quantize_file
+from fewbits.quant_ops.errors import SourceError
+from fewbits.quant_ops.planning.model_family import families, find_parts
+from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
+
+INT8 = Recipe(parse_wish("int8"))
+REFUSED = [family for family in families() if family.kind == "refuse"]
+
+
+@pytest.mark.parametrize("family", REFUSED, ids=lambda family: f"{family.name}-{family.keys[0]}")
+@pytest.mark.parametrize("prefix", ["", "some.part."])
+def test_every_set_of_names_is_refused_by_its_kind(tmp_path, family, prefix):
+    path = tmp_path / "file.safetensors"
+    save_file({prefix + key: torch.ones(32, 32) for key in family.keys}, path)
+    with pytest.raises(SourceError, match=f"this is an? {family.title} file: ") as refused:
+        quantize_file(path, tmp_path / "out.safetensors", INT8)
+    assert family.why in str(refused.value)
+    assert inspect_file(path).family == family.title
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+LAYERS = [f"double_blocks.{index}.img_mlp.0" for index in range(3)]
+
+
+@pytest.mark.parametrize("pair", [("lora_down", "lora_up"), ("lora_A", "lora_B")])
+def test_a_lora_is_refused_however_many_layers_it_has(tmp_path, pair):
+    tensors = {
+        f"lora_unet_{layer}.{side}.weight": torch.ones(64, 64) for layer in LAYERS for side in pair
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(SourceError, match="this is a LoRA file"):
+        quantize_file(tmp_path / "lora.safetensors", tmp_path / "out.safetensors", INT8)
+
+
+def test_inside_a_model_the_same_names_are_the_models_own():
+    """Tokenizers and embedders of some models are named like a VAE or an upscaler."""
+    flux = next(family for family in families() if family.name == "flux")
+    names = [*flux.keys, "conv_first.weight", "inner.decoder.conv_in.weight"]
+    assert [part.family.name for part in find_parts(names)] == ["flux"]
+    beside = find_parts(
+        [
+            *(f"model.diffusion_model.{key}" for key in flux.keys),
+            "vae.decoder.conv_in.weight",
+            "vae.encoder.conv_in.weight",
+        ]
+    )
+    assert {part.family.name for part in beside} == {"flux", "vae"}
