@@ -7,6 +7,7 @@ import io
 import logging
 import mmap
 import os
+import re
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ LOCKED = range(1 << 23, 1 << 28)
 READERS = 4
 # bytes per second; what is slower is a disk, and one whose heads move is read by one thread
 FAST = 1 << 30
+SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +125,8 @@ class FileSource:
     """A checkpoint on disk.
 
     `path` may be a `.safetensors` file, a `*.safetensors.index.json`, or a folder that holds either
-    an index or one set of shards. Reading goes through `readinto`, not a memory map: mapped pages
-    would count as resident memory.
+    an index or one set of shards; a single shard is refused. Reading goes through `readinto`, not a
+    memory map: mapped pages would count as resident memory.
 
     Args:
         short_lived: the tensors that `read` returns are dropped soon, so that their memory is used
@@ -242,7 +244,19 @@ def _open_headers(path: Path) -> tuple[Header, tuple[InputFile, ...]]:
     if path.name.endswith(".index.json"):
         return _read_index(path, path)
     file = InputFile.found(path)
+    number, total = _place(path)
+    if total > 1:
+        raise CheckpointError(
+            f"{path.name}: part {number} of {total} of a model; name its folder, or its "
+            "*.safetensors.index.json"
+        )
     return read_header(path), (file,)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """`model-00002-of-00003.safetensors` -> (2, 3); (1, 1) for a file that is no shard."""
+    found = SHARD.search(path.name)
+    return (int(found[1]), int(found[2])) if found else (1, 1)
 
 
 def _shards_of_folder(folder: Path, indexes: int) -> list[Path]:
@@ -250,6 +264,12 @@ def _shards_of_folder(folder: Path, indexes: int) -> list[Path]:
     if indexes or not files:
         found = f"{indexes} indexes" if indexes else "no .safetensors files"
         raise CheckpointError(f"{folder}: {found}; name one file or one *.safetensors.index.json")
+    total = max(total for _, total in map(_place, files))
+    if total not in (1, len(files)):
+        raise CheckpointError(
+            f"{folder}: {len(files)} .safetensors files, and one of them says that it is one of "
+            f"{total}; get the others, or name one file"
+        )
     return files
 
 

@@ -504,7 +504,7 @@ def not_a_candidate(spec: TensorSpec) -> str | None:
     if not spec.name.endswith(".weight"):
         return "not a weight"
     if spec.dtype.startswith("F8_"):
-        return f"already 8 bit ({spec.dtype} without a marker)"
+        return f"already 8 bit ({spec.dtype} without a marker; requantize rounds it a second time)"
     if spec.dtype not in FLOAT_DTYPES:
         return f"not a floating-point tensor ({spec.dtype.lower()})"
     if len(spec.shape) != 2:

@@ -69,6 +69,31 @@ def test_a_missing_shard_is_named(tmp_path):
         FileSource(index)
 
 
+def test_a_shard_alone_is_refused_as_a_part(tmp_path):
+    """It was planned as another family, and half a model was called a result."""
+    shards(tmp_path, random_tensors({"a.weight": (32, 32), "b.weight": (16, 8)}))
+    with pytest.raises(CheckpointError, match="part 2 of 2 of a model; name its folder, or its"):
+        FileSource(tmp_path / "model-00002-of-00002.safetensors")
+
+
+def test_a_folder_that_lacks_a_shard_is_refused(tmp_path):
+    shards(tmp_path, random_tensors({"a.weight": (32, 32), "b.weight": (16, 8)})).unlink()
+    with FileSource(tmp_path) as source:
+        assert len(source.header.tensors) == 2
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match="1 .safetensors files, and one of them says that it is one of 2"
+    ):
+        FileSource(tmp_path)
+
+
+def test_one_of_one_is_a_whole_model(tmp_path):
+    path = tmp_path / "model-00001-of-00001.safetensors"
+    save_file(random_tensors({"a.weight": (32, 32)}), path)
+    with FileSource(path) as source:
+        assert list(source.header.tensors) == ["a.weight"]
+
+
 def test_a_shard_outside_the_folder_is_refused(tmp_path):
     index = tmp_path / "x.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))

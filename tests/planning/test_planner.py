@@ -97,7 +97,11 @@ REASONS = {
     "mlp.experts.bank": ("not a weight", (4, 64, 64), "BF16"),
     "thin.weight": ("smaller than 16x16 (8x3072)", (8, 3072), "BF16"),
     "ids.weight": ("not a floating-point tensor (i64)", (64, 64), "I64"),
-    "cast.weight": ("already 8 bit (F8_E4M3 without a marker)", (64, 64), "F8_E4M3"),
+    "cast.weight": (
+        "already 8 bit (F8_E4M3 without a marker; requantize rounds it a second time)",
+        (64, 64),
+        "F8_E4M3",
+    ),
 }
 
 
