@@ -288,9 +288,9 @@ def lowest_error(
 def _why_not_lowest_error(
     x: torch.Tensor, scale: torch.Tensor, levels: Levels, table: torch.Tensor
 ) -> str | None:
-    return (
-        f"{levels.name} goes to {levels.qmax:g}" if levels.qmax != 1 else why_not_codes(x, levels)
-    )
+    if levels.qmax != 1:
+        return f"{levels.name} goes to {levels.qmax:g}"
+    return why_not_codes(x, levels)
 
 
 @lowest_error.backend("triton", _why_not_lowest_error)

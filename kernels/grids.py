@@ -80,11 +80,9 @@ def why_not_codes(weight: torch.Tensor, levels: Levels) -> str | None:
 def _why_not_nearest_codes(
     weight: torch.Tensor, scale: torch.Tensor, levels: Levels, geometry: Geometry, seed: int
 ) -> str | None:
-    return (
-        "stochastic rounding draws torch's random numbers"
-        if seed
-        else why_not_codes(weight, levels)
-    )
+    if seed:
+        return "stochastic rounding draws torch's random numbers"
+    return why_not_codes(weight, levels)
 
 
 @nearest_codes.backend("triton", _why_not_nearest_codes)
@@ -187,12 +185,8 @@ def squared_error(
     for start, (error, signal) in zip(range(0, n, rows), sums, strict=True):
         stop = min(start + rows, n)
         w = weight[start:stop].float().reshape(-1)
-        part = (
-            scale
-            if geometry.rows is None
-            else scale[start // geometry.rows : stop // geometry.rows]
-        )
-        difference = decode(codes[start:stop], part, levels, geometry).view(-1).sub_(w)
+        band = geometry.band(start, stop)
+        difference = decode(codes[start:stop], scale[band], levels, geometry).view(-1).sub_(w)
         torch.dot(difference, difference, out=error)
         torch.dot(w, w, out=signal)
     errors, signals = sums.t().tolist()  # one wait for the device
@@ -209,9 +203,9 @@ def _squared_error(weight, codes, scale, levels, geometry):
 @cache
 def _values(levels: Levels, device: torch.device) -> torch.Tensor:
     """`code_values` of 4-bit codes on a device; of others one number that nothing reads."""
-    return torch.tensor(
-        code_values(levels) if levels.dtype == torch.uint8 else (0.0,), device=device
-    )
+    if levels.dtype != torch.uint8:
+        return torch.zeros(1, device=device)
+    return torch.tensor(code_values(levels), device=device)
 
 
 @op
@@ -228,15 +222,10 @@ def tile_errors(
     errors = torch.zeros(geometry.grid_shape((n, k)), dtype=torch.float32, device=weight.device)
     for start in range(0, n, rows):
         stop = min(start + rows, n)
-        tiles = (
-            slice(None)
-            if geometry.rows is None
-            else slice(start // geometry.rows, stop // geometry.rows)
-        )
-        difference = decode(codes[start:stop], scale[tiles], levels, geometry).sub_(
-            weight[start:stop].float()
-        )
-        errors[tiles] += geometry.tiles(difference.square_()).sum((1, 3))
+        band = geometry.band(start, stop)
+        difference = decode(codes[start:stop], scale[band], levels, geometry)
+        difference.sub_(weight[start:stop].float())
+        errors[band] += geometry.tiles(difference.square_()).sum((1, 3))
     return errors
 
 
@@ -363,10 +352,11 @@ class ScaledGrid(Grid):
 
     def columns(self, scale: Scale, index: torch.Tensor, shape: tuple[int, int]) -> Columns:
         grid, geometry = self.multiplier(scale), self.geometry
-        of_columns = (
-            grid[:, index // geometry.cols] if geometry.cols else grid.expand(-1, len(index))
-        )
-        rows = 1 if geometry.rows is None else geometry.rows
+        if geometry.cols:
+            of_columns = grid[:, index // geometry.cols]
+        else:
+            of_columns = grid.expand(-1, len(index))
+        rows = geometry.rows or 1
         return LevelColumns(self.levels, of_columns.t().repeat_interleave(rows, 1).contiguous())
 
 

@@ -46,6 +46,12 @@ class Geometry:
             1 if self.cols is None else k // self.cols
         )
 
+    def band(self, start: int, stop: int) -> slice:
+        """The rows of the grid whose tiles hold these rows of the weight; whole tiles."""
+        if self.rows is None:
+            return slice(None)
+        return slice(start // self.rows, stop // self.rows)
+
     def tiles(self, x: torch.Tensor) -> torch.Tensor:
         """View (N, K) as (grid rows, rows, grid cols, cols). Sizes must divide."""
         n, k = x.shape
