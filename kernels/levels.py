@@ -80,10 +80,6 @@ def _widen_e5m2(codes: torch.Tensor) -> torch.Tensor:
     return codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(8).view(torch.float16).float()
 
 
-def _clamp_to(limit: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: x.clamp_(-limit, limit)
-
-
 def _float_dither(
     mantissa_bits: int, min_exponent: int
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -98,48 +94,49 @@ def _float_dither(
     return dither_
 
 
-# The cast to FP8 rounds to nearest even; the clamp comes first, because overflow differs between
-# torch versions.
-E4M3 = Levels(
-    name="e4m3fn",
-    dtype=torch.float8_e4m3fn,
-    qmax=E4M3_MAX,
-    normalise_=by_reciprocal_,
-    round_=_clamp_to(E4M3_MAX),
-    widen=_widen_e4m3,
-    dither_=_float_dither(3, -6),
-    clear_zero_blocks=True,
-    kernel=(),
+def _float8(
+    dtype: torch.dtype,
+    qmax: float,
+    *,
+    widen: Callable[[torch.Tensor], torch.Tensor],
+    dither_: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    kernel: tuple[float, ...] | None = None,
+) -> Levels:
+    """The cast rounds to nearest even; the clamp comes first, because overflow differs between
+    torch versions.
+    """
+    return Levels(
+        name=str(dtype).removeprefix("torch.float8_"),
+        dtype=dtype,
+        qmax=qmax,
+        normalise_=by_reciprocal_,
+        round_=lambda x: x.clamp_(-qmax, qmax),
+        widen=widen,
+        dither_=dither_,
+        clear_zero_blocks=True,
+        kernel=kernel,
+    )
+
+
+def _integers(name: str, qmax: float, kernel: tuple[float, ...] | None = None) -> Levels:
+    return Levels(
+        name=name,
+        dtype=torch.int8,
+        qmax=qmax,
+        normalise_=by_division_,
+        round_=lambda x: x.round_().clamp_(-qmax, qmax),
+        widen=torch.Tensor.float,
+        dither_=torch.Tensor.add_,
+        kernel=kernel,
+    )
+
+
+E4M3 = _float8(
+    torch.float8_e4m3fn, E4M3_MAX, widen=_widen_e4m3, dither_=_float_dither(3, -6), kernel=()
 )
-E5M2 = Levels(
-    name="e5m2",
-    dtype=torch.float8_e5m2,
-    qmax=57344.0,
-    normalise_=by_reciprocal_,
-    round_=_clamp_to(57344.0),
-    widen=_widen_e5m2,
-    dither_=_float_dither(2, -14),
-    clear_zero_blocks=True,
-)
-INT8 = Levels(
-    name="int8",
-    dtype=torch.int8,
-    qmax=127.0,
-    normalise_=by_division_,
-    round_=lambda x: x.round_().clamp_(-127.0, 127.0),
-    widen=torch.Tensor.float,
-    dither_=torch.Tensor.add_,
-    kernel=(),
-)
-INT4 = Levels(
-    name="int4",
-    dtype=torch.int8,
-    qmax=7.0,
-    normalise_=by_division_,
-    round_=lambda x: x.round_().clamp_(-7.0, 7.0),
-    widen=torch.Tensor.float,
-    dither_=torch.Tensor.add_,
-)
+E5M2 = _float8(torch.float8_e5m2, 57344.0, widen=_widen_e5m2, dither_=_float_dither(2, -14))
+INT8 = _integers("int8", 127.0, kernel=())
+INT4 = _integers("int4", 7.0)
 
 
 @cache
