@@ -1,24 +1,18 @@
 """`fewbits quantize`, `plan` and `inspect` as a user runs them: exit status, one-line errors, nothing lost."""
 
 import json
-import multiprocessing
 import os
-import random
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewbits.quant_ops.doors import quantize_file
-from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from support.helpers import (
     EMOJI,
     fewbits,
     flux_shapes,
-    quantize_after,
     random_tensors,
     tiny_checkpoint,
 )
@@ -175,43 +169,6 @@ def test_quantizing_twice_is_refused_and_copying_is_not(tmp_path):
 def test_a_wish_that_cannot_be_fulfilled_is_refused_before_work(tmp_path, arguments, message):
     refused(fewbits("quantize", EMOJI, "-o", tmp_path / "q.safetensors", *arguments), message)
     assert os.listdir(tmp_path) == []
-
-
-def test_killing_the_process_at_random_moments_never_leaves_an_output(tmp_path):
-    """20 kills spread over the whole run; a fork server with torch loaded makes them land inside it."""
-    model = tiny_checkpoint(
-        tmp_path / "m.safetensors", flux_shapes(hidden=1024, double=2, single=2)
-    )
-    folder = tmp_path / "out"
-    folder.mkdir()
-    out = folder / "q.safetensors"
-    recipe = Recipe(primary=parse_wish("float8_e4m3fn"))
-    begun = time.perf_counter()
-    quantize_file(model, out, recipe)
-    whole = time.perf_counter() - begun
-    complete = out.read_bytes()
-    out.unlink()
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(["fewbits.quant_ops.pipeline"])
-    dice = random.Random(0)
-    interrupted = 0
-    for _ in range(20):
-        started = context.Event()
-        process = context.Process(target=quantize_after, args=(started, model, out, recipe))
-        process.start()
-        assert started.wait(60)
-        time.sleep(dice.uniform(0.0, 1.0) * whole)
-        process.kill()
-        process.join()
-        leftovers = list(folder.iterdir())
-        interrupted += any(path.suffix == ".part" for path in leftovers)
-        for path in leftovers:
-            assert (
-                path.suffix == ".part" or path.read_bytes() == complete
-            )  # only a finished run leaves the output
-            path.unlink()
-    assert interrupted >= 5  # most kills did land while the file was being written
 
 
 def test_ctrl_c_exits_with_130_and_leaves_nothing(tmp_path):

@@ -81,7 +81,7 @@ def weights() -> Iterator[tuple[str, object, tuple, torch.Tensor]]:
             yield name, rows.rows_flat4, (packed, absmax, levels, group), grid.decode(codes, absmax)
     for levels in (INT8, E4M3):
         for geometry in (Geometry(64, 64), Geometry(16, 16), Geometry(1, 64), Geometry(1, 128)):
-            weight = torch.randn(64, 256) * torch.logspace(-1, 1, 256)
+            weight = torch.randn(max(geometry.rows, 3), 256) * torch.logspace(-1, 1, 256)
             weight[: geometry.rows] = 0
             grid = TiledGrid(levels, geometry)
             scale = grid.scale(weight)
@@ -126,10 +126,11 @@ def faults(op: object, arguments: tuple, plain: torch.Tensor, span: int) -> list
         if backend == "cuda" and why_not(*on_device(arguments), span):
             continue
         made = body(*on_device(arguments), span)
-        again = body(*on_device(arguments), span)
         wrong = compared(made, plain, truth, reference)
-        if not all(torch.equal(*pair) for pair in zip(made, again)):
-            wrong.append("twice is not the same")
+        if DEVICE == "cuda":  # the interpreter runs one program after the other
+            again = body(*on_device(arguments), span)
+            if not all(torch.equal(*pair) for pair in zip(made, again)):
+                wrong.append("twice is not the same")
         found += [f"{backend}: {text}" for text in wrong]
     return found
 
@@ -152,13 +153,18 @@ def compared(
     return found
 
 
+def spans_for(n: int, k: int) -> list[int]:
+    """Every span that divides K; of many rows, each of which the interpreter runs alone, the largest."""
+    fitting = [span for span in rows.SPANS if k % span == 0]
+    return fitting if n < 64 or DEVICE == "cuda" else [max(fitting)]
+
+
 def cases() -> Iterator[tuple[str, list[str]]]:
     for name, x, span in activations():
         yield name, faults(rows.quantize_rotated, (x,), x.float(), span)
     for name, op, stored, plain in weights():
-        for span in rows.SPANS:
-            if plain.shape[1] % span == 0:
-                yield f"{name} {span}", faults(op, stored, plain, span)
+        for span in spans_for(*plain.shape):
+            yield f"{name} {span}", faults(op, stored, plain, span)
         if op.name in EXACT:
             for dtype in (torch.bfloat16, torch.float32):
                 exact = EXACT[op.name]

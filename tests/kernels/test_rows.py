@@ -34,11 +34,13 @@ def lines_of(*arguments: str) -> list[str]:
     return run.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_the_kernels_err_as_little_as_eager_in_tritons_interpreter():
     lines = lines_of()
     assert len(lines) > 90 and [line for line in lines if not line.startswith("ok ")] == []
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_a_gpu_that_is_not_here():
     compiled = {line.removeprefix("compiled ") for line in lines_of("compile")}
     assert compiled >= {"_rows", "_levels"}

@@ -82,12 +82,14 @@ def activations():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [*PROMISED, "int8_tensorwise:scaling=tensor"])
-def test_the_promise_holds_on_every_layer_of_a_trained_model(text, activations):
-    """Measured over 22 layers, CPU, torch 2.11, largest objective, weight and output error:
-    fp8 .541, 1.0098, 1.017; int8 row .490, 1.0100, 1.011; nf4 .548, .9401, .971; int8 one scale .391, 1.0100, 1.013.
+def test_the_promise_holds_on_every_kind_of_layer_of_a_trained_model(text, activations):
+    """One block of each kind; of all 22 layers on a CPU (torch 2.11) tests/benchmarks/methods.py gave as the largest
+    objective, weight and output error: fp8 .541, 1.0098, 1.017; int8 row .490, 1.0100, 1.011; nf4 .548, .9401, .971;
+    int8 one scale .391, 1.0100, 1.013.
     """
     broken, layers = [], emoji_weights(parse_wish(text))
-    for name, weight in layers.items():
+    first = {name: weight for name, weight in layers.items() if "blocks.0." in name}
+    for name, weight in first.items():
         found, x = run(weight, text, "svd", name=name), activations[name]
         output = float((x @ found.error.T).norm() / (x @ found.error_nearest.T).norm())
         if (
@@ -98,7 +100,7 @@ def test_the_promise_holds_on_every_layer_of_a_trained_model(text, activations):
             broken.append(
                 (name, found.objective_ratio, found.weight_ratio, output, found.choice.verdict)
             )
-    assert len(layers) == 22 and not broken
+    assert len(layers) == 22 and len(first) == 13 and not broken
 
 
 def with_outliers():

@@ -164,11 +164,3 @@ def fewbits(*arguments: object) -> subprocess.CompletedProcess:
         except SystemExit as end:  # argparse, after --help and --version
             status = end.code or 0
     return subprocess.CompletedProcess(words, status, out.getvalue(), errors.getvalue())
-
-
-def quantize_after(started: object, model: Path, out: Path, recipe: object) -> None:
-    """Set an event, then quantize: for processes, which find it by the name of this module."""
-    from fewbits.quant_ops.doors import quantize_file
-
-    started.set()
-    quantize_file(model, out, recipe)
