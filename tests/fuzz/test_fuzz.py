@@ -42,9 +42,8 @@ def test_hostile_inputs_are_read_or_refused_in_time_and_memory(case, request, ca
     seconds, counts = (request.config.getoption(name) for name in ("--fuzz", "--counts"))
     if seconds:
         dice = random.Random(time.time_ns())
-        with watch.not_stuck(seconds):
+        with capsys.disabled(), watch.not_stuck(seconds):
             hunted = watch.hunt(case, iter(lambda: dice.getrandbits(48), None), seconds)
-        with capsys.disabled():
             print(f"\n{case.__name__}: {hunted}")
         if counts:
             watch.add_up(Path(counts), case.__name__, hunted)

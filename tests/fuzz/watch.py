@@ -127,7 +127,7 @@ def watched() -> Iterator[None]:
 @contextlib.contextmanager
 def not_stuck(seconds: float) -> Iterator[None]:
     """End the process, with a traceback, if it is still in here after that."""
-    faulthandler.dump_traceback_later(seconds + STUCK, exit=True)
+    faulthandler.dump_traceback_later(seconds + STUCK, exit=True, file=sys.__stderr__)
     try:
         yield
     finally:
