@@ -250,6 +250,17 @@ def overwrite_input() -> io.Boolean.Input:
     )
 
 
+def verify_input() -> io.Boolean.Input:
+    return io.Boolean.Input(
+        "verify",
+        default=False,
+        optional=True,
+        advanced=True,
+        tooltip="Before the file gets its name, read every layer a second time, by a decoder that "
+        "shares no code with what wrote it. Takes longer; if the two differ, no file is kept.",
+    )
+
+
 def filename_input(mark: str) -> io.String.Input:
     """Where a file made of another file goes; empty: `host.automatic_name` with this mark."""
     return io.String.Input(

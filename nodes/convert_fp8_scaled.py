@@ -16,6 +16,7 @@ from .common import (
     path_output,
     report_result,
     schema,
+    verify_input,
 )
 
 
@@ -58,6 +59,7 @@ class FewBitsConvertFP8Scaled(io.ComfyNode):
                     "the others. Empty: no check.",
                 ),
                 full_precision_input(),
+                verify_input(),
             ],
             outputs=[
                 path_output(),
@@ -82,6 +84,7 @@ class FewBitsConvertFP8Scaled(io.ComfyNode):
         overwrite: bool = False,
         high_precision: str = "",
         full_precision_matmul: bool = False,
+        verify: bool = False,
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
         target = host.output_path(
@@ -94,6 +97,7 @@ class FewBitsConvertFP8Scaled(io.ComfyNode):
             only="fp8_scaled",
             hp_filter=high_precision or None,
             overwrite=overwrite,
+            verify=verify,
             on_progress=run.on_progress,
         )
         return report_result(str(target), report=result, written=target)

@@ -23,6 +23,7 @@ from .common import (
     report_result,
     schema,
     settled,
+    verify_input,
 )
 
 DEFAULT = "float8_e4m3fn"  # what the most versions of ComfyUI open
@@ -55,6 +56,7 @@ class FewBitsQuantizeFile(io.ComfyNode):
                 *advanced,
                 device_input(),
                 calibration_input(),
+                verify_input(),
             ],
             outputs=[path_output(), report_output()],
             hidden=[io.Hidden.unique_id],
@@ -73,6 +75,7 @@ class FewBitsQuantizeFile(io.ComfyNode):
         overwrite: bool = False,
         device: str = AUTO,
         calibration: Calibration | Observer | None = None,
+        verify: bool = False,
         **wish: object,
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
@@ -84,6 +87,7 @@ class FewBitsQuantizeFile(io.ComfyNode):
             target,
             recipe,
             overwrite=overwrite,
+            verify=verify,
             device=host.pick_device(device),
             calibration=settled(calibration),
             on_plan=run.on_plan,

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..quant_ops.doors.problems import checked_sink
 from .bridge import host, model_io
-from .common import overwrite_input, path_output, report_output, report_result, schema
+from .common import overwrite_input, path_output, report_output, report_result, schema, verify_input
 
 
 class FewBitsSaveComfyQuant(io.ComfyNode):
@@ -42,6 +42,7 @@ class FewBitsSaveComfyQuant(io.ComfyNode):
                     "the model came from, with its format, there.",
                 ),
                 overwrite_input(),
+                verify_input(),
             ],
             outputs=[path_output(), report_output()],
             hidden=[io.Hidden.unique_id],
@@ -49,7 +50,11 @@ class FewBitsSaveComfyQuant(io.ComfyNode):
 
     @classmethod
     def check_lazy_status(
-        cls, model: io.Model.Type | None = None, filename: str = "", overwrite: bool = False
+        cls,
+        model: io.Model.Type | None = None,
+        filename: str = "",
+        overwrite: bool = False,
+        verify: bool = False,
     ) -> list[str]:
         """Refuse the name before the model is loaded and quantized."""
         if filename.strip():
@@ -58,11 +63,15 @@ class FewBitsSaveComfyQuant(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: io.Model.Type, filename: str = "", overwrite: bool = False
+        cls,
+        model: io.Model.Type,
+        filename: str = "",
+        overwrite: bool = False,
+        verify: bool = False,
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
         name = filename.strip() or model_io.automatic_name(model)
         target = host.output_path(name, overwrite=overwrite)
-        sink = checked_sink(target, overwrite=overwrite)
+        sink = checked_sink(target, overwrite=overwrite, verify=verify)
         report = model_io.save_model(model, sink, on_plan=run.on_plan, on_progress=run.on_progress)
         return report_result(str(target), report=report, written=target)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,45 +95,57 @@ def _tiles(x: np.ndarray, scale: np.ndarray, rows: int, cols: int) -> np.ndarray
 
 
 def decode(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
-    """(N, K) of one layer; float32, or float64 where a rotation was undone."""
-    name, weight = marker["format"], tensors["weight"]
-    if name in ("float8_e4m3fn", "float8_e5m2"):
-        assert tensors["weight_scale"].shape == ()
-        return _array(weight) * _array(tensors["weight_scale"])
-    if name == "float8_e4m3fn_rowwise":
-        return _array(weight) * _array(tensors["weight_scale"])[:, None]
-    if name in ("float8_e4m3fn_blockwise", "int8_blockwise"):
-        size = marker["group_size"]
-        return _tiles(
-            _array(weight).astype(np.float32), _array(tensors["weight_scale"]), size, size
-        )
-    if name in ("float8_e4m3fn_block3d", "int8_lodewise"):
-        scale = _array(tensors["weight_scale"]).reshape(weight.shape[0], -1)
-        return _tiles(_array(weight).astype(np.float32), scale, 1, marker["group_size"])
-    if name == "int8_tensorwise":
-        scale = _array(tensors["weight_scale"])
-        assert scale.shape in ((), (weight.shape[0], 1))
-        decoded = _array(weight).astype(np.float32) * scale
-        return rotate(decoded, marker["convrot_groupsize"]) if marker.get("convrot") else decoded
-    if name == "mxfp8":
-        return _mxfp8(marker, tensors)
-    if name == "nvfp4":
-        return _nvfp4(marker, tensors)
-    if name == "convrot_w4a4":
-        codes = _nibbles(weight, high_first=False).astype(np.int8)
-        codes = np.where(codes > 7, codes - 16, codes).astype(np.float32)
-        return rotate(codes * _array(tensors["weight_scale"])[:, None], marker["convrot_groupsize"])
-    if name == "asym_w4a8_int8":
-        return _w4a8(marker, tensors)
-    if name in ("bnb_nf4", "bnb_fp4"):
-        assert marker["nibble_order"] == "high"
-        codes = _nibbles(weight, high_first=True).reshape(-1)
-        absmax = _array(tensors["absmax"])
-        values = (NF4 if name == "bnb_nf4" else FP4)[codes]
-        return (values * absmax[np.arange(len(codes)) // marker["group_size"]]).reshape(
-            marker["shape"]
-        )
-    raise ValueError(name)
+    """(N, K) of one layer; float32, or float64 where a rotation was undone.
+
+    Raises:
+        ValueError: a format that is not in DECODERS.
+    """
+    name = marker["format"]
+    if name not in DECODERS:
+        raise ValueError(f"it has no decoder for {name!r}")
+    return DECODERS[name](marker, tensors)
+
+
+def _per_tensor(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
+    assert tensors["weight_scale"].shape == ()
+    return _array(tensors["weight"]) * _array(tensors["weight_scale"])
+
+
+def _per_row(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
+    return _array(tensors["weight"]) * _array(tensors["weight_scale"])[:, None]
+
+
+def _per_block(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
+    weight, size = _array(tensors["weight"]).astype(np.float32), marker["group_size"]
+    return _tiles(weight, _array(tensors["weight_scale"]), size, size)
+
+
+def _per_group(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
+    weight = _array(tensors["weight"]).astype(np.float32)
+    scale = _array(tensors["weight_scale"]).reshape(len(weight), -1)
+    return _tiles(weight, scale, 1, marker["group_size"])
+
+
+def _int8(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
+    weight, scale = _array(tensors["weight"]), _array(tensors["weight_scale"])
+    assert scale.shape in ((), (len(weight), 1))
+    decoded = weight.astype(np.float32) * scale
+    return rotate(decoded, marker["convrot_groupsize"]) if marker.get("convrot") else decoded
+
+
+def _w4a4(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
+    codes = _nibbles(tensors["weight"], high_first=False).astype(np.int8)
+    codes = np.where(codes > 7, codes - 16, codes).astype(np.float32)
+    return rotate(codes * _array(tensors["weight_scale"])[:, None], marker["convrot_groupsize"])
+
+
+def _bnb(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
+    assert marker["nibble_order"] == "high"
+    codes = _nibbles(tensors["weight"], high_first=True).reshape(-1)
+    absmax = _array(tensors["absmax"])
+    values = (NF4 if marker["format"] == "bnb_nf4" else FP4)[codes]
+    blocks = np.arange(len(codes)) // marker["group_size"]
+    return (values * absmax[blocks]).reshape(marker["shape"])
 
 
 def _mxfp8(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
@@ -161,6 +173,24 @@ def _w4a8(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
         np.rint(_tiles(levels, _array(tensors["weight_s_rel"]), 1, marker["group_size"])), -127, 127
     )
     return rotate(grid * _array(tensors["weight_s_channel"])[:, None], marker["convrot_groupsize"])
+
+
+DECODERS: dict[str, Callable[[dict, dict[str, Stored]], np.ndarray]] = {
+    "float8_e4m3fn": _per_tensor,
+    "float8_e5m2": _per_tensor,
+    "float8_e4m3fn_rowwise": _per_row,
+    "float8_e4m3fn_blockwise": _per_block,
+    "float8_e4m3fn_block3d": _per_group,
+    "int8_tensorwise": _int8,
+    "int8_blockwise": _per_block,
+    "int8_lodewise": _per_group,
+    "mxfp8": _mxfp8,
+    "nvfp4": _nvfp4,
+    "convrot_w4a4": _w4a4,
+    "asym_w4a8_int8": _w4a8,
+    "bnb_nf4": _bnb,
+    "bnb_fp4": _bnb,
+}
 
 
 def read_layers(path: Path) -> Iterator[tuple[str, dict, dict[str, Stored]]]:

@@ -20,6 +20,8 @@ SERVERS = (HERE / "e2e", HERE / "browser")  # only tests in these folders start 
 # Files whose tests draw the same pictures: they go to one worker, which draws each once. Others go file by file.
 TOGETHER = ("test_stock_loaders.py", "test_on_top.py", "test_versions.py")
 _paths = [str(HERE / "import_shim"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+# Whatever a test writes, here or in a server or command that it starts, is read by the reference decoder too.
+os.environ["FEWBITS_VERIFY"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(os.pathsep.join(_paths).split(os.pathsep)))
 
 

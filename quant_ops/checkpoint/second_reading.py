@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
@@ -12,27 +13,41 @@ from ..formats import get_format
 from ..reference import Stored, decode, read_layers
 from ..sources import TORCH_DTYPES
 from ..spec import TensorSpec
+from .host_layers import host_layer
 
 # Both decode the same codes: float32 against float64 in rotations differ by 3e-7 of the norm.
 ALIKE = 1e-5
 
 
-def refuse_other_reading(path: Path) -> None:
+def refuse_other_reading(path: Path, besides: Container[str] = ()) -> None:
     """Decode every quantized layer of a file of ours by both decoders.
+
+    Args:
+        besides: layers that nothing decodes: they lack their scale, as they did in the source.
 
     Raises:
         CheckpointError: they read different weights, or one cannot read a layer.
     """
     try:
         for base, marker, stored in read_layers(path):
-            if len(stored["weight"].shape) != 2:
-                continue  # a bank of experts, copied as ComfyUI wrote it
-            _compare(base, marker, stored)
+            if base not in besides and not _copied(marker, stored):
+                _compare(base, marker, stored)
     except (KeyError, ValueError, AssertionError) as error:
         raise CheckpointError(
             f"the reference decoder cannot read what was written ({error}); nothing is kept, "
             "please report it"
         ) from error
+
+
+def _copied(marker: dict, stored: dict[str, Stored]) -> bool:
+    """Whether a layer is carried over as ComfyUI wrote it: nothing here writes or decodes such."""
+    return host_layer(marker, _specs(stored)) is not None
+
+
+def _specs(stored: dict[str, Stored]) -> dict[str, TensorSpec]:
+    return {
+        suffix: TensorSpec(suffix, tensor.dtype, tensor.shape) for suffix, tensor in stored.items()
+    }
 
 
 def _compare(base: str, marker: dict, stored: dict[str, Stored]) -> None:
@@ -50,9 +65,7 @@ def _compare(base: str, marker: dict, stored: dict[str, Stored]) -> None:
 
 def _ours(marker: dict, stored: dict[str, Stored]) -> np.ndarray:
     format = get_format(marker["format"])
-    specs = {
-        suffix: TensorSpec(suffix, tensor.dtype, tensor.shape) for suffix, tensor in stored.items()
-    }
+    specs = _specs(stored)
     tensors = {
         suffix: torch.frombuffer(bytearray(tensor.data), dtype=TORCH_DTYPES[tensor.dtype]).reshape(
             tensor.shape

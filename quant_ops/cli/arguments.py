@@ -136,6 +136,9 @@ def repair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", type=Path, help=SOURCE)
     _add_output(parser)
     add_import_arguments(parser)
+    parser.add_argument(
+        "--verify", action="store_true", help="decode what was written by a second decoder too"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

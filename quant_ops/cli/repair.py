@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
             output,
             options=import_options(args),
             overwrite=args.overwrite,
+            verify=args.verify,
             on_progress=show,
         )
     if args.json:

@@ -12,7 +12,6 @@ from ..checkpoint.importers import ImportOptions
 from ..checkpoint.importers.scaled_fp8 import ScaledFp8
 from ..checkpoint.importers.source import ImportedSource, refuse_unexplained
 from ..checkpoint.open import open_file
-from ..checkpoint.second_reading import refuse_other_reading
 from ..errors import CheckpointError, RecipeError, visible
 from ..formats import FORMATS
 from ..pipeline import ProgressFn, ignore_progress, rewrite
@@ -85,7 +84,7 @@ def convert_file(
         pattern = Regex(hp_filter, f"high-precision filter {shortened(hp_filter)!r}")
     if verify and to != "comfy_quant":
         raise RecipeError(f"verify reads comfy_quant files, not {to}; leave it out")
-    sink = checked_sink(target, overwrite=overwrite, also=refuse_other_reading if verify else None)
+    sink = checked_sink(target, overwrite=overwrite, verify=verify)
     with open_file(source) as file, closing(ImportedSource(file, options, TARGETS[to])) as opened:
         refuse_unexplained(opened.name, opened.contents)
         if only == "fp8_scaled":

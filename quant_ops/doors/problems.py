@@ -5,18 +5,20 @@ and the last look at what was written.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..checkpoint.importers.source import is_side
 from ..checkpoint.reader import FileSource
-from ..checkpoint.verify import Finding, Mistake, stored_findings
+from ..checkpoint.second_reading import refuse_other_reading
+from ..checkpoint.verify import SCALE_LOST, Finding, Mistake, stored_findings
 from ..checkpoint.verify.findings import ORIGINAL
 from ..checkpoint.writer import FileSink
 from ..errors import CheckpointError
 from ..planning.model_family import find_parts, owner_of, why_misplaced
 from ..sources import TensorSource
 
+VERIFY = "FEWBITS_VERIFY"
 FOREIGN_NAMES = Mistake(
     "foreign-names", "layers have names or a place that ComfyUI does not read quantized", ORIGINAL
 )
@@ -57,18 +59,21 @@ def checked_sink(
     *,
     overwrite: bool = False,
     known: Iterable[Finding] = (),
-    also: Callable[[Path], None] | None = None,
+    verify: bool = False,
 ) -> FileSink:
     """A FileSink whose finished file is opened once more before it appears under its name.
 
     Args:
         known: problems that it may have, because its source has them and they were told.
-        also: another look at the finished file.
+        verify: decode every layer of the finished file by the reference decoder too; always done
+            where the environment says FEWBITS_VERIFY=1.
 
     Raises:
         CheckpointError: see FileSink; and at the end any other problem, then nothing was written.
     """
+    known = tuple(known)
     allowed = {(finding.name, finding.layer) for finding in known}
+    unscaled = {finding.layer for finding in known if finding.mistake is SCALE_LOST}
 
     def check(written: Path) -> None:
         with FileSource(written) as source:
@@ -82,7 +87,7 @@ def checked_sink(
                 f"the finished file has {len(found)} problems, so it was not kept: "
                 f"{found[0].to_text()}"
             )
-        if also:
-            also(written)
+        if verify or os.environ.get(VERIFY) == "1":
+            refuse_other_reading(written, besides=unscaled)
 
     return FileSink(target, overwrite=overwrite, check=check)

@@ -11,7 +11,6 @@ from ..calibration import Calibration
 from ..checkpoint.importers import ImportOptions
 from ..checkpoint.importers.source import ImportedSource, open_checkpoint
 from ..checkpoint.open import open_file
-from ..checkpoint.second_reading import refuse_other_reading
 from ..pipeline import PlanFn, ProgressFn, ignore_progress, plan_source, quantize
 from ..planning.recipe import Recipe
 from ..report.report import Report
@@ -50,8 +49,7 @@ def quantize_file(
     """
     with open_file(source) as file:
         known = mendable(file)
-    also = refuse_other_reading if verify else None
-    sink = checked_sink(target, overwrite=overwrite, known=known, also=also)
+    sink = checked_sink(target, overwrite=overwrite, known=known, verify=verify)
     again = layers_to_round_again(source, recipe) if requantize else frozenset()
     for_gpu = torch.device(device).type == "cuda"
 

@@ -17,7 +17,7 @@ from ..checkpoint.writer import check_target
 from ..errors import visible
 from ..pipeline import ProgressFn, ignore_progress, rewrite
 from .problems import checked_sink
-from .verify import verify
+from .verify import verify as verification
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def repair_file(
     *,
     options: ImportOptions | None = None,
     overwrite: bool = False,
+    verify: bool = False,
     on_progress: ProgressFn = ignore_progress,
 ) -> Repair:
     """Write a copy in which everything is fixed that can be fixed without the original, and say
@@ -61,23 +62,27 @@ def repair_file(
     A layer whose scale was lost stays as it is stored: without it ComfyUI stops, with a made-up one
     it would run and be wrong.
 
+    Args:
+        verify: before the file gets its name, decode every other layer by the reference decoder
+            too.
+
     Raises:
         CheckpointError: a layer that cannot be read without guessing, or a copy that would have
             problems of its own; nothing is written.
     """
     check_target(Path(target), overwrite)
     with FileSource(source) as file:
-        before = verify(file)
+        before = verification(file)
         left = frozenset(
             finding.layer for finding in before.findings if finding.mistake is SCALE_LOST
         )
-        sink = checked_sink(target, overwrite=overwrite, known=before.findings)
+        sink = checked_sink(target, overwrite=overwrite, known=before.findings, verify=verify)
         options = replace(options or ImportOptions(), left=left)
         with closing(ImportedSource(file, options)) as opened:
             rewrite(opened, sink, on_progress=on_progress)
             origins = opened.origins()
     with FileSource(Path(target)) as written:
-        return _repaired(before, verify(written), origins)
+        return _repaired(before, verification(written), origins)
 
 
 def _repaired(before: Verification, after: Verification, origins: dict[str, int]) -> Repair:

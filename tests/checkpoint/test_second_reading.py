@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from fewbits.quant_ops import doors, reference
 from fewbits.quant_ops.checkpoint import second_reading
 from fewbits.quant_ops.errors import CheckpointError, RecipeError
+from fewbits.quant_ops.formats import FORMATS
 from fewbits.quant_ops.planning.recipe import Recipe
 from fewbits.quant_ops.planning.wish import Wish
 from support import dialects
@@ -51,6 +52,41 @@ def test_a_converted_file_is_read_alike(tmp_path):
         )
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_reference_decoder_has_every_format(name):
+    assert name in reference.DECODERS, f"quant_ops/reference.py cannot decode {name}"
+
+
+def test_a_format_without_a_decoder_is_refused_by_name():
+    with pytest.raises(ValueError, match="no decoder for 'toy'"):
+        reference.decode({"format": "toy"}, {})
+
+
+def test_a_repaired_file_is_read_alike_besides_layers_whose_scale_was_lost(tmp_path):
+    """What the source has lost cannot be decoded by anybody, and was told."""
+    tensors = {}
+    for name in ("a", "b"):
+        tensors |= dialects.under(name, *dialects.native("int8_tensorwise", WEIGHT))
+    del tensors["b.weight_scale"]
+    save_file(tensors, tmp_path / "m.safetensors")
+    done = doors.repair_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", verify=True)
+    assert {finding.layer for finding in done.left} == {"b"}
+
+
+@pytest.mark.parametrize("door", ["convert", "repair"])
+def test_the_other_doors_refuse_what_is_read_differently(tmp_path, door, monkeypatch):
+    monkeypatch.delenv("FEWBITS_VERIFY")
+    monkeypatch.setattr(second_reading, "decode", lambda *given: reference.decode(*given) * 2)
+    source, out = tmp_path / "m.safetensors", tmp_path / "q.safetensors"
+    save_file(dialects.bitsandbytes("a", WEIGHT), source)
+    run = {"convert": doors.convert_file, "repair": doors.repair_file}[door]
+    with pytest.raises(CheckpointError, match="reads other weights than ours"):
+        run(source, out, verify=True)
+    assert os.listdir(tmp_path) == ["m.safetensors"]
+    run(source, out)
+    assert out.exists()
+
+
 WRONG = {
     "other values": lambda decode: lambda *given: decode(*given) * 1.001,
     "one row": lambda decode: lambda *given: decode(*given)[::-1],
@@ -89,6 +125,7 @@ def test_the_command_has_the_switch(tmp_path, monkeypatch, capsys):
         "--preset",
         "none",
     ]
+    monkeypatch.delenv("FEWBITS_VERIFY")  # as for every test; here the switch decides
     assert main([*map(str, arguments), "--verify"]) == 2
     assert "reads other weights than ours" in capsys.readouterr().err
     assert main(list(map(str, arguments))) == 0

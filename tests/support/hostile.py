@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import random
@@ -89,7 +88,9 @@ def spoiled(dice: random.Random, text: bytes) -> bytes:
         elif act == 2:
             text = text[:at] + text[at : at + 40] * 2 + text[at + 40 :]
         elif act == 3:
-            text = text[:at] + dice.choice((b"[", b'{"a":')) * dice.choice((5, 70, 1000, 50_000))
+            text = text[:at] + dice.choice((b"[", b'{"a":')) * dice.choice(
+                (5, 5, 70, 70, 1000, 50_000)
+            )
         else:
             extra = (b"9" * 5000, b"NaN", b"1e999", b"-0", b'"\\ud800"', b"null", b"\0", b",", b'"')
             text = text[:at] + dice.choice(extra) + text[at:]
@@ -112,11 +113,11 @@ HEADER_BYTES = 88
 
 def header(dice: random.Random) -> tuple[bytes, int]:
     """(header JSON, bytes that follow it)"""
-    entries = copy.deepcopy(ENTRIES)
+    entries = dict(ENTRIES)  # `changed` changes copies
     for _ in range(dice.randrange(4)):
         entries = changed(dice, entries, FIELDS)
     if dice.randrange(400) == 0 and isinstance(entries, dict):
-        entries |= many(dice, entries)
+        entries = {**entries, **many(dice, entries)}
     text = json.dumps(entries).encode()
     return spoiled(dice, text), HEADER_BYTES + dice.choice((0, 0, 0, -1, 1, 8, 1000))
 
@@ -132,7 +133,7 @@ def file(dice: random.Random) -> bytes:
     """A whole safetensors file."""
     text, _ = header(dice) if dice.random() < 0.5 else (json.dumps(ENTRIES).encode(), 0)
     length = len(text) + dice.choice((0, 0, 0, 0, -1, 1, 8, -len(text), 2**31, 2**63))
-    data = length.to_bytes(8, "little") + text + bytes(HEADER_BYTES)
+    data = max(length, 0).to_bytes(8, "little") + text + bytes(HEADER_BYTES)
     return damaged(dice, data)
 
 
@@ -367,11 +368,11 @@ SETTINGS = (
 
 
 def layer_config(dice: random.Random) -> str:
-    table = copy.deepcopy(LAYER_CONFIG)
+    table = LAYER_CONFIG
     for _ in range(dice.randrange(4)):
         table = changed(dice, table, SETTINGS)
     if dice.randrange(400) == 0 and isinstance(table, dict):
-        table |= many(dice, table)
+        table = {**table, **many(dice, table)}
     return spoiled(dice, json.dumps(table).encode()).decode("utf-8", "replace")
 
 
@@ -400,7 +401,11 @@ def rule(dice: random.Random) -> str:
     texts = (
         "double_blocks.0.*=bnb_nf4:block_size=64", "re:a+=keep", "search:b=int8_tensorwise:scaling=row", "*=fp8",
     )  # fmt: skip
-    text = dice.choice(texts)
+    name, _, tail = dice.choice(texts).partition("=")
+    if dice.random() < 0.5:
+        name = pattern(dice)
+    options = [f"{dice.choice(KEYS + SETTINGS)}={value(dice, 3)}" for _ in range(dice.randrange(3))]
+    text = f"{name}={','.join([tail, *options])}".encode("utf-8", "replace").decode()
     if dice.randrange(100) == 0:
         text = "".join(dice.choice(text) for _ in range(dice.choice((100, 3000, 100_000))))
     return spoiled(dice, text.encode()).decode("utf-8", "replace")
@@ -428,11 +433,11 @@ INDEX = {
 
 
 def index(dice: random.Random) -> bytes:
-    table = copy.deepcopy(INDEX)
+    table = dict(INDEX)
     for _ in range(dice.randrange(3)):
         table = changed(dice, table, ("weight_map", "a.weight", "../x", "c.weight"))
     if dice.randrange(400) == 0 and isinstance(table, dict):
-        table["weight_map"] = many(dice, INDEX["weight_map"])
+        table = {**table, "weight_map": many(dice, INDEX["weight_map"])}
     return spoiled(dice, json.dumps(table).encode())
 
 
@@ -463,7 +468,7 @@ SUMS = ("total", "square", "largest")
 
 def calibration(dice: random.Random) -> tuple[dict[str, torch.Tensor], str]:
     """(tensors, JSON) of a calibration file with a few things changed."""
-    tensors, table = dict(statistics()), copy.deepcopy(CALIBRATION)
+    tensors, table = dict(statistics()), CALIBRATION
     for _ in range(dice.randrange(3)):
         table = changed(dice, table, CALIBRATION_KEYS)
     for _ in range(dice.randrange(3)):
