@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,10 +28,12 @@ from .sources import DTYPE_NAMES, TORCH_DTYPES, TensorSink, TensorSource
 from .spec import ITEM_SIZES, LayerInput, LayerPlan, ModelPlan, TensorSpec
 from .workers import workers
 
+logger = logging.getLogger(__name__)
+
 CPU = torch.device("cpu")
 COPY = Recipe(primary=None)  # decides about no layer: codes and weights are carried over
 HUGE = 2.0**120  # |w| above this counts as Inf
-REASONS = 3  # why nothing is quantized: the commonest ones are named
+REASONS = 3  # why nothing is quantized, or layers moved: so many are named
 # Layers being written or waiting for it. Those of a GPU wait in its memory, and keep the disk busy
 # while a large one is read.
 WAITING, WAITING_ON_GPU = 1, 4
@@ -174,7 +177,20 @@ def _carry_out(
             sink.abort()
             raise
     seconds = time.perf_counter() - started
+    plan = _with_moved(plan, results, conditions.device)
     return Report(plan, tuple(results), seconds, str(conditions.device))
+
+
+def _with_moved(plan: ModelPlan, results: Iterable[LayerResult], device: torch.device) -> ModelPlan:
+    """The plan, saying which layers were computed elsewhere than asked."""
+    names = [result.name for result in results if result.moved_to_cpu]
+    if not names:
+        return plan
+    warning = (
+        f"{len(names)} layers did not fit into the memory of {device} and were computed on the "
+        f"CPU: {', '.join(names[:REASONS])}{', ...' if len(names) > REASONS else ''}"
+    )
+    return replace(plan, warnings=(*plan.warnings, warning))
 
 
 def refuse_plain_copy(name: str, plan: ModelPlan) -> None:
@@ -265,10 +281,33 @@ def _quantized(
     *,
     step: Callable[[], None],
 ) -> tuple[Tensors, LayerResult]:
-    device = conditions.device
+    """`_encoded` where the conditions say, or on the CPU if there is too little memory for it."""
     key = f"{layer.name}.weight"
+    if conditions.device.type != "cpu":
+        try:
+            weight = tensors[key].detach().to(conditions.device)
+            return _encoded(file, layer, weight, conditions, step=step)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0]
+        # not before here: the error holds the tensors that were in the way
+        torch.cuda.empty_cache()
+        logger.warning("layer %s is computed on the CPU: %s", layer.name, reason)
     # no other reference: a rotated weight replaces the source in memory
-    weight = tensors.pop(key).detach().to(device)
+    weight = tensors.pop(key).detach()
+    outputs, result = _encoded(file, layer, weight, replace(conditions, device=CPU), step=step)
+    return outputs, replace(result, moved_to_cpu=conditions.device.type != "cpu")
+
+
+def _encoded(
+    file: str,
+    layer: LayerPlan,
+    weight: torch.Tensor,
+    conditions: Conditions,
+    *,
+    step: Callable[[], None],
+) -> tuple[Tensors, LayerResult]:
+    """Codes and scales of a weight that lies on the device of the conditions."""
+    device, key = conditions.device, f"{layer.name}.weight"
     shape = tuple(weight.shape)
     format = get_format(layer.format)
     grid = format.grid(LayerInput(shape, DTYPE_NAMES[weight.dtype]), layer.options)

@@ -20,7 +20,8 @@ class LayerResult:
     """Measured on the stored codes: sums over all elements of (dec - w)^2 and w^2.
 
     A method other than nearest also has its own objective, and both numbers for nearest; `verdict`
-    says why nearest was stored in its place, empty when it was not.
+    says why nearest was stored in its place, empty when it was not. `moved_to_cpu`: the device
+    had too little memory for it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LayerResult:
     objective: float | None = None
     objective_nearest: float | None = None
     verdict: str = ""
+    moved_to_cpu: bool = False
 
     @property
     def rel_l2(self) -> float:

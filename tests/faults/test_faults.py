@@ -3,22 +3,30 @@
 A short slice runs always; `python3 dev.py test --faults` runs every step and 500 kills.
 """
 
-import multiprocessing
 import os
 import random
 import signal
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from fewbits.quant_ops import doors
+from fewbits.quant_ops import doors, pipeline
+from fewbits.quant_ops.checkpoint.reader import FileSource
+from fewbits.quant_ops.cli.__main__ import main
+from fewbits.quant_ops.doors.problems import checked_sink
 from fewbits.quant_ops.errors import CheckpointError
 from fewbits.quant_ops.part import NAME, remove_leftovers
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
+from fewbits.quant_ops.sources import MemorySource
+from support.dialects import scaled_fp8
 from support.helpers import flux_shapes, tiny_checkpoint
 
 pytestmark = [
@@ -55,12 +63,6 @@ def in_child(work) -> int:
         except BaseException:
             os._exit(99)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def quantize_alone(model, out) -> None:
-    """In a process of its own."""
-    torch.set_num_threads(1)
-    doors.quantize_file(model, out, RECIPE)
 
 
 # what the interpreter says of a writer's calls, from the first file it opens to the last rename
@@ -101,39 +103,99 @@ def test_a_kill_at_every_step_leaves_the_old_file_or_the_whole_new_one(
     assert statuses[-1] == 0 and set(statuses[:-1]) == {-signal.SIGKILL} and len(statuses) > 3
 
 
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+
+
+def save_model(source, out) -> int:
+    """What Save comfy_quant does with the tensors of a MODEL."""
+    tensors = load_file(source)
+    pipeline.rewrite(MemorySource(tensors, name="MODEL"), checked_sink(out))
+    return 0
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """name -> (work that takes the output's path, bytes of an undisturbed run, its seconds)."""
+    folder = tmp_path_factory.mktemp("jobs")
+    shapes = flux_shapes(hidden=256)
+    plain = str(tiny_checkpoint(folder / "plain.safetensors", shapes))
+    scaled = str(folder / "scaled.safetensors")
+    layers = {}
+    for name, weight in load_file(plain).items():
+        wide = name.endswith(".weight") and weight.dim() == 2
+        layers |= scaled_fp8(name[:-7], weight.float()) if wide else {name: weight}
+    save_file(layers, scaled)
+    commands = {
+        "quantize": ["quantize", plain, "--format", "int8_tensorwise", "--preset", "none"],
+        "convert": ["convert", scaled],
+        "repair": ["repair", scaled],
+    }
+    work = {name: partial(run_main, words) for name, words in commands.items()}
+    work["save"] = partial(save_model, scaled)
+    made = {}
+    for name, run in work.items():
+        out = folder / f"{name}.safetensors"
+        started = time.perf_counter()
+        assert in_child(lambda run=run, out=out: run(out)) == 0
+        made[name] = run, out.read_bytes(), time.perf_counter() - started
+    return made
+
+
+def run_main(words, out) -> int:
+    return main([*words, "-o", str(out), "--quiet"])
+
+
 def test_random_kills_leave_no_partial_file_and_nothing_after_the_next_start(
-    tmp_path, all_faults, capsys
+    jobs, tmp_path, all_faults, capsys
 ):
-    """Kills spread over the whole run of a larger model, from a server that has torch loaded."""
-    (tmp_path / "in").mkdir()
-    large = tiny_checkpoint(tmp_path / "in" / "m.safetensors", flux_shapes(hidden=512))
-    folder = tmp_path / "out"
-    folder.mkdir()
-    out = folder / "q.safetensors"
-    started = time.perf_counter()
-    doors.quantize_file(large, out, RECIPE)
-    seconds, complete = time.perf_counter() - started, out.read_bytes()
-    context = multiprocessing.get_context("fork")
+    """KILL, TERM and HUP at random moments of quantize, convert, repair and save, in processes
+    forked from this one, which has everything imported.
+    """
     dice = random.Random(time.time_ns() if all_faults else 0)
-    kills = 500 if all_faults else 10
-    left = finished = 0
-    for _ in range(kills):
+    count = 500 if all_faults else 12
+    ends = Counter()
+    out = tmp_path / "q.safetensors"
+    for trial in range(count):
+        name = list(jobs)[trial % len(jobs)]
+        number = SIGNALS[trial // len(jobs) % len(SIGNALS)]
+        work, whole, seconds = jobs[name]
         out.unlink(missing_ok=True)
-        process = context.Process(target=quantize_alone, args=(large, out))
-        process.start()
-        time.sleep(dice.uniform(0, 1.2) * seconds)
-        process.kill()
-        process.join()
-        finished += out.exists()
-        assert not out.exists() or out.read_bytes() == complete
-        parts = [path for path in folder.iterdir() if path != out]
-        assert all(NAME.fullmatch(path.name) for path in parts)
-        left += len(parts)
+        ended_by_itself, left = disturbed(work, out, number, dice.uniform(0, 1.1) * seconds)
+        assert not out.exists() or out.read_bytes() == whole, (name, number)
+        assert all(NAME.fullmatch(part) for part in left), (name, left)
+        cleans_up = number != signal.SIGKILL and name != "save"
+        assert not (cleans_up and left), (name, number, left)
+        ends[f"{number.name} found parts"] += bool(left)
+        ends["over before the kill"] += ended_by_itself
+        ends["whole files"] += out.exists()
+        if left:  # the next start removes them
+            assert in_child(lambda work=work: work(out)) == 0
+            assert os.listdir(tmp_path) == ["q.safetensors"] and out.read_bytes() == whole
     if all_faults:
         with capsys.disabled():
-            print(f"\n{kills} kills: {finished} after the end, {left} parts found, 0 partial files")
-    doors.quantize_file(large, out, RECIPE, overwrite=True)  # the next start
-    assert os.listdir(folder) == ["q.safetensors"] and out.read_bytes() == complete
+            said = ", ".join(f"{name}: {value}" for name, value in sorted(ends.items()))
+            print(f"\n{count} kills, 0 partial files, 0 leftovers after the next start; {said}")
+
+
+def disturbed(work, out, number, seconds) -> tuple[bool, list[str]]:
+    """Run in a forked process and kill it; whether it was over before, and what else is there."""
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        status = 99
+        try:
+            status = work(out)
+        finally:
+            os._exit(status)
+    time.sleep(seconds)
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    over = ended == pid
+    assert not over or status == 0
+    if not over:
+        os.kill(pid, number)
+        os.waitpid(pid, 0)
+    return over, [name for name in os.listdir(out.parent) if name != out.name]
 
 
 def limited(size: int) -> None:
@@ -204,6 +266,48 @@ def test_a_second_writer_that_may_not_overwrite_is_refused_and_the_first_file_st
     with pytest.raises(CheckpointError, match="exists already"):
         doors.quantize_file(model, out, RECIPE, on_progress=on_progress)
     assert out.read_bytes() == whole and os.listdir(tmp_path) == ["q.safetensors"]
+
+
+@pytest.mark.parametrize("at", ["the weight", "the codes"])
+def test_a_layer_that_a_gpu_has_no_memory_for_is_computed_on_the_cpu_and_that_is_said(
+    model, whole, tmp_path, monkeypatch, at
+):
+    """The device is the CPU under another name: a type that no layer but one fits into."""
+    large = "blocks.2"
+
+    def encoded(file, layer, weight, conditions, **others):
+        if conditions.device.type != "cpu" and layer.name == large:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        conditions = replace(conditions, device=torch.device("cpu"))
+        return pipeline_encoded(file, layer, weight, conditions, **others)
+
+    moved = torch.Tensor.to
+
+    def to(tensor, *arguments, **others):
+        if arguments and arguments[0] == torch.device("cuda"):
+            if at == "the weight":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return tensor
+        return moved(tensor, *arguments, **others)
+
+    pipeline_encoded = pipeline._encoded
+    monkeypatch.setattr(pipeline, "_encoded", encoded)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    out = tmp_path / "q.safetensors"
+    report = pipeline_run(model, out)
+    assert out.read_bytes() == whole
+    names = ", ".join(f"blocks.{i}" for i in range(3))
+    said = (
+        f"4 layers did not fit into the memory of cuda and were computed on the CPU: {names}, ..."
+    )
+    if at == "the codes":
+        said = f"1 layers did not fit into the memory of cuda and were computed on the CPU: {large}"
+    assert said in report.plan.warnings and f"note: {said}" in report.to_text()
+
+
+def pipeline_run(model, out):
+    with FileSource(model) as source:
+        return pipeline.quantize(source, checked_sink(out), RECIPE, device="cuda")
 
 
 def test_the_output_may_lie_on_another_file_system(model, whole):
