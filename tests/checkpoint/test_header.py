@@ -42,6 +42,40 @@ HOSTILE = {
         16,
         "tensor 'a' has a malformed header entry",
     ),
+    "a gap between tensors": (
+        {"a": A, "b": {**A, "data_offsets": [20, 36]}},
+        36,
+        "4 bytes before tensor 'b' belong to no tensor",
+    ),
+    "a gap before the first": (
+        {"a": {**A, "data_offsets": [4, 20]}},
+        20,
+        "4 bytes before tensor 'a' belong to no tensor",
+    ),
+    "trailing bytes": ({"a": A}, 17, "1 bytes after the last tensor belong to no tensor"),
+    "bytes and no tensor": ({}, 8, "8 bytes after the last tensor belong to no tensor"),
+    "an object as shape": (
+        {"a": {**A, "shape": {}}},
+        16,
+        "tensor 'a' has a malformed header entry",
+    ),
+    "a list as dtype": ({"a": {**A, "dtype": []}}, 16, "tensor 'a' has a malformed header entry"),
+    "a dimension of 2^63": (
+        {"a": {**A, "shape": [2**63, 0]}},
+        16,
+        "tensor 'a' has a malformed header entry",
+    ),
+    "dimensions whose product is too large": (
+        {"a": {**A, "shape": [2**40, 2**40, 0], "data_offsets": [0, 0]}},
+        0,
+        "tensor 'a' has a shape that no memory holds",
+    ),
+    "an entry that is a list": ({"a": [1, 2]}, 16, "tensor 'a' has a malformed header entry"),
+    "half a character in a field that nobody reads": (
+        {"a": {**A, "note": "\ud800"}},
+        16,
+        "header is not valid JSON ('\\ud800' holds half a character)",
+    ),
     "metadata with numbers": (
         {"__metadata__": {"a": 1}},
         0,

@@ -94,6 +94,17 @@ def test_one_of_one_is_a_whole_model(tmp_path):
         assert list(source.header.tensors) == ["a.weight"]
 
 
+def test_a_tensor_that_the_index_names_and_no_shard_holds_is_named(tmp_path):
+    index = shards(tmp_path, random_tensors({"a.weight": (32, 32), "b.weight": (16, 8)}))
+    table = json.loads(index.read_text())
+    table["weight_map"]["lost.weight"] = next(iter(table["weight_map"].values()))
+    index.write_text(json.dumps(table))
+    with pytest.raises(
+        CheckpointError, match=r"no shard holds tensor 'lost.weight'.*1 of 3 not found"
+    ):
+        FileSource(index)
+
+
 def test_a_shard_outside_the_folder_is_refused(tmp_path):
     index = tmp_path / "x.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))

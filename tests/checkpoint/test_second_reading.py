@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from fewbits.quant_ops import doors, reference
@@ -64,10 +65,9 @@ def test_a_format_without_a_decoder_is_refused_by_name():
 
 def test_a_repaired_file_is_read_alike_besides_layers_whose_scale_was_lost(tmp_path):
     """What the source has lost cannot be decoded by anybody, and was told."""
-    tensors = {}
-    for name in ("a", "b"):
-        tensors |= dialects.under(name, *dialects.native("int8_tensorwise", WEIGHT))
-    del tensors["b.weight_scale"]
+    tensors = dialects.under("a", *dialects.native("int8_tensorwise", WEIGHT))
+    codes = (WEIGHT / WEIGHT.abs().max() * 448).to(torch.float8_e4m3fn)
+    tensors |= dialects.under("b", {"weight": codes}, {"format": "float8_e4m3fn"})
     save_file(tensors, tmp_path / "m.safetensors")
     done = doors.repair_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", verify=True)
     assert {finding.layer for finding in done.left} == {"b"}

@@ -30,7 +30,7 @@ from fewbits.quant_ops.checkpoint.metadata import header_markers, read_marker
 from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.checkpoint.verify import stored_findings, verify_source
 from fewbits.quant_ops.errors import QuantError, visible
-from fewbits.quant_ops.pipeline import quantize, rewrite
+from fewbits.quant_ops.pipeline import COPY, quantize, rewrite
 from fewbits.quant_ops.planning.layer_config import parse_layer_config_text
 from fewbits.quant_ops.planning.match import check_pattern, matches
 from fewbits.quant_ops.planning.planner import make_plan
@@ -38,7 +38,6 @@ from fewbits.quant_ops.planning.recipe import Recipe, draft_from_text, parse_rul
 from fewbits.quant_ops.sources import MemorySink, MemorySource
 from support import hostile
 
-COPY = Recipe(primary=None)
 INT8 = Recipe(primary=parse_wish("int8_tensorwise"), preset="none")
 LONGEST = 20_000  # characters of an error that somebody has to read
 

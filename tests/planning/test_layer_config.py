@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.quant_ops.errors import RecipeError
+from fewbits.quant_ops.planning import layer_config
 from fewbits.quant_ops.planning.layer_config import (
     LayerConfigError,
     load_layer_config,
@@ -497,3 +498,32 @@ def test_what_has_no_effect_is_a_warning(config, warning):
     plan = plan_of(config)
     assert warning in plan.warnings
     assert ("matched nothing" in warning) == bool(plan.unmatched)
+
+
+def test_entries_that_say_the_same_are_read_once(monkeypatch):
+    """4,000 entries took 1.4 s."""
+    built = []
+    build = layer_config._Reader._build
+    monkeypatch.setattr(
+        layer_config._Reader, "_build", lambda *given: built.append(given) or build(*given)
+    )
+    entry = {"format": "bnb_nf4", "block_size": 64}
+    found = parse_layer_config({f"blocks.{i}": dict(entry) for i in range(4000)})
+    assert len(built) == 1 and len({entry.wish for entry in found.entries}) == 1
+
+
+def test_settings_that_python_takes_for_equal_are_told_apart():
+    entries = {
+        "a": {"format": "int8_tensorwise", "convrot": True},
+        "b": {"format": "int8_tensorwise", "convrot": 1},
+    }
+    with pytest.raises(LayerConfigError, match="'b': .*convrot must be bool, got 1"):
+        parse_layer_config(entries)
+
+
+def test_an_error_of_a_thousand_problems_can_be_read():
+    entries = {f"blocks.{i}": {"format": f"int9_{i}"} for i in range(1000)}
+    with pytest.raises(LayerConfigError) as refused:
+        parse_layer_config(entries)
+    assert len(refused.value.problems) == 1000
+    assert len(str(refused.value)) < 17_000 and "characters more" in str(refused.value)

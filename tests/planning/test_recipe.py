@@ -256,3 +256,23 @@ def test_any_recipe_survives_its_text(primary, rules, fallback, seed, config):
     )
     again = draft_from_text(recipe_to_toml(recipe), "text").finish()
     assert again == recipe and again.to_text() == recipe.to_text()
+
+
+KEY = ".".join(["a"] * 40_000)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"{KEY} = 1", f"[{KEY}]", f'["b".{KEY}]', f"x = {{ a = \"\"\"\n ' \"\"\", {KEY} = 1, c = ' ' }}"],
+    ids=["key", "table", "quoted", "behind a text with a quote"],
+)  # fmt: skip
+def test_a_key_of_very_many_parts_is_refused_before_it_is_parsed(text):
+    """The standard library's parser takes half a minute for it."""
+    with pytest.raises(RecipeError, match="a key has more than 64 parts"):
+        draft_from_text(text, "x.toml")
+
+
+@pytest.mark.parametrize("text", ["# {}", "x = '{}'", 'x = """\n{}\n"""', 'x = "{}"'])
+def test_dots_in_texts_and_comments_join_no_keys(text):
+    with pytest.raises(RecipeError, match="unknown key 'x'|primary"):
+        draft_from_text(text.format(KEY), "x.toml").finish()
