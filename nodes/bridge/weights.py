@@ -18,6 +18,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_kitchen.tensor import QuantizedTensor
 
+from ...quant_ops.checkpoint.diffusers import RenamedSource
 from ...quant_ops.checkpoint.importers.source import ImportedSource
 from ...quant_ops.checkpoint.labels import EMBEDDING
 from ...quant_ops.checkpoint.reader import FileSource
@@ -79,7 +80,7 @@ class PatchedWeights:
 
     def __exit__(self, *exc_info: object) -> None:
         for origin in self._origins:
-            if isinstance(origin, (FileSource, ImportedSource)):
+            if isinstance(origin, (FileSource, ImportedSource, RenamedSource)):
                 origin.close()
 
     def _replace_settings(self) -> tuple[str, ...]:

@@ -7,10 +7,11 @@ import os
 from contextlib import closing
 from dataclasses import dataclass, replace
 
+from ..checkpoint.diffusers import renamed
 from ..checkpoint.exporters import KINDS, TARGETS
 from ..checkpoint.importers import ImportOptions
 from ..checkpoint.importers.scaled_fp8 import ScaledFp8
-from ..checkpoint.importers.source import ImportedSource, refuse_unexplained
+from ..checkpoint.importers.source import ImportedSource, origins_of, refuse_unexplained
 from ..checkpoint.open import open_file
 from ..errors import CheckpointError, RecipeError, visible
 from ..formats import FORMATS
@@ -63,7 +64,7 @@ def convert_file(
     on_progress: ProgressFn = ignore_progress,
 ) -> Conversion:
     """Convert a file to another dialect: codes unchanged where that is possible, decoded where it
-    is not.
+    is not. A model under diffusers' names gets ComfyUI's, but for bitsandbytes' keys.
 
     Args:
         to: comfy_quant, bnb or bf16.
@@ -92,12 +93,13 @@ def convert_file(
         matched = _high_precision(opened, pattern) if pattern else None
         if to == "bnb":
             _refuse_unknown_to_bitsandbytes(opened)
-        report = rewrite(opened, sink, on_progress=on_progress)
+        written = opened if to == "bnb" else renamed(opened)
+        report = rewrite(written, sink, on_progress=on_progress)
         if to == "bnb":
             report = replace(report, plan=_opened_by_bitsandbytes(report.plan, opened))
         if matched == 0:
             logger.warning("the high-precision filter %r matches no layer", hp_filter)
-        return Conversion(report, opened.origins(), matched)
+        return Conversion(report, origins_of(written), matched)
 
 
 def _refuse_unknown_to_bitsandbytes(opened: ImportedSource) -> None:

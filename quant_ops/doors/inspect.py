@@ -17,7 +17,7 @@ from ..planning.model_family import described, find_parts
 from ..report.report import megabytes
 from ..sources import TensorSource
 from ..spec import ModelPlan
-from .problems import problems
+from .problems import hides_contents, problems
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
         except QuantError as error:
             if not any(finding.fix is None for finding in found):
                 findings.append(str(error))
-        if any(finding.fix is None for finding in found):
+        if any(map(hides_contents, found)):
             plan = None
         if plan and not stock:
             plan = replace(plan, requires_pack=True)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..checkpoint.diffusers import names_of
 from ..checkpoint.importers.source import is_side
 from ..checkpoint.reader import FileSource
 from ..checkpoint.second_reading import refuse_other_reading
@@ -19,8 +20,14 @@ from ..planning.model_family import find_parts, owner_of, why_misplaced
 from ..sources import TensorSource
 
 VERIFY = "FEWBITS_VERIFY"
+CONVERT = "fewbits convert"
 FOREIGN_NAMES = Mistake(
     "foreign-names", "layers have names or a place that ComfyUI does not read quantized", ORIGINAL
+)
+DIFFUSERS_NAMES = Mistake(
+    FOREIGN_NAMES.name,
+    "layers have diffusers' names, which ComfyUI renames without their scales",
+    CONVERT,
 )
 MISPLACED = Mistake(
     "names-misplaced", "ComfyUI does not find the model under these names", ORIGINAL
@@ -44,9 +51,15 @@ def name_findings(source: TensorSource) -> list[Finding]:
         for part in parts
         if part in holding and part.family.kind == "refuse" and not part.family.quantized_since
     ]
-    found = [FOREIGN_NAMES.at("", f"{family.title}: {family.why}") for family in refused]
+    mistake = FOREIGN_NAMES if names_of(source.header.tensors) is None else DIFFUSERS_NAMES
+    found = [mistake.at("", f"{family.title}: {family.why}") for family in refused]
     misplaced = why_misplaced(source.header.tensors, parts)
     return [*found, *([MISPLACED.at("", misplaced)] if misplaced else [])]
+
+
+def hides_contents(finding: Finding) -> bool:
+    """Whether nothing can be said of a file with this problem, as ComfyUI would not read it."""
+    return finding.fix is None or finding.mistake is DIFFUSERS_NAMES
 
 
 def mendable(source: TensorSource) -> list[Finding]:

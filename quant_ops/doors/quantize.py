@@ -79,10 +79,12 @@ def layers_to_round_again(source: str | os.PathLike, recipe: Recipe) -> frozense
     """
     clashes: set[str] = set()
     with open_file(source) as file, ImportedSource(file, ImportOptions()) as stored:
-        plan_source(stored, recipe, clashes)
         made = dict(stored.canonical)
-    copied = {base for base, layer in made.items() if layer.decode is not None}
-    quantized = copied.union(base for base, layer in made.items() if layer.format)
+        copied = {base for base, layer in made.items() if layer.decode is not None}
+        quantized = copied.union(base for base, layer in made.items() if layer.format)
+        if not quantized:
+            return frozenset()
+        plan_source(stored, recipe, clashes)
     clashes |= copied
     with open_checkpoint(source, decoded=frozenset(quantized)) as opened:
         plan = plan_source(opened, recipe)

@@ -155,7 +155,7 @@ def preset_names() -> tuple[str, ...]:
 
 @cache
 def _preset_files() -> frozenset[str]:
-    return frozenset(path.stem for path in RECIPES.glob("*.toml")) - {"families"}
+    return frozenset(path.stem for path in RECIPES.glob("*.toml")) - {"families", "diffusers"}
 
 
 def _family_presets() -> dict[str, Family]:

@@ -17,6 +17,7 @@ from ...formats import FORMATS, get_format
 from ...sources import TORCH_DTYPES, TensorSource
 from ...spec import Header, TensorSpec
 from ...strict_json import parse
+from ..diffusers import renamed
 from ..labels import EMBEDDING
 from ..metadata import HEADER_KEY, markers_in, read_marker
 from ..open import open_file
@@ -480,8 +481,8 @@ def open_checkpoint(
     for_gpu: bool = False,
     decoded: frozenset[str] = frozenset(),
 ) -> TensorSource:
-    """A file, index or folder of shards, foreign layers in canonical form; a context manager that
-    closes the files.
+    """A file, index or folder of shards, foreign layers in canonical form, and everything under
+    ComfyUI's names; a context manager that closes the files.
 
     `short_lived` and `for_gpu` as FileSource defines them, `decoded` as ImportOptions does.
 
@@ -491,6 +492,6 @@ def open_checkpoint(
     with ExitStack() as stack:
         file = stack.enter_context(open_file(path, short_lived=short_lived, for_gpu=for_gpu))
         refuse_unexplained(file.name, read_contents(file))
-        opened = imported(file, ImportOptions(foreign_only=True, decoded=decoded))
+        opened = renamed(imported(file, ImportOptions(foreign_only=True, decoded=decoded)))
         stack.pop_all()
         return opened
