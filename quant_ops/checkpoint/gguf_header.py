@@ -5,7 +5,7 @@
     tensor: name (text), rank u32, sizes u64 x rank, kind u32, offset u64
     padding to `general.alignment` (32), then the data that offsets count from
 
-Format description: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Format description: the page "GGUF" of the ggml project, https://github.com/ggml-org/ggml.
 """
 
 from __future__ import annotations
