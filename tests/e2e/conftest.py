@@ -5,6 +5,7 @@ import functools
 import pytest
 
 from support.harness import EMOJI_NODES, PACK, ComfyServer, emoji_models
+from support.harness.emoji import ORIGINAL
 from support.harness.quality import sample
 from support.wishes import write_emoji
 
@@ -30,15 +31,9 @@ def stock(comfyui, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def originals(stock):
-    """The bf16 original's sample of each prompt, from a ComfyUI that has never seen FewBits."""
-    return sample(stock, "emoji_flux.safetensors")
-
-
-@pytest.fixture(scope="session")
-def reference(originals):
-    """The original's picture of each prompt."""
-    return {prompt: found.image for prompt, found in originals.items()}
+def original(stock):
+    """`original(prompt)` -> the bf16 original's sample from a ComfyUI that has never seen FewBits; each is drawn once."""
+    return functools.cache(lambda prompt: sample(stock, ORIGINAL, [prompt])[prompt])
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 from support.harness import EMOJI, EMOJI_NODES, PACK, PROMPTS, ComfyServer, emoji_models
+from support.harness.emoji import ORIGINAL
 from support.harness.quality import compare, sample
 
-ORIGINAL = "emoji_flux.safetensors"
 STARTED = time.monotonic()
 FORMATS = {"fp8": "float8_e4m3fn", "int8": "int8_tensorwise"}
 

@@ -11,6 +11,9 @@ PACK = ROOT  # the pack itself; the server places it as custom_nodes/ComfyUI-Few
 EMOJI = ROOT / "tests" / "assets" / "emoji"
 EMOJI_NODES = EMOJI / "comfy_nodes"
 PROMPTS = (EMOJI / "prompts.txt").read_text(encoding="utf-8").split("\n")[:8]
+# What every run draws; all of PROMPTS only what measures the tables of docs/ does.
+CHECKED = (PROMPTS[0], "panda")
+ORIGINAL = "emoji_flux.safetensors"
 _WORKFLOW = json.loads((EMOJI / "workflow_api.json").read_text(encoding="utf-8"))
 
 

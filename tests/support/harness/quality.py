@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class Quality:
     latent_cosine: float
 
 
-def sample(server: ComfyServer, model: str, prompts: list[str] = PROMPTS) -> dict[str, Sample]:
+def sample(server: ComfyServer, model: str, prompts: Iterable[str] = PROMPTS) -> dict[str, Sample]:
     """Prompt -> sample, 16 steps, through the stock UNETLoader.
 
     Raises:
