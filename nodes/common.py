@@ -323,7 +323,7 @@ def recipe_from(
                 "the recipe"
             )
     options = {
-        "scaling": None if scaling == AUTO else scaling,
+        "scaling": _chosen(scaling),
         "block_size": None if block_size == AUTO else int(block_size),
         "full_precision_matrix_mult": full_precision_matmul,
     }
@@ -334,10 +334,15 @@ def recipe_from(
     own = Draft(
         rules=tuple(Rule(line.strip(), None) for line in keep.splitlines() if line.strip()),
         fallback=None if fallback == NONE else Wish(fallback),
-        preset=None if preset == AUTO else preset,
+        preset=_chosen(preset),
     )
-    primary = base.primary or Wish(format, options, None if method == AUTO else method)
+    primary = base.primary or Wish(format, options, _chosen(method))
     return dataclasses.replace(own.over(base), primary=primary).finish()
+
+
+def _chosen(value: str) -> str | None:
+    """What an input says; None where it leaves that open."""
+    return None if value == AUTO else value
 
 
 def report_result(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from ..formats import FORMATS
 from ..formats.asym_w4a8 import AsymW4A8
+from ..formats.base import stated_in
 from ..spec import TensorSpec
 
 # Formats of ComfyUI's own that have no class here -> the first ComfyUI that reads them. 0.33.0 does
@@ -86,10 +87,8 @@ def group_size(marker: dict) -> int:
     """The group size that asym_w4a8_int8 and awq_w4a16 state in either place, as ComfyUI reads it;
     0 where it is no number.
     """
-    params = marker.get("params")
-    nested = params if isinstance(params, dict) else {}
     default = ASYM_GROUP if marker.get("format") == ASYM else AWQ_GROUP
-    size = marker.get("group_size", nested.get("group_size", default))
+    size = stated_in(marker, "group_size", default)
     return size if type(size) is int and size > 0 else 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 
 from ..errors import CheckpointError
+from ..formats.base import params_of
 from ..strict_json import parse, parse_bytes, shown
 
 HEADER_KEY = "_quantization_metadata"
@@ -81,8 +82,7 @@ def parse_marker(base: str, data: bytes) -> dict:
 def _refuse_malformed(marker: object) -> None:
     if not isinstance(marker, dict):
         raise ValueError(f"an object is needed, not {shown(marker)}")
-    params = marker.get("params")
-    for where in (marker, params if isinstance(params, dict) else {}):
+    for where in (marker, params_of(marker)):
         name = where.get("format", "")
         if not isinstance(name, str):
             raise ValueError(f"JSON whose format is {shown(name)}; a format is text")

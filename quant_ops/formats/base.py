@@ -324,6 +324,17 @@ def marker_bytes(marker: dict) -> bytes:
     return json.dumps(marker).encode("utf-8")
 
 
+def params_of(marker: dict) -> dict:
+    """Where older writers state the options of a layer; empty where it is no object."""
+    params = marker.get("params")
+    return params if isinstance(params, dict) else {}
+
+
+def stated_in(marker: dict, name: str, default: object = None) -> object:
+    """An option that a marker states at its top, or else in `params`."""
+    return marker.get(name, params_of(marker).get(name, default))
+
+
 def is_precise(marker: dict) -> bool:
     """Whether a marker asks for products of unrounded activations."""
     return bool(marker.get(PRECISE, False))

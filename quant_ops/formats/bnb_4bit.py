@@ -22,6 +22,7 @@ from .base import (
     dtype_from_json,
     dtype_to_json,
     register_format,
+    stated_in,
     with_precision,
 )
 from .chain import INT8_ROW, Next
@@ -93,9 +94,7 @@ class Bnb4Bit(Format):
             raise CheckpointError(
                 f"nibble_order is {order!r}, {self.name} stores the high nibble first"
             )
-        params = marker.get("params", {})
-        nested = params.get("group_size") if isinstance(params, dict) else None
-        size = marker.get("group_size", nested)
+        size = stated_in(marker, "group_size")
         return {} if size is None else {"block_size": size}
 
     def grid(self, layer: LayerInput, options: FormatOptions) -> FlatGrid:

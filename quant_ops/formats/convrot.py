@@ -7,6 +7,7 @@ from __future__ import annotations
 from ...kernels.hadamard import is_group_size
 from ..errors import CheckpointError
 from ..spec import LayerInput
+from .base import stated_in
 
 WRITTEN = (256, 64, 16)
 LARGEST = WRITTEN[0]
@@ -35,9 +36,7 @@ def stored_group(marker: dict, layer: LayerInput) -> int:
     Raises:
         CheckpointError: not a power of 4 from 4 to 1024, or it does not divide K.
     """
-    params = marker.get("params", {})
-    nested = params.get("convrot_groupsize", LARGEST) if isinstance(params, dict) else LARGEST
-    group = marker.get("convrot_groupsize", nested)
+    group = stated_in(marker, "convrot_groupsize", LARGEST)
     if type(group) is not int or not is_group_size(group) or layer.shape[1] % group:
         raise CheckpointError(
             f"convrot_groupsize is {group!r}: a power of 4 (4 to 1024) that divides K is needed"

@@ -10,7 +10,7 @@ from ...kernels.levels import INT8
 from ..errors import CheckpointError, RecipeError
 from ..spec import LayerInput, TensorSpec
 from .arrangement import Arrangement
-from .base import FormatOptions, register_format, with_precision
+from .base import FormatOptions, register_format, stated_in, with_precision
 from .chain import INT8_ROW, Next
 from .convrot import AUTO, LARGEST, READ, WRITTEN, refusal, smaller_group, stored_group
 from .tiled import BLOCK_SIZES, BlockFormat, BlockOptions, TiledFormat
@@ -133,9 +133,7 @@ class Int8Tensorwise(TiledFormat):
         scale = specs.get("weight_scale")
         row = scale is not None and len(scale.shape) > 0
         options = {"scaling": "row" if row else "tensor"}
-        params = marker.get("params", {})
-        nested = isinstance(params, dict) and params.get("convrot", False)
-        if not marker.get("convrot", nested):
+        if not stated_in(marker, "convrot", False):
             return options
         if not row:
             raise CheckpointError(

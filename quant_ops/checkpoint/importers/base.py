@@ -16,7 +16,7 @@ from ...errors import CheckpointError, RecipeError
 from ...files import InputFile
 from ...formats import FormatOptions, get_format
 from ...formats.asym_w4a8 import AsymW4A8
-from ...formats.base import dtype_from_json, is_precise
+from ...formats.base import dtype_from_json, is_precise, params_of
 from ...formats.nvfp4 import Nvfp4
 from ...sources import TORCH_DTYPES
 from ...spec import FLOAT_DTYPES, LayerInput, TensorSpec
@@ -109,8 +109,7 @@ class StoredLayer:
         other) and the format under ComfyUI's name.
         """
         marker = self.marker or {}
-        params = marker.get("params")
-        said = {**(params if isinstance(params, dict) else {}), **marker}
+        said = {**params_of(marker), **marker}
         name = said.get("format")
         return {**said, "format": SPELLINGS[name]} if self.misspelled else said
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from ....kernels.hadamard import is_group_size
 from ...errors import CheckpointError, RecipeError
 from ...formats import FORMATS, Arrangement, get_format, read_as
+from ...formats.base import params_of
 from ...formats.bnb_4bit import PREFIX, Bnb4Bit
 from ...spec import FLOAT_DTYPES
 from ..host_layers import host_layer
@@ -85,8 +86,7 @@ def _group_size_places(layer: StoredLayer) -> tuple[bool, bool] | None:
     if format is None or "block_size" not in format.Options.names() or is_host_layer(layer):
         return None
     marker = layer.marker or {}
-    params = marker.get("params")
-    return "group_size" in marker, isinstance(params, dict) and "group_size" in params
+    return "group_size" in marker, "group_size" in params_of(marker)
 
 
 def _group_size_once(layer: StoredLayer) -> Problems:
