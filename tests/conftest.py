@@ -40,10 +40,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if any(folder in item.path.parents for folder in SERVERS):
             item.add_marker("server")
-    runs = {item: chosen(config, {mark.name for mark in item.iter_markers()}) for item in items}
+    runs = {item: chosen(config, names_of_marks(item)) for item in items}
     config.hook.pytest_deselected(items=[item for item in items if not runs[item]])
     items[:] = [item for item in items if runs[item]]
     items.sort(key=rank)
+
+
+def names_of_marks(item: pytest.Item) -> set[str]:
+    return {mark.name for mark in item.iter_markers()}
 
 
 def rank(item: pytest.Item) -> int:

@@ -123,9 +123,9 @@ def test_stochastic_rounding_is_seeded_and_gives_the_weight_on_average(levels):
     ones = torch.ones(4, 1)
     once, again = (encode(weight, ones, levels, ROW, seed=3) for _ in range(2))
     assert raw(once) == raw(again)
-    step = (
-        1.0
-        if levels.dtype == torch.int8
-        else targets.abs().log2().floor().exp2() / (8 if levels is E4M3 else 4)
-    )
+    if levels.dtype == torch.int8:
+        step = 1.0
+    else:
+        in_an_octave = 8 if levels is E4M3 else 4
+        step = targets.abs().log2().floor().exp2() / in_an_octave
     assert ((decode(once, ones, levels, ROW).mean(1) - targets).abs() < 0.014 * step).all()
