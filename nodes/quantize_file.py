@@ -57,6 +57,15 @@ class FewBitsQuantizeFile(io.ComfyNode):
                 device_input(),
                 calibration_input(),
                 verify_input(),
+                io.Boolean.Input(
+                    "requantize",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Take layers that are quantized in another format too: they are "
+                    "decoded and rounded again, and keep the error of the first format. For models "
+                    "that exist as FP8 only. Off: such a file is refused.",
+                ),
             ],
             outputs=[path_output(), report_output()],
             hidden=[io.Hidden.unique_id],
@@ -76,6 +85,7 @@ class FewBitsQuantizeFile(io.ComfyNode):
         device: str = AUTO,
         calibration: Calibration | Observer | None = None,
         verify: bool = False,
+        requantize: bool = False,
         **wish: object,
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
@@ -88,6 +98,7 @@ class FewBitsQuantizeFile(io.ComfyNode):
             recipe,
             overwrite=overwrite,
             verify=verify,
+            requantize=requantize,
             device=host.pick_device(device),
             calibration=settled(calibration),
             on_plan=run.on_plan,

@@ -99,7 +99,7 @@ def with_warning(plan: ModelPlan, again: frozenset[str]) -> ModelPlan:
         return plan
     warning = (
         f"{len(again)} layers were quantized already and are rounded a second time: they keep the "
-        "error of the first format and gain that of the second; the errors below are against the "
-        "first one's values"
+        "error of the first format, which is unknown without the original, and gain that of the "
+        "second, which is the one reported"
     )
     return replace(plan, warnings=(*plan.warnings, warning))

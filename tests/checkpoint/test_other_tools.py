@@ -433,7 +433,8 @@ def test_requantizing_rounds_again_and_says_so(write, out, capsys):
         quantize_file(path, out, recipe("int8_tensorwise"))
     report = quantize_file(path, out, recipe("int8_tensorwise"), requantize=True)
     assert report.rounded_twice == ("a",) and report.to_json()["rounded_twice"] == ["a"]
-    assert any("rounded a second time" in warning for warning in report.plan.warnings)
+    (warning,) = [text for text in report.plan.warnings if "rounded a second time" in text]
+    assert "the first format, which is unknown" in warning and "which is the one rep" in warning
     made = load_file(out)
     assert torch.equal(made["b.weight"], same["b.weight"])  # in that format already: codes copied
     decoded = stored["weight"].float() * stored["weight_scale"]

@@ -126,3 +126,23 @@ def test_a_report_nested_without_end_is_refused(run):
 
     with pytest.raises(RecipeError, match="has no recipe"):
         run(FewBitsSaveRecipe, report="[" * 100_000, filename="r")
+
+
+def test_quantize_file_takes_a_quantized_file_only_where_it_is_told_to(run, in_output):
+    from fewbits.nodes.quantize_file import FewBitsQuantizeFile
+    from fewbits.quant_ops.errors import QuantError
+
+    fp8 = run(
+        FewBitsQuantizeFile,
+        file="diffusion_models/m.safetensors",
+        format="float8_e4m3fn",
+        filename="diffusion_models/fp8",
+    )
+    made = Path(fp8.result[0])
+    inputs = {"file": f"diffusion_models/{made.name}", "format": "int8_tensorwise"}
+    with pytest.raises(QuantError, match="quantized already .float8_e4m3fn"):
+        run(FewBitsQuantizeFile, **inputs, filename="diffusion_models/int8")
+    again = run(FewBitsQuantizeFile, **inputs, filename="diffusion_models/int8", requantize=True)
+    report = json.loads(again.result[1])
+    assert report["rounded_twice"]
+    assert any("unknown without the original" in text for text in report["warnings"])
