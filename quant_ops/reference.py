@@ -156,14 +156,14 @@ def _mxfp8(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
     scale = np.where(exponents == 0, 0.0, 2.0 ** (exponents.astype(np.float64) - 127)).astype(
         np.float32
     )
-    n, k = marker["orig_shape"]
+    n, k = marker.get("orig_shape", codes.shape)
     return _tiles(codes, scale, 1, 32)[:n, :k]
 
 
 def _nvfp4(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
     values = E2M1[_nibbles(tensors["weight"], high_first=True)]
     block = _logical_scales(_array(tensors["weight_scale"]), values.shape[0], values.shape[1] // 16)
-    n, k = marker["orig_shape"]
+    n, k = marker.get("orig_shape", values.shape)
     return _tiles(values, _array(tensors["weight_scale_2"]) * block, 1, 16)[:n, :k]
 
 
