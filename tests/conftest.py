@@ -1,7 +1,7 @@
 """Which tests run, in which order, and what all of them find: `fewbits` as this process does, and ComfyUI's tree.
 
 (none)            all but those of the page; the fuzzers with a fixed seed, a short slice of the faults
---fast            none that starts a ComfyUI, none marked slow
+--fast            none that starts a ComfyUI, none marked slow, fuzz or faults
 --browser         also those of the page
 --fuzz SECONDS    only those marked fuzz, each for so long, with a new seed
 --faults          only those marked faults, all of their cases
@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+NOT_FAST = {"server", "slow", "fuzz", "faults"}
 SERVERS = (HERE / "e2e", HERE / "browser")  # only tests in these folders start a ComfyUI
 # Files whose tests draw the same pictures: they go to one worker, which draws each once. Others go file by file.
 TOGETHER = ("test_stock_loaders.py", "test_on_top.py", "test_versions.py")
@@ -77,7 +78,7 @@ def chosen(config: pytest.Config, marks: set[str]) -> bool:
     kinds = {name for name in ("fuzz", "faults") if getattr(options, name)}
     if kinds and not marks & kinds:
         return False
-    if options.fast and marks & {"server", "slow"}:
+    if options.fast and marks & NOT_FAST:
         return False
     if "browser" in marks and not options.browser:
         return False

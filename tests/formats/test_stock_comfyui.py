@@ -15,6 +15,7 @@ from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.spec import version_key
 from support.helpers import flux_shapes, tiny_checkpoint
 
+pytestmark = pytest.mark.slow  # a ComfyUI of its own loads ten files
 WISHES = {
     "fp8 e4m3fn": "float8_e4m3fn",
     "fp8 e5m2": "float8_e5m2",

@@ -18,6 +18,7 @@ WISHES += [("int8_tensorwise", {"convrot": True, "convrot_groupsize": 16}), ("in
            ("int8_blockwise", {"block_size": 16}), ("bnb_nf4", {"block_size": 32})]  # fmt: skip
 SHAPES = [(1, 1), (17, 129), (64, 256), (256, 64), (0, 64)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+MODES = [torch.inference_mode, torch.no_grad, torch.enable_grad]
 
 
 @pytest.fixture(params=WISHES, ids=lambda wish: "-".join([wish[0], *map(str, wish[1].values())]))
@@ -105,31 +106,29 @@ def rounds_activations(layout):
     )
 
 
-@pytest.mark.parametrize(
-    "mode", [torch.inference_mode, torch.no_grad, torch.enable_grad], ids=lambda mode: mode.__name__
-)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear_takes_any_leading_dimensions_dtype_and_bias(layout, weight, mode, dtype):
+def test_linear_takes_any_leading_dimensions_dtype_and_bias(layout, weight, dtype):
     n, k = weight.shape
-    with mode():
-        qt = quantized(weight, layout).to(torch.bfloat16)
-        plain = quantized(weight, layout).dequantize()
-        bias = torch.randn(n)
-        for leading, b in (((), None), ((3,), bias), ((2, 1, 3), bias)):
-            x = torch.randn(*leading, k).to(dtype)
-            out = torch.nn.functional.linear(x, qt, b)
-            expected = torch.nn.functional.linear(x.float(), plain, b)
-            assert (out.shape, out.dtype) == ((*leading, n), dtype)
-            terms = torch.nn.functional.linear(
-                x.float().abs(), plain.abs(), None if b is None else b.abs()
-            )
-            step = 2 * torch.finfo(dtype).eps
-            allowed = 2 * step * terms + 1e-6  # weight, bias and result rounded
-            if rounding := rounds_activations(layout):
-                allowed = allowed + rounding * x.float().abs().amax(
-                    -1, keepdim=True
-                ) * plain.abs().sum(1)
-            assert ((out.float() - expected).abs() <= allowed).all()
+    for mode in MODES:
+        with mode():
+            qt = quantized(weight, layout).to(torch.bfloat16)
+            plain = quantized(weight, layout).dequantize()
+            bias = torch.randn(n)
+            for leading, b in (((), None), ((3,), bias), ((2, 1, 3), bias)):
+                x = torch.randn(*leading, k).to(dtype)
+                out = torch.nn.functional.linear(x, qt, b)
+                expected = torch.nn.functional.linear(x.float(), plain, b)
+                assert (out.shape, out.dtype) == ((*leading, n), dtype)
+                terms = torch.nn.functional.linear(
+                    x.float().abs(), plain.abs(), None if b is None else b.abs()
+                )
+                step = 2 * torch.finfo(dtype).eps
+                allowed = 2 * step * terms + 1e-6  # weight, bias and result rounded
+                if rounding := rounds_activations(layout):
+                    allowed = allowed + rounding * x.float().abs().amax(
+                        -1, keepdim=True
+                    ) * plain.abs().sum(1)
+                assert ((out.float() - expected).abs() <= allowed).all()
 
 
 def test_our_linear_gives_the_bits_of_torchs_and_gradients_where_they_are_recorded(layout, weight):
@@ -213,36 +212,36 @@ def test_transposing_moves_the_scales_or_dequantizes(layout, weight):
     )
 
 
-@pytest.mark.parametrize(
-    "mode", [torch.inference_mode, torch.no_grad, torch.enable_grad], ids=lambda mode: mode.__name__
-)
-def test_what_is_done_to_a_transposed_weight_has_the_right_values(layout, weight, mode):
-    with mode():
-        qt, plain = quantized(weight, layout).t(), quantized(weight, layout).dequantize().t()
-        for copied in (
-            qt.clone(),
-            qt.contiguous(),
-            qt.detach(),
-            qt.to(torch.float32, copy=True),
-            qt.T.T,
-        ):
-            assert torch.equal(
-                copied.dequantize() if isinstance(copied, QuantizedTensor) else copied, plain
+def test_what_is_done_to_a_transposed_weight_has_the_right_values(layout, weight):
+    for mode in MODES:
+        with mode():
+            qt, plain = quantized(weight, layout).t(), quantized(weight, layout).dequantize().t()
+            for copied in (
+                qt.clone(),
+                qt.contiguous(),
+                qt.detach(),
+                qt.to(torch.float32, copy=True),
+                qt.T.T,
+            ):
+                assert torch.equal(
+                    copied.dequantize() if isinstance(copied, QuantizedTensor) else copied, plain
+                )
+            for again in (
+                lambda w: w.flatten(),
+                lambda w: w.reshape(-1),
+                lambda w: w[:1],
+                lambda w: w.unsqueeze(0),
+                torch.abs,
+            ):
+                assert torch.equal(again(qt), again(plain))
+            x = torch.randn(2, 3, plain.shape[0])
+            rounded = (
+                rounds_activations(layout) * x.abs().amax(-1, keepdim=True) * plain.abs().sum(0)
             )
-        for again in (
-            lambda w: w.flatten(),
-            lambda w: w.reshape(-1),
-            lambda w: w[:1],
-            lambda w: w.unsqueeze(0),
-            torch.abs,
-        ):
-            assert torch.equal(again(qt), again(plain))
-        x = torch.randn(2, 3, plain.shape[0])
-        rounded = rounds_activations(layout) * x.abs().amax(-1, keepdim=True) * plain.abs().sum(0)
-        assert ((x @ qt - x @ plain).abs() <= 1e-4 + rounded).all()
-        bias = torch.randn(plain.shape[1])
-        whole = torch.addmm(bias, x[0], qt, beta=0.5) - torch.addmm(bias, x[0], plain, beta=0.5)
-        assert whole.abs().amax() <= 1e-4 if whole.numel() else True
+            assert ((x @ qt - x @ plain).abs() <= 1e-4 + rounded).all()
+            bias = torch.randn(plain.shape[1])
+            whole = torch.addmm(bias, x[0], qt, beta=0.5) - torch.addmm(bias, x[0], plain, beta=0.5)
+            assert whole.abs().amax() <= 1e-4 if whole.numel() else True
 
 
 def test_views_and_slices_have_the_right_values(layout, weight):
@@ -275,16 +274,14 @@ IN_PLACE = {
 
 
 @pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
-@pytest.mark.parametrize(
-    "mode", [torch.inference_mode, torch.no_grad], ids=lambda mode: mode.__name__
-)
-def test_changing_a_weight_in_place_is_refused_instead_of_lost(layout, change, mode):
-    with mode():
-        qt = quantized(torch.ones(16, 32), layout)
-        before = qt.dequantize()
-        with pytest.raises(UnsupportedLayerError, match="in place"):
-            change(qt)
-        assert torch.equal(qt.dequantize(), before)
+def test_changing_a_weight_in_place_is_refused_instead_of_lost(layout, change):
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            qt = quantized(torch.ones(16, 32), layout)
+            before = qt.dequantize()
+            with pytest.raises(UnsupportedLayerError, match="in place"):
+                change(qt)
+            assert torch.equal(qt.dequantize(), before)
 
 
 def test_what_changes_no_value_in_place_is_allowed(layout, weight):
