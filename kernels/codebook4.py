@@ -16,7 +16,16 @@ import torch
 
 from .columns import Columns, LevelColumns
 from .dispatch import op
-from .grids import Grid, decode, encode, squared_error, tile_errors, why_not_codes
+from .grids import (
+    Deviation,
+    Grid,
+    decode,
+    deviation,
+    encode,
+    end_codes,
+    tile_errors,
+    why_not_codes,
+)
 from .levels import Levels, by_division_, by_reciprocal_
 from .packing import pack_nibbles
 from .scales import CHUNK_ELEMENTS, Geometry, chunk_rows, scale_from_absmax
@@ -321,6 +330,10 @@ class FlatGrid(Grid):
     levels: Levels
     group_size: int
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return end_codes(self.levels)
+
     def _runs(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The flattened matrix as (blocks, group_size), then what is left as (1, rest); views of
         x.
@@ -347,17 +360,18 @@ class FlatGrid(Grid):
     def nearest(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return nearest_flat4(weight, self.levels, self.group_size, False)
 
-    def squared_error(
+    def deviation(
         self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
-    ) -> tuple[float, float]:
+    ) -> Deviation:
         runs = self._runs(weight)
-        sums = [
-            squared_error(run, part, scales, self.levels, ROWS)
+        found = [
+            deviation(run, part, scales, self.levels, ROWS)
             for run, part, scales in zip(
                 runs, self._runs(codes), self._scales(scale, runs), strict=True
             )
         ]
-        return sum(error for error, _ in sums), sum(signal for _, signal in sums)
+        errors, signals, products, largest = zip(*found, strict=True)
+        return Deviation(sum(errors), sum(signals), sum(products), max(largest))
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """(N, K) float32: table[code] * scale[flat index // group_size], the product rounded."""

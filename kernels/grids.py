@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Protocol, TypeAlias
+from typing import ClassVar, NamedTuple, Protocol, TypeAlias
 
 import torch
 
@@ -158,43 +158,78 @@ def _why_not_errors(weight: torch.Tensor, codes: torch.Tensor, *how: object) -> 
     return why_not_codes_of(weight, codes.dtype)
 
 
-def total(error: torch.Tensor, signal: torch.Tensor) -> tuple[float, float]:
-    """Sums of two float32 tensors in float64, with one wait for the device."""
-    error, signal = torch.stack(
-        [error.sum(dtype=torch.float64), signal.sum(dtype=torch.float64)]
-    ).tolist()
-    return error, signal
+@cache
+def end_codes(levels: Levels) -> tuple[int, ...]:
+    """The bytes of the codes of largest magnitude."""
+    count = 16 if levels.dtype == torch.uint8 else 256
+    codes = torch.arange(count, dtype=torch.uint8).view(levels.dtype)
+    return tuple((levels.widen(codes).abs() == levels.qmax).nonzero().view(-1).tolist())
+
+
+class Deviation(NamedTuple):
+    """How far decoded codes d are from their weight w, over all elements.
+
+    The cosine between both follows exactly from `signal`, `product` and `error`; a product of d and
+    w themselves would lose it to rounding.
+    """
+
+    error: float  # sum of (d - w)^2
+    signal: float  # sum of w^2
+    product: float  # sum of (d - w) w
+    largest: float  # maximum of |d - w|
+
+
+def total(
+    error: torch.Tensor, signal: torch.Tensor, product: torch.Tensor, largest: torch.Tensor
+) -> Deviation:
+    """One Deviation of float32 parts, summed in float64, with one wait for the device."""
+    sums = [part.sum(dtype=torch.float64) for part in (error, signal, product)]
+    return Deviation(*torch.stack([*sums, largest.amax().double()]).tolist())
 
 
 @op
-def squared_error(
+def deviation(
     weight: torch.Tensor,
     codes: torch.Tensor,
     scale: torch.Tensor,
     levels: Levels,
     geometry: Geometry,
-) -> tuple[float, float]:
-    """(sum of squared errors, sum of squared weights) of stored codes, chunked; float32 sums within
-    a chunk.
-    """
+) -> Deviation:
+    """The Deviation of stored codes, chunked; float32 sums within a chunk."""
     n, k = weight.shape
     rows = _row_chunks(geometry, weight)
     # In place: small results kept between large chunks cost 130 MB of a CPU's memory, in holes no
     # chunk fitted again.
-    sums = torch.zeros((-(-n // rows), 2), dtype=torch.float32, device=weight.device)
-    for start, (error, signal) in zip(range(0, n, rows), sums, strict=True):
+    parts = torch.zeros((-(-n // rows), 5), dtype=torch.float32, device=weight.device)
+    for start, sums in zip(range(0, n, rows), parts, strict=True):
         stop = min(start + rows, n)
         w = weight[start:stop].float().reshape(-1)
         band = geometry.band(start, stop)
         difference = decode(codes[start:stop], scale[band], levels, geometry).view(-1).sub_(w)
-        torch.dot(difference, difference, out=error)
-        torch.dot(w, w, out=signal)
-    errors, signals = sums.t().tolist()  # one wait for the device
-    return sum(errors, 0.0), sum(signals, 0.0)
+        deviate_(difference, w, sums)
+    return gathered(parts)
 
 
-@squared_error.backend("triton", _why_not_errors)
-def _squared_error(weight, codes, scale, levels, geometry):
+def deviate_(difference: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor) -> None:
+    """Fill (5,) float32 for `gathered` from two flat float32 chunks: one pass over each pair."""
+    error, signal, product, low, high = sums
+    torch.dot(difference, difference, out=error)
+    torch.dot(weight, weight, out=signal)
+    torch.dot(difference, weight, out=product)
+    torch.aminmax(difference, out=(low, high))
+
+
+def gathered(parts: torch.Tensor) -> Deviation:
+    """The Deviation of a whole weight from (chunks, 5) of `deviate_`, with one wait for the
+    device.
+    """
+    errors, signals, products, low, high = parts.t().tolist()
+    largest = max((max(-a, b) for a, b in zip(low, high, strict=True)), default=0.0)
+    return Deviation(sum(errors, 0.0), sum(signals, 0.0), sum(products, 0.0), largest)
+
+
+@deviation.backend("triton", _why_not_errors)
+def _deviation(weight, codes, scale, levels, geometry):
     from .triton import errors
 
     return total(*errors.patches(weight, codes, scale, _values(levels, weight.device)))
@@ -233,7 +268,7 @@ def tile_errors(
 def _tile_errors(weight, codes, scale, levels, geometry):
     from .triton import errors
 
-    found, _ = errors.patches(weight, codes, scale, _values(levels, weight.device))
+    found, *_ = errors.patches(weight, codes, scale, _values(levels, weight.device))
     rows, cols = geometry.grid_shape(tuple(weight.shape))
     return found.view(rows, len(found) // rows, cols, -1).sum((1, 3))
 
@@ -247,11 +282,12 @@ class Grid(Protocol):
     """The representable values of one weight matrix. Formats make it, methods choose from it.
 
     `scale_step`: octaves between neighbouring scales that the format can store, 0 for float32
-    scales. A search with finer steps than this meets the same scales again. `rescaled` and `chosen`
-    are those of one float32 tensor.
+    scales. A search with finer steps than this meets the same scales again. `ends`: the bytes of
+    the codes at both ends of the range. `rescaled` and `chosen` are those of one float32 tensor.
     """
 
     scale_step: ClassVar[float] = 0.0
+    ends: tuple[int, ...]
 
     def scale(self, weight: torch.Tensor) -> Scale:
         """The scale that maps each region's absmax to the largest code; 1.0 for zero regions."""
@@ -268,10 +304,8 @@ class Grid(Protocol):
         scale = self.scale(weight)
         return self.encode(weight, scale), scale
 
-    def squared_error(
-        self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale
-    ) -> tuple[float, float]:
-        """(sum of squared errors, sum of squared weights) of stored codes."""
+    def deviation(self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale) -> Deviation:
+        """How far stored codes are from the weight."""
 
     def decode(self, codes: torch.Tensor, scale: Scale) -> torch.Tensor:
         """(N, K) float32 value of each code."""
@@ -317,6 +351,10 @@ class ScaledGrid(Grid):
     levels: Levels
     geometry: Geometry
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return end_codes(self.levels)
+
     def multiplier(self, scale: Scale) -> torch.Tensor:
         """What codes are multiplied by, float32 of `Geometry.grid_shape`; 0 where a tile decodes
         to zeros whatever its codes.
@@ -333,10 +371,8 @@ class ScaledGrid(Grid):
         _blank_(codes, zero, self.geometry)
         return codes
 
-    def squared_error(
-        self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale
-    ) -> tuple[float, float]:
-        return squared_error(weight, codes, self.multiplier(scale), self.levels, self.geometry)
+    def deviation(self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale) -> Deviation:
+        return deviation(weight, codes, self.multiplier(scale), self.levels, self.geometry)
 
     def decode(self, codes: torch.Tensor, scale: Scale) -> torch.Tensor:
         """(N, K) float32: value(code) * multiplier, the product rounded."""

@@ -19,7 +19,7 @@ import torch
 from .codebook4 import constant, fast_codes, look_up
 from .columns import Columns, TableColumns
 from .dispatch import op
-from .grids import Grid, total
+from .grids import Deviation, Grid, deviate_, gathered, total
 from .hadamard import rotate
 from .packing import unpack_nibbles
 from .scales import (
@@ -87,6 +87,7 @@ class W4A8Grid(Grid):
     """Grid of an already rotated weight; K is a multiple of 16."""
 
     scale_step: ClassVar[float] = E4M3_SCALE_STEP
+    ends: ClassVar[tuple[int, ...]] = (0, 15)
 
     def scale(self, weight: torch.Tensor) -> W4A8Scale:
         """Each group's scale by `fit_groups`; each row's such that its largest value is 127
@@ -108,13 +109,11 @@ class W4A8Grid(Grid):
             return _codes(weight, *scale, torch.Generator(weight.device).manual_seed(seed))
         return nearest_w4a8(weight, *scale)
 
-    def squared_error(
-        self, weight: torch.Tensor, codes: torch.Tensor, scale: W4A8Scale
-    ) -> tuple[float, float]:
+    def deviation(self, weight: torch.Tensor, codes: torch.Tensor, scale: W4A8Scale) -> Deviation:
         """Measured in the rotated basis; the rotation is orthogonal, so the sums are those of the
         weight itself.
         """
-        return squared_error_w4a8(weight, codes, *scale)
+        return deviation_w4a8(weight, codes, *scale)
 
     def decode(self, codes: torch.Tensor, scale: W4A8Scale) -> torch.Tensor:
         """(N, K) float32 in the rotated basis: q8 * s_channel, q8 = clamp(round(level * s_rel),
@@ -302,27 +301,24 @@ def _decode(codes: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor) 
 
 
 @op
-def squared_error_w4a8(
+def deviation_w4a8(
     weight: torch.Tensor, codes: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor
-) -> tuple[float, float]:
-    """(sum of squared errors, sum of squared weights) of codes, chunked; float32 sums within a
-    chunk.
-    """
-    error = signal = 0.0
-    for rows in _row_slices(weight):
+) -> Deviation:
+    """The Deviation of codes, chunked; float32 sums within a chunk."""
+    slices = list(_row_slices(weight))
+    parts = torch.zeros((len(slices), 5), dtype=torch.float32, device=weight.device)
+    for rows, sums in zip(slices, parts, strict=True):
         w = weight[rows].float().reshape(-1)
         difference = _decode(codes[rows], channel[rows], relative[rows]).view(-1).sub_(w)
-        error += float(torch.dot(difference, difference))
-        signal += float(torch.dot(w, w))
-    return error, signal
+        deviate_(difference, w, sums)
+    return gathered(parts)
 
 
-@squared_error_w4a8.backend("triton", _why_not_groups)
-def _squared_error_w4a8(weight, codes, channel, relative):
+@deviation_w4a8.backend("triton", _why_not_groups)
+def _deviation_w4a8(weight, codes, channel, relative):
     from .triton import w4a8
 
-    error, signal = w4a8.errors(weight, codes, channel, relative, LEVELS)
-    return total(error, signal)
+    return total(*w4a8.errors(weight, codes, channel, relative, LEVELS))
 
 
 @op

@@ -101,6 +101,7 @@ class FewBitsQuantizeFile(io.ComfyNode):
             requantize=requantize,
             device=host.pick_device(device),
             calibration=settled(calibration),
+            sidecar=True,
             on_plan=run.on_plan,
             on_progress=run.on_progress,
         )

@@ -19,11 +19,12 @@ from .checkpoint.scales import scale_problem
 from .errors import CheckpointError, RecipeError, SourceError
 from .formats import get_format
 from .formats.base import marker_bytes
-from .methods import Layer, choose, get_method, layer_generator
+from .methods import Choice, Inputs, Layer, choose, get_method, layer_generator
 from .planning.calibrated import calibrated
 from .planning.planner import make_plan, stored_markers_needed
 from .planning.recipe import Recipe
-from .report.report import LayerResult, Report
+from .report.layer import LayerResult, OutputError, output_error, saturated
+from .report.report import Report
 from .sources import DTYPE_NAMES, TORCH_DTYPES, TensorSink, TensorSource
 from .spec import ITEM_SIZES, LayerInput, LayerPlan, ModelPlan, TensorSpec
 from .workers import workers
@@ -317,12 +318,18 @@ def _encoded(
     method = get_method(layer.method)
     options = method.configure(dict(layer.method_options))
     generator = layer_generator(conditions.seed, layer.name, device)
-    inputs = None
-    if method.needs_inputs:
-        seen = conditions.calibration.inputs_of(layer.name, shape, device)
-        inputs = seen.map(lambda rows: format.prepare(rows, layer.options))
-    choice = choose(method, Layer(weight, grid, options, generator, step=step, inputs=inputs))
+    inputs = _inputs(layer, conditions.calibration, device)
+    given = Layer(
+        weight,
+        grid,
+        options,
+        generator,
+        step=step,
+        inputs=inputs if method.needs_inputs else None,
+    )
+    choice = choose(method, given)
     step()
+    output = _output_error(given, choice, inputs)
     packed = format.pack(choice.codes, choice.scale, layer.options)
     outputs = {f"{layer.name}.{suffix}": tensor for suffix, tensor in packed.items()}
     if device.type == "cuda":
@@ -332,13 +339,49 @@ def _encoded(
         name=layer.name,
         format=layer.format,
         method=layer.method,
-        squared_error=choice.error,
-        squared_weight=choice.signal,
+        deviation=choice.deviation,
+        elements=choice.codes.numel(),
+        saturated=saturated(choice.codes, grid.ends),
         squared_error_nearest=choice.error_nearest,
         objective=choice.objective,
         objective_nearest=choice.objective_nearest,
         verdict=choice.verdict,
+        output=output,
     )
+
+
+def measured(
+    file: str, layer: LayerPlan, weight: torch.Tensor, conditions: Conditions
+) -> LayerResult:
+    """What `quantize` would measure of a planned layer; nothing is stored.
+
+    Args:
+        weight: (N, K), or some of its rows in blocks that the format's steps divide.
+    """
+    tensors = {f"{layer.name}.weight": weight}
+    return _quantized(file, layer, tensors, conditions, step=lambda: None)[1]
+
+
+def _inputs(
+    layer: LayerPlan, calibration: Calibration | None, device: torch.device
+) -> Inputs | None:
+    """What the calibration knows of the layer's inputs, in the basis of the weight that gets
+    codes.
+    """
+    rows, columns = layer.inputs[0].shape  # of the layer, of which some rows may be looked at
+    if calibration is None or calibration.missing(layer.name, (rows, columns)):
+        return None
+    format = get_format(layer.format)
+    known = calibration.inputs_of(layer.name, (rows, columns), device)
+    return known.map(lambda rows: format.prepare(rows, layer.options))
+
+
+def _output_error(given: Layer, choice: Choice, inputs: Inputs | None) -> OutputError | None:
+    if inputs is None:
+        return None
+    decoded = given.grid.decode(choice.codes, choice.scale)
+    seen = given.inputs is not None and not choice.verdict
+    return output_error(given.weight, decoded, inputs, seen=seen)
 
 
 def _same_bytes(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

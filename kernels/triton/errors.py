@@ -16,7 +16,8 @@ TABLE = tl.constexpr(4)  # beside the kinds of `tiles`: 4-bit codes
 
 @triton.jit
 def _patches(
-    x, codes, scale, values, error, signal, n, k, grid_cols, tile_rows, tile_cols,
+    x, codes, scale, values, error, signal, projection, largest,
+    n, k, grid_cols, tile_rows, tile_cols,
     KIND: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -34,13 +35,15 @@ def _patches(
     to = rows * tl.num_programs(1) + tl.program_id(1)
     tl.store(error + to, tl.sum(difference * difference, 1), rows < n)
     tl.store(signal + to, tl.sum(w * w, 1), rows < n)
+    tl.store(projection + to, tl.sum(difference * w, 1), rows < n)
+    tl.store(largest + to, tl.max(tl.abs(difference), 1), rows < n)
 
 
 def patches(
     weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, values: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, K) floats and codes, scales as a grid over them -> squared errors and squared weights of
-    runs within a row.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(N, K) floats and codes, scales as a grid over them -> of runs within a row the squared
+    errors, squared weights, products of error and weight, and the largest error.
 
     Args:
         values: (16,) float32 of 4-bit codes, which lie one per byte.
@@ -55,12 +58,12 @@ def patches(
     block_k = block_columns(k, tile_cols)
     block_n = 2048 // block_k
     runs = -(-k // block_k)
-    error, signal = (
-        torch.empty((n, runs), dtype=torch.float32, device=weight.device) for _ in range(2)
+    parts = tuple(
+        torch.empty((n, runs), dtype=torch.float32, device=weight.device) for _ in range(4)
     )
     raw = codes.contiguous().view(torch.uint8 if codes.dtype == torch.uint8 else torch.int8)
-    tensors = (weight.contiguous(), raw, scale.contiguous(), values, error, signal)
+    tensors = (weight.contiguous(), raw, scale.contiguous(), values, *parts)
     kind = TABLE.value if codes.dtype == torch.uint8 else kind_of(codes)
     numbers = (n, k, grid_cols, n // grid_rows, tile_cols, kind, block_n, block_k)
     launch(_patches, (-(-n // block_n), runs, 1), tensors, *numbers, num_warps=4)
-    return error, signal
+    return parts

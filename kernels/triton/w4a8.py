@@ -225,7 +225,8 @@ def nearest(
 
 @triton.jit
 def _errors(
-    x, codes, channel, relative, floats, levels, error, signal, count, per_row, GROUPS: tl.constexpr
+    x, codes, channel, relative, floats, levels, error, signal, projection, largest, count, per_row,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     inside = group < count
@@ -236,6 +237,8 @@ def _errors(
     difference = product(q8, tl.load(channel + group // per_row, inside, 1.0)[:, None]) - w
     tl.store(error + group, tl.sum(difference * difference, 1), inside)
     tl.store(signal + group, tl.sum(w * w, 1), inside)
+    tl.store(projection + group, tl.sum(difference * w, 1), inside)
+    tl.store(largest + group, tl.max(tl.abs(difference), 1), inside)
 
 
 def errors(
@@ -244,19 +247,19 @@ def errors(
     channel: torch.Tensor,
     relative: torch.Tensor,
     levels: tuple[float, ...],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, K) floats and codes, their scales -> squared errors and squared weights of each group,
-    (N, K/16) float32.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(N, K) floats and codes, their scales -> of each group the squared errors, squared weights,
+    products of error and weight, and the largest error; (N, K/16) float32 each.
     """
-    error, signal = (
-        torch.empty(relative.shape, dtype=torch.float32, device=weight.device) for _ in range(2)
+    parts = tuple(
+        torch.empty(relative.shape, dtype=torch.float32, device=weight.device) for _ in range(4)
     )
     tables = (_floats(weight.device), constant(levels, weight.device))
     stored = (codes.contiguous(), channel.contiguous(), relative.contiguous().view(torch.uint8))
     _over_groups(
         _errors,
-        (weight.contiguous(), *stored, *tables, error, signal),
-        error.numel(),
+        (weight.contiguous(), *stored, *tables, *parts),
+        relative.numel(),
         relative.shape[1],
     )
-    return error, signal
+    return parts

@@ -43,6 +43,7 @@ def quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", type=Path, nargs="?", help=SOURCE)
     _add_output(parser)
     add_recipe_arguments(parser)
+    _add_fit(parser)
     parser.add_argument(
         "--calibration",
         type=Path,
@@ -62,6 +63,9 @@ def quantize(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and convert nothing")
+    parser.add_argument(
+        "--no-report", action="store_true", help="write no OUT.fewbits.json beside the file"
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(check=_needs_a_wish)
@@ -253,6 +257,38 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    """What the result shall be, in place of a format."""
+    group = parser.add_argument_group("fit to a size or an error, in place of --format")
+    goal = group.add_mutually_exclusive_group()
+    goal.add_argument("--target-size", metavar="SIZE", help="of the file, at most: 6GB, or 40%%")
+    goal.add_argument(
+        "--target-vram",
+        metavar="SIZE",
+        help="memory of the GPU: 12GB; a fifth is left for activations",
+    )
+    goal.add_argument(
+        "--max-error",
+        metavar="E",
+        help="of weights, or of outputs with --calibration, as 0.02; the smallest file within it",
+    )
+    group.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="F[:o=v,...]",
+        help="a format to choose among, repeatable (default: those of docs/fit.md)",
+    )
+    group.add_argument(
+        "--save-recipe", type=Path, metavar="R.toml", help="write down which layer became what"
+    )
+
+
+def _fits(args: argparse.Namespace) -> bool:
+    """Whether a size or an error is asked for, which then decides about formats."""
+    return any(getattr(args, name, None) for name in ("target_size", "target_vram", "max_error"))
+
+
 def _tagged(flag: str) -> Callable[[str], tuple[str, str]]:
     """Values of several flags in one list, in the order in which they were typed."""
 
@@ -275,7 +311,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def _needs_a_wish(args: argparse.Namespace) -> None:
     """Everything that is missing, at once."""
     missing = ["the input"] if args.input is None else []
-    if not (args.format or args.recipe or getattr(args, "template", False)):
+    if not (args.format or args.recipe or getattr(args, "template", False) or _fits(args)):
         missing.append("--format F, or --recipe R.toml with a [primary] table")
     if missing:
         raise RecipeError(f"missing: {'; and '.join(missing)}; see fewbits {args.command} --help")

@@ -19,17 +19,26 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     Raises:
         RecipeError: contradicting arguments, or a malformed recipe or layer-config.
     """
-    base = draft_from_toml(args.recipe) if args.recipe else Draft()
-    if base.primary and (args.format or args.scaling or args.method):
+    draft = draft_from(args)
+    if draft.primary and (args.format or args.scaling or args.method):
         raise RecipeError(
             "--recipe already says format, scaling and method; change the file or leave --recipe "
             "out"
         )
-    if not base.primary and not args.format:
+    if not draft.primary and not args.format:
         raise RecipeError(
             f"say --format (one of {', '.join(FORMATS)}) or --recipe FILE with a [primary] table"
         )
-    primary = base.primary or _primary(args)
+    return replace(draft, primary=draft.primary or _primary(args)).finish()
+
+
+def draft_from(args: argparse.Namespace) -> Draft:
+    """What the arguments say beside the primary wish, over what a recipe file says.
+
+    Raises:
+        RecipeError: contradicting arguments, or a malformed recipe or layer-config.
+    """
+    base = draft_from_toml(args.recipe) if args.recipe else Draft()
     config = None
     if args.layer_config:
         if base.layer_config:
@@ -48,7 +57,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         layer_config=config,
         heuristics=args.heuristics,
     )
-    return replace(stated.over(base), primary=primary).finish()
+    return stated.over(base)
 
 
 def _rule(flag: str, text: str) -> Rule:

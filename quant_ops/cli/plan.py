@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from ..checkpoint.header import build_header
 from ..checkpoint.importers.source import open_checkpoint
@@ -31,9 +33,16 @@ def print_warnings(plan: ModelPlan) -> None:
         warn(f"warning: {warning}")
 
 
-def print_plan(path: Path, recipe: Recipe, *, as_json: bool, requantize: bool = False) -> None:
+def print_plan(
+    path: Path,
+    recipe: Recipe,
+    *,
+    as_json: bool,
+    requantize: bool = False,
+    facts: Mapping[str, object] = MappingProxyType({}),
+) -> None:
     """Print the plan of one file: a row per layer, the rules that decided, totals, predicted file
-    size.
+    size; with further facts as JSON.
     """
     again = layers_to_round_again(path, recipe) if requantize else frozenset()
     with open_checkpoint(path, decoded=again) as source:
@@ -41,7 +50,7 @@ def print_plan(path: Path, recipe: Recipe, *, as_json: bool, requantize: bool = 
     file_bytes = len(build_header(plan.outputs, plan.metadata)[0]) + plan.bytes_after
     print_warnings(plan)
     if as_json:
-        print(json.dumps({**plan.to_json(), "file_bytes": file_bytes}, indent=2))
+        print(json.dumps({**facts, **plan.to_json(), "file_bytes": file_bytes}, indent=2))
         return
     say(*layer_lines(plan), "", *plan_lines(plan))
     say(f"file size {megabytes(file_bytes)} ({file_bytes} bytes)")

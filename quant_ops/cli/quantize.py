@@ -12,17 +12,25 @@ from ..doors import quantize_file
 from ..errors import RecipeError
 from .common import output_of, recipe_from
 from .door import say
+from .fit import fitted
 from .plan import print_plan, print_warnings
 from .progress import progress_bar
 
 
 def run(args: argparse.Namespace) -> None:
-    recipe = recipe_from(args)
+    device = pick_device(args.device)
+    calibration = load_calibration(args.calibration) if args.calibration else None
+    quiet = args.quiet or args.json
+    fit = fitted(args, device=device, calibration=calibration, quiet=quiet)
+    if fit and not quiet:
+        say(*fit.lines(), "")
+    recipe = fit.recipe if fit else recipe_from(args)
     if args.dry_run:
-        print_plan(args.input, recipe, as_json=args.json, requantize=args.requantize)
+        facts = fit.to_json() if fit else {}
+        print_plan(args.input, recipe, as_json=args.json, requantize=args.requantize, facts=facts)
         return
     output = args.output or output_of(args.input, recipe.mark)
-    with progress_bar(args.quiet or args.json) as show:
+    with progress_bar(quiet) as show:
         report = quantize_file(
             args.input,
             output,
@@ -30,13 +38,15 @@ def run(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
             verify=args.verify,
             requantize=args.requantize,
-            device=pick_device(args.device),
-            calibration=load_calibration(args.calibration) if args.calibration else None,
+            device=device,
+            calibration=calibration,
+            sidecar=not args.no_report,
             on_plan=None if args.quiet else print_warnings,
             on_progress=show,
         )
     if args.json:
-        print(json.dumps({"output": str(output), **report.to_json()}, indent=2))
+        facts = {"fit": fit.to_json()["fit"]} if fit else {}
+        print(json.dumps({"output": str(output), **report.to_json(), **facts}, indent=2))
     elif not args.quiet:
         say(report.to_text())
         say(str(output))

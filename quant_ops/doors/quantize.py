@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from ..checkpoint.importers.source import ImportedSource, open_checkpoint
 from ..checkpoint.open import open_file
 from ..pipeline import PlanFn, ProgressFn, ignore_progress, plan_source, quantize
 from ..planning.recipe import Recipe
+from ..report.file import write_report
 from ..report.report import Report
 from ..spec import ModelPlan
 from .problems import checked_sink, mendable
@@ -28,6 +30,7 @@ def quantize_file(
     device: torch.device | str = "cpu",
     calibration: Calibration | None = None,
     requantize: bool = False,
+    sidecar: bool = False,
     on_plan: PlanFn | None = None,
     on_progress: ProgressFn = ignore_progress,
 ) -> Report:
@@ -41,6 +44,8 @@ def quantize_file(
         requantize: layers that are quantized in another format than the recipe's are decoded and
             quantized again, which rounds them twice; the report names them. Without it they are
             refused.
+        sidecar: write the report beside the file, as `<name>.fewbits.json`; where that fails the
+            report says so in a warning.
         verify: before the file gets its name, decode every layer by the reference decoder too.
 
     Raises:
@@ -68,9 +73,19 @@ def quantize_file(
             on_plan=tell,
             on_progress=on_progress,
         )
-    return replace(
+    report = replace(
         report, plan=with_warning(report.plan, again), rounded_twice=tuple(sorted(again))
     )
+    return with_sidecar(report, Path(target), opened.name) if sidecar else report
+
+
+def with_sidecar(report: Report, target: Path, source: str) -> Report:
+    """The report, after it was written beside the file; with a warning where it was not."""
+    _, problem = write_report(report, target, source)
+    if not problem:
+        return report
+    plan = replace(report.plan, warnings=(*report.plan.warnings, problem))
+    return replace(report, plan=plan)
 
 
 def layers_to_round_again(source: str | os.PathLike, recipe: Recipe) -> frozenset[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...kernels.grids import Grid, Scale
+from ...kernels.grids import Deviation, Grid, Scale
 from ..errors import RecipeError
 from ..options import Configurable
 from .inputs import Inputs
@@ -22,6 +22,8 @@ from .inputs import Inputs
 # Plain weight error allowed to a method whose objective is only a proxy, x nearest:
 # docs/rules.md#methods.
 WEIGHT_ERROR_LIMIT = 1.02
+
+NOTHING = Deviation(0.0, 0.0, 0.0, 0.0)  # of a weight without elements
 
 # (codes, scale) -> what a method minimises, measured on these codes.
 Objective = Callable[[torch.Tensor, Scale], float]
@@ -89,14 +91,14 @@ class Choice:
     """Codes and scale of one layer, and how they compare; errors are sums of squares over the whole
     weight.
 
-    `error` and `objective` belong to these codes, `*_nearest` to nearest's; None where nothing was
-    compared. `verdict` says why nearest was taken in place of the method, empty when it was not.
+    `deviation` and `objective` belong to these codes, `*_nearest` to nearest's; None where nothing
+    was compared. `verdict` says why nearest was taken in place of the method, empty when it was
+    not.
     """
 
     codes: torch.Tensor
     scale: Scale
-    error: float
-    signal: float
+    deviation: Deviation
     error_nearest: float | None = None
     objective: float | None = None
     objective_nearest: float | None = None
@@ -110,20 +112,22 @@ def choose(method: Method, layer: Layer) -> Choice:
     """
     weight, grid = layer.weight, layer.grid
     if not weight.numel():
-        return Choice(*grid.nearest(weight), 0.0, 0.0)
+        return Choice(*grid.nearest(weight), NOTHING)
     codes, scale, objective = method.quantize(layer)
-    error, signal = grid.squared_error(weight, codes, scale)
+    deviation = grid.deviation(weight, codes, scale)
     if objective is None:
-        return Choice(codes, scale, error, signal)
+        return Choice(codes, scale, deviation)
+    error = deviation.error
     # both as sums over regions: equal codes give equal numbers
     if isinstance(objective, WeightError):
         regions = grid.region_errors(weight, codes, scale), layer.nearest_errors[1]
         error, plain_error = (float(part.sum(dtype=torch.float64)) for part in regions)
+        deviation = deviation._replace(error=error)
         value, plain_value = math.sqrt(error), math.sqrt(plain_error)
         plain = None
     else:
         plain = grid.nearest(weight)
-        plain_error, _ = grid.squared_error(weight, *plain)
+        plain_error = grid.deviation(weight, *plain).error
         value, plain_value = objective(codes, scale), objective(*plain)
     verdict = ""
     if not value <= plain_value:  # also when a value is NaN
@@ -136,12 +140,19 @@ def choose(method: Method, layer: Layer) -> Choice:
         )
     if verdict:
         plain = plain or grid.nearest(weight)
-        return Choice(*plain, plain_error, signal, plain_error, plain_value, plain_value, verdict)
+        deviation = grid.deviation(weight, *plain)._replace(error=plain_error)
+        return Choice(
+            *plain,
+            deviation,
+            error_nearest=plain_error,
+            objective=plain_value,
+            objective_nearest=plain_value,
+            verdict=verdict,
+        )
     return Choice(
         codes,
         scale,
-        error,
-        signal,
+        deviation,
         error_nearest=plain_error,
         objective=value,
         objective_nearest=plain_value,

@@ -1,5 +1,6 @@
 """What a conversion did and what it cost in quality."""
 
-from .report import LayerResult, Report
+from .layer import LayerResult
+from .report import Report
 
 __all__ = ["LayerResult", "Report"]

@@ -6,59 +6,17 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import visible
 from ..spec import ModelPlan
 from ..version import VERSION
+from .layer import LayerResult, decibels
+from .words import in_words
 
 WORST = 5  # layers named in the text
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """Measured on the stored codes: sums over all elements of (dec - w)^2 and w^2.
-
-    A method other than nearest also has its own objective, and both numbers for nearest; `verdict`
-    says why nearest was stored in its place, empty when it was not. `moved_to_cpu`: the device
-    had too little memory for it.
-    """
-
-    name: str
-    format: str
-    method: str
-    squared_error: float
-    squared_weight: float
-    squared_error_nearest: float | None = None
-    objective: float | None = None
-    objective_nearest: float | None = None
-    verdict: str = ""
-    moved_to_cpu: bool = False
-
-    @property
-    def rel_l2(self) -> float:
-        """||dec - w|| / ||w||; 0 for an all-zero weight."""
-        return math.sqrt(self.squared_error / self.squared_weight) if self.squared_weight else 0.0
-
-    @property
-    def against_nearest(self) -> dict | None:
-        """This method's weight error and objective, x nearest's; None for nearest itself, 1.0 where
-        both are zero.
-        """
-        if self.objective is None:
-            return None
-        error = _ratio(self.squared_error, self.squared_error_nearest)
-        return {
-            "rel_l2": math.sqrt(error),
-            "objective": _ratio(self.objective, self.objective_nearest),
-            "stored": "nearest" if self.verdict else self.method,
-            "verdict": self.verdict,
-        }
-
-    @property
-    def sqnr_db(self) -> float | None:
-        """Signal to quantization noise in dB; None when there is no error at all."""
-        return -20.0 * math.log10(self.rel_l2) if self.rel_l2 else None
+UNMEASURED = {"rel_l2": None, "sqnr_db": None}
 
 
 @dataclass(frozen=True)
@@ -75,28 +33,27 @@ class Report:
     def worst(self, count: int = WORST) -> list[LayerResult]:
         return sorted(self.results, key=lambda result: -result.rel_l2)[:count]
 
-    def rel_l2(self) -> float:
-        """Relative error of all quantized weights together."""
-        signal = sum(result.squared_weight for result in self.results)
-        return (
-            math.sqrt(sum(result.squared_error for result in self.results) / signal)
-            if signal
-            else 0.0
-        )
+    def rel_l2(self, format: str | None = None) -> float | None:
+        """Relative error of all quantized weights together, or of those of one format; then None
+        where none was measured.
+        """
+        results = [result for result in self.results if format in (None, result.format)]
+        return None if format and not results else _rel_l2(results)
 
     def to_json(self) -> dict:
         plan = self.plan.to_json()
         measured = {result.name: result for result in self.results}
         for row in plan["layers"]:
             result = measured.get(row["name"])
-            row["rel_l2"] = result and result.rel_l2
-            row["sqnr_db"] = result and result.sqnr_db
-            if result and result.against_nearest:
-                row["against_nearest"] = result.against_nearest
+            row.update(result.to_json() if result else UNMEASURED)
+        for row in plan["summary"]:
+            error = self.rel_l2(row["format"])
+            row["rel_l2"], row["sqnr_db"] = error, decibels(error)
         return {
             "fewbits": VERSION,
             **plan,
             "rel_l2": self.rel_l2(),
+            "meaning": in_words(self.rel_l2()),
             "worst": [
                 {"name": r.name, "format": r.format, "rel_l2": r.rel_l2, "sqnr_db": r.sqnr_db}
                 for r in self.worst()
@@ -112,10 +69,12 @@ class Report:
             *plan_lines(self.plan),
             f"weight error (rel_l2) {self.rel_l2():.4f}, {self.seconds:.1f} s on {self.device}",
         ]
+        if self.results:
+            lines.append(in_words(self.rel_l2()))
         lines += self._method_lines()
         if self.results:
             lines.append("largest errors:")
-            lines += [f"  {result.rel_l2:.4f}  {result.name}" for result in self.worst()]
+            lines += [_worst_line(result) for result in self.worst()]
         return "\n".join(map(visible, lines))
 
     def _method_lines(self) -> list[str]:
@@ -136,8 +95,18 @@ class Report:
         return lines
 
 
-def _ratio(value: float, reference: float) -> float:
-    return value / reference if reference else 1.0
+def _worst_line(result: LayerResult) -> str:
+    output = result.output
+    note = f", of its outputs {output.relative:.4f}" if output else ""
+    return f"  {result.rel_l2:.4f}  {result.name}{note}"
+
+
+def _rel_l2(results: Iterable[LayerResult]) -> float:
+    """Relative error of several weights together; 0 where they are all zero."""
+    deviations = [result.deviation for result in results]
+    signal = sum(deviation.signal for deviation in deviations)
+    error = sum(deviation.error for deviation in deviations)
+    return math.sqrt(error / signal) if signal else 0.0
 
 
 def plan_lines(plan: ModelPlan) -> list[str]:

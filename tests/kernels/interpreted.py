@@ -28,7 +28,7 @@ from triton.runtime.jit import mangle_type
 
 from fewbits.kernels.codebook4 import E2M1, FP4, NF4, lowest_error, nearest_flat4
 from fewbits.kernels.dispatch import use_backend
-from fewbits.kernels.grids import nearest_codes, nearest_tiles, squared_error, tile_errors
+from fewbits.kernels.grids import deviation, nearest_codes, nearest_tiles, tile_errors
 from fewbits.kernels.hadamard import rotate
 from fewbits.kernels.levels import E4M3, E5M2, INT8
 from fewbits.kernels.packing import packed_nibbles
@@ -39,10 +39,10 @@ from fewbits.kernels.w4a8 import (
     SPANS,
     W4A8Grid,
     dequantize_w4a8,
+    deviation_w4a8,
     fit_groups,
     group_errors_w4a8,
     nearest_w4a8,
-    squared_error_w4a8,
 )
 
 GEOMETRIES = {
@@ -133,7 +133,7 @@ def cases() -> Iterator[tuple[str, object, tuple]]:
             weight = torch.randint(-8, 9, shape).bfloat16()
             scale = torch.ones(geometry.grid_shape(shape))
             codes = levels.round_(torch.randint(-6, 7, shape).float()).to(levels.dtype)
-            for op in (squared_error, tile_errors):
+            for op in (deviation, tile_errors):
                 yield (
                     f"{op.name} {levels.name} {name}",
                     op,
@@ -146,7 +146,7 @@ def cases() -> Iterator[tuple[str, object, tuple]]:
         scale,
         torch.full((17, 9), 8.0).to(torch.float8_e4m3fn),
     )
-    for op in (squared_error_w4a8, group_errors_w4a8):
+    for op in (deviation_w4a8, group_errors_w4a8):
         yield op.name, op, stored
     for levels in (NF4, FP4):
         for group in (32, 64, 4096):

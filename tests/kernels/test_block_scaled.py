@@ -261,7 +261,7 @@ class TestEveryGrid:
         weight = torch.randn(9, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
         scale = grid.scale(weight)
         codes = grid.encode(weight, scale)
-        error, signal = grid.squared_error(weight, codes, scale)
+        error, signal, *_ = grid.deviation(weight, codes, scale)
         assert error == pytest.approx(
             float((grid.decode(codes, scale) - weight.float()).square().sum()), rel=1e-5
         )

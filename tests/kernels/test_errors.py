@@ -5,7 +5,7 @@ import torch
 
 from fewbits.kernels.codebook4 import E2M1, FP4, NF4, FlatGrid
 from fewbits.kernels.dispatch import use_backend
-from fewbits.kernels.grids import TiledGrid, squared_error, tile_errors
+from fewbits.kernels.grids import TiledGrid, deviation, tile_errors
 from fewbits.kernels.levels import E4M3, E5M2, INT4, INT8
 from fewbits.kernels.mxfp8 import Mxfp8Grid
 from fewbits.kernels.nvfp4 import Nvfp4Grid
@@ -33,11 +33,16 @@ WHOLE, REGION = 5e-5, 2e-6
 def check(grid, weight: torch.Tensor) -> None:
     scale = grid.scale(weight)
     codes = grid.encode(weight, scale)
-    exact = (grid.decode(codes, scale).double() - weight.float().double()).square()
-    error, signal = grid.squared_error(weight, codes, scale)
+    decoded, wide = grid.decode(codes, scale).double(), weight.float().double()
+    exact = (decoded - wide).square()
+    error, signal, product, largest = grid.deviation(weight, codes, scale)
     assert (error, signal) == pytest.approx(
-        (float(exact.sum()), float(weight.double().square().sum())), rel=WHOLE
+        (float(exact.sum()), float(wide.square().sum())), rel=WHOLE
     )
+    # a sum of terms of either sign: its rounding is that of its terms
+    terms = (decoded - wide) * wide
+    assert product == pytest.approx(float(terms.sum()), abs=WHOLE * float(terms.abs().sum()))
+    assert largest == pytest.approx(float((decoded - wide).abs().max()), rel=1e-6)
     errors = grid.region_errors(weight, codes, scale)
     assert errors.dtype == torch.float32
     if isinstance(grid, FlatGrid):
@@ -82,8 +87,16 @@ def test_odd_shapes_and_nan(shape):
         found = tile_errors(weight, codes, scale, INT8, geometry)
         assert (
             found.isnan().nonzero().tolist() == [[0, 0]]
-            and squared_error(weight, codes, scale, INT8, geometry)[1] > 0
+            and deviation(weight, codes, scale, INT8, geometry)[1] > 0
         )
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_the_ends_are_the_codes_that_a_far_too_small_scale_gives(grid):
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    small = grid.encode(weight * 1e6, grid.scale(weight))
+    found = set(small.view(torch.uint8).unique().tolist())
+    assert len(grid.ends) == 2 and set(grid.ends) <= found
 
 
 def test_errors_say_why_a_kernel_does_not_run():

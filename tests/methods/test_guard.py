@@ -53,7 +53,7 @@ def test_a_method_is_taken_only_if_it_is_at_least_as_good(own, nearest, taken):
     assert torch.equal(choice.codes, codes) is not taken
     assert torch.equal(choice.scale, scale) is not taken
     assert bool(choice.verdict) is not taken
-    assert choice.error == GRID.squared_error(weight, choice.codes, choice.scale)[0]
+    assert choice.deviation == GRID.deviation(weight, choice.codes, choice.scale)
 
 
 def test_a_proxy_objective_may_not_cost_more_than_two_percent_of_weight_error():
@@ -89,7 +89,7 @@ def test_no_method_is_worse_than_nearest_and_zeros_stay_zero(text, weight, name)
     if name != "nearest":
         assert choice.objective <= choice.objective_nearest or choice.objective != choice.objective
         if not get_method(name).needs_inputs:  # those trade weight error for output error
-            assert choice.error <= 1.02**2 * choice.error_nearest
+            assert choice.deviation.error <= 1.02**2 * choice.error_nearest
     decoded = found.grid.decode(choice.codes, choice.scale)
     assert decoded.isfinite().all()
     assert not decoded[(found.weight == 0).all(1)].any()

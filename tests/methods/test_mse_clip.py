@@ -58,7 +58,9 @@ def test_no_region_is_worse_than_under_its_absmax_scale(text):
     before = grid.region_errors(weight, grid.encode(weight, start), start)
     after = grid.region_errors(weight, found.choice.codes, found.choice.scale)
     assert (after <= before).all()
-    assert torch.isclose(after.double().sum(), torch.tensor(found.choice.error).double(), rtol=1e-5)
+    assert torch.isclose(
+        after.double().sum(), torch.tensor(found.choice.deviation.error).double(), rtol=1e-5
+    )
 
 
 def test_the_search_comes_close_to_an_exhaustive_one():
@@ -70,7 +72,7 @@ def test_the_search_comes_close_to_an_exhaustive_one():
         scale = grid.rescaled(start, factor)
         best = torch.minimum(best, grid.region_errors(weight, grid.encode(weight, scale), scale))
     # Measured: 1.0015 x the exhaustive error.
-    assert (found.choice.error / float(best.sum())) ** 0.5 <= 1.005
+    assert (found.choice.deviation.error / float(best.sum())) ** 0.5 <= 1.005
 
 
 FACTORS = tuple(2.0 ** (octaves / 32) for octaves in range(-64, 33))
@@ -166,10 +168,10 @@ def test_each_option_changes_the_search():
     default = run(weight, four_bits, "mse_clip")
     narrow = run(weight, four_bits, "mse_clip", lowest=0.9)
     coarse = run(weight, four_bits, "mse_clip", steps_per_octave=1)
-    assert default.choice.error < narrow.choice.error
+    assert default.choice.deviation.error < narrow.choice.deviation.error
     assert coarse.steps < default.steps
     fp8 = [
-        run(weight, "float8_e4m3fn_rowwise", "mse_clip", highest=limit).choice.error
+        run(weight, "float8_e4m3fn_rowwise", "mse_clip", highest=limit).choice.deviation.error
         for limit in (1.0, 2.0)
     ]
     assert fp8[1] < fp8[0]

@@ -125,7 +125,7 @@ def test_a_searched_scale_is_taken_only_where_it_gains_enough_and_no_channel_pay
     text, weight, searched
 ):
     found, clipped, plain = (run(weight, text, method) for method in ("svd", "mse_clip", "nearest"))
-    gain = (clipped.choice.error / plain.choice.error) ** 0.5
+    gain = (clipped.choice.deviation.error / plain.choice.deviation.error) ** 0.5
     channel = worst_channel(clipped.error, plain.error)
     assert (gain <= WORTH_A_SCALE and channel <= WORST_CHANNEL) == searched
     assert torch.equal(found.choice.scale, (clipped if searched else plain).choice.scale)

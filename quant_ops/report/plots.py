@@ -1,0 +1,180 @@
+"""Pictures of a report, by matplotlib, which is optional: error by depth, the worst layers, sizes.
+
+Colours are those of Okabe and Ito, which people with any colour vision tell apart; kinds of layers
+differ by their marks as well.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+from dataclasses import dataclass
+
+from ..errors import QuantError
+
+WIDTH, HEIGHT, DPI = 10.24, 6.4, 100  # inches: 1024 x 640; texts stay readable at half of it
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
+MARKS = "osD^vPX"
+OTHER = "other layers"
+BARS = 12
+NAME_LENGTH = 34
+THEMES = {"light": ("#ffffff", "#222222", "#cccccc"), "dark": ("#1e1e1e", "#eeeeee", "#555555")}
+NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A layer on the axis of depth: its block in the order of the file, and its kind."""
+
+    name: str
+    depth: int
+    kind: str
+    error: float
+
+
+def why_not_plots() -> str | None:
+    """Why no picture can be made here; None when it can."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "matplotlib is not installed; pictures need it: pip install matplotlib"
+    return None
+
+
+def report_pictures(report: dict, theme: str = "light") -> dict[str, bytes]:
+    """Name -> PNG of 1024 x 640 points, from a report's JSON.
+
+    Raises:
+        QuantError: matplotlib is missing, or nothing was measured.
+    """
+    if problem := why_not_plots():
+        raise QuantError(problem)
+    rows = [row for row in report["layers"] if row.get("rel_l2") is not None]
+    if not rows:
+        raise QuantError("the report has no measured layer, so there is nothing to draw")
+    return {
+        "error_by_depth": _drawn(lambda axes, ink: _by_depth(axes, rows, ink), theme),
+        "worst_layers": _drawn(lambda axes, ink: _worst(axes, rows, ink), theme),
+        "sizes": _drawn(lambda axes, ink: _sizes(axes, report, ink), theme),
+    }
+
+
+def placed(rows: list[dict]) -> list[Placed]:
+    """Where each layer stands: `blocks.3.attn.qkv` is kind `blocks attn.qkv` in the block
+    `blocks.3`.
+    """
+    blocks: dict[str, int] = {}
+    found = []
+    for row in rows:
+        number = NUMBER.search(row["name"])
+        block = row["name"][: number.end()] if number else row["name"]
+        depth = blocks.setdefault(block, len(blocks))
+        group = row["name"][: number.start()].rpartition(".")[2] if number else ""
+        rest = row["name"][number.end() :].strip(".") if number else "outside of blocks"
+        found.append(Placed(row["name"], depth, f"{group} {rest}".strip(), row["rel_l2"]))
+    return found
+
+
+def _drawn(draw, theme: str) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    paper, ink, faint = THEMES[theme]
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor=paper, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(facecolor=paper)
+    axes.tick_params(colors=ink, labelsize=14)
+    axes.grid(True, color=faint, linewidth=0.6, alpha=0.6)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(ink)
+    draw(axes, ink)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", facecolor=paper)
+    return data.getvalue()
+
+
+def _by_depth(axes, rows: list[dict], ink: str) -> None:
+    layers = placed(rows)
+    worst_of: dict[str, float] = {}
+    for layer in layers:
+        worst_of[layer.kind] = max(layer.error, worst_of.get(layer.kind, 0.0))
+    shown = sorted(worst_of, key=lambda kind: -worst_of[kind])[: len(COLOURS)]
+    rest = [layer for layer in layers if layer.kind not in shown]
+    if rest:
+        _marks(axes, rest, "#999999", ".", OTHER)
+    for kind, colour, mark in zip(shown, COLOURS, MARKS, strict=False):
+        _marks(axes, [layer for layer in layers if layer.kind == kind], colour, mark, kind)
+    errors = [layer.error for layer in layers if layer.error > 0]
+    if errors and max(errors) > 5 * min(errors):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _titles(axes, "Weight error by depth", "block, in the order of the file", "rel_l2", ink)
+    _legend(axes, ink)
+
+
+def _marks(axes, layers: list[Placed], colour: str, mark: str, label: str) -> None:
+    axes.plot(
+        [layer.depth for layer in layers],
+        [layer.error for layer in layers],
+        linestyle="none",
+        marker=mark,
+        markersize=9,
+        markerfacecolor="none",  # marks on top of each other stay visible
+        markeredgewidth=2,
+        color=colour,
+        label=_short(label),
+    )
+
+
+def _worst(axes, rows: list[dict], ink: str) -> None:
+    worst = sorted(rows, key=lambda row: row["rel_l2"], reverse=True)[:BARS][::-1]
+    formats = list(dict.fromkeys(row["format"] for row in worst))
+    for at, row in enumerate(worst):
+        colour = COLOURS[formats.index(row["format"]) % len(COLOURS)]
+        axes.barh(at, row["rel_l2"], color=colour)
+        axes.text(row["rel_l2"], at, f" {row['rel_l2']:.4f}", va="center", color=ink, fontsize=13)
+    axes.set_yticks(range(len(worst)), [_short(row["name"]) for row in worst])
+    axes.grid(False, axis="y")
+    axes.margins(x=0.15)
+    _titles(axes, f"The {len(worst)} layers with the largest error", "rel_l2", "", ink)
+    for format in formats:
+        axes.barh(0, 0, color=COLOURS[formats.index(format) % len(COLOURS)], label=format)
+    _legend(axes, ink)
+
+
+def _sizes(axes, report: dict, ink: str) -> None:
+    rows = [row for row in report["summary"] if row["bytes_before"]][::-1]
+    for at, row in enumerate(rows):
+        before, after = row["bytes_before"] / 1e9, row["bytes_after"] / 1e9
+        axes.barh(at + 0.2, before, 0.38, color="#999999", label="before" if at == 0 else None)
+        axes.barh(at - 0.2, after, 0.38, color=COLOURS[0], label="after" if at == 0 else None)
+        note = f" {after:.3g} GB"
+        if row.get("rel_l2"):
+            note += f", error {row['rel_l2']:.4f}"
+        axes.text(after, at - 0.2, note, va="center", color=ink, fontsize=13)
+    axes.set_yticks(range(len(rows)), [f"{row['format']} ({row['layers']})" for row in rows])
+    axes.grid(False, axis="y")
+    axes.margins(x=0.3)
+    _titles(axes, "Bytes by format (layers)", "GB", "", ink)
+    _legend(axes, ink)
+
+
+def _titles(axes, title: str, x: str, y: str, ink: str) -> None:
+    axes.set_title(title, color=ink, fontsize=18, loc="left")
+    axes.set_xlabel(x, color=ink, fontsize=15)
+    axes.set_ylabel(y, color=ink, fontsize=15)
+
+
+def _legend(axes, ink: str) -> None:
+    legend = axes.figure.legend(
+        loc="outside lower center", ncols=3, fontsize=12, frameon=False, handletextpad=0.4
+    )
+    for text in legend.get_texts():
+        text.set_color(ink)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= NAME_LENGTH else "…" + name[1 - NAME_LENGTH :]

@@ -1,0 +1,92 @@
+"""`fewbits quantize --target-size`: the file fits, the recipe repeats it, and what cannot be is refused."""
+
+import json
+
+import pytest
+import torch
+
+from fewbits.quant_ops.doors.fit import ROWS, _some_rows, fit_file
+from fewbits.quant_ops.errors import RecipeError
+from fewbits.quant_ops.planning.goal import error_goal, memory_goal, size_goal
+from fewbits.quant_ops.planning.recipe import Draft, Rule
+from support.helpers import fewbits, tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("fit") / "model.safetensors")
+
+
+def test_the_file_is_as_large_as_the_plan_says_and_within_the_target(model, tmp_path):
+    out, recipe = tmp_path / "small.safetensors", tmp_path / "r.toml"
+    done = fewbits(
+        "quantize", model, "-o", out, "--target-size", "45%", "--save-recipe", recipe, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    fit = json.loads(done.stdout)["fit"]
+    limit = int(0.45 * json.loads(done.stdout)["bytes_before"])
+    assert fit["goal"]["bytes"] == limit
+    assert 0.99 * limit < out.stat().st_size <= limit
+    again = tmp_path / "again.safetensors"
+    assert fewbits("quantize", model, "-o", again, "--recipe", recipe).returncode == 0
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_a_dry_run_says_the_size_and_what_each_format_got(model):
+    done = fewbits("quantize", model, "--target-size", "60%", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "% below the limit" in done.stdout and "layers with the largest parts" in done.stdout
+
+
+def test_more_bytes_mean_less_error_and_the_users_own_rules_stand(model):
+    draft = Draft(rules=(Rule("double_blocks.0.img_attn.qkv", None),))
+    fits = [
+        fit_file(model, lambda whole, share=share: size_goal(f"{share}%", whole), draft)
+        for share in (45, 60)
+    ]
+    assert fits[0].error > fits[1].error > 0
+    for fit in fits:
+        assert "double_blocks.0.img_attn.qkv" not in {layer.name for layer, _ in fit.chosen}
+        (kept,) = [row for row in fit.plan.layers if row.name == "double_blocks.0.img_attn.qkv"]
+        assert kept.action == "keep"
+
+
+def test_an_error_is_kept_with_fewer_bytes_the_larger_it_is(model):
+    found = [fit_file(model, lambda whole, e=e: error_goal(e)) for e in ("0.004", "2%")]
+    assert found[0].error <= 0.004 and found[1].error <= 0.02
+    assert found[0].file_bytes > found[1].file_bytes
+
+
+def test_a_size_that_nothing_reaches_is_refused_with_the_smallest(model):
+    with pytest.raises(RecipeError, match="cannot be reached: the .* layers .* at least"):
+        fit_file(model, lambda whole: size_goal("5%", whole))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--target-size", "45%", "--format", "int8"),
+        ("--target-size", "much"),
+        ("--target-size", "45%", "--max-error", "0.1"),
+        ("--allow", "nf4", "--format", "int8"),
+        ("--max-error", "7"),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_contradictions_are_refused(model, arguments):
+    done = fewbits("quantize", model, "--dry-run", *arguments)
+    assert done.returncode == 2 and done.stderr.startswith("fewbits: ")
+
+
+def test_sizes_are_read_as_people_write_them():
+    said = {"6GB": 6e9, "5.5 GiB": 5.5 * 2**30, "900 MB": 9e8, "40%": 400, "123": 123}
+    assert {text: size_goal(text, 1000).bytes for text in said} == said
+    assert memory_goal("10GB", 1000).bytes == 8e9
+    assert error_goal("2%").error == 0.02
+
+
+def test_rows_are_blocks_spread_over_the_whole_layer():
+    tall = torch.arange(10 * ROWS)[:, None].expand(-1, 2)
+    picked = _some_rows(tall)[:, 0]
+    assert len(picked) == ROWS and picked[0] == 0 and picked[-1] == 10 * ROWS - 1
+    assert len(_some_rows(tall[:1000])) == 1000
