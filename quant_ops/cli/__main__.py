@@ -66,17 +66,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def run_words(argv: list[str] | None = None) -> int | None:
+    """Parse a command and run it; whoever calls deals with refusals."""
+    args = build_parser().parse_args(argv)
+    if hasattr(args, "check"):
+        args.check(args)
+    module = importlib.import_module(f".{MODULES.get(args.command, args.command)}", __package__)
+    return module.run(args)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-
-    def work() -> int | None:
-        args = build_parser().parse_args(argv)
-        if hasattr(args, "check"):
-            args.check(args)
-        module = importlib.import_module(f".{MODULES.get(args.command, args.command)}", __package__)
-        return module.run(args)
-
-    return run_command("fewbits", work)
+    return run_command("fewbits", lambda: run_words(argv))
 
 
 def run() -> None:

@@ -8,7 +8,7 @@ import argparse
 import shlex
 import sys
 
-from ..cli.__main__ import build_parser
+from ..cli.__main__ import run_words
 from ..cli.door import warn
 from ..errors import RecipeError, closest, visible
 from ..version import VERSION
@@ -27,8 +27,7 @@ def run(argv: list[str] | None = None) -> int | None:
         warn(f"convert_to_quant: {note}")
     if not {"quiet", "json"} & set(job.options):
         print(f"+ {visible(shlex.join(['fewbits', *job.arguments]))}", flush=True)
-    args = build_parser().parse_args(list(job.arguments))
-    return args.run(args)
+    return run_words(list(job.arguments))
 
 
 class _Parser(argparse.ArgumentParser):
