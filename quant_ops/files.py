@@ -45,7 +45,7 @@ class InputFile:
             return
         if same:
             raise CheckpointError(
-                f"{target}: the output would replace {self.path}, which the model is read from; "
+                f"{target}: the output would replace {self.path}, which is read from; "
                 "an input is never changed: name another file"
             )
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from safetensors.torch import save
 from ..checkpoint.header import MAX_SIZE
 from ..checkpoint.reader import FileSource
 from ..errors import CheckpointError
+from ..files import InputFile
 from ..methods.inputs import Inputs
 from ..part import write_whole
 from ..strict_json import parse, shown
@@ -42,10 +43,13 @@ ENCODER = ".transformer."
 
 @dataclass
 class Calibration:
-    """`layers` maps a layer's name to (which of `inputs`, N, K)."""
+    """`layers` maps a layer's name to (which of `inputs`, N, K); `files` it was read from are never
+    an output.
+    """
 
     layers: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     inputs: list[InputStatistics] = field(default_factory=list)
+    files: tuple[InputFile, ...] = field(default=(), compare=False)
 
     def missing(self, base: str, shape: tuple[int, int]) -> str | None:
         """Why a layer of this (N, K) cannot be rounded by it; None when it can."""
@@ -202,7 +206,7 @@ def load_calibration(path: str | os.PathLike) -> Calibration:
         if text is None:
             raise CheckpointError(f"{source.name}: not a calibration of FewBits")
         try:
-            return _read_table(source, parse(text))
+            return replace(_read_table(source, parse(text)), files=source.files)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{source.name}: a damaged calibration: {error!r}") from None
 

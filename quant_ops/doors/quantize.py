@@ -12,6 +12,7 @@ from ..calibration import Calibration
 from ..checkpoint.importers import ImportOptions
 from ..checkpoint.importers.source import ImportedSource, open_checkpoint
 from ..checkpoint.open import open_file
+from ..files import refuse_as_output
 from ..pipeline import PlanFn, ProgressFn, ignore_progress, plan_source, quantize
 from ..planning.recipe import Recipe
 from ..report.file import write_report
@@ -52,6 +53,8 @@ def quantize_file(
         QuantError: see `quantize` and `checked_sink`; and for a file that the reference decoder
             reads differently.
     """
+    if calibration is not None:
+        refuse_as_output(calibration.files, Path(target))
     with open_file(source) as file:
         known = mendable(file)
     sink = checked_sink(target, overwrite=overwrite, known=known, verify=verify)

@@ -200,6 +200,23 @@ def test_sums_that_no_rows_lead_to_are_refused_by_layer():
         found.inputs_of("q", SQUARE)
 
 
+def test_a_calibration_is_an_input_and_never_the_output(tmp_path):
+    path = tmp_path / "c.safetensors"
+    save_calibration(watched(Observer(MEGABYTE), Block(), rows(40)), path)
+    before = path.read_bytes()
+    save_file({"q.weight": torch.ones(64, 64)}, tmp_path / "m.safetensors")
+    recipe = Recipe(parse_wish("int8_tensorwise"), preset="none")
+    with pytest.raises(CheckpointError, match="would replace .*c.safetensors, which is read from"):
+        quantize_file(
+            tmp_path / "m.safetensors",
+            path,
+            recipe,
+            overwrite=True,
+            calibration=load_calibration(path),
+        )
+    assert path.read_bytes() == before
+
+
 def test_a_model_file_is_no_calibration(tmp_path):
     save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match="not a calibration"):
