@@ -1,4 +1,4 @@
-"""Quantize FP8, INT8, NF4, FP4: MODEL -> quantized MODEL. One node per row of the table."""
+"""Quantize Model, and the nodes of single kinds: MODEL -> quantized MODEL. A row makes a node."""
 
 from __future__ import annotations
 
@@ -40,7 +40,17 @@ class Row:
     choice: str
 
 
+EVERY = Row(
+    node_id="FewBitsQuantizeModel",
+    name="Quantize Model",
+    formats=("int8_tensorwise", *(name for name in FORMATS if name != "int8_tensorwise")),
+    about="Every format in one node: 8 or 4 bits, integers or floating point.",
+    choice="int8_tensorwise: half the size of 16 bit, the least loss in 8 bits; float8_e4m3fn: the "
+    "same size, opens in the most versions of ComfyUI; nvfp4 and mxfp8: multiplied as they are by "
+    "Blackwell GPUs; asym_w4a8_int8: the least loss in 4 bits.",
+)
 ROWS = (
+    EVERY,
     Row(
         node_id="FewBitsQuantizeFP8",
         name="Quantize FP8",

@@ -161,3 +161,39 @@ def test_the_folder_runs_uninstalled_under_a_name_with_a_dash(source):
     command = [sys.executable, "-m", f"{source.name}.quant_ops.cli", "--version"]
     result = elsewhere(command, source.parent)
     assert result.stdout.strip() == f"fewbits {VERSION}", result.stderr
+
+
+# ---- the Comfy Registry ----
+
+REGISTRY_BYTES = 3_000_000
+
+
+def packed():
+    """What the registry gets: every tracked file that .comfyignore does not name."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, **TEXT)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
+    left_out = tuple(line.strip("/") for line in lines)
+    names = filter(None, listed.stdout.split("\0"))
+    return [name for name in names if name.split("/")[0] not in left_out]
+
+
+def test_the_package_of_the_registry_is_small_and_whole():
+    names = packed()
+    assert sum((ROOT / name).stat().st_size for name in names) < REGISTRY_BYTES
+    rooms = {name.split("/")[0] for name in names}
+    wanted = {"web", "nodes", "kernels", "locales", "quant_ops", "example_workflows", "__init__.py"}
+    assert wanted <= rooms
+    assert not rooms & {"tests", "docs", "dev.py", ".ci", ".github"}
+
+
+@pytest.mark.parametrize(("field", "size"), [("Icon", (400, 400)), ("Banner", (1344, 576))])
+def test_icon_and_banner_lie_where_the_registry_is_told(field, size):
+    from PIL import Image
+
+    (url,) = re.findall(rf'^{field} = "(.*)"$', PYPROJECT, re.M)
+    (repository,) = re.findall(r'^Repository = "https://github.com/(.*)"$', PYPROJECT, re.M)
+    start = f"https://raw.githubusercontent.com/{repository}/main/"
+    assert url.startswith(start)
+    assert Image.open(ROOT / url.removeprefix(start)).size == size

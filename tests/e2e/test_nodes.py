@@ -2,6 +2,7 @@
 
 import json
 import time
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ ORIGINAL = EMOJI / "emoji_flux.safetensors"
 IDS = [*json.loads((PACK / "node_list.json").read_text(encoding="utf-8"))]
 FORMATS = {"FewBitsQuantizeFP8": "float8_e4m3fn", "FewBitsQuantizeINT8": "int8_tensorwise",
            "FewBitsQuantizeNF4": "bnb_nf4", "FewBitsQuantizeFP4": "nvfp4"}  # fmt: skip
-EXAMPLES = ["calibrate_and_quantize", "quantize_int8_emoji", "quantize_text_encoder"]
+EXAMPLES = sorted(path.stem for path in (PACK / "example_workflows").glob("*.json"))
 EMOJI_FILE = "diffusion_models/emoji_flux.safetensors"
 SAME_PICTURE = (
     0.985  # SSIM of one prompt against the original's; two prompts of unlike emoji: below 0.8
@@ -360,7 +361,7 @@ def test_the_page_gets_help_translations_and_the_example_workflow(server):
         assert set(IDS) <= set(translations[language]["nodeDefs"])
     assert sorted(server.get("/workflow_templates")["ComfyUI-FewBits"]) == EXAMPLES
     for name in EXAMPLES:
-        thumbnail = server.request(f"/api/workflow_templates/ComfyUI-FewBits/{name}.jpg")
+        thumbnail = server.request(f"/api/workflow_templates/ComfyUI-FewBits/{quote(name)}.jpg")
         assert thumbnail.startswith(b"\xff\xd8\xff")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 IDS = [
-    "FewBitsLoadModel", "FewBitsLoadTextEncoder", "FewBitsLoadCheckpoint", "FewBitsQuantizeFP8", "FewBitsQuantizeINT8",
+    "FewBitsLoadModel", "FewBitsLoadTextEncoder", "FewBitsLoadCheckpoint", "FewBitsQuantizeModel", "FewBitsQuantizeFP8", "FewBitsQuantizeINT8",
     "FewBitsQuantizeNF4", "FewBitsQuantizeFP4", "FewBitsQuantizeTextEncoder",
     "FewBitsCalibrate", "FewBitsCalibrateTextEncoder", "FewBitsSaveCalibration", "FewBitsLoadCalibration", "FewBitsQuantizeFile",
     "FewBitsLayerRules", "FewBitsSaveRecipe", "FewBitsSaveComfyQuant", "FewBitsConvertFP8Scaled", "FewBitsInspectFile",
@@ -79,6 +79,69 @@ def test_every_node_has_a_help_page_that_explains_each_input(nodes, name, page):
     schema = nodes[name].define_schema()
     for item in (*schema.inputs, *schema.outputs):
         assert f"`{item.id}`" in text, item.id
+    assert not re.search(r"^\|", text, re.M), "a table does not fit the side bar: write a list"
+
+
+def test_a_chinese_help_page_calls_inputs_by_their_chinese_names(schema):
+    names = node_definitions("zh")[schema.node_id]["inputs"]
+    text = (ROOT / "web" / "docs" / schema.node_id / "zh.md").read_text(encoding="utf-8")
+    assert [item.id for item in schema.inputs if names[item.id]["name"] not in text] == []
+
+
+def test_the_api_page_names_every_class_with_what_it_needs(schema):
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    needed = ", ".join(f"`{item.id}`" for item in schema.inputs if not item.optional)
+    assert f"- `{schema.node_id}` ({schema.display_name}): {needed or 'nothing'}\n" in page
+
+
+SEARCHES = {
+    "save quantized": "FewBitsSaveComfyQuant",
+    "nvfp4": "FewBitsQuantizeModel",
+    "mxfp8": "FewBitsQuantizeModel",
+    "convrot": "FewBitsQuantizeModel",
+    "low vram": "FewBitsQuantizeModel",
+    "vram": "FewBitsQuantizeModel",
+    "smaller model": "FewBitsQuantizeModel",
+    "model size": "FewBitsInspectFile",
+    "gguf": "FewBitsQuantizeFile",
+    "int8": "FewBitsQuantizeFile",
+    "fp8": "FewBitsQuantizeFile",
+    "nf4": "FewBitsQuantizeFile",
+}
+
+
+@pytest.mark.parametrize(("words", "name"), SEARCHES.items())
+def test_what_people_search_for_finds_the_node(nodes, words, name):
+    schema = nodes[name].define_schema()
+    assert words in [alias.lower() for alias in schema.search_aliases]
+
+
+def test_no_two_nodes_have_one_name(nodes, comfy):
+    import nodes as core  # ComfyUI's module
+
+    names = [node.define_schema().display_name for node in nodes.values()]
+    assert len(set(names)) == len(names)
+    assert not set(names) & set(core.NODE_DISPLAY_NAME_MAPPINGS.values())
+
+
+def test_quantize_model_has_every_format(nodes):
+    from fewbits.quant_ops.formats import FORMATS
+
+    inputs = {item.id: item for item in nodes["FewBitsQuantizeModel"].define_schema().inputs}
+    assert set(inputs["format"].options) == set(FORMATS)
+
+
+def test_every_node_is_in_a_template(nodes):
+    used = set()
+    for path in (ROOT / "example_workflows").glob("*.json"):
+        used |= {node["type"] for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]}
+    assert set(nodes) - used == set()
+
+
+def test_every_template_has_a_thumbnail(nodes):
+    folder = ROOT / "example_workflows"
+    templates = sorted(path.stem for path in folder.glob("*.json"))
+    assert templates and templates == sorted(path.stem for path in folder.glob("*.jpg"))
 
 
 def node_definitions(language):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MUTED = 2  # the mode of a node that the page leaves out
+
 WIDGETS = {
     "COMBO",
     "STRING",
@@ -16,7 +18,7 @@ def prompt_of(server: object, graph: dict) -> dict:
     origins = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
     prompt = {}
     for item in graph["nodes"]:
-        if item["type"] == "MarkdownNote":
+        if item["type"] == "MarkdownNote" or item.get("mode") == MUTED:
             continue
         info = server.object_info(item["type"])["input"]
         values = iter(item["widgets_values"])
