@@ -11,6 +11,7 @@ from . import (
     inspect_file,
     layer_rules,
     load,
+    preview,
     quantize_file,
     quantize_model,
     quantize_text_encoder,
@@ -41,7 +42,7 @@ class FewBitsExtension(ComfyExtension):
     async def on_load(self) -> None:
         # free when the pack's root did it; a second chance for hosts that import in another order
         bridge.register()
-        routes.add_routes()
+        routes.add_routes(preview.preview)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

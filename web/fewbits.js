@@ -3,10 +3,10 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { fitInputs, watchWidget } from "./fitting.mjs?v=44a0d5ce";
-import { Panel } from "./panel.mjs?v=44a0d5ce";
-import { earlierOutput, settingsOf } from "./results.mjs?v=44a0d5ce";
-import { say, useLanguage } from "./words.mjs?v=44a0d5ce";
+import { fitInputs, watchWidget } from "./fitting.mjs?v=054246a8";
+import { Panel } from "./panel.mjs?v=054246a8";
+import { earlierOutput, settingsOf } from "./results.mjs?v=054246a8";
+import { say, useLanguage } from "./words.mjs?v=054246a8";
 
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };
 const FILE = { height: 236, idle: "Run the workflow to write the file" };
@@ -27,6 +27,7 @@ const PANEL_WIDTH = 360; // a new node starts this wide; the user may make it na
 const MARGIN = 10; // ComfyUI's own distance between a node's border and a DOM widget
 const KEEP_HEIGHT = 72; // the field `keep` shows four patterns; the report takes the rest of a tall node
 const HISTORY = 64; // runs that are searched for an earlier result
+const UNFULFILLED = 422; // the answer to a wish that cannot be fulfilled, as JSON that says why
 const PAUSE_MS = 200; // a burst of changes is looked at once
 
 const panels = new WeakMap(); // node -> panel
@@ -34,6 +35,7 @@ const active = new Set(); // panels that heard from the prompt that runs now
 const plans = new Map(); // execution id -> plan of that prompt: undo and tab changes recreate nodes while it runs
 const cached = new Set(); // execution ids that ComfyUI answers from its cache in the prompt that runs now
 const results = new Map(); // panel -> { prompt, settings } of the result it shows
+const previewed = new WeakMap(); // panel -> settings of what it shows before a run
 const shown = new WeakMap(); // panel -> output that it drew last
 const troubled = new Set(); // panels of runs that ended early: the next run begins without their red and yellow
 let formats = null; // format -> inputs that it has
@@ -77,10 +79,11 @@ function showOutput(panel, output, reused = false) {
 }
 
 /** JSON of a route; null where the page or the server has none. */
-async function fetched(route) {
+async function fetched(route, asked) {
+  const post = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(asked) };
   try {
-    const answer = await api.fetchApi(route);
-    return answer.ok ? await answer.json() : null;
+    const answer = await api.fetchApi(route, asked && post);
+    return answer.ok || answer.status === UNFULFILLED ? await answer.json() : null;
   } catch {
     return null;
   }
@@ -157,6 +160,7 @@ function letCanvasNavigate(element) {
 /** Switch off the inputs that the node's format does not have, now and whenever the format changes. */
 async function keepFitting(node) {
   watchWidget(node, "format", () => fitInputs(node, formats));
+  watchWidget(node, "format", previewPlans);
   formats ??= await fetched("/fewbits/formats");
   fitInputs(node, formats);
 }
@@ -181,14 +185,38 @@ function panelsOf(prompt, wanted) {
 /** Empty panels get the newest result in ComfyUI's history that belongs to the settings they have now. */
 const refill = debounced(async () => {
   const prompt = await currentPrompt();
-  const empty = panelsOf(prompt, (panel) => panel.phase === "idle");
+  const empty = panelsOf(prompt, (panel) => panel.waiting);
   if (!empty.length) return;
   const history = await fetched(`/history?max_items=${HISTORY}`);
   for (const [id, panel] of empty) {
-    if (panel.phase !== "idle") continue; // a run began meanwhile
+    if (!panel.waiting) continue; // a run began meanwhile
     const settings = settingsOf(prompt, id);
     const output = earlierOutput(history, id, settings, hasResult);
     if (showOutput(panel, output)) results.set(panel, { settings });
+  }
+  previewPlans();
+});
+
+/** The nodes that decide about one: itself and all before it. */
+function ancestors(prompt, id, found = {}) {
+  if (id in found || !prompt[id]) return found;
+  found[id] = prompt[id];
+  for (const value of Object.values(prompt[id].inputs ?? {})) {
+    if (Array.isArray(value) && value.length === 2) ancestors(prompt, String(value[0]), found);
+  }
+  return found;
+}
+
+/** Panels without a run show what one would do; ComfyUI's server reads headers for it while no prompt runs. */
+const previewPlans = debounced(async () => {
+  const prompt = await currentPrompt();
+  for (const [id, panel] of panelsOf(prompt, (candidate) => candidate.waiting)) {
+    const settings = settingsOf(prompt, id);
+    if (previewed.get(panel) === settings) continue;
+    const answer = await fetched("/fewbits/plan", { prompt: ancestors(prompt, id), id });
+    if (!answer || !panel.waiting) continue;
+    previewed.set(panel, settings);
+    panel.showPreview(answer);
   }
 });
 
@@ -303,6 +331,7 @@ listen("execution_error", ({ node_id, exception_message }) => {
   if (failed) troubled.add(failed);
 });
 listen("graphChanged", compareSettings);
+listen("graphChanged", previewPlans);
 
 function addStyle() {
   const href = new URL("./fewbits.css", import.meta.url).href;
@@ -319,6 +348,8 @@ if (typeof app.registerExtension === "function") {
       if (!options) return;
       addPanel(node, options);
       if (QUANTIZE_NODES.test(name)) keepFitting(node);
+      watchWidget(node, "file", previewPlans);
+      previewPlans();
     },
     loadedGraphNode(node) {
       if (!panelOf(node)) return;

@@ -1,9 +1,9 @@
 // What is in a file: layers per format, tensors per type, and problems.
 
-import { el } from "./dom.mjs?v=44a0d5ce";
-import { noteList } from "./plan_table.mjs?v=44a0d5ce";
-import { bytes } from "./text.mjs?v=44a0d5ce";
-import { say, translated } from "./words.mjs?v=44a0d5ce";
+import { el } from "./dom.mjs?v=054246a8";
+import { noteList } from "./plan_table.mjs?v=054246a8";
+import { bytes } from "./text.mjs?v=054246a8";
+import { say, translated } from "./words.mjs?v=054246a8";
 
 /** One file that was looked into; with several files, under its name. */
 export function fileView(file, named) {

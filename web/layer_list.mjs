@@ -1,8 +1,8 @@
 // Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
 
-import { el, layerName } from "./dom.mjs?v=44a0d5ce";
-import { bytes, decibels, relL2 } from "./text.mjs?v=44a0d5ce";
-import { say, translated } from "./words.mjs?v=44a0d5ce";
+import { el, layerName } from "./dom.mjs?v=054246a8";
+import { bytes, decibels, relL2 } from "./text.mjs?v=054246a8";
+import { say, translated } from "./words.mjs?v=054246a8";
 
 /** Lives as long as its panel, so that filter text, focus and scroll position survive when the report arrives. */
 export class LayerList {

@@ -1,13 +1,14 @@
 // The panel under a node of FewBits. It draws the JSON it is sent and knows no format by name.
 
-import { el } from "./dom.mjs?v=44a0d5ce";
-import { fileView } from "./file_view.mjs?v=44a0d5ce";
-import { LayerList } from "./layer_list.mjs?v=44a0d5ce";
-import { noteList, planTable, warningList } from "./plan_table.mjs?v=44a0d5ce";
-import { worstLayers } from "./report_view.mjs?v=44a0d5ce";
-import { savedFile } from "./saved_file.mjs?v=44a0d5ce";
-import { bytes, change, duration, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=44a0d5ce";
-import { say, translated } from "./words.mjs?v=44a0d5ce";
+import { el } from "./dom.mjs?v=054246a8";
+import { fileView } from "./file_view.mjs?v=054246a8";
+import { LayerList } from "./layer_list.mjs?v=054246a8";
+import { noteList, planTable, warningList } from "./plan_table.mjs?v=054246a8";
+import { worstLayers } from "./report_view.mjs?v=054246a8";
+import { sizesView, targetView } from "./preview_view.mjs?v=054246a8";
+import { savedFile } from "./saved_file.mjs?v=054246a8";
+import { bytes, change, duration, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=054246a8";
+import { say, translated } from "./words.mjs?v=054246a8";
 
 /**
  * `element` is what the node shows. Its `data-phase` goes idle -> planned -> running -> done; a run that ends early
@@ -66,6 +67,11 @@ export class Panel {
     this.reset();
   }
 
+  /** Whether it shows no run: nothing, or what one would do. */
+  get waiting() {
+    return this.phase === "idle" || this.phase === "preview";
+  }
+
   get phase() {
     return this.element.dataset.phase;
   }
@@ -80,6 +86,23 @@ export class Panel {
     this.#layers.show([]);
     this.#drawBar(0);
     this.#enter("idle", this.#idle);
+  }
+
+  /** What a run would do, from headers: `{plan, sizes, target}`, `{inspection}`, or `{error}`. */
+  showPreview({ plan, sizes, target, inspection, error }) {
+    if (inspection) {
+      this.showInspection([inspection]);
+      this.#drawBar(0);
+      this.#enter("preview", say("From the file's header"));
+    } else if (plan) {
+      this.#drawPlan(plan, sizesView(sizes), targetView(target));
+      this.#error.show("–", say("Weight error (rel_l2)"));
+      this.#drawBar(0);
+      this.#enter("preview", say("Before running, from the file's header"));
+    } else {
+      this.reset();
+      if (error) this.#overview.prepend(noteList(say("Warnings"), [translated(error)]));
+    }
   }
 
   showPlan(plan) {
@@ -138,7 +161,7 @@ export class Panel {
 
   /** ComfyUI reuses an earlier result without running the node; an empty panel says why it is empty. */
   reuse() {
-    if (this.phase === "idle") this.#enter("idle", say("Unchanged: ComfyUI reuses its earlier result"));
+    if (this.waiting) this.#enter("idle", say("Unchanged: ComfyUI reuses its earlier result"));
   }
 
   /** The run succeeded but sent no report. */

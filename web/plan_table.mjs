@@ -1,8 +1,8 @@
 // The plan at a glance: layers and sizes per format, and what to read before trusting it.
 
-import { el } from "./dom.mjs?v=44a0d5ce";
-import { inUnit, unitFor } from "./text.mjs?v=44a0d5ce";
-import { say, translated } from "./words.mjs?v=44a0d5ce";
+import { el } from "./dom.mjs?v=054246a8";
+import { inUnit, unitFor } from "./text.mjs?v=054246a8";
+import { say, translated } from "./words.mjs?v=054246a8";
 
 /** One row per format and a total; all sizes in the unit that fits the total. Without a plan: the empty table. */
 export function planTable(plan) {

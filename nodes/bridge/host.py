@@ -119,6 +119,31 @@ def output_path(name: str, suffix: str = ".safetensors", *, overwrite: bool = Fa
         RecipeError: empty, absolute, with `..`, a drive or a device name, or leading elsewhere
             through a link; or an existing file and no wish to overwrite it.
     """
+    root = Path(folder_paths.get_output_directory())
+    target = _target(name, suffix)
+    if target.exists() and not overwrite:
+        shown = target.relative_to(root).as_posix()
+        raise RecipeError(
+            f"{shown} exists already in the output folder; choose another filename or turn "
+            "overwrite on"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def planned(name: str) -> dict:
+    """Where a file would go, without making anything: its path from ComfyUI's folder on, and
+    whether there is one already.
+
+    Raises:
+        RecipeError: a name that `output_path` refuses.
+    """
+    target = _target(name, SUFFIXES[0])
+    root = Path(folder_paths.get_output_directory())
+    return {"path": _shown(target, root), "exists": target.exists()}
+
+
+def _target(name: str, suffix: str) -> Path:
     parts = PurePosixPath(name.strip().replace("\\", "/")).parts
     root = Path(folder_paths.get_output_directory())
     target = root.joinpath(*parts)
@@ -133,13 +158,6 @@ def output_path(name: str, suffix: str = ".safetensors", *, overwrite: bool = Fa
             f"file name {name!r} is not allowed: write a name inside ComfyUI's output folder, such "
             "as diffusion_models/my_model; absolute paths, '..' and device names are refused"
         )
-    if target.exists() and not overwrite:
-        shown = target.relative_to(root).as_posix()
-        raise RecipeError(
-            f"{shown} exists already in the output folder; choose another filename or turn "
-            "overwrite on"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
 

@@ -3,15 +3,20 @@
 | route | answers |
 |---|---|
 | `GET /fewbits/formats` | which inputs of a Quantize node each format has, and their values |
+| `POST /fewbits/plan` | what a node of a graph would do, from headers; not while a prompt runs |
 | `GET /fewbits/running` | node id -> plan of the run at work, for a page that was reloaded |
 
-No route writes, and none takes a path.
+No route writes, and none takes a path: files are named as the loaders list them.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 import sys
+from collections.abc import Callable
 
+from ...quant_ops.errors import QuantError
 from ...quant_ops.formats import FORMATS, Format
 from . import host
 
@@ -37,8 +42,12 @@ def _inputs_of(format: Format) -> dict[str, list[str]]:
     return {shown: list(map(str, options.values(option))) for shown, option in fitting}
 
 
-def add_routes() -> None:
-    """Give ComfyUI's server these routes; without one (ComfyUI as a library) nothing happens."""
+def add_routes(preview: Callable[[dict, str], dict]) -> None:
+    """Give ComfyUI's server these routes; without one (ComfyUI as a library) nothing happens.
+
+    Args:
+        preview: graph, id of a node -> what it would do.
+    """
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is None:
         return
@@ -50,5 +59,20 @@ def add_routes() -> None:
     async def running(request: web.Request) -> web.Response:
         return web.json_response({str(node): plan for node, plan in host.PLANS.items()})
 
+    async def plan(request: web.Request) -> web.Response:
+        if server.prompt_queue.get_tasks_remaining():
+            return web.json_response({"busy": True}, status=409)
+        try:
+            asked = json.loads(await request.text())
+            graph, node = asked["prompt"], str(asked["id"])
+        except (ValueError, RecursionError, TypeError, KeyError):
+            return web.json_response({"error": "write prompt and id as JSON"}, status=400)
+        try:
+            loop = asyncio.get_running_loop()
+            return web.json_response(await loop.run_in_executor(None, preview, graph, node))
+        except (QuantError, OSError, TypeError, ValueError) as error:
+            return web.json_response({"error": str(error)}, status=422)
+
+    server.routes.post("/fewbits/plan")(plan)
     server.routes.get("/fewbits/formats")(formats)
     server.routes.get("/fewbits/running")(running)

@@ -24,6 +24,7 @@ class Graph {
 window.Graph = Graph;
 window.events = new EventTarget();
 window.answers = {}; // route -> JSON
+window.requests = [];
 window.prompt = {}; // execution id -> class and inputs
 window.refreshed = 0;
 window.host = {
@@ -35,7 +36,10 @@ window.host = {
   },
   api: {
     addEventListener: (...args) => window.events.addEventListener(...args),
-    fetchApi: async (route) => ({ ok: route in answers, json: async () => structuredClone(answers[route]) }),
+    fetchApi: async (route, options) => {
+      requests.push([route, options?.body && JSON.parse(options.body)]);
+      return { ok: route in answers, json: async () => structuredClone(answers[route]) };
+    },
   },
 };
 window.send = (type, detail) => window.events.dispatchEvent(new CustomEvent(type, { detail }));
@@ -690,6 +694,45 @@ def test_a_result_is_greyed_when_a_setting_changes_and_back_when_it_returns(page
         send(page, "graphChanged", {})
         wait_for(page, "hasAttribute('data-stale') === false")
         assert line(panel) == "Done in 12 s on cpu"
+
+
+# ---- before a run ----
+
+
+def test_the_plan_is_shown_before_a_run_and_again_when_a_setting_changes(page, panel):
+    target = {"path": "output/diffusion_models/a_int8.safetensors", "exists": True}
+    sizes = {"int8_tensorwise": 7_396_468, "nvfp4": 4_000_000}
+    answer(page, "/fewbits/plan", {"plan": PLAN, "sizes": sizes, "target": target})
+    set_prompt(page, {**PROMPT, "99": {"class_type": "KSampler", "inputs": {"model": ["12", 0]}}})
+    send(page, "graphChanged", {})
+    wait_for(page, "dataset.phase === 'preview'")
+    assert line(panel) == "Before running, from the file's header"
+    assert cells(panel, ".fewbits-formats")[-1] == ["Total", "30", "13.61", "7.40"]
+    assert "This file exists" in panel.inner_text()
+    panel.get_by_text("Size in every format").first.click()
+    assert cells(panel, ".fewbits-sizes") == [
+        ["nvfp4", "4.00 MB"],
+        ["int8_tensorwise", "7.40 MB"],
+    ]
+    asked = page.evaluate("requests.filter(([route]) => route === '/fewbits/plan')")
+    assert asked == [["/fewbits/plan", {"prompt": PROMPT, "id": "12"}]]  # and nothing after it
+    send(page, "graphChanged", {})
+    page.wait_for_timeout(500)
+    assert page.evaluate("requests.filter(([route]) => route === '/fewbits/plan').length") == 1
+    set_prompt(page, changed(PROMPT, "12", keep="x"))
+    answer(page, "/fewbits/plan", {"error": "pattern 're:(' is not a regular expression"})
+    send(page, "graphChanged", {})
+    wait_for(page, "dataset.phase === 'idle'")
+    assert "is not a regular expression" in panel.locator(".fewbits-notes").inner_text()
+
+
+def test_a_preview_gives_way_to_the_run(page, panel):
+    answer(page, "/fewbits/plan", {"plan": PLAN, "sizes": {}})
+    set_prompt(page, PROMPT)
+    send(page, "graphChanged", {})
+    wait_for(page, "dataset.phase === 'preview'")
+    send(page, "fewbits.plan", {"node_id": "12", "plan": PLAN})
+    assert phase(panel) == "planned"
 
 
 # ---- files ----

@@ -1,0 +1,99 @@
+"""What the page shows before a run: from a graph's values, without anything loaded or made."""
+
+import pytest
+from safetensors.torch import save_file
+
+from support.helpers import flux_shapes, random_tensors
+
+
+@pytest.fixture
+def flux(host, tmp_path):
+    path = tmp_path / "models" / "diffusion_models" / "flux.safetensors"
+    save_file(random_tensors(flux_shapes()), path)
+    return path
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def graph(**wish):
+    return {
+        "1": node("UNETLoader", unet_name="flux.safetensors", weight_dtype="default"),
+        "2": node("LoraLoaderModelOnly", model=["1", 0], lora_name="x", strength_model=1.0),
+        "3": node("FewBitsQuantizeModel", model=["2", 0], **{"format": "bnb_nf4", **wish}),
+    }
+
+
+def preview(prompt, node_id="3"):
+    from fewbits.nodes.preview import preview
+
+    return preview(prompt, node_id)
+
+
+def test_the_plan_is_that_of_the_run(flux, comfy, quantize):
+    from fewbits.quant_ops.formats import FORMATS
+
+    answer = preview(graph())
+    model = comfy.sd.load_diffusion_model(str(flux))
+    report = quantize(model, "bnb_nf4")[1]
+    assert answer["plan"]["bytes_after"] == report.plan.bytes_after
+    assert answer["sizes"]["bnb_nf4"] == report.plan.bytes_after
+    assert set(answer["sizes"]) == set(FORMATS) and "target" not in answer
+
+
+def test_rules_of_connected_nodes_count(flux):
+    prompt = graph(recipe=["5", 0])
+    prompt["4"] = node("FewBitsLayerRules", pattern="single_blocks.*")
+    prompt["5"] = node("FewBitsLayerRules", recipe=["4", 0], pattern="double_blocks.0.*",
+                       format="float8_e4m3fn")  # fmt: skip
+    layers = {row["name"]: row["format"] for row in preview(prompt)["plan"]["layers"]}
+    assert {f for name, f in layers.items() if name.startswith("single_blocks.")} == {None}
+    assert "float8_e4m3fn" in {f for name, f in layers.items() if "double_blocks.0." in name}
+
+
+def test_a_file_node_also_says_where_its_file_goes(flux, tmp_path):
+    wish = {"file": "diffusion_models/flux.safetensors", "format": "nvfp4"}
+    answer = preview({"3": node("FewBitsQuantizeFile", **wish)})
+    path = "output/diffusion_models/flux_nvfp4.safetensors"
+    assert answer["target"] == {"path": path, "exists": False}
+    (tmp_path / path).touch()
+    assert preview({"3": node("FewBitsQuantizeFile", **wish)})["target"]["exists"]
+
+
+def test_a_loader_shows_what_is_inside(flux):
+    answer = preview({"3": node("FewBitsLoadModel", file="flux.safetensors")})
+    assert answer["inspection"]["family"] == "Flux.1"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {},
+        {"3": None},
+        {"3": node("FewBitsQuantizeModel", format="nvfp4")},
+        {"3": node("FewBitsQuantizeModel", format="nvfp4", model=["3", 0])},
+        {"3": node("FewBitsQuantizeModel", format="nvfp4", model=["9", 0])},
+    ],
+    ids=["no node", "no inputs", "not connected", "a loop", "a missing node"],
+)
+def test_a_graph_that_does_not_say_enough_shows_nothing(host, prompt):
+    assert preview(prompt) == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["../../secret.safetensors", "/etc/passwd", "", "none.safetensors"]
+)
+def test_only_files_of_the_model_folders_are_opened(host, tmp_path, name):
+    from fewbits.quant_ops.errors import CheckpointError
+
+    (tmp_path / "secret.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(CheckpointError, match="no such file in ComfyUI's model folders"):
+        preview({"3": node("FewBitsLoadModel", file=name)})
+
+
+def test_a_wish_that_cannot_be_fulfilled_says_why(flux):
+    from fewbits.quant_ops.errors import RecipeError
+
+    with pytest.raises(RecipeError, match="has no option 'block_size'"):
+        preview(graph(format="int8_tensorwise", block_size="64"))
