@@ -25,6 +25,8 @@ WIDTHS, WHY = "widths", "why"  # tables of families.toml that are no families
 DIFFUSION_PREFIXES, FEW = ("model.diffusion_model.", "net."), 5
 # What ComfyUI takes away before it recognises a model (`unet_prefix_from_state_dict`).
 READ_PREFIXES = (*DIFFUSION_PREFIXES, "model.model.", "model.")
+# What other tools put before the names; anything else may be a part of the model (PiD has core).
+OTHER_TOOLS = (["transformer"], ["diffusion_model"], ["unet"])
 
 
 @dataclass(frozen=True)
@@ -252,8 +254,9 @@ def why_misplaced(names: Iterable[str], parts: Iterable[Part]) -> str | None:
     if not diffusion:
         return None
     found = [part for part in diffusion if part.prefix in ("", *READ_PREFIXES)]
-    if not found:
-        part = diffusion[0]
+    foreign = [part for part in diffusion if part.prefix.split(".")[-2:-1] in OTHER_TOOLS]
+    if not found and foreign:
+        part = foreign[0]
         return (
             f"the names of the {part.family.title} model begin with '{part.prefix}', which ComfyUI "
             f"does not take away (it takes {', '.join(READ_PREFIXES)})"
