@@ -162,7 +162,7 @@ def test_quantizing_twice_is_refused_and_copying_is_not(tmp_path):
         (["--format", "float8_e4m3fn", "--preset", "fluks"], "unknown preset 'fluks'"),
         (["--format", "float8_e4m3fn:block_size=64"], "has no option 'block_size'"),
         (["--format", "float8_e4m3fn", "--device", "tpu9"], "--device tpu9"),
-        ([], "say --format"),
+        ([], "missing: --format F"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -194,7 +194,7 @@ def test_a_recipe_file_may_leave_the_primary_to_the_format_argument(tmp_path):
         row["name"]: row for row in json.loads(fewbits(*plan, "--format", "mxfp8").stdout)["layers"]
     }
     assert rows["img_in"]["rule"] == "rule 'img_in'" and rows["txt_in"]["format"] == "mxfp8"
-    refused(fewbits(*plan), "say --format", "[primary]")
-    refused(fewbits(*plan, "--scaling", "row"), "say --format")
+    refused(fewbits(*plan), "missing: --format F", "[primary]")
+    refused(fewbits(*plan, "--scaling", "row"), "missing: --format F")
     (tmp_path / "r.toml").write_text('[primary]\nformat = "mxfp8"\n')
     refused(fewbits(*plan, "--format", "mxfp8"), "--recipe already says format")
