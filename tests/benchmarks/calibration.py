@@ -1,19 +1,22 @@
 """What a calibration is worth: output error of gptq x nearest's, on prompts that it never saw; and pictures.
 
-    python tests/benchmarks/calibration.py [--formats bnb_nf4,...] [--device cuda] [--pictures]
+    python tests/benchmarks/calibration.py [--formats bnb_nf4,...] [--device cuda] [--pictures | --encoder FOLDER]
 
 The emoji model; statistics from 32 prompts in two halves, errors on the activations of 32 others, 16 steps, cfg 3. Means
 over the layers, weighted by their parameters. Appends a row per format to results/calibration.csv. `--pictures` draws all
 64 prompts instead, with decoded weights, and appends the distance of the final latents and the SSIM of the pictures, each
-with its standard error, to results/calibrated_pictures.csv. Asserts nothing.
+with its standard error, to results/calibrated_pictures.csv. `--encoder FOLDER` measures the first table on a text encoder
+instead, a BERT as transformers stores it: the sentences of Python's own help pages, 512 seen and 512 others. Asserts nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -31,6 +34,7 @@ from support.layers import EMOJI, emoji_trainer, emoji_weights
 
 RESULTS = HERE / "results"
 STEPS, CFG, BATCH = 16, 3.0, 16
+SENTENCES = 512
 FORMATS = (
     "float8_e4m3fn,int8_tensorwise:convrot=false,int8_tensorwise:convrot=true,int8_blockwise,bnb_nf4,nvfp4,"
     "asym_w4a8_int8"
@@ -42,12 +46,9 @@ def main() -> None:
     parser.add_argument("--formats", default=FORMATS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--pictures", action="store_true")
+    parser.add_argument("--encoder", metavar="FOLDER")
     args = parser.parse_args()
-    train, model, prompts = emoji_trainer(args.device)
-    prompts = [prompt for prompt in prompts if prompt]
-    table = Pictures(train, model, prompts, args.device) if args.pictures else None
-    seen = watched(train, model, prompts[:32], args.device)
-    table = table or HeldOut(watched(train, model, prompts[32:], args.device))
+    table, seen = of_an_encoder(args.encoder) if args.encoder else of_the_emoji_model(args)
     for text in args.formats.split(","):
         started = time.perf_counter()
         wish = parse_wish(text)
@@ -55,6 +56,50 @@ def main() -> None:
         row |= {"seconds": f"{time.perf_counter() - started:.0f}", "device": args.device}
         print(row, flush=True)
         record(table.file, row)
+
+
+def of_the_emoji_model(args: argparse.Namespace) -> tuple[HeldOut | Pictures, Calibration]:
+    train, model, prompts = emoji_trainer(args.device)
+    prompts = [prompt for prompt in prompts if prompt]
+    table = Pictures(train, model, prompts, args.device) if args.pictures else None
+    seen = watched(train, model, prompts[:32], args.device)
+    return table or HeldOut(watched(train, model, prompts[32:], args.device), emoji_weights), seen
+
+
+def of_an_encoder(folder: str) -> tuple[HeldOut, Calibration]:
+    from transformers import AutoTokenizer, BertModel
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), BertModel.from_pretrained(folder)
+    weights = {
+        name: module.weight.detach().bfloat16()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith("encoder")
+    }
+    sentences = english()
+
+    def read(part: list[str]) -> Calibration:
+        observer = Observer(10**9)
+        observer.start_run()
+        for start in range(0, len(part), BATCH):
+            observer.start_run()
+            tokens = tokenizer(part[start : start + BATCH], padding=True, return_tensors="pt")
+            with observer.watching(model.eval()), torch.no_grad():
+                model(**tokens)
+        return observer.finish()
+
+    seen, held = read(sentences[:SENTENCES]), read(sentences[SENTENCES : 2 * SENTENCES])
+    return HeldOut(held, lambda wish: weights), seen
+
+
+def english() -> list[str]:
+    """Sentences of Python's help pages, shuffled; 1,770 of them in Python 3.11."""
+    from pydoc_data.topics import topics
+
+    text = " ".join(re.sub(r"\s+", " ", topic) for topic in topics.values())
+    parts = re.split(r"(?<=[.:])\s+(?=[A-Z])", text)
+    sentences = [part for part in dict.fromkeys(parts) if 40 < len(part) < 300]
+    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(0))
+    return [sentences[index] for index in order]
 
 
 def watched(train, model: torch.nn.Module, prompts: list[str], device: str) -> Calibration:
@@ -71,12 +116,12 @@ def watched(train, model: torch.nn.Module, prompts: list[str], device: str) -> C
 class HeldOut:
     file = RESULTS / "calibration.csv"
 
-    def __init__(self, held: Calibration):
-        self.held = held
+    def __init__(self, held: Calibration, weights: Callable[[Wish], dict[str, torch.Tensor]]):
+        self.held, self.weights = held, weights
 
     def row(self, wish: Wish, seen: Calibration, device: torch.device) -> dict[str, str]:
         total, parameters, worst = 0.0, 0, 0.0
-        for name, weight in emoji_weights(wish).items():
+        for name, weight in self.weights(wish).items():
             weight = weight.to(device)
             gram = self.held.inputs_of(name, tuple(weight.shape), device).gram
             calibrated, nearest = (
