@@ -21,13 +21,14 @@ REFINED = (
 UNET = (
     r"(input_blocks|middle_block|output_blocks)\.[\d.]+\.(transformer_blocks\..*|proj_in|proj_out)"
 )
+ATTENDED = r"(input_blocks|middle_block|output_blocks)\.[\d.]+\.transformer_blocks\..*"
 PREDICT2 = r"blocks\.\d+\.(self_attn|cross_attn|mlp)\..*"
 LLM = r"model\.layers\.\d+\..*"
 T5 = r"encoder\.block\.\d+\.layer\.\d\.(SelfAttention\.[qkvo]|DenseReluDense\.w.*)"
 # Candidates below the prefix that are quantized with `auto`; every other one is kept.
 QUANTIZED = {
     "flux": BLOCKS, "flux2": BLOCKS, "chroma": BLOCKS, "radiance": BLOCKS, "hunyuan_video": BLOCKS,
-    "sd3": r"joint_blocks\.\d+\.(x|context)_block\.(attn|mlp)\..*", "sdxl": UNET, "sd15": UNET,
+    "sd3": r"joint_blocks\.\d+\.(x|context)_block\.(attn|mlp)\..*", "sdxl": ATTENDED, "sd15": UNET,
     "qwen_image": r"(?!transformer_blocks\.0\.img_mod\.1$)transformer_blocks\.\d+\..*", "wan": r"(vace_)?blocks\.\d+\..*",
     "z_image": REFINED, "lumina2": REFINED, "ltxv": r"(?!.*to_gate_logits)transformer_blocks\.\d+\..*",
     "pixart": r"blocks\.\d+\..*", "auraflow": r"(double|single)_layers\.\d+\..*",
