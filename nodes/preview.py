@@ -57,6 +57,8 @@ def preview(prompt: Mapping[str, dict], node_id: str) -> dict:
     """
     try:
         node = _node(prompt, node_id)
+        if not node["inputs"].keys() & {"file", "format"}:
+            return {}  # it saves what it is given, and that is not the file it came from
         path = host.model_path(*_source(prompt, node_id))
     except NothingToShow:
         return {}

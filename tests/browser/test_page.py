@@ -183,7 +183,9 @@ def test_a_node_in_the_graph_shows_the_plan_and_error_it_was_sent(open_page, ren
         1 + 2 * list(RENDERERS).index(renderer) + (theme == "light")
     )  # never answered from ComfyUI's cache
     panel = load(page, in_graph(seed), "20")
-    assert line(panel) == "Run the workflow to see the plan"
+    wait_for(page, "preview")  # what a run would do, before there is one
+    assert line(panel) == "Before running, from the file's header"
+    before_run = rows(panel, ".fewbits-formats")
     width = page.evaluate("app.graph.getNodeById(20).size[0]")
     shot(page, f"{renderer}_{theme}_idle")
     run(page)
@@ -200,6 +202,7 @@ def test_a_node_in_the_graph_shows_the_plan_and_error_it_was_sent(open_page, ren
         *([row["format"], str(row["layers"]), *sizes(row)] for row in plan["summary"]),
         ["Total", layers, *sizes(plan)],
     ]
+    assert rows(panel, ".fewbits-formats") == before_run
     worst = [
         [row["name"], f"{row['rel_l2']:.4f}", f"{row['sqnr_db']:.1f} dB"] for row in report["worst"]
     ]

@@ -66,6 +66,12 @@ def test_a_loader_shows_what_is_inside(flux):
     assert answer["inspection"]["family"] == "Flux.1"
 
 
+def test_a_node_that_saves_does_not_show_the_original_for_its_result(flux):
+    prompt = graph()
+    prompt["4"] = node("FewBitsSaveComfyQuant", model=["3", 0], filename="")
+    assert preview(prompt, "4") == {}
+
+
 @pytest.mark.parametrize(
     "prompt",
     [
