@@ -3,10 +3,10 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { fitInputs, watchWidget } from "./fitting.mjs?v=054246a8";
-import { Panel } from "./panel.mjs?v=054246a8";
-import { earlierOutput, settingsOf } from "./results.mjs?v=054246a8";
-import { say, useLanguage } from "./words.mjs?v=054246a8";
+import { fitInputs, watchWidget } from "./fitting.mjs?v=4b00d3ff";
+import { Panel } from "./panel.mjs?v=4b00d3ff";
+import { earlierOutput, settingsOf } from "./results.mjs?v=4b00d3ff";
+import { say, useLanguage } from "./words.mjs?v=4b00d3ff";
 
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };
 const FILE = { height: 236, idle: "Run the workflow to write the file" };
@@ -100,7 +100,8 @@ async function currentPrompt() {
 
 function addPanel(node, options) {
   if (typeof node.addDOMWidget !== "function" || panels.has(node)) return;
-  const panel = new Panel({ ...options, idle: say(options.idle) });
+  const keep = node.widgets?.find((candidate) => candidate.name === "keep");
+  const panel = new Panel({ ...options, idle: say(options.idle), keep: keep && ((name) => keepLayer(keep, name)) });
   const widget = node.addDOMWidget("fewbits_panel", "fewbits_panel", panel.element, {
     serialize: false, // not an input of the prompt
     hideInPanel: true, // not a parameter for the page's side panel
@@ -126,11 +127,20 @@ function addPanel(node, options) {
     removed?.apply(this, arguments);
     for (const kept of [active, results, troubled]) kept.delete(panel);
   };
-  const keep = node.widgets?.find((candidate) => candidate.name === "keep");
   if (keep?.options) keep.options.getMaxHeight = () => KEEP_HEIGHT;
 
   const size = node.computeSize?.();
   if (size) node.setSize?.([Math.max(node.size?.[0] ?? 0, PANEL_WIDTH), Math.max(node.size?.[1] ?? 0, size[1])]);
+}
+
+/** A layer's name becomes a line of the node's `keep`, once. */
+function keepLayer(widget, name) {
+  const lines = String(widget.value ?? "").split("\n").filter(Boolean);
+  if (lines.includes(name)) return;
+  widget.value = [...lines, name].join("\n");
+  widget.callback?.(widget.value);
+  compareSettings();
+  previewPlans();
 }
 
 /** The wheel scrolls the panel while it can and zooms the canvas otherwise, the middle button drags the canvas. */

@@ -1,9 +1,9 @@
 // What is in a file: layers per format, tensors per type, and problems.
 
-import { el } from "./dom.mjs?v=054246a8";
-import { noteList } from "./plan_table.mjs?v=054246a8";
-import { bytes } from "./text.mjs?v=054246a8";
-import { say, translated } from "./words.mjs?v=054246a8";
+import { el } from "./dom.mjs?v=4b00d3ff";
+import { noteList } from "./plan_table.mjs?v=4b00d3ff";
+import { bytes } from "./text.mjs?v=4b00d3ff";
+import { say, translated } from "./words.mjs?v=4b00d3ff";
 
 /** One file that was looked into; with several files, under its name. */
 export function fileView(file, named) {

@@ -1,8 +1,15 @@
 // Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
 
-import { el, layerName } from "./dom.mjs?v=054246a8";
-import { bytes, decibels, relL2 } from "./text.mjs?v=054246a8";
-import { say, translated } from "./words.mjs?v=054246a8";
+import { el, layerName } from "./dom.mjs?v=4b00d3ff";
+import { bytes, decibels, relL2 } from "./text.mjs?v=4b00d3ff";
+import { say, translated } from "./words.mjs?v=4b00d3ff";
+
+// how layers may be ordered: by name of the choice, what is compared; the first is the order of the file
+const ORDERS = {
+  "In the file's order": null,
+  "Largest error first": (layer) => -(layer.rel_l2 ?? -1),
+  "Largest size first": (layer) => -(layer.bytes_after ?? 0),
+};
 
 /** Lives as long as its panel, so that filter text, focus and scroll position survive when the report arrives. */
 export class LayerList {
@@ -18,15 +25,21 @@ export class LayerList {
     spellcheck: "false",
     autocomplete: "off",
   });
+  #order = el("select", { class: "fewbits-order", "aria-label": say("Order of the layers") });
+  #keep = null;
   #count = el("span", { class: "fewbits-count", role: "status" });
   #list = el("ul", { class: "fewbits-layers" });
 
-  constructor() {
+  /** `keep`: called with the name of a layer that shall stay as it is; without it there is no button. */
+  constructor(keep = null) {
+    this.#keep = keep;
+    this.#order.append(...Object.keys(ORDERS).map((name) => el("option", { value: name }, say(name))));
+    this.#order.addEventListener("change", () => this.show(this.#layers));
     this.element = el(
       "details",
       { class: "fewbits-details" },
       this.#summary,
-      el("div", { class: "fewbits-filter-row" }, this.#filter, this.#count),
+      el("div", { class: "fewbits-filter-row" }, this.#filter, this.#order, this.#count),
       this.#list,
     );
     this.element.addEventListener("toggle", () => this.#fill());
@@ -46,12 +59,17 @@ export class LayerList {
 
   #fill() {
     if (!this.element.open || this.#entries) return;
-    this.#entries = this.#layers.map((layer) => ({
-      element: entry(layer),
+    this.#entries = this.#sorted().map((layer) => ({
+      element: entry(layer, this.#keep),
       text: [layer.name, layer.format, layer.action, layer.reason].join(" ").toLowerCase(),
     }));
     this.#list.replaceChildren(...this.#entries.map(({ element }) => element));
     this.#applyFilter();
+  }
+
+  #sorted() {
+    const value = ORDERS[this.#order.value];
+    return value ? [...this.#layers].sort((a, b) => value(a) - value(b)) : this.#layers;
   }
 
   /** An entry stays when it contains every word. */
@@ -71,7 +89,7 @@ export class LayerList {
   }
 }
 
-function entry(layer) {
+function entry(layer, keep) {
   const shape = (layer.shape ?? []).join(" × ");
   const before = bytes(layer.bytes_before);
   const after = bytes(layer.bytes_after);
@@ -91,6 +109,17 @@ function entry(layer) {
       measured ? el("span", { title: decibels(layer.sqnr_db) }, relL2(layer.rel_l2)) : null,
     ),
     el("div", { class: "fewbits-facts" }, ...facts.map((fact) => el("span", {}, fact))),
+    keep && layer.format ? keepButton(layer.name, keep) : null,
     layer.reason ? el("div", { class: "fewbits-reason" }, translated(layer.reason)) : null,
   );
+}
+
+function keepButton(name, keep) {
+  const button = el("button", { type: "button", class: "fewbits-button" }, say("Keep this layer"));
+  button.addEventListener("click", () => {
+    keep(name);
+    button.textContent = say("Will be kept");
+    button.disabled = true;
+  });
+  return button;
 }

@@ -1,14 +1,14 @@
 // The panel under a node of FewBits. It draws the JSON it is sent and knows no format by name.
 
-import { el } from "./dom.mjs?v=054246a8";
-import { fileView } from "./file_view.mjs?v=054246a8";
-import { LayerList } from "./layer_list.mjs?v=054246a8";
-import { noteList, planTable, warningList } from "./plan_table.mjs?v=054246a8";
-import { worstLayers } from "./report_view.mjs?v=054246a8";
-import { sizesView, targetView } from "./preview_view.mjs?v=054246a8";
-import { savedFile } from "./saved_file.mjs?v=054246a8";
-import { bytes, change, duration, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=054246a8";
-import { say, translated } from "./words.mjs?v=054246a8";
+import { el } from "./dom.mjs?v=4b00d3ff";
+import { fileView } from "./file_view.mjs?v=4b00d3ff";
+import { LayerList } from "./layer_list.mjs?v=4b00d3ff";
+import { noteList, planTable, warningList } from "./plan_table.mjs?v=4b00d3ff";
+import { worstLayers } from "./report_view.mjs?v=4b00d3ff";
+import { sizesView, targetView } from "./preview_view.mjs?v=4b00d3ff";
+import { savedFile } from "./saved_file.mjs?v=4b00d3ff";
+import { bytes, change, duration, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=4b00d3ff";
+import { say, translated } from "./words.mjs?v=4b00d3ff";
 
 /**
  * `element` is what the node shows. Its `data-phase` goes idle -> planned -> running -> done; a run that ends early
@@ -34,10 +34,12 @@ export class Panel {
   #right = el("span", { class: "fewbits-right" });
   #spoken = el("span", { class: "fewbits-spoken", role: "status" });
   #overview = el("div");
-  #layers = new LayerList();
+  #layers;
   #idle;
 
-  constructor({ height, idle }) {
+  /** `keep(name)`: what a click on a layer's button does; without it layers have no button. */
+  constructor({ height, idle, keep = null }) {
+    this.#layers = new LayerList(keep);
     this.#idle = idle;
     this.height = height;
     this.element = el(

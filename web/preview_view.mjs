@@ -1,9 +1,9 @@
 // Before a run: where the file would go, and how large it would be in every format.
 
-import { el } from "./dom.mjs?v=054246a8";
-import { noteList } from "./plan_table.mjs?v=054246a8";
-import { bytes } from "./text.mjs?v=054246a8";
-import { say } from "./words.mjs?v=054246a8";
+import { el } from "./dom.mjs?v=4b00d3ff";
+import { noteList } from "./plan_table.mjs?v=4b00d3ff";
+import { bytes } from "./text.mjs?v=4b00d3ff";
+import { say } from "./words.mjs?v=4b00d3ff";
 
 /** The path that the file would get, and a warning where one lies there already; null without a target. */
 export function targetView(target) {

@@ -1,8 +1,8 @@
 // What was given up: the measured error of the whole model and of its worst layers.
 
-import { el, layerName } from "./dom.mjs?v=054246a8";
-import { decibels, relL2 } from "./text.mjs?v=054246a8";
-import { say } from "./words.mjs?v=054246a8";
+import { el, layerName } from "./dom.mjs?v=4b00d3ff";
+import { decibels, relL2 } from "./text.mjs?v=4b00d3ff";
+import { say } from "./words.mjs?v=4b00d3ff";
 
 /** The layers with the largest error; null when nothing was measured. */
 export function worstLayers(report) {

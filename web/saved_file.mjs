@@ -1,7 +1,7 @@
 // Where a file went, in words that find it again.
 
-import { el } from "./dom.mjs?v=054246a8";
-import { say } from "./words.mjs?v=054246a8";
+import { el } from "./dom.mjs?v=4b00d3ff";
+import { say } from "./words.mjs?v=4b00d3ff";
 
 const COPIED_MS = 1500;
 

@@ -1,6 +1,6 @@
 // Texts in the language of ComfyUI's page. English is the key; a text without a translation stays English.
 
-import { MESSAGES, TEXTS } from "./zh.mjs?v=054246a8";
+import { MESSAGES, TEXTS } from "./zh.mjs?v=4b00d3ff";
 
 let language = () => "en";
 

@@ -349,6 +349,27 @@ def test_the_layer_list_is_made_when_opened_and_filters_by_every_word(page, pane
     assert panel.locator(".fewbits-count").inner_text() == "15 of 30"
 
 
+def test_the_layer_list_sorts_by_error_and_keeps_a_layer_by_a_click(page):
+    load(page)
+    page.wait_for_function("host.app.extensions.length === 1")
+    page.evaluate(
+        """() => addNode(12, host.app.rootGraph, "FewBitsQuantizeINT8",
+          [{ name: "keep", value: "a.*", options: {} }])"""
+    )
+    panel = page.locator(".fewbits-panel")
+    rows = [{**row, "rel_l2": i / 1000} for i, row in enumerate(REPORT["layers"])]
+    finish(page, {**REPORT, "layers": rows})
+    panel.get_by_text("All 30 layers").click()
+    names = panel.locator(".fewbits-layers li .fewbits-name")
+    assert names.first.inner_text() == "single_blocks.0.linear1"
+    panel.get_by_label("Order of the layers").select_option("Largest error first")
+    assert names.first.inner_text() == "single_blocks.29.linear2"
+    for _ in range(2):
+        panel.get_by_role("button", name="Keep this layer").first.click()
+    keep = page.evaluate("host.app.rootGraph.getNodeById(12).widgets[0].value")
+    assert keep.split("\n") == ["a.*", "single_blocks.29.linear2", "single_blocks.28.linear1"]
+
+
 def test_an_open_list_keeps_filter_and_focus_when_the_report_arrives(page, panel):
     send(page, "fewbits.plan", {"node_id": "12", "plan": PLAN})
     panel.get_by_text("All 30 layers").click()
