@@ -46,7 +46,9 @@ class Family:
     `kind` is "diffusion", "text" or "refuse". `stock` is False where stock ComfyUI would read
     quantized layers of this family as plain numbers. `widths` names the entry of the widths table,
     the family's own name unless stated. `preset` names a file of recipes/, `keep` holds what the
-    family keeps besides. `tables` are lookup tables that are never quantized.
+    family keeps besides. `tables` are lookup tables that are never quantized, `plain` are layers
+    that ComfyUI builds of torch's own modules, which take no codes. `root` begins the names of
+    such models in files, below the prefix that ComfyUI takes away.
     `quantized_since` is the first ComfyUI that reads quantized layers of a family of kind "refuse":
     such layers are copied, and nothing here makes them. `sizes` are the encoders of this family
     that ComfyUI builds, by the rows of the tensor `width`.
@@ -64,6 +66,8 @@ class Family:
     size: tuple[tuple[str, int], ...] = ()
     keep: tuple[Group, ...] = ()
     tables: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
+    root: str = ""
     quantized_since: str = ""
     width: str = ""
     sizes: tuple[tuple[int, str], ...] = ()
@@ -127,7 +131,7 @@ def families() -> tuple[Family, ...]:
 
 
 def _family(name: str, entry: dict, reasons: dict[str, str]) -> Family:
-    for field in ("keys", "without", "tables"):
+    for field in ("keys", "without", "tables", "plain"):
         entry[field] = tuple(entry.get(field, ()))
     entry.pop("also", None)
     sizes = entry.get("sizes", {}).items()
@@ -253,7 +257,8 @@ def why_misplaced(names: Iterable[str], parts: Iterable[Part]) -> str | None:
     diffusion = [part for part in parts if part.family.kind == "diffusion"]
     if not diffusion:
         return None
-    found = [part for part in diffusion if part.prefix in ("", *READ_PREFIXES)]
+    read = ("", *READ_PREFIXES)
+    found = [part for part in diffusion if part.prefix.removesuffix(part.family.root) in read]
     foreign = [part for part in diffusion if part.prefix.split(".")[-2:-1] in OTHER_TOOLS]
     if not found and foreign:
         part = foreign[0]

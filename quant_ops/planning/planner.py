@@ -43,6 +43,7 @@ from .wish import Wish
 SMALLEST_SIDE = 16  # smaller layers gain nothing, and some kernels refuse them
 READS_WIDTH = "ComfyUI reads its width to recognise the model"
 TABLE = "lookup table, which ComfyUI reads only as it is"
+PLAIN = "stands beside the diffusion model, where ComfyUI reads no codes"
 MAYBE_TABLE = "could be a lookup table"
 # Names of lookup tables in published models, and how tall one is: the widest layer that multiplies
 # without a bias is 9 times as high as wide (Flux.2), the lowest vocabulary 18 times (Qwen 7B).
@@ -282,6 +283,8 @@ class _Planner:
         below = base[len(owner.prefix) :] if owner else base
         if owner and any(matches(name, below) for name in owner.family.tables):
             return TABLE
+        if owner and any(matches(name, below) for name in owner.family.plain):
+            return PLAIN
         return self.header.fixed.get(base)
 
     def _maybe_table(self, base: str, layer: LayerInput) -> bool:

@@ -108,3 +108,31 @@ def test_a_lookup_table_of_gemma_4_stays_whatever_is_asked():
     }  # fmt: skip
     plan = plan_of(shapes, rules=(parse_rule("*=int8_tensorwise"),))
     assert "model.embed_tokens_per_layer" not in quantized(plan)
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_a_name_that_all_files_of_a_family_begin_with_is_no_misplaced_prefix(prefix):
+    names = ("patch_blocks.0.attn.qkv_x", "patch_blocks.0.attn.qkv_y", "s_embedder.proj")
+    shapes = {f"{prefix}core.{name}.weight": (256, 256) for name in (*names, "y_embedder.proj")}
+    plan = plan_of(shapes)
+    assert plan.family == "pixeldit"
+    assert quantized(plan) == {f"{prefix}core.{name}" for name in names[:2]}
+
+
+@pytest.mark.parametrize("preset", ["auto", "none"])
+@pytest.mark.parametrize("prefix", ["", "model.model."])
+def test_what_stands_beside_stable_audios_model_is_never_quantized(prefix, preset):
+    """ComfyUI loads it into modules of torch's own, and refuses a file with codes in there."""
+    inside = {
+        "to_timestep_embed.0.weight": (256, 256),
+        "transformer.project_in.weight": (256, 64),
+        "transformer.layers.0.self_attn.to_qkv.weight": (768, 256),
+        "transformer.layers.0.self_attn.to_out.weight": (256, 256),
+    }
+    beside = {
+        f"conditioner.conditioners.{name}.embedder.embedding.1.weight": (768, 256)
+        for name in ("seconds_start", "seconds_total")
+    }
+    plan = plan_of({prefix + name: shape for name, shape in inside.items()} | beside, preset=preset)
+    assert f"{prefix}transformer.layers.0.self_attn.to_out" in quantized(plan)
+    assert not [name for name in quantized(plan) if name.startswith("conditioner")]
