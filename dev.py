@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from support.environment import Environment, Failed  # noqa: E402
 
 MINIMUM_PYTHON = (3, 10)
+LANES = ("fast", "browser", "faults", "matrix")  # options of `test` that tests/conftest.py has too
 MOST_WORKERS = 4  # each starts two ComfyUI for the end-to-end tests
 WORKER_GB = 5  # a worker, the ComfyUI that it started and the commands that it runs
 # pytest arguments that ask for one process, or say how many
@@ -78,6 +79,9 @@ def command_line() -> argparse.ArgumentParser:
         "--fuzz", metavar="SECONDS", help="only the fuzzers, each for so long, with a new seed"
     )
     test.add_argument("--faults", action="store_true", help="only the faults, all of them")
+    test.add_argument(
+        "--matrix", action="store_true", help="every model class of ComfyUI in every format"
+    )
     comfy = command("comfy", "start ComfyUI with the pack")
     comfy.add_argument(
         "--port", type=int, default=8188, help="default 8188; a free one if that is taken"
@@ -95,7 +99,7 @@ def test(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
     """tests/conftest.py says what its options choose."""
     if not args.fast:
         env.fetch_older_trees()
-    options = [f"--{name}" for name in ("fast", "browser", "faults") if getattr(args, name)]
+    options = [f"--{name}" for name in LANES if getattr(args, name)]
     options += [f"--fuzz={args.fuzz}"] if args.fuzz else []
     return env.python("-m", "pytest", *options, *side_by_side(env, rest), *rest)
 

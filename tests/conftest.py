@@ -5,6 +5,7 @@
 --browser         also those of the page
 --fuzz SECONDS    only those marked fuzz, each for so long, with a new seed
 --faults          only those marked faults, all of their cases
+--matrix          every class of ComfyUI in every format, where otherwise most run in one
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ NOT_FAST = {"server", "slow", "fuzz", "faults"}
 SERVERS = (HERE / "e2e", HERE / "browser")  # only tests in these folders start a ComfyUI
 # Files whose tests draw the same pictures: they go to one worker, which draws each once. Others go file by file.
 TOGETHER = ("test_stock_loaders.py", "test_on_top.py", "test_versions.py")
+BY_CLASS = "nodes/test_every_class.py"  # its tests go class by class
 _paths = [str(HERE / "import_shim"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
 # Whatever a test writes, here or in a server or command that it starts, is read by the reference decoder too.
 os.environ["FEWBITS_VERIFY"] = "1"
@@ -34,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--counts", metavar="FILE", help="JSON that adds up what the fuzzers tried")
     group.addoption("--seed", metavar="CASE:SEED", help="one input of the fuzzers again")
     group.addoption("--faults", action="store_true", help="only the faults, all of them")
+    group.addoption("--matrix", action="store_true", help="every model class in every format")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -66,7 +69,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::", 1)[0]
+            file, _, test = nodeid.partition("::")
+            if file.endswith(BY_CLASS):
+                return file + test.partition("[")[2].partition("-")[0]
             return "together" if file.endswith(TOGETHER) else file
 
     return ByFile(config, log)

@@ -263,6 +263,7 @@ def pytest_calls(dev, monkeypatch):
         ([], PARALLEL),
         (["--browser"], ["--browser", *PARALLEL]),
         (["--fast", "-x"], ["--fast", *PARALLEL, "-x"]),
+        (["--matrix"], ["--matrix", *PARALLEL]),
         (["--fuzz", "60", "--faults"], ["--faults", "--fuzz=60", *PARALLEL]),
         (["-k", "name", "tests/cli"], ["-k", "name", "tests/cli"]),
         (["tests/test_dev.py::test_x"], ["tests/test_dev.py::test_x"]),

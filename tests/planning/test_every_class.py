@@ -170,6 +170,8 @@ def test_the_page_of_models_is_what_the_plans_say(classes):
             "written by `tests/planning/test_every_class.py`. *Quantized* is the share of parameters with `int8_tensorwise` and",
             "preset `auto`; with all blocks of a real file it is higher, as what is kept stands outside them. Convolutions are",
             "never quantized. Each file is recognised by ComfyUI as the same class before and after, with every packed format.",
+            "Each class also runs, small and with random weights (`tests/nodes/test_every_class.py`): its output is that of the",
+            "decoded weights, a graph and a command write the same file, and stock ComfyUI opens what is said to open there.",
             "",
             f"Stock ComfyUI opens {native}; the other formats need FewBits installed.",
             "",

@@ -230,7 +230,7 @@ def build(cls: type) -> Built:
 
     name = cls.__name__
     config = cls({**CONFIGS[name], **cls.unet_config, "dtype": torch.bfloat16})
-    unet = _unet_class(config, BESIDE.get(name, {}))
+    unet = diffusion_model_class(config, BESIDE.get(name, {}))
     device = "cpu" if name in NEEDS_MEMORY else "meta"
     with torch.device(device):
         module = unet(**config.unet_config, device=device, operations=comfy.ops.disable_weight_init)
@@ -246,7 +246,8 @@ def build(cls: type) -> Built:
     )
 
 
-def _unet_class(config: object, beside: dict[str, tuple[int, ...]]) -> type:
+def diffusion_model_class(config: object, beside: dict[str, tuple[int, ...]]) -> type:
+    """The module that a config of comfy.supported_models builds."""
     import comfy.model_base
 
     def instead(self, model_config, *args, unet_model=comfy.model_base.UNetModel, **kwargs):
