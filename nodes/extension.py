@@ -7,11 +7,14 @@ from comfy_api.latest import ComfyExtension, io
 from . import (
     bridge,
     calibrate,
+    compare_models,
     convert_fp8_scaled,
+    fit_to_size,
     inspect_file,
     layer_rules,
     load,
     preview,
+    quality_report,
     quantize_file,
     quantize_model,
     quantize_text_encoder,
@@ -30,11 +33,14 @@ NODES = [
     calibrate.FewBitsSaveCalibration,
     calibrate.FewBitsLoadCalibration,
     quantize_file.FewBitsQuantizeFile,
+    fit_to_size.FewBitsFitToSize,
     layer_rules.FewBitsLayerRules,
     layer_rules.FewBitsSaveRecipe,
     save.FewBitsSaveComfyQuant,
     convert_fp8_scaled.FewBitsConvertFP8Scaled,
     inspect_file.FewBitsInspectFile,
+    quality_report.FewBitsQualityReport,
+    compare_models.FewBitsCompareModels,
 ]
 
 

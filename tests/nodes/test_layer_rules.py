@@ -112,6 +112,7 @@ def test_every_node_that_quantizes_takes_a_recipe(comfy):
     assert len(wanted) >= 6
     assert {schema.node_id for schema in taking} == {
         *wanted,
+        "FewBitsFitToSize",
         "FewBitsLayerRules",
         "FewBitsInspectFile",
     }

@@ -12,7 +12,8 @@ IDS = [
     "FewBitsLoadModel", "FewBitsLoadTextEncoder", "FewBitsLoadCheckpoint", "FewBitsQuantizeModel", "FewBitsQuantizeFP8", "FewBitsQuantizeINT8",
     "FewBitsQuantizeNF4", "FewBitsQuantizeFP4", "FewBitsQuantizeTextEncoder",
     "FewBitsCalibrate", "FewBitsCalibrateTextEncoder", "FewBitsSaveCalibration", "FewBitsLoadCalibration", "FewBitsQuantizeFile",
-    "FewBitsLayerRules", "FewBitsSaveRecipe", "FewBitsSaveComfyQuant", "FewBitsConvertFP8Scaled", "FewBitsInspectFile",
+    "FewBitsFitToSize", "FewBitsLayerRules", "FewBitsSaveRecipe", "FewBitsSaveComfyQuant", "FewBitsConvertFP8Scaled", "FewBitsInspectFile",
+    "FewBitsQualityReport", "FewBitsCompareModels",
 ]  # fmt: skip
 
 
@@ -49,6 +50,7 @@ def test_what_has_a_default_may_be_left_out_of_an_api_prompt(schema, nodes):
     required = {item.id for item in schema.inputs if not item.optional}
     assert required <= {
         "model", "clip", "file", "type", "format", "filename", "report", "calibration", "latent",
+        "model_a", "model_b", "positive", "negative", "latent_image", "vae",
     }  # fmt: skip
     assert all(item.optional for item in schema.inputs if getattr(item, "advanced", None))
 

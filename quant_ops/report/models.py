@@ -1,0 +1,242 @@
+"""How far the samples of one model are from those of another: latents step by step, final pictures.
+
+JSON first, then a sheet of pictures and one sentence.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+AMPLIFIED = 8  # x: the differences on the sheet
+METRICS = ("psnr", "ssim", "ms_ssim", "haarpsi")
+SMALLEST_MS_SSIM = 161  # pixels: five scales of 11
+BROKEN_COSINE = 0.5  # below this the final latents have little in common
+OUTLIER = 8.0  # x the median error of layers: what is rounded alike differs less
+LISTED = 5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One model and one seed.
+
+    `steps` are the latents that the model predicts at each step and, last, the result, float32 on
+    the CPU; `picture` is (H, W, 3) float32 from 0 to 1, None without a VAE.
+    """
+
+    steps: Sequence[torch.Tensor]
+    picture: torch.Tensor | None = None
+    seconds: float = 0.0  # per step
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model's samples, a seed each, and what it took; `layers` its weights' errors by name."""
+
+    name: str
+    samples: Sequence[Sample]
+    peak_bytes: int | None = None
+    layers: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds_per_step(self) -> float:
+        return statistics.median(sample.seconds for sample in self.samples)
+
+
+def why_not_metrics() -> str | None:
+    """Why pictures are not measured here; None when they are."""
+    if importlib.util.find_spec("piq") is None:
+        return "piq is not installed; picture metrics need it: pip install piq"
+    return None
+
+
+def compare_models(reference: Model, others: Sequence[Model], control: Model | None = None) -> dict:
+    """Everything about the others against the reference, as JSON; `control` are the reference's own
+    samples from other seeds.
+    """
+    rows = [_against(reference, other) for other in others]
+    return {
+        "reference": _cost(reference),
+        "models": rows,
+        "control": _against(reference, control) if control else None,
+        "ranking": [row["name"] for row in sorted(rows, key=_rank)],
+        "metrics": why_not_metrics() or "piq",
+        "sentence": _sentence(reference, rows),
+    }
+
+
+def _cost(model: Model) -> dict:
+    return {
+        "name": model.name,
+        "seconds_per_step": model.seconds_per_step,
+        "peak_bytes": model.peak_bytes,
+    }
+
+
+def _against(reference: Model, other: Model) -> dict:
+    pairs = list(zip(reference.samples, other.samples, strict=True))
+    count = len(reference.samples[0].steps)
+    steps = [_step(pairs, index) for index in range(count)]
+    pictures = [(a.picture, b.picture) for a, b in pairs if a.picture is not None]
+    return {
+        **_cost(other),
+        "seeds": len(pairs),
+        "identical": all(step["equal"] for step in steps),
+        "steps": steps,
+        "final": steps[-1],
+        "pictures": _pictures(pictures),
+        "suspects": suspects(other.layers),
+        "worst_layers": _worst(other.layers),
+    }
+
+
+def _step(samples: list[tuple[Sample, Sample]], index: int) -> dict:
+    pairs = [(a.steps[index], b.steps[index]) for a, b in samples]
+    return {
+        "equal": all(torch.equal(a, b) for a, b in pairs),
+        "cosine": spread([cosine(a, b) for a, b in pairs]),
+        "snr_db": spread([snr_db(a, b) for a, b in pairs]),
+    }
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float | None:
+    """Of the angle between two tensors, in float64; None where one is zero or not finite."""
+    a, b = a.double().flatten(), b.double().flatten()
+    norms = float(a.norm() * b.norm())
+    return float(a @ b) / norms if 0 < norms < math.inf else None
+
+
+def snr_db(a: torch.Tensor, b: torch.Tensor) -> float | None:
+    """Energy of a over that of b - a, in dB; None where both are equal, or not finite."""
+    a, b = a.double(), b.double()
+    signal, error = float(a.square().sum()), float((b - a).square().sum())
+    if not (0 < error < math.inf and 0 < signal < math.inf):
+        return None
+    return 10 * math.log10(signal / error)
+
+
+def spread(values: Sequence[float | None]) -> dict:
+    """Mean and standard error of what there is: {mean, error, count}."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return {"mean": None, "error": None, "count": 0}
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
+    return {"mean": statistics.fmean(found), "error": error, "count": len(found)}
+
+
+def _pictures(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> dict | None:
+    if not pairs or why_not_metrics():
+        return None
+    measured = [picture_metrics(a, b) for a, b in pairs]
+    values = ([row[name] for row in measured] for name in METRICS)
+    return dict(zip(METRICS, map(spread, values), strict=True))
+
+
+def picture_metrics(a: torch.Tensor, b: torch.Tensor) -> dict[str, float | None]:
+    """Of (H, W, 3) pictures from 0 to 1, by piq. PSNR is None for equal ones, MS-SSIM for those
+    that are too small for its scales.
+    """
+    import piq
+
+    x, y = (part.float().clamp(0, 1).movedim(-1, 0)[None] for part in (b, a))
+    large = min(x.shape[-2:]) >= SMALLEST_MS_SSIM
+    return {
+        "psnr": None if torch.equal(x, y) else float(piq.psnr(x, y, data_range=1.0)),
+        "ssim": float(piq.ssim(x, y, data_range=1.0)),
+        "ms_ssim": float(piq.multi_scale_ssim(x, y, data_range=1.0)) if large else None,
+        "haarpsi": float(piq.haarpsi(x, y, data_range=1.0)),
+    }
+
+
+def suspects(layers: dict[str, float]) -> list[str]:
+    """Layers whose weights differ far more than the others do."""
+    errors = [error for error in layers.values() if error > 0]
+    if not errors:
+        return []
+    limit = OUTLIER * statistics.median(errors)
+    found = [name for name, error in layers.items() if not error <= limit]
+    return sorted(found, key=lambda name: -layers[name])[:LISTED]
+
+
+def _worst(layers: dict[str, float]) -> list[dict]:
+    worst = sorted(layers, key=lambda name: -layers[name])[:LISTED]
+    return [{"name": name, "rel_l2": layers[name]} for name in worst]
+
+
+def _rank(row: dict) -> tuple:
+    """The closest first."""
+    if row["identical"]:
+        return (0, 0.0)
+    decibels = row["final"]["snr_db"]["mean"]
+    return (1, -decibels) if decibels is not None else (2, 0.0)
+
+
+def block_of(layer: str) -> str:
+    """`double_blocks.3.attn.qkv` -> `double_blocks.3`; the name itself without a number."""
+    parts = layer.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else layer
+
+
+def _sentence(reference: Model, rows: list[dict]) -> str:
+    """What a person can do about it."""
+    parts = []
+    for row in sorted(rows, key=_rank):
+        parts.append(f"{row['name']} {_judged(reference, row)}")
+    return ". ".join(parts) + "."
+
+
+def _judged(reference: Model, row: dict) -> str:
+    if row["identical"]:
+        return f"is identical to {reference.name}"
+    final = row["final"]
+    similar, decibels = final["cosine"]["mean"], final["snr_db"]["mean"]
+    if similar is None or decibels is None:
+        said = "gives NaN or nothing: do not use it"
+    else:
+        said = f"differs by {decibels:.1f} dB (cosine {similar:.4f})"
+        if similar < BROKEN_COSINE:
+            said += ": another picture, do not use it"
+    pictures = row["pictures"]
+    if pictures and pictures["ssim"]["mean"] is not None:
+        said += f", SSIM {pictures['ssim']['mean']:.3f}"
+    if row["suspects"]:
+        named = row["suspects"][0]
+        said += f"; its layer {named} in block {block_of(named)} is broken or rounded far more"
+        said += " than the others: keep it, or convert again"
+    return said
+
+
+def sheet(reference: Model, others: Sequence[Model], control: Model | None = None) -> torch.Tensor:
+    """(H, W, 3): a row per seed, A, then of each other its picture and the amplified difference;
+    last the control.
+
+    Raises:
+        ValueError: there are no pictures.
+    """
+    rows = []
+    for index, sample in enumerate(reference.samples):
+        tiles = [sample.picture]
+        for other in others:
+            picture = other.samples[index].picture
+            tiles += [picture, difference(sample.picture, picture)]
+        rows.append(tiles)
+    if control:
+        first, again = reference.samples[0].picture, control.samples[0].picture
+        rows.append([first, again, difference(first, again)])
+    if any(tile is None for row in rows for tile in row):
+        raise ValueError("no pictures to show")
+    width = max(map(len, rows))
+    blank = torch.ones_like(rows[0][0])
+    joined = [torch.cat([*row, *[blank] * (width - len(row))], dim=1) for row in rows]
+    return torch.cat(joined)
+
+
+def difference(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    """AMPLIFIED x |b - a|, black where equal."""
+    return None if a is None or b is None else ((b - a).abs() * AMPLIFIED).clamp(0, 1)
