@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 AMPLIFIED = 8  # x: the differences on the sheet
+CAPTION = 18  # pixels above each picture of the sheet
 METRICS = ("psnr", "ssim", "ms_ssim", "haarpsi")
 SMALLEST_MS_SSIM = 161  # pixels: five scales of 11
 BROKEN_COSINE = 0.5  # below this the final latents have little in common
@@ -214,27 +215,48 @@ def _judged(reference: Model, row: dict) -> str:
 
 def sheet(reference: Model, others: Sequence[Model], control: Model | None = None) -> torch.Tensor:
     """(H, W, 3): a row per seed, A, then of each other its picture and the amplified difference;
-    last the control.
+    last the control. Above each picture stands what it is, CAPTION pixels high.
 
     Raises:
         ValueError: there are no pictures.
     """
     rows = []
     for index, sample in enumerate(reference.samples):
-        tiles = [sample.picture]
+        tiles = [(reference.name, sample.picture)]
         for other in others:
-            picture = other.samples[index].picture
-            tiles += [picture, difference(sample.picture, picture)]
+            tiles += _beside(reference, sample, other.name, other.samples[index])
         rows.append(tiles)
     if control:
-        first, again = reference.samples[0].picture, control.samples[0].picture
-        rows.append([first, again, difference(first, again)])
-    if any(tile is None for row in rows for tile in row):
+        first = reference.samples[0]
+        shown = _beside(reference, first, "other seed", control.samples[0])
+        rows.append([(reference.name, first.picture), *shown])
+    if any(picture is None for row in rows for _, picture in row):
         raise ValueError("no pictures to show")
     width = max(map(len, rows))
-    blank = torch.ones_like(rows[0][0])
-    joined = [torch.cat([*row, *[blank] * (width - len(row))], dim=1) for row in rows]
-    return torch.cat(joined)
+    return torch.cat([_captioned(row, width) for row in rows])
+
+
+def _beside(
+    reference: Model, sample: Sample, name: str, other: Sample
+) -> list[tuple[str, torch.Tensor | None]]:
+    apart = difference(sample.picture, other.picture)
+    return [(name, other.picture), (f"{name} - {reference.name}, x {AMPLIFIED}", apart)]
+
+
+def _captioned(row: list[tuple[str, torch.Tensor]], width: int) -> torch.Tensor:
+    """Pictures side by side under their captions, white up to `width` pictures."""
+    from PIL import Image, ImageDraw
+
+    _, first = row[0]
+    height, side = first.shape[:2]
+    strip = Image.new("RGB", (side * width, CAPTION), "white")
+    draw = ImageDraw.Draw(strip)
+    for index, (caption, _) in enumerate(row):
+        draw.text((side * index + 4, 3), caption, fill="black")
+    words = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8)
+    words = words.view(CAPTION, side * width, 3).to(first.dtype) / 255
+    blank = torch.ones((height, side * (width - len(row)), 3), dtype=first.dtype)
+    return torch.cat([words, torch.cat([*(picture for _, picture in row), blank], dim=1)])
 
 
 def difference(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:

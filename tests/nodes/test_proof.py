@@ -90,7 +90,7 @@ def test_models_are_compared_ranked_and_the_broken_block_is_named(model, quantiz
     assert c["worst_layers"][0]["rel_l2"] < 0.012 < 0.07 < b["worst_layers"][0]["rel_l2"] < 0.12
     assert d["worst_layers"][0]["rel_l2"] == pytest.approx(7, rel=0.01)
     assert len(c["steps"]) == 3 and c["steps"][0]["snr_db"]["count"] == 2
-    assert images.shape == (1, 3 * 64, 7 * 64, 3)
+    assert images.shape == (1, 3 * (18 + 64), 7 * 64, 3)
 
 
 def test_a_model_is_identical_to_itself(model, conditioning):

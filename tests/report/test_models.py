@@ -6,6 +6,7 @@ import torch
 
 from fewbits.quant_ops.report.models import (
     AMPLIFIED,
+    CAPTION,
     Model,
     Sample,
     block_of,
@@ -90,11 +91,13 @@ def test_small_pictures_have_no_multiscale_similarity():
 def test_the_sheet_shows_both_and_the_amplified_difference():
     a, b = model("A", 0, seeds=2), model("B", 0.02, seeds=2)
     found = sheet(a, [b], control=model("again", 1.0, seeds=2))
-    assert found.shape == (3 * 176, 3 * 192, 3)
+    assert found.shape == (3 * (CAPTION + 176), 3 * 192, 3)
+    captions, pictures = found[:CAPTION], found[CAPTION : CAPTION + 176]
     first, second = a.samples[0].picture, b.samples[0].picture
-    assert torch.equal(found[:176, :192], first) and torch.equal(found[:176, 192:384], second)
+    assert torch.equal(pictures[:, :192], first) and torch.equal(pictures[:, 192:384], second)
     expected = ((second - first).abs() * AMPLIFIED).clamp(0, 1)
-    assert torch.equal(found[:176, 384:], expected)
+    assert torch.equal(pictures[:, 384:], expected)
+    assert all((captions[:, start : start + 192] < 0.5).any() for start in (0, 192, 384))
 
 
 def test_suspects_are_outliers_and_not_the_merely_worst():
