@@ -182,7 +182,8 @@ def test_a_node_refuses_a_recipe_for_a_format_it_does_not_make(rules, model):
     from fewbits.nodes import quantize_model
 
     base = rules(text='[primary]\nformat = "int8_tensorwise"')
-    node = quantize_model.NODES[0].PREPARE_CLASS_CLONE(None)
+    fp8 = next(node for node in quantize_model.NODES if node.ROW.name == "Quantize FP8")
+    node = fp8.PREPARE_CLASS_CLONE(None)
     with pytest.raises(
         RecipeError,
         match="primary format is int8_tensorwise, Quantize FP8 makes float8_e4m3fn, .*take",
