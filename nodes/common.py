@@ -203,6 +203,18 @@ def convrot_input(formats: list[str]) -> io.Combo.Input:
     )
 
 
+class TakesASwitch(io.ComfyNode):
+    """Base of nodes with the input `convrot`. It was a switch before it had an auto: workflows and
+    prompts that say true or false still mean on and off.
+    """
+
+    @classmethod
+    def validate_inputs(cls, convrot: str | bool = AUTO) -> bool | str:
+        allowed = (AUTO, ON, OFF)
+        known = isinstance(convrot, bool) or convrot in allowed
+        return known or f"convrot is {convrot!r}, allowed: {', '.join(allowed)}"
+
+
 def calibration_input() -> io.Input:
     return CALIBRATION.Input(
         "calibration",
@@ -295,7 +307,7 @@ def recipe_from(
     fallback: str = NONE,
     method: str = AUTO,
     full_precision_matmul: bool = False,
-    convrot: str = AUTO,
+    convrot: str | bool = AUTO,
     recipe: Draft | None = None,
 ) -> Recipe:
     """The Recipe that the inputs of `recipe_inputs` describe.
@@ -308,13 +320,16 @@ def recipe_from(
         RecipeError: an unknown value, or one that a connected recipe's primary wish makes void.
     """
     base = recipe or Draft()
+    named = find_format(format)
+    if convrot is False and not (named and "convrot" in named.Options.names()):
+        convrot = AUTO  # the switch of old stood at off for every format
     if base.primary:
         stated = {
             "scaling": scaling != AUTO,
             "block_size": block_size != AUTO,
             "method": method not in (AUTO, base.primary.method),
             "full_precision_matmul": full_precision_matmul,
-            "convrot": convrot != AUTO,
+            "convrot": convrot not in (AUTO, False),
         }
         for name in filter(stated.get, stated):
             raise RecipeError(
@@ -328,7 +343,6 @@ def recipe_from(
         "full_precision_matrix_mult": full_precision_matmul,
     }
     rotated = {ON: True, OFF: False}.get(convrot, convrot)
-    named = find_format(format)
     if rotated != AUTO or (named and AUTO in named.Options.values("convrot")):
         options["convrot"] = rotated
     own = Draft(

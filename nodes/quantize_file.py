@@ -11,6 +11,7 @@ from .bridge import host
 from .common import (
     AUTO,
     QUANTIZE_ALIASES,
+    TakesASwitch,
     calibration_input,
     device_input,
     filename_input,
@@ -29,7 +30,7 @@ from .common import (
 DEFAULT = "float8_e4m3fn"  # what the most versions of ComfyUI open
 
 
-class FewBitsQuantizeFile(io.ComfyNode):
+class FewBitsQuantizeFile(TakesASwitch):
     @classmethod
     def define_schema(cls) -> io.Schema:
         shown, advanced = recipe_inputs(

@@ -14,6 +14,7 @@ from .bridge import host, model_io
 from .common import (
     AUTO,
     QUANTIZE_ALIASES,
+    TakesASwitch,
     calibration_input,
     device_input,
     format_aliases,
@@ -90,7 +91,7 @@ ROWS = (
 )
 
 
-class QuantizeModel(io.ComfyNode):
+class QuantizeModel(TakesASwitch):
     """Base of the nodes; a subclass is its row."""
 
     ROW: Row

@@ -10,6 +10,7 @@ from .bridge import clip_io, host, kernels
 from .common import (
     AUTO,
     QUANTIZE_ALIASES,
+    TakesASwitch,
     calibration_input,
     device_input,
     format_aliases,
@@ -30,7 +31,7 @@ CHOICE = (
 )
 
 
-class FewBitsQuantizeTextEncoder(io.ComfyNode):
+class FewBitsQuantizeTextEncoder(TakesASwitch):
     @classmethod
     def define_schema(cls) -> io.Schema:
         shown, advanced = recipe_inputs(list(FORMATS), CHOICE, DEFAULT)
