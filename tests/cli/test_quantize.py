@@ -194,7 +194,7 @@ def test_a_recipe_file_may_leave_the_primary_to_the_format_argument(tmp_path):
         row["name"]: row for row in json.loads(fewbits(*plan, "--format", "mxfp8").stdout)["layers"]
     }
     assert rows["img_in"]["rule"] == "rule 'img_in'" and rows["txt_in"]["format"] == "mxfp8"
-    refused(fewbits(*plan), "missing: --format F", "[primary]")
-    refused(fewbits(*plan, "--scaling", "row"), "missing: --format F")
+    refused(fewbits(*plan), "say --format (one of", "[primary]")
+    refused(fewbits(*plan, "--scaling", "row"), "say --format (one of")
     (tmp_path / "r.toml").write_text('[primary]\nformat = "mxfp8"\n')
     refused(fewbits(*plan, "--format", "mxfp8"), "--recipe already says format")

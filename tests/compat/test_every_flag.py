@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from fewbits.quant_ops.compat import main
 from fewbits.quant_ops.compat.flags import FLAGS, PRESET_FLAGS
+from fewbits.quant_ops.report.file import SUFFIX  # the report that lies beside a model
 from support.helpers import random_tensors, tiny_checkpoint
 
 LAYER = "double_blocks.0.img_mlp.0"  # an ordinary layer, (512, 128)
@@ -67,7 +68,8 @@ def run(tmp_path, capsys):
         status = main([*source, *words])
         shown = capsys.readouterr()
         made = sorted(set(tmp_path.iterdir()) - before)
-        outcome = Outcome(status, shown.out, shown.err, [path.name for path in made])
+        models = [path.name for path in made if not path.name.endswith(SUFFIX)]
+        outcome = Outcome(status, shown.out, shown.err, models)
         for path in made:
             if path.suffix == ".safetensors":
                 read(path, outcome)
