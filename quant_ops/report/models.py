@@ -134,8 +134,10 @@ def _pictures(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> dict | None:
     if not pairs or why_not_metrics():
         return None
     measured = [picture_metrics(a, b) for a, b in pairs]
-    values = ([row[name] for row in measured] for name in METRICS)
-    return dict(zip(METRICS, map(spread, values), strict=True))
+    found = {}
+    for name in METRICS:
+        found[name] = spread([row[name] for row in measured])
+    return found
 
 
 def picture_metrics(a: torch.Tensor, b: torch.Tensor) -> dict[str, float | None]:
