@@ -105,7 +105,9 @@ def test_every_command_has_its_module_and_arguments(capsys):
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
-def test_a_signal_ends_the_work_and_removes_the_part(tmp_path, number, capsys, monkeypatch):
+def test_a_signal_ends_the_work_and_removes_the_part(
+    tmp_path, number, capsys, monkeypatch, request
+):
     model = tiny_checkpoint(tmp_path / "m.safetensors", SHAPES)
     from fewbits.quant_ops import pipeline
 
@@ -117,7 +119,9 @@ def test_a_signal_ends_the_work_and_removes_the_part(tmp_path, number, capsys, m
             arguments[-1]()
 
     monkeypatch.setattr(pipeline, "_convert", end)
-    before = signal.getsignal(getattr(signal, number))
+    before = signal.SIG_DFL  # whoever started the tests may have it ignored
+    inherited = signal.signal(getattr(signal, number), before)
+    request.addfinalizer(lambda: signal.signal(getattr(signal, number), inherited))
     arguments = ["quantize", model, "-o", tmp_path / "q.safetensors", "--format", "int8_tensorwise"]
     assert main(list(map(str, arguments))) == 128 + getattr(signal, number)
     assert capsys.readouterr().err.endswith(f"\nfewbits: ended by {number}; nothing was written\n")
