@@ -73,7 +73,7 @@ class FewBitsInspectFile(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **others: object) -> tuple:
-        return (*host.file_state(file), *sorted(others.items()))
+        return host.wish_state(file, others)
 
     @classmethod
     def execute(

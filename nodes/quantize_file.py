@@ -74,8 +74,7 @@ class FewBitsQuantizeFile(TakesASwitch):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **others: object) -> tuple:
-        stated = {name: value for name, value in others.items() if name != "calibration"}
-        return (*host.file_state(file), *sorted(stated.items()))
+        return host.wish_state(file, others)
 
     @classmethod
     def execute(

@@ -111,6 +111,14 @@ def file_state(choice: str) -> tuple[int, int]:
     return state.st_mtime_ns, state.st_size
 
 
+def wish_state(choice: str, inputs: dict) -> tuple:
+    """`file_state` and the other inputs of a node that works on a file; a calibration may still be
+    collecting, and is told by what made it.
+    """
+    stated = {name: value for name, value in inputs.items() if name != "calibration"}
+    return (*file_state(choice), *sorted(stated.items()))
+
+
 def output_path(name: str, suffix: str = ".safetensors", *, overwrite: bool = False) -> Path:
     """Where a file named by the user goes: below ComfyUI's output folder, the suffix added,
     subfolders made.
