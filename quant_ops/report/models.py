@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .comparison import Sums, measure
+
 AMPLIFIED = 8  # x: the differences on the sheet
 CAPTION = 18  # pixels above each picture of the sheet
 METRICS = ("psnr", "ssim", "ms_ssim", "haarpsi")
@@ -98,27 +100,17 @@ def _against(reference: Model, other: Model) -> dict:
 
 def _step(samples: list[tuple[Sample, Sample]], index: int) -> dict:
     pairs = [(a.steps[index], b.steps[index]) for a, b in samples]
+    sums = [_finite(a, b) for a, b in pairs]
     return {
         "equal": all(torch.equal(a, b) for a, b in pairs),
-        "cosine": spread([cosine(a, b) for a, b in pairs]),
-        "snr_db": spread([snr_db(a, b) for a, b in pairs]),
+        "cosine": spread([found and found.cosine for found in sums]),
+        "snr_db": spread([found and found.sqnr_db for found in sums]),
     }
 
 
-def cosine(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """Of the angle between two tensors, in float64; None where one is zero or not finite."""
-    a, b = a.double().flatten(), b.double().flatten()
-    norms = float(a.norm() * b.norm())
-    return float(a @ b) / norms if 0 < norms < math.inf else None
-
-
-def snr_db(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """Energy of a over that of b - a, in dB; None where both are equal, or not finite."""
-    a, b = a.double(), b.double()
-    signal, error = float(a.square().sum()), float((b - a).square().sum())
-    if not (0 < error < math.inf and 0 < signal < math.inf):
-        return None
-    return 10 * math.log10(signal / error)
+def _finite(a: torch.Tensor, b: torch.Tensor) -> Sums | None:
+    """Sums over two latents; None where either is not finite."""
+    return measure(a, b) if bool(a.isfinite().all() & b.isfinite().all()) else None
 
 
 def spread(values: Sequence[float | None]) -> dict:
