@@ -56,3 +56,10 @@ def test_inside_a_model_the_same_names_are_the_models_own():
         ]
     )
     assert {part.family.name for part in beside} == {"flux", "vae"}
+
+
+def test_a_controlnet_that_copies_a_models_blocks_is_no_model():
+    flux = ["single_transformer_blocks.0.attn.to_q.weight", "x_embedder.weight"]
+    own = ["controlnet_blocks.0.weight", "controlnet_x_embedder.weight"]
+    assert [part.family.name for part in find_parts(flux)] == ["diffusers_flux"]
+    assert [part.family.name for part in find_parts(flux + own)] == ["controlnet"]
