@@ -51,7 +51,7 @@ def save(workflow, filename, source=("quantize", 0), **inputs):
 
 
 def picture(run):
-    assert run.status == "success", run.error
+    assert run.status == "success", run.error["exception_message"]
     return run.images()[0]
 
 
@@ -112,7 +112,7 @@ def test_plan_and_progress_arrive_over_the_websocket_before_the_report(server):
         ),
     }
     run = server.run(save(workflow, "events/model", ("q", 0)))
-    assert run.status == "success", run.error
+    assert run.status == "success", run.error["exception_message"]
     order = [
         (m["type"], m["data"]["node_id"]) for m in run.messages if m["type"].startswith("fewbits.")
     ]
@@ -170,10 +170,10 @@ def test_a_lora_before_quantizing_is_baked_and_one_after_it_works_too(server, or
 
 
 def test_a_file_is_converted_under_an_automatic_name_and_load_model_opens_it(server, original):
-    run = server.run(convert("int8_tensorwise"))
-    assert run.status == "success", run.error
+    run = server.run(convert("int8_tensorwise", overwrite=True))  # other tests take the name too
+    assert run.status == "success", run.error["exception_message"]
     (report,) = run.history["outputs"]["q"]["fewbits_report"]
-    name = report["saved"]["name"]  # another test may have taken the first one
+    name = report["saved"]["name"]
     assert name.startswith("emoji_flux_int8_tensorwise")
     assert (server.output / "diffusion_models" / name).is_file()
     workflow = emoji_workflow()
@@ -189,7 +189,7 @@ def test_a_file_is_converted_under_an_automatic_name_and_load_model_opens_it(ser
 def test_the_rotation_may_still_be_said_as_a_switch(server, convrot):
     wishes = {"convrot": convrot, "filename": f"diffusion_models/switched_{convrot}"}
     run = server.run(convert("int8_tensorwise", **wishes))
-    assert run.status == "success", run.error
+    assert run.status == "success", run.error["exception_message"]
     written = load_file(server.output / "diffusion_models" / f"switched_{convrot}.safetensors")
     marker = bytes(written["double_blocks.0.img_mlp.0.comfy_quant"])
     assert json.loads(marker).get("convrot", False) is convrot
@@ -199,13 +199,13 @@ def test_a_switch_of_old_means_nothing_for_formats_without_rotation(server):
     run = server.run(
         convert("float8_e4m3fn", convrot=False, filename="diffusion_models/unswitched")
     )
-    assert run.status == "success", run.error
+    assert run.status == "success", run.error["exception_message"]
 
 
 def test_inspecting_shows_what_is_inside_and_previews_a_conversion(server):
     before = files(server)
     run = server.run({"i": node("FewBitsInspectFile", file=EMOJI_FILE, preview="float8_e4m3fn")})
-    assert run.status == "success", run.error
+    assert run.status == "success", run.error["exception_message"]
     (inspection,) = run.history["outputs"]["i"]["fewbits_inspection"]
     assert inspection["family"] == "Flux.1" and inspection["tensors"] == 72
     assert inspection["plan"]["summary"][0]["format"] == "float8_e4m3fn"
@@ -357,7 +357,7 @@ def test_a_checkpoint_keeps_everything_but_its_diffusion_model(server, tmp_path)
     save_file(tensors, tmp_path / "whole.safetensors", metadata={"title": "whole"})
     server.add_model("checkpoints", tmp_path / "whole.safetensors")
     run = server.run(convert("int8_tensorwise", file="checkpoints/whole.safetensors"))
-    assert run.status == "success", run.error
+    assert run.status == "success", run.error["exception_message"]
     written = server.output / "checkpoints" / "whole_int8_tensorwise.safetensors"
     with safe_open(written, "pt") as file:
         assert file.metadata()["title"] == "whole"
