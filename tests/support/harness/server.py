@@ -24,23 +24,7 @@ READY_SECONDS = 180  # the first start compiles bytecode; 15 s on two cores when
 PORTS_TRIED = 5  # another program may take a free port before ComfyUI does
 # The slim environment leaves out the templates; ComfyUI says so in one block at every start.
 HARMLESS = ("comfyui-workflow-templates", "comfyui-embedded-docs")
-# A node of every server. ComfyUI's log (app/logger.py) fails on a progress bar that nothing was written before; and a
-# server whose tests were killed, so that nobody stops it, ends by itself. Windows keeps the number of a parent that ended.
-FIRST_WORD = """
-import os, threading, time
-
-NODE_CLASS_MAPPINGS = {}
-print("starting")
-
-
-def end_with(parent):
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-"""
+FIRST_WORD = Path(__file__).with_name("first_word.py")  # a node of every server
 _http = urllib.request.build_opener(
     urllib.request.ProxyHandler({})
 )  # the machine's proxy cannot reach 127.0.0.1
@@ -122,7 +106,7 @@ class ComfyServer:
         for name in ("models", "custom_nodes", "input", "output", "temp", "user"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         self.names = [self._place_nodes(Path(folder)) for folder in custom_nodes]
-        (self.base / "custom_nodes" / "first_word.py").write_text(FIRST_WORD, encoding="utf-8")
+        shutil.copyfile(FIRST_WORD, self.base / "custom_nodes" / FIRST_WORD.name)
         for folder, files in (models or {}).items():
             for file in files:
                 self.add_model(folder, Path(file))
@@ -186,7 +170,7 @@ class ComfyServer:
             "--input-directory", str(base / "input"), "--output-directory", str(base / "output"),
             "--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes",
             "--disable-metadata", "--dont-print-server", "--verbose", "WARNING",
-            "--disable-all-custom-nodes", "--whitelist-custom-nodes", "first_word.py", *self.names, *self.arguments,
+            "--disable-all-custom-nodes", "--whitelist-custom-nodes", FIRST_WORD.name, *self.names, *self.arguments,
         ]  # fmt: skip
 
     def start(self) -> None:
