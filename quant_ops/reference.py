@@ -86,8 +86,7 @@ def hadamard(group: int) -> np.ndarray:
 
 
 def rotate(x: np.ndarray, group: int) -> np.ndarray:
-    n, k = x.shape
-    return (x.astype(np.float64).reshape(n, k // group, group) @ hadamard(group).T).reshape(n, k)
+    return (x.astype(np.float64).reshape(-1, group) @ hadamard(group).T).reshape(x.shape)
 
 
 def _tiles(x: np.ndarray, scale: np.ndarray, rows: int, cols: int) -> np.ndarray:
