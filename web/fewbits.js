@@ -3,10 +3,12 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { fitInputs, watchWidget } from "./fitting.mjs?v=4b00d3ff";
-import { Panel } from "./panel.mjs?v=4b00d3ff";
-import { earlierOutput, settingsOf } from "./results.mjs?v=4b00d3ff";
-import { say, useLanguage } from "./words.mjs?v=4b00d3ff";
+import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=45faf7a6";
+import { isPrimary } from "./layer_list.mjs?v=45faf7a6";
+import { Panel } from "./panel.mjs?v=45faf7a6";
+import { earlierOutput, settingsOf } from "./results.mjs?v=45faf7a6";
+import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=45faf7a6";
+import { say, useLanguage } from "./words.mjs?v=45faf7a6";
 
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };
 const FILE = { height: 236, idle: "Run the workflow to write the file" };
@@ -22,6 +24,7 @@ const PANELS = {
   FewBitsSaveComfyQuant: FILE,
   FewBitsSaveRecipe: NOTE,
 };
+const OURS = /^FewBits/;
 const QUANTIZE_NODES = /^FewBitsQuantize/;
 const PANEL_WIDTH = 360; // a new node starts this wide; the user may make it narrower
 const MARGIN = 10; // ComfyUI's own distance between a node's border and a DOM widget
@@ -100,8 +103,7 @@ async function currentPrompt() {
 
 function addPanel(node, options) {
   if (typeof node.addDOMWidget !== "function" || panels.has(node)) return;
-  const keep = node.widgets?.find((candidate) => candidate.name === "keep");
-  const panel = new Panel({ ...options, idle: say(options.idle), keep: keep && ((name) => keepLayer(keep, name)) });
+  const panel = new Panel({ ...options, idle: say(options.idle), wishes: takesWishes(node) ? wishesFor(node) : null });
   const widget = node.addDOMWidget("fewbits_panel", "fewbits_panel", panel.element, {
     serialize: false, // not an input of the prompt
     hideInPanel: true, // not a parameter for the page's side panel
@@ -127,20 +129,25 @@ function addPanel(node, options) {
     removed?.apply(this, arguments);
     for (const kept of [active, results, troubled]) kept.delete(panel);
   };
+  const keep = widgetOf(node, "keep");
   if (keep?.options) keep.options.getMaxHeight = () => KEEP_HEIGHT;
 
   const size = node.computeSize?.();
   if (size) node.setSize?.([Math.max(node.size?.[0] ?? 0, PANEL_WIDTH), Math.max(node.size?.[1] ?? 0, size[1])]);
 }
 
-/** A layer's name becomes a line of the node's `keep`, once. */
-function keepLayer(widget, name) {
-  const lines = String(widget.value ?? "").split("\n").filter(Boolean);
-  if (lines.includes(name)) return;
-  widget.value = [...lines, name].join("\n");
-  widget.callback?.(widget.value);
-  compareSettings();
-  previewPlans();
+/** What the layers in a node's list can be given. */
+function wishesFor(node) {
+  const unsaid = new Set(); // layers about which nobody had said anything
+  return {
+    choices: () => choicesOf(node, formats),
+    give(layer, format) {
+      if (isPrimary(layer)) unsaid.add(layer.name);
+      giveWish(node, layer.name, format, unsaid.has(layer.name));
+      compareSettings();
+      previewPlans();
+    },
+  };
 }
 
 /** The wheel scrolls the panel while it can and zooms the canvas otherwise, the middle button drags the canvas. */
@@ -167,10 +174,18 @@ function letCanvasNavigate(element) {
   forward("pointerup", "processMouseUp", (event) => event.button === 1);
 }
 
+/** Every change of a setting is looked at; the page itself reports what is typed only when the field is left. */
+function watchSettings(node) {
+  for (const widget of node.widgets ?? []) {
+    watchWidget(widget, compareSettings);
+    watchWidget(widget, previewPlans);
+  }
+}
+
 /** Switch off the inputs that the node's format does not have, now and whenever the format changes. */
 async function keepFitting(node) {
-  watchWidget(node, "format", () => fitInputs(node, formats));
-  watchWidget(node, "format", previewPlans);
+  const format = widgetOf(node, "format");
+  if (format) watchWidget(format, () => fitInputs(node, formats));
   formats ??= await fetched("/fewbits/formats");
   fitInputs(node, formats);
 }
@@ -354,11 +369,12 @@ if (typeof app.registerExtension === "function") {
     name: "FewBits.Panel",
     nodeCreated(node) {
       const name = node.comfyClass ?? "";
+      if (!OURS.test(name)) return;
+      watchSettings(node);
       const options = PANELS[name] ?? (QUANTIZE_NODES.test(name) ? WORK : null);
       if (!options) return;
       addPanel(node, options);
       if (QUANTIZE_NODES.test(name)) keepFitting(node);
-      watchWidget(node, "file", previewPlans);
       previewPlans();
     },
     loadedGraphNode(node) {

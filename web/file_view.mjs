@@ -1,9 +1,9 @@
 // What is in a file: layers per format, tensors per type, and problems.
 
-import { el } from "./dom.mjs?v=4b00d3ff";
-import { noteList } from "./plan_table.mjs?v=4b00d3ff";
-import { bytes } from "./text.mjs?v=4b00d3ff";
-import { say, translated } from "./words.mjs?v=4b00d3ff";
+import { el } from "./dom.mjs?v=45faf7a6";
+import { noteList } from "./plan_table.mjs?v=45faf7a6";
+import { bytes } from "./text.mjs?v=45faf7a6";
+import { say, translated } from "./words.mjs?v=45faf7a6";
 
 /** One file that was looked into; with several files, under its name. */
 export function fileView(file, named) {

@@ -1,11 +1,11 @@
 // Inputs that the chosen format does not have are switched off, with the reason where the pointer rests.
 
-import { say } from "./words.mjs?v=4b00d3ff";
+import { say } from "./words.mjs?v=45faf7a6";
 
 // value that says nothing
 const UNSAID = { scaling: "auto", block_size: "auto", convrot: "auto", full_precision_matmul: false };
 
-const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
+export const widgetOf = (node, name) => node?.widgets?.find((widget) => widget.name === name);
 const tooltips = new WeakMap();
 
 /** `formats` is what `/fewbits/formats` answers: format -> input -> values. */
@@ -27,10 +27,8 @@ function fit(widget, values, unsaid, reason) {
   widget.tooltip = values ? tooltips.get(widget) : reason;
 }
 
-/** Call `changed` whenever a widget of that name gets another value. */
-export function watchWidget(node, name, changed) {
-  const widget = widgetOf(node, name);
-  if (!widget) return;
+/** Call `changed` whenever the widget gets another value. */
+export function watchWidget(widget, changed) {
   const inherited = widget.callback;
   widget.callback = function (...values) {
     const answer = inherited?.apply(this, values);

@@ -1,15 +1,24 @@
 // Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
 
-import { el, layerName } from "./dom.mjs?v=4b00d3ff";
-import { bytes, decibels, relL2 } from "./text.mjs?v=4b00d3ff";
-import { say, translated } from "./words.mjs?v=4b00d3ff";
+import { el, layerName } from "./dom.mjs?v=45faf7a6";
+import { errorOf } from "./report_view.mjs?v=45faf7a6";
+import { outliersOf } from "./outliers.mjs?v=45faf7a6";
+import { bytes } from "./text.mjs?v=45faf7a6";
+import { say, translated } from "./words.mjs?v=45faf7a6";
 
 // how layers may be ordered: by name of the choice, what is compared; the first is the order of the file
 const ORDERS = {
   "In the file's order": null,
-  "Largest error first": (layer) => -(layer.rel_l2 ?? -1),
-  "Largest size first": (layer) => -(layer.bytes_after ?? 0),
+  "From the first block to the last": byDepth,
+  "Largest error first": () => (layer) => -(layer.rel_l2 ?? -1),
+  "Largest size first": () => (layer) => -(layer.bytes_after ?? 0),
 };
+const NUMBER = /(?:^|\.)(\d+)(?=\.|$)/;
+const BLOCKS = 1e6; // more than any model has of a kind
+const PRIMARY = /^primary(?:; |$)/;
+
+/** Nobody said anything about the layer: it becomes what all become. */
+export const isPrimary = (layer) => PRIMARY.test(layer.reason ?? "");
 
 /** Lives as long as its panel, so that filter text, focus and scroll position survive when the report arrives. */
 export class LayerList {
@@ -26,13 +35,13 @@ export class LayerList {
     autocomplete: "off",
   });
   #order = el("select", { class: "fewbits-order", "aria-label": say("Order of the layers") });
-  #keep = null;
+  #wishes = null;
   #count = el("span", { class: "fewbits-count", role: "status" });
   #list = el("ul", { class: "fewbits-layers" });
 
-  /** `keep`: called with the name of a layer that shall stay as it is; without it there is no button. */
-  constructor(keep = null) {
-    this.#keep = keep;
+  /** `wishes`: `choices()` that a layer has and `give(layer, choice)`; without it formats are only told. */
+  constructor(wishes = null) {
+    this.#wishes = wishes;
     this.#order.append(...Object.keys(ORDERS).map((name) => el("option", { value: name }, say(name))));
     this.#order.addEventListener("change", () => this.show(this.#layers));
     this.element = el(
@@ -59,8 +68,9 @@ export class LayerList {
 
   #fill() {
     if (!this.element.open || this.#entries) return;
+    const isOutlier = outliersOf(this.#layers);
     this.#entries = this.#sorted().map((layer) => ({
-      element: entry(layer, this.#keep),
+      element: entry(layer, this.#wishes, isOutlier(layer)),
       text: [layer.name, layer.format, layer.action, layer.reason].join(" ").toLowerCase(),
     }));
     this.#list.replaceChildren(...this.#entries.map(({ element }) => element));
@@ -68,7 +78,7 @@ export class LayerList {
   }
 
   #sorted() {
-    const value = ORDERS[this.#order.value];
+    const value = ORDERS[this.#order.value]?.(this.#layers);
     return value ? [...this.#layers].sort((a, b) => value(a) - value(b)) : this.#layers;
   }
 
@@ -89,37 +99,51 @@ export class LayerList {
   }
 }
 
-function entry(layer, keep) {
+/** `blocks.10.mlp` after `blocks.2.mlp`; kinds of blocks, and what is in none, in the order of the file. */
+function byDepth(layers) {
+  const kinds = new Map();
+  const places = new Map();
+  for (const { name } of layers) {
+    const number = NUMBER.exec(name);
+    const kind = number ? name.slice(0, number.index) : name;
+    if (!kinds.has(kind)) kinds.set(kind, kinds.size);
+    places.set(name, kinds.get(kind) * BLOCKS + Number(number?.[1] ?? 0));
+  }
+  return (layer) => places.get(layer.name);
+}
+
+function entry(layer, wishes, outlier) {
   const shape = (layer.shape ?? []).join(" × ");
   const before = bytes(layer.bytes_before);
   const after = bytes(layer.bytes_after);
+  const now = layer.format ?? layer.action;
   const facts = [
-    layer.format ?? say(String(layer.action)),
+    wishes && layer.rule ? chooser(layer, now, wishes) : say(String(now)),
     [shape, layer.dtype].filter(Boolean).join(" "),
     before === after ? before : `${before} → ${after}`,
   ].filter(Boolean);
-  const measured = typeof layer.rel_l2 === "number";
+  const reason = String(layer.reason ?? "").replace(PRIMARY, "");
   return el(
     "li",
     {},
-    el(
-      "div",
-      { class: "fewbits-layer" },
-      layerName(layer.name),
-      measured ? el("span", { title: decibels(layer.sqnr_db) }, relL2(layer.rel_l2)) : null,
-    ),
+    el("div", { class: "fewbits-layer" }, layerName(layer.name), errorOf(layer, outlier)),
     el("div", { class: "fewbits-facts" }, ...facts.map((fact) => el("span", {}, fact))),
-    keep && layer.format ? keepButton(layer.name, keep) : null,
-    layer.reason ? el("div", { class: "fewbits-reason" }, translated(layer.reason)) : null,
+    reason ? el("div", { class: "fewbits-reason" }, translated(reason)) : null,
   );
 }
 
-function keepButton(name, keep) {
-  const button = el("button", { type: "button", class: "fewbits-button" }, say("Keep this layer"));
-  button.addEventListener("click", () => {
-    keep(name);
-    button.textContent = say("Will be kept");
-    button.disabled = true;
+/** A menu of what the layer may become. Its choices are made when it is opened: a large model has hundreds of layers. */
+function chooser(layer, now, wishes) {
+  const option = (value) => el("option", { value }, say(value));
+  const menu = el("select", { class: "fewbits-choice", "aria-label": say("Format of {layer}", { layer: layer.name }) }, option(now));
+  const fill = () => {
+    if (menu.options.length > 1) return;
+    menu.append(...wishes.choices().filter((value) => value !== now).map(option));
+  };
+  for (const type of ["pointerdown", "focus"]) menu.addEventListener(type, fill);
+  menu.addEventListener("change", () => {
+    menu.toggleAttribute("data-changed", menu.value !== now);
+    wishes.give(layer, menu.value);
   });
-  return button;
+  return menu;
 }

@@ -1,14 +1,14 @@
 // The panel under a node of FewBits. It draws the JSON it is sent and knows no format by name.
 
-import { el } from "./dom.mjs?v=4b00d3ff";
-import { fileView } from "./file_view.mjs?v=4b00d3ff";
-import { LayerList } from "./layer_list.mjs?v=4b00d3ff";
-import { noteList, planTable, warningList } from "./plan_table.mjs?v=4b00d3ff";
-import { worstLayers } from "./report_view.mjs?v=4b00d3ff";
-import { sizesView, targetView } from "./preview_view.mjs?v=4b00d3ff";
-import { savedFile } from "./saved_file.mjs?v=4b00d3ff";
-import { bytes, change, duration, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=4b00d3ff";
-import { say, translated } from "./words.mjs?v=4b00d3ff";
+import { el } from "./dom.mjs?v=45faf7a6";
+import { fileView } from "./file_view.mjs?v=45faf7a6";
+import { LayerList } from "./layer_list.mjs?v=45faf7a6";
+import { noteList, planTable, warningList } from "./plan_table.mjs?v=45faf7a6";
+import { worstLayers } from "./report_view.mjs?v=45faf7a6";
+import { sizesView, targetView } from "./preview_view.mjs?v=45faf7a6";
+import { savedFile } from "./saved_file.mjs?v=45faf7a6";
+import { bytes, change, duration, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=45faf7a6";
+import { say, translated } from "./words.mjs?v=45faf7a6";
 
 /**
  * `element` is what the node shows. Its `data-phase` goes idle -> planned -> running -> done; a run that ends early
@@ -37,9 +37,9 @@ export class Panel {
   #layers;
   #idle;
 
-  /** `keep(name)`: what a click on a layer's button does; without it layers have no button. */
-  constructor({ height, idle, keep = null }) {
-    this.#layers = new LayerList(keep);
+  /** `wishes`: what a layer of the list can be given, see LayerList. */
+  constructor({ height, idle, wishes = null }) {
+    this.#layers = new LayerList(wishes);
     this.#idle = idle;
     this.height = height;
     this.element = el(

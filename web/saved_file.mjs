@@ -1,7 +1,7 @@
 // Where a file went, in words that find it again.
 
-import { el } from "./dom.mjs?v=4b00d3ff";
-import { say } from "./words.mjs?v=4b00d3ff";
+import { el } from "./dom.mjs?v=45faf7a6";
+import { say } from "./words.mjs?v=45faf7a6";
 
 const COPIED_MS = 1500;
 

@@ -1,6 +1,6 @@
 // Numbers for people: sizes in decimal units as file managers show them, fractions for errors, no locale surprises.
 
-import { say } from "./words.mjs?v=4b00d3ff";
+import { say } from "./words.mjs?v=45faf7a6";
 
 const UNITS = [
   [1e9, "GB"],

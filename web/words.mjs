@@ -1,6 +1,6 @@
 // Texts in the language of ComfyUI's page. English is the key; a text without a translation stays English.
 
-import { MESSAGES, TEXTS } from "./zh.mjs?v=4b00d3ff";
+import { MESSAGES, TEXTS } from "./zh.mjs?v=45faf7a6";
 
 let language = () => "en";
 

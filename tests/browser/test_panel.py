@@ -43,9 +43,9 @@ window.host = {
   },
 };
 window.send = (type, detail) => window.events.dispatchEvent(new CustomEvent(type, { detail }));
-window.addNode = (id, graph = host.app.rootGraph, comfyClass = "FewBitsQuantizeINT8", widgets = []) => {
+window.addNode = (id, graph = host.app.rootGraph, comfyClass = "FewBitsQuantizeINT8", widgets = [], inputs = []) => {
   const node = {
-    id, comfyClass, size: [210, 100], widgets,
+    id, comfyClass, pos: [0, 0], size: [210, 100], widgets, inputs,
     computeSize: () => [210, 100 + 364],
     setSize(size) { this.size = size; },
     addDOMWidget(name, type, element, options) {
@@ -60,6 +60,46 @@ window.addNode = (id, graph = host.app.rootGraph, comfyClass = "FewBitsQuantizeI
   for (const extension of host.app.extensions) extension.nodeCreated?.(node);
   return node;
 };
+"""
+# A graph in which nodes can be made, connected and moved.
+GRAPH = """
+{
+  const graph = host.app.rootGraph;
+  const byId = new Map();
+  let links = {};
+  Object.assign(graph, {
+    nodes: [],
+    links,
+    getNodeById: (id) => byId.get(String(id)) ?? null,
+    add(node) {
+      node.id ??= 100 + graph.nodes.filter(({ id }) => id >= 100).length;
+      graph.nodes.push(node);
+      byId.set(String(node.id), node);
+      node.graph = graph;
+      return node;
+    },
+  });
+  window.connect = function (slot, target, input) {
+    const id = Object.keys(links).length + 1;
+    links[id] = { origin_id: this.id, origin_slot: slot, target_id: target.id, target_slot: input };
+    target.inputs[input].link = id;
+  };
+  window.links = (id) => {
+    const inputs = graph.getNodeById(id).inputs;
+    const found = inputs.map(({ link }, slot) => link && [links[link], slot]).filter(Boolean);
+    return found.map(([link, slot]) => `${link.origin_id}:${link.origin_slot} -> ${slot}`);
+  };
+  window.overlapping = () => {
+    const within = (a, b) => [0, 1].every((i) => a.pos[i] < b.pos[i] + b.size[i] && b.pos[i] < a.pos[i] + a.size[i]);
+    return graph.nodes.flatMap((a, i) => graph.nodes.slice(i + 1).filter((b) => within(a, b)).map((b) => [a.id, b.id]));
+  };
+  window.LiteGraph = {
+    createNode: (comfyClass) => ({
+      comfyClass, connect, pos: [0, 0], size: [360, 400], inputs: [{ name: "recipe" }],
+      widgets: [{ name: "pattern", value: "" }, { name: "format", value: "keep" }, { name: "options", value: "" }],
+    }),
+  };
+}
 """
 STUBS = {
     "/scripts/app.js": "export const app = window.host.app;",
@@ -349,25 +389,157 @@ def test_the_layer_list_is_made_when_opened_and_filters_by_every_word(page, pane
     assert panel.locator(".fewbits-count").inner_text() == "15 of 30"
 
 
-def test_the_layer_list_sorts_by_error_and_keeps_a_layer_by_a_click(page):
+def quantize_node(page, keep: str = "") -> object:
+    """Node 12 with the inputs that a click on a layer may write to, and the formats of the server."""
+    answer(page, "/fewbits/formats", {"int8_tensorwise": {}, "bnb_nf4": {}, "other": {}})
+    page.evaluate(GRAPH)
     load(page)
     page.wait_for_function("host.app.extensions.length === 1")
     page.evaluate(
-        """() => addNode(12, host.app.rootGraph, "FewBitsQuantizeINT8",
-          [{ name: "keep", value: "a.*", options: {} }])"""
+        """(keep) => addNode(12, host.app.rootGraph, "FewBitsQuantizeINT8", [
+          { name: "format", value: "int8_tensorwise" },
+          { name: "keep", value: keep, options: {} },
+        ], [{ name: "model" }, { name: "recipe" }])""",
+        keep,
     )
-    panel = page.locator(".fewbits-panel")
-    rows = [{**row, "rel_l2": i / 1000} for i, row in enumerate(REPORT["layers"])]
-    finish(page, {**REPORT, "layers": rows})
+    page.wait_for_function("requests.some(([route]) => route === '/fewbits/formats')")
+    return page.locator(".fewbits-panel")
+
+
+def open_layers(page, panel, **changed: object) -> None:
+    layers = [{**row, "rel_l2": i / 1000, **changed} for i, row in enumerate(REPORT["layers"])]
+    finish(page, {**REPORT, "layers": layers})
     panel.get_by_text("All 30 layers").click()
-    names = panel.locator(".fewbits-layers li .fewbits-name")
-    assert names.first.inner_text() == "single_blocks.0.linear1"
-    panel.get_by_label("Order of the layers").select_option("Largest error first")
-    assert names.first.inner_text() == "single_blocks.29.linear2"
-    for _ in range(2):
-        panel.get_by_role("button", name="Keep this layer").first.click()
-    keep = page.evaluate("host.app.rootGraph.getNodeById(12).widgets[0].value")
-    assert keep.split("\n") == ["a.*", "single_blocks.29.linear2", "single_blocks.28.linear1"]
+
+
+def names(panel) -> list[str]:
+    return panel.locator(".fewbits-layers li .fewbits-name").all_inner_texts()
+
+
+def give(panel, layer: str, format: str) -> None:
+    menu = panel.get_by_label(f"Format of {layer}")
+    menu.focus()
+    menu.select_option(format)
+
+
+def widgets(page, node: int) -> dict:
+    return page.evaluate(
+        "(id) => Object.fromEntries(host.app.rootGraph.getNodeById(id).widgets"
+        ".filter((w) => w.name !== 'fewbits_panel').map((w) => [w.name, w.value]))",
+        node,
+    )
+
+
+def test_the_layer_list_sorts_by_error_size_and_depth(page):
+    panel = quantize_node(page)
+    open_layers(page, panel)
+    assert names(panel)[0] == "single_blocks.0.linear1"
+    order = panel.get_by_label("Order of the layers")
+    order.select_option("Largest error first")
+    assert names(panel)[0] == "single_blocks.29.linear2"
+    order.select_option("Largest size first")
+    assert names(panel)[0] == "single_blocks.0.linear1"
+    shuffled = ["img_in", "blocks.10.a", "blocks.2.b", "blocks.2.a", "out.0"]
+    rows = [{**REPORT["layers"][1], "name": name} for name in shuffled]
+    finish(page, {**REPORT, "layers": rows})
+    order.select_option("From the first block to the last")
+    assert names(panel) == ["img_in", "blocks.2.b", "blocks.2.a", "blocks.10.a", "out.0"]
+
+
+def test_a_layer_is_kept_by_its_menu_and_let_go_again(page):
+    panel = quantize_node(page, keep="a.*")
+    open_layers(page, panel, rule="primary")
+    layer = "single_blocks.3.linear2"
+    give(panel, layer, "keep")
+    give(panel, "single_blocks.1.linear2", "keep")
+    assert widgets(page, 12)["keep"] == f"a.*\n{layer}\nsingle_blocks.1.linear2"
+    give(panel, layer, "int8_tensorwise")  # nobody said anything else about it
+    assert widgets(page, 12)["keep"] == "a.*\nsingle_blocks.1.linear2"
+    assert page.evaluate("host.app.rootGraph.nodes.length") == 1
+
+
+def test_a_layer_gets_another_format_from_rules_that_are_put_before_the_node(page):
+    panel = quantize_node(page)
+    open_layers(page, panel, rule="primary")
+    give(panel, "single_blocks.3.linear2", "bnb_nf4")
+    give(panel, "single_blocks.5.linear2", "bnb_nf4")
+    assert widgets(page, 100) == {
+        "pattern": "single_blocks.3.linear2\nsingle_blocks.5.linear2",
+        "format": "bnb_nf4",
+        "options": "",
+    }
+    assert page.evaluate("links(12)") == ["100:0 -> 1"]
+    # another format does not fit into those: new rules, which count before them
+    give(panel, "single_blocks.3.linear2", "int8_tensorwise")
+    give(panel, "single_blocks.9.linear2", "other")
+    assert widgets(page, 100)["pattern"] == "single_blocks.5.linear2"
+    assert widgets(page, 101) == {
+        "pattern": "single_blocks.9.linear2",
+        "format": "other",
+        "options": "",
+    }
+    assert page.evaluate("links(12)") == ["101:0 -> 1"]
+    assert page.evaluate("links(101)") == ["100:0 -> 0"]
+    assert page.evaluate("overlapping()") == []
+
+
+def test_rules_that_a_person_wrote_options_for_are_not_added_to(page):
+    panel = quantize_node(page)
+    page.evaluate(
+        """() => {
+          const rules = LiteGraph.createNode("FewBitsLayerRules");
+          host.app.rootGraph.add(rules);
+          rules.widgets.find((w) => w.name === "pattern").value = "blocks.*";
+          rules.widgets.find((w) => w.name === "format").value = "bnb_nf4";
+          rules.widgets.find((w) => w.name === "options").value = "method=svd";
+          rules.connect(0, host.app.rootGraph.getNodeById(12), 1);
+        }"""
+    )
+    open_layers(page, panel, rule="primary")
+    give(panel, "single_blocks.3.linear2", "bnb_nf4")
+    assert widgets(page, 100)["pattern"] == "blocks.*"
+    assert widgets(page, 101)["pattern"] == "single_blocks.3.linear2"
+    assert page.evaluate("links(101)") == ["100:0 -> 0"]
+
+
+def test_what_can_not_be_quantized_has_no_menu(page):
+    panel = quantize_node(page)
+    open_layers(page, panel, rule="", reason="not a linear layer")
+    assert panel.locator(".fewbits-choice").count() == 0
+    assert panel.locator(".fewbits-reason").first.inner_text() == "not a linear layer"
+
+
+def test_that_a_layer_is_like_all_is_not_said(page):
+    panel = quantize_node(page)
+    open_layers(page, panel, reason="primary")
+    assert panel.locator(".fewbits-reason").count() == 0
+    open_again = [{**row, "reason": "primary; narrow"} for row in REPORT["layers"]]
+    finish(page, {**REPORT, "layers": open_again})
+    assert panel.locator(".fewbits-reason").first.inner_text() == "narrow"
+
+
+def test_unusual_errors_have_a_colour(page, panel):
+    errors = [0.02 if i == 7 else 0.01 + i / 100_000 for i in range(30)]
+    layers = [
+        {**row, "format": "int8_tensorwise", "rel_l2": error}
+        for row, error in zip(REPORT["layers"], errors, strict=True)
+    ]
+    worst = sorted(layers, key=lambda row: -row["rel_l2"])[:5]
+    finish(page, {**REPORT, "layers": layers, "worst": worst})
+    panel.get_by_text("All 30 layers").click()
+    unusual = panel.locator(".fewbits-outlier")
+    assert unusual.all_inner_texts() == ["0.0200", "0.0200"]  # among the worst, and in the list
+    assert "unusually much for int8_tensorwise" in unusual.first.get_attribute("title")
+
+
+def test_what_is_typed_into_rules_is_planned_at_once(page, panel):
+    answer(page, "/fewbits/plan", {"plan": PLAN, "sizes": {}})
+    page.evaluate(
+        "addNode(13, host.app.rootGraph, 'FewBitsLayerRules', [{ name: 'pattern', value: '' }])"
+    )
+    set_prompt(page, PROMPT)
+    page.evaluate("host.app.rootGraph.getNodeById(13).widgets[0].callback('blocks.*')")
+    wait_for(page, "dataset.phase === 'preview'")
 
 
 def test_an_open_list_keeps_filter_and_focus_when_the_report_arrives(page, panel):
