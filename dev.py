@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     try:
-        page = args.command == "comfy" or getattr(args, "browser", False)
-        return COMMANDS[args.command](Environment(page), args, rest)
+        environment = Environment(page=args.command == "comfy")
+        return COMMANDS[args.command](environment, args, rest)
     except (Failed, OSError) as failure:
         print(f"dev.py: {failure}", file=sys.stderr)
         return 2
@@ -76,6 +76,9 @@ def command_line() -> argparse.ArgumentParser:
         "--browser", action="store_true", help="also the tests of the page, in headless Chromium"
     )
     test.add_argument(
+        "--frontend", metavar="VERSION", help="with --browser: this version of the page, as 1.58.1"
+    )
+    test.add_argument(
         "--fuzz", metavar="SECONDS", help="only the fuzzers, each for so long, with a new seed"
     )
     test.add_argument("--faults", action="store_true", help="only the faults, all of them")
@@ -99,6 +102,8 @@ def test(env: Environment, args: argparse.Namespace, rest: list[str]) -> int:
     """tests/conftest.py says what its options choose."""
     if not args.fast:
         env.fetch_older_trees()
+    if args.frontend:
+        env.use_frontend(args.frontend)
     options = [f"--{name}" for name in LANES if getattr(args, name)]
     options += [f"--fuzz={args.fuzz}"] if args.fuzz else []
     return env.python("-m", "pytest", *options, *side_by_side(env, rest), *rest)

@@ -183,7 +183,23 @@ def test_the_slim_environment_leaves_out_what_only_the_page_needs(monkeypatch, t
     environment.Environment(page=True)
     comfyui, tools, same_comfyui, page = layers
     assert comfyui == same_comfyui == ["torch", *environment.OLDER_TREES]
-    assert [*tools, *environment.PAGE_TOOLS, "comfyui-workflow-templates==0.1"] == page
+    assert [*tools, "comfyui-workflow-templates==0.1"] == page
+
+
+def test_the_page_of_a_version_is_fetched_once_and_named_to_the_tests(monkeypatch, tmp_path):
+    fetched = []
+
+    def fetch(command, part):
+        fetched.append(command[-1])
+        (part / "result" / "comfyui_frontend_package" / "static").mkdir(parents=True)
+
+    monkeypatch.setattr(environment, "run", fetch)
+    env = object.__new__(environment.Environment)
+    env.cache, env.variables = tmp_path, {}
+    env.use_frontend("1.58.1")
+    env.use_frontend("1.58.1")
+    assert fetched == ["comfyui-frontend-package==1.58.1"]
+    assert Path(env.variables["FEWBITS_FRONTEND"]).is_dir()
 
 
 def status(*arguments, **variables):
@@ -248,6 +264,9 @@ def pytest_calls(dev, monkeypatch):
         def fetch_older_trees(self):
             pass
 
+        def use_frontend(self, version):
+            self.calls.append(version)
+
         def python(self, *arguments):
             self.calls.append(list(arguments))
             return 5
@@ -277,6 +296,11 @@ def test_pytest_gets_its_arguments_and_workers_unless_tests_are_chosen(
 ):
     assert dev.main(["test", *arguments]) == 5
     assert pytest_calls == [["-m", "pytest", *wanted]]
+
+
+def test_a_version_of_the_page_is_made_ready_before_its_tests(dev, pytest_calls):
+    assert dev.main(["test", "--browser", "--frontend", "1.58.1", "tests/browser"]) == 5
+    assert pytest_calls == ["1.58.1", ["-m", "pytest", "--browser", "tests/browser"]]
 
 
 def test_a_benchmark_runs_by_its_name_and_without_one_they_are_listed(dev, pytest_calls, capsys):

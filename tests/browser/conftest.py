@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from support.harness import EMOJI_NODES, PACK, ComfyServer, emoji_models
+from support.harness.page import COLLECT, RENDERERS, SLOW, ready, write_slow_model
+
 CHROMES = (
     "chromium",
     "chromium-browser",
@@ -77,6 +80,45 @@ def new_page(chrome) -> Iterator[Callable[..., object]]:
     yield make
     for context in contexts:
         context.close()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[ComfyServer]:
+    """A ComfyUI with the emoji model and one that takes long; it serves the page of `--frontend`."""
+    base = tmp_path_factory.mktemp("page")
+    slow = base / SLOW
+    write_slow_model(slow)
+    folder = os.environ.get("FEWBITS_FRONTEND")
+    page = ["--front-end-root", folder] if folder else []
+    nodes, models = [PACK, EMOJI_NODES], emoji_models(slow)
+    with ComfyServer(base, custom_nodes=nodes, models=models, arguments=page) as server:
+        yield server
+
+
+@pytest.fixture
+def open_page(server, new_page) -> Iterator[Callable[..., object]]:
+    """`open_page(renderer, theme)` -> ComfyUI's page, ready; the test then fails on any complaint that concerns us."""
+    pages = []
+
+    def open_page(renderer: str, theme: str = "dark", language: str = "en", **size: int) -> object:
+        settings = {
+            "Comfy.TutorialCompleted": True,
+            "Comfy.ColorPalette": theme,
+            "Comfy.Locale": language,
+            "Comfy.VueNodes.Enabled": RENDERERS[renderer],
+            "Comfy.Minimap.Visible": False,
+        }
+        server.post("/settings", settings)
+        page = new_page(**({"width": 1400, "height": 900} | size))
+        pages.append(page)
+        page.goto(f"http://127.0.0.1:{server.port}")
+        ready(page)
+        page.evaluate(COLLECT)
+        return page
+
+    yield open_page
+    for page in pages:
+        assert [message for message in page.messages if "fewbits" in message.lower()] == []
 
 
 @pytest.fixture(scope="session")

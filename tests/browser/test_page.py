@@ -1,157 +1,27 @@
-"""Quantize nodes in ComfyUI's real page: plan, progress, report, cancel and error, in both renderers and both themes.
-
-Screenshots go to demo_output/browser/.
-"""
+"""Quantize nodes in ComfyUI's real page: plan, progress, report, cancel and error, in both renderers and both themes."""
 
 from __future__ import annotations
-
-import json
-import struct
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from support.harness import EMOJI_NODES, PACK, ComfyServer, emoji_models, emoji_workflow
+from support.harness import emoji_workflow
+from support.harness.page import (
+    CONTRAST,
+    LAYERS,
+    RENDERERS,
+    SCREENSHOTS,
+    SLOW,
+    line,
+    load,
+    rows,
+    run,
+    shot,
+    sizes,
+    wait_for,
+)
 
 pytestmark = pytest.mark.browser
-
-SCREENSHOTS = Path(__file__).resolve().parents[2] / "demo_output" / "browser"
-RENDERERS = {"classic": False, "nodes2": True}
-LAYERS = [f"blocks.{i}.{name}" for i in range(512) for name in ("attn.qkv", "mlp.fc1")]
-SLOW = "slow.safetensors"  # 4 GB of zeros, a sparse file: long enough to watch and to cancel on any machine
-# What arrived, and what the panel showed right after each progress message: its script listens before this one.
-COLLECT = """async () => {
-  const { api } = await import("/scripts/api.js");
-  window.received = { "fewbits.plan": [], "fewbits.progress": [], executed: [] };
-  for (const type in received) api.addEventListener(type, (event) => received[type].push(event.detail));
-  window.drawn = [];
-  api.addEventListener("fewbits.progress", ({ detail }) => {
-    const panel = document.querySelector(".fewbits-panel");
-    const now = panel.querySelector("[role=progressbar]").getAttribute("aria-valuenow");
-    drawn.push([panel.dataset.phase, detail.layer, panel.querySelector(".fewbits-left").textContent, Number(now)]);
-  });
-}"""
-# WCAG contrast of every visible text in the panel against the panel's surface, the smallest first.
-CONTRAST = """() => {
-  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-  const luminance = (colour) => {
-    canvas.fillStyle = colour;
-    canvas.fillRect(0, 0, 1, 1);
-    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((value) => {
-      const part = value / 255;
-      return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
-    });
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const panel = document.querySelector(".fewbits-panel");
-  const surface = luminance(getComputedStyle(panel).backgroundColor);
-  const texts = [...panel.querySelectorAll("*")].filter((e) => [...e.childNodes].some((n) => n.nodeType === 3));
-  const ratios = texts.map((element) => {
-    const text = luminance(getComputedStyle(element).color);
-    return [(Math.max(text, surface) + 0.05) / (Math.min(text, surface) + 0.05), element.className || element.tagName];
-  });
-  return ratios.sort((a, b) => a[0] - b[0])[0];
-}"""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    base = tmp_path_factory.mktemp("page")
-    slow = base / SLOW
-    write_slow_model(slow)
-    with ComfyServer(base, custom_nodes=[PACK, EMOJI_NODES], models=emoji_models(slow)) as server:
-        yield server
-
-
-def write_slow_model(path: Path) -> None:
-    shape = (1024, 2048)
-    size = 2 * shape[0] * shape[1]
-    header = {
-        f"{name}.weight": {
-            "dtype": "BF16",
-            "shape": shape,
-            "data_offsets": [i * size, (i + 1) * size],
-        }
-        for i, name in enumerate(LAYERS)
-    }
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + len(LAYERS) * size)
-
-
-@pytest.fixture
-def open_page(server, new_page):
-    """`open_page(renderer, theme)` -> ComfyUI's page, ready; the test then fails on any complaint that concerns us."""
-    pages = []
-
-    def open_page(renderer: str, theme: str = "dark", **size: int):
-        settings = {
-            "Comfy.TutorialCompleted": True,
-            "Comfy.ColorPalette": theme,
-            "Comfy.VueNodes.Enabled": RENDERERS[renderer],
-            "Comfy.Minimap.Visible": False,
-        }
-        server.post("/settings", settings)
-        page = new_page(**({"width": 1400, "height": 900} | size))
-        pages.append(page)
-        page.goto(f"http://127.0.0.1:{server.port}")
-        page.wait_for_function(
-            "window.app?.graph && window.app.canvas && window.app.extensionManager", timeout=120_000
-        )
-        page.evaluate(COLLECT)
-        return page
-
-    yield open_page
-    for page in pages:
-        assert [message for message in page.messages if "fewbits" in message.lower()] == []
-
-
-def load(page, workflow: dict, node: str, tab: str = "quantize") -> object:
-    """Open an API workflow as a new tab, with one node in view at full size; returns its panel."""
-    page.evaluate("([workflow, tab]) => app.loadApiJson(workflow, tab)", [workflow, tab])
-    page.evaluate(
-        """(id) => {
-          const node = app.graph.getNodeById(id);
-          app.canvas.ds.scale = 1;
-          app.canvas.ds.offset = [420 - node.pos[0], 120 - node.pos[1]];
-          app.canvas.setDirty(true, true);
-        }""",
-        node,
-    )
-    panel = page.locator(".fewbits-panel")
-    panel.wait_for()
-    return panel
-
-
-def run(page) -> None:
-    page.evaluate("app.queuePrompt(0)")
-
-
-def wait_for(page, phase: str) -> None:
-    page.wait_for_selector(f'.fewbits-panel[data-phase="{phase}"]', timeout=120_000)
-
-
-def shot(page, name: str, **options: object) -> None:
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"{name}.png", **options)
-
-
-def line(panel) -> str:
-    return panel.locator(".fewbits-line").inner_text().replace("\n", " ").strip()
-
-
-def rows(panel, table: str) -> list[list[str]]:
-    return [
-        [c.strip() for c in row.locator("th, td").all_inner_texts()]
-        for row in panel.locator(f"{table} tr").all()
-    ]
-
-
-def sizes(row: dict) -> list[str]:
-    """Before and after as the table shows them."""
-    return [f"{row[key] / 1e6:.2f}" for key in ("bytes_before", "bytes_after")]
 
 
 def in_graph(seed: int) -> dict:

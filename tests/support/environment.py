@@ -51,8 +51,8 @@ OLDER_TREES = ("glfw>=2.10,<3",)  # one extra-node module of ComfyUI <= 0.24 wan
 TOOLS = (
     "setuptools>=77", "pytest>=8.3,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.150,<7", "ruff==0.17.6", "piq==0.8.0",
     "matplotlib>=3.9,<4", "websocket-client>=1.8,<2", "bitsandbytes==0.50.2", "gguf>=0.17,<1",
+    "playwright>=1.60,<2",
 )  # fmt: skip
-PAGE_TOOLS = ("playwright>=1.60,<2",)
 STALE_SECONDS = 6 * 3600  # no build takes this long: what is older was killed
 
 
@@ -67,11 +67,7 @@ class Environment:
 
     def __init__(self, page: bool):
         self.cache = cache_folder()
-        tools = [
-            *TOOLS,
-            *requirement_lines(ROOT / "requirements.txt"),
-            *(PAGE_TOOLS if page else ()),
-        ]
+        tools = [*TOOLS, *requirement_lines(ROOT / "requirements.txt")]
         if own := os.environ.get("COMFYUI_DIR"):
             self.tree = Path(own).resolve()
             if not (self.tree / "main.py").is_file():
@@ -125,6 +121,10 @@ class Environment:
         self.variables["FEWBITS_OLDER_COMFYUI"] = "\n".join(
             f"{version}={tree}" for version, tree in trees.items()
         )
+
+    def use_frontend(self, version: str) -> None:
+        """Tests of the page get this version of it, not the one that ComfyUI asks for."""
+        self.variables["FEWBITS_FRONTEND"] = str(fetch_frontend(self.cache, version))
 
     def python(self, *arguments: str) -> int:
         """Run the environment's Python in this checkout and pass its exit status on."""
@@ -194,6 +194,17 @@ def fetch_tree(cache: Path, package: str, digest: str) -> Path:
         (unpacked,) = part.glob("unpacked/*/vendor/ComfyUI")
         unpacked.rename(part / "result")
     return tree
+
+
+def fetch_frontend(cache: Path, version: str) -> Path:
+    """ComfyUI's page in one version, as its package on the index has it: the folder to serve."""
+    package = f"comfyui-frontend-package=={version}"
+    folder = cache / "frontends" / version
+    if not folder.is_dir():
+        with build(folder, f"download ComfyUI's page ({package})") as part:
+            pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-compile"]
+            run([*pip, "--target", str(part / "result"), package], part)
+    return folder / "comfyui_frontend_package" / "static"
 
 
 def requirement_lines(file: Path) -> list[str]:
