@@ -72,6 +72,14 @@ def _loads_in(source: TensorSource, plan: ModelPlan | None) -> str:
     return plan.loads_in()
 
 
+def _opened_by_us(plan: ModelPlan) -> ModelPlan:
+    """The plan of a file that ComfyUI itself does not read rightly."""
+    if plan.min_comfyui:
+        return replace(plan, requires_pack=True)
+    label = "needs FewBits in ComfyUI, which decodes its layers while loading"
+    return replace(plan, requires_pack=True, opened_by=label)
+
+
 def inspect_file(path: str | os.PathLike) -> Inspection:
     """Inspect a file, an index or a folder of shards.
 
@@ -96,7 +104,7 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
         if any(map(hides_contents, found)):
             plan = None
         if plan and not stock:
-            plan = replace(plan, requires_pack=True)
+            plan = _opened_by_us(plan)
         dtypes: dict[str, list[int]] = {}
         for spec in header.tensors.values():
             entry = dtypes.setdefault(spec.dtype, [0, 0])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.importers import ImportOptions
-from ..checkpoint.importers.source import ImportedSource
+from ..checkpoint.importers.source import ImportedSource, refuse_unexplained
 from ..checkpoint.reader import FileSource
 from ..checkpoint.verify import SCALE_LOST, Finding, Verification
 from ..checkpoint.writer import check_target
@@ -79,6 +79,7 @@ def repair_file(
         sink = checked_sink(target, overwrite=overwrite, known=before.findings, verify=verify)
         options = replace(options or ImportOptions(), left=left)
         with closing(ImportedSource(file, options)) as opened:
+            refuse_unexplained(file.name, opened.contents)
             rewrite(opened, sink, on_progress=on_progress)
             origins = opened.origins()
     with FileSource(Path(target)) as written:

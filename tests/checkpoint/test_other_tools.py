@@ -173,8 +173,8 @@ def test_auto_awq_is_decoded(write, out):
 REFUSED = {
     "GPTQ": ({"a.qweight": torch.zeros(32, 64, dtype=torch.int32), "a.g_idx": torch.zeros(256)}, "GPTQ"),
     "nunchaku": ({"a.qweight": torch.zeros(64, 64, dtype=torch.int8), "a.wscales": torch.ones(2, 64)}, "nunchaku"),
-    "an unknown INT8": ({"a.weight": torch.ones(64, 64, dtype=torch.int8)}, "1 matrices hold codes"),
-    "an unknown name": ({"a.weight_packed": torch.ones(64, 64, dtype=torch.uint8)}, "1 matrices hold codes"),
+    "an unknown INT8": ({"a.weight": torch.ones(64, 64, dtype=torch.int8)}, "1 tensors hold codes"),
+    "an unknown name": ({"a.weight_blob": torch.ones(64, 64, dtype=torch.uint8)}, "1 tensors hold codes"),
 }  # fmt: skip
 
 
@@ -189,6 +189,7 @@ def test_what_nothing_reads_is_a_problem_through_every_door(case, write, out, ca
         lambda: quantize_file(path, out, recipe(), requantize=True),
         lambda: convert_file(path, out),
         lambda: convert_file(path, out, to="bf16"),
+        lambda: repair_file(path, out),
     ):
         with pytest.raises(CheckpointError, match=why):
             door()

@@ -13,7 +13,9 @@ from .base import Dialect, ImportOptions, StoredLayer, Translation
 from .bitsandbytes import BitsAndBytes
 from .comfy_quant import ComfyQuant
 from .comfyui_layers import ComfyuiLayers
+from .compressed_tensors import CompressedTensors
 from .flat_4bit import Flat4Bit
+from .gptq import Gptq
 from .hybrid_mxfp8 import HybridMxfp8
 from .legacy_4bit import BytesWithScales, StateWithoutWeight
 from .legacy_int8 import Int8Fast, Int8WithoutJson, LegacyInt8
@@ -21,12 +23,16 @@ from .llm_int8 import LlmInt8
 from .packed_int4 import PackedInt4
 from .plain import BlocksWithoutJson, DummyScale, OrphanMarker, PlainFp8
 from .quanto import Quanto
+from .scale_inv import Fp8ScaleInv
 from .scaled_fp8 import ScaledFp8
 
 # The order of evidence: what a file says about a layer before what its dtypes suggest.
 DIALECTS: tuple[Dialect, ...] = (
+    Gptq(),
     PackedInt4(),
     Quanto(),
+    CompressedTensors(),
+    Fp8ScaleInv(),
     ComfyuiLayers(),
     OrphanMarker(),
     HybridMxfp8(),

@@ -6,7 +6,7 @@ is refused.
 | `weight` FP8, no scale anywhere | float8_e4m3fn or float8_e5m2 with scale 1.0 |
 | unreadable JSON, FP8 codes | by dtype and scale shape |
 | floating-point `weight` with JSON that names a format, no scale | the weight alone |
-| floating-point `weight` with `scale_weight` | the weight alone, bit for bit |
+| floating-point `weight` with `scale_weight` or `weight_scale` | the weight alone, bit for bit |
 | `weight` U8 with block scales, no JSON | refused, unless the user says nvfp4 (bare_nvfp4.py) |
 
 ComfyUI itself reads the first as it is, and would cast the weight beside a `scale_weight` to FP8.
@@ -20,6 +20,12 @@ from ...spec import FLOAT_DTYPES
 from .bare_nvfp4 import translate_bare_nvfp4
 from .base import FP8, ImportOptions, StoredLayer, Tensors, Translation
 from .scaled import translate_scaled
+
+# What a weight loses when it is decoded, and some tools leave.
+STRAY = (
+    "scale_weight", "weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale",
+    "scale_input", "output_scale",
+)  # fmt: skip
 
 
 class PlainFp8:
@@ -67,16 +73,22 @@ class OrphanMarker:
         )
 
 
+def stray_scales(layer: StoredLayer) -> tuple[str, ...]:
+    """The scales beside a weight that has no marker; ComfyUI multiplies no float weight by them."""
+    if layer.said.get("format"):
+        return ()
+    return tuple(suffix for suffix in STRAY if suffix in layer.specs)
+
+
 class DummyScale:
     def claims(self, layer: StoredLayer) -> bool:
-        return layer.weight.dtype in FLOAT_DTYPES and "scale_weight" in layer.specs
+        return layer.weight.dtype in FLOAT_DTYPES and bool(stray_scales(layer))
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
-        value = layer.number("scale_weight")
-        warnings = (
-            ()
-            if value == 1.0
-            else (f"layer '{layer.name}': high precision, its scale_weight {value} is dropped",)
+        warnings = tuple(
+            f"layer '{layer.name}': high precision, its {suffix} {layer.number(suffix)} is dropped"
+            for suffix in stray_scales(layer)
+            if layer.number(suffix) != 1.0
         )
 
         def keep(tensors: Tensors) -> Tensors:
@@ -84,5 +96,10 @@ class DummyScale:
 
         outputs = {"weight": (layer.weight.dtype, layer.weight.shape)}
         return Translation(
-            "dummy-scale", outputs, keep, "high precision: dummy scale dropped", warnings=warnings
+            dialect="dummy-scale",
+            outputs=outputs,
+            convert=keep,
+            note="high precision: dummy scale dropped",
+            warnings=warnings,
+            stock="scale_weight" not in layer.specs,
         )

@@ -116,8 +116,22 @@ def translate_scaled(
 
 
 def _scale_of(layer: StoredLayer) -> ScaleOf | None:
-    suffix = layer.first("weight_scale", "scale_weight")
-    return ScaleOf(suffix, lambda tensors: tensors[suffix]) if suffix else None
+    """
+    Raises:
+        CheckpointError: two scales that differ.
+    """
+    found = [suffix for suffix in ("weight_scale", "scale_weight") if suffix in layer.specs]
+    if not found:
+        return None
+    suffix = found[0]
+    if len(found) > 1:
+        first, second = (layer.read(each).float() for each in found)
+        if first.numel() != second.numel() or not torch.equal(first.view(-1), second.view(-1)):
+            raise CheckpointError(
+                "weight_scale and scale_weight differ: which of them counts is not said; start "
+                "from the original model"
+            )
+    return ScaleOf(suffix, lambda tensors: tensors[suffix])
 
 
 def _refuse_lost_scale(layer: StoredLayer, codes: torch.Tensor) -> None:
@@ -133,17 +147,17 @@ def is_saturated(weight: torch.Tensor) -> bool:
     """Whether the largest magnitude of FP8 codes is exactly 448 or 57344: scaled codes reach it,
     plain casts do not.
     """
-    levels = _levels(weight.dtype)
+    levels = levels_of(weight.dtype)
     return weight.numel() > 0 and float(levels.widen(weight).abs_().max()) == levels.qmax
 
 
 def _decode(codes: torch.Tensor, scale: torch.Tensor, label: Label) -> torch.Tensor:
     geometry = label.geometry.geometry(label.size)
     scale = scale.float().reshape(geometry.grid_shape(tuple(codes.shape)))
-    return decode(codes, scale, _levels(codes.dtype), geometry)
+    return decode(codes, scale, levels_of(codes.dtype), geometry)
 
 
-def _levels(dtype: torch.dtype) -> Levels:
+def levels_of(dtype: torch.dtype) -> Levels:
     """What one-byte codes of an FP8 or INT8 layer stand for."""
     names = labels()[DTYPE_NAMES[dtype]].values()
     return get_format(next(iter(names))).levels
@@ -162,7 +176,7 @@ def _odd_rank(dialect: str, layer: StoredLayer, scale: ScaleOf | None, note: str
 
     def decode_plain(tensors: Tensors) -> torch.Tensor:
         codes = tensors[layer.codes]
-        values = _levels(codes.dtype).widen(codes)
+        values = levels_of(codes.dtype).widen(codes)
         return values if scale is None else values * scale.read(tensors).float().reshape(())
 
     return floating(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ import torch
 from ...errors import CheckpointError, RecipeError
 from ...formats import FORMATS, get_format
 from ...sources import TORCH_DTYPES, TensorSource
-from ...spec import Header, TensorSpec
+from ...spec import FLOAT_DTYPES, Header, TensorSpec
 from ...strict_json import parse
 from ..diffusers import renamed
 from ..labels import EMBEDDING
@@ -25,6 +25,7 @@ from ..reader import stored_text
 from ..scales import scale_problem
 from . import explained, translate
 from .base import CODES, FP8, FileFacts, ImportOptions, StoredLayer, Translation
+from .unread import is_companion, tool_of
 
 LEGACY_MARKER = "scaled_fp8"
 CODE_DTYPES = ("I8", "U8")  # FP8 is what plain casts hold too, ComfyUI reads it as numbers
@@ -34,7 +35,8 @@ NAMED = 3  # tensors that one message names
 SIDES = frozenset({
     "comfy_quant", "input_scale", "pre_quant_scale", "weight_scalar", "weight_correction",
     "scale_weight", "scale_input", "quant_map", "nested_absmax", "nested_quant_map", "weight_zeros",
-    "SCB", "weight_format", "output_scale",
+    "SCB", "weight_format", "output_scale", "weight_zero_point", "weight_scale_inv", "weight_shape",
+    "weight_global_scale", "input_global_scale", "weight_g_idx", "input_zero_point",
 })  # fmt: skip
 NESTED = frozenset({
     "absmax", "quant_map", "nested_absmax", "nested_quant_map", "_data", "_scale", "_shift",
@@ -417,11 +419,37 @@ def as_loadable(base: str, made: Translation) -> Translation:
     return made
 
 
-def unexplained(contents: Contents) -> tuple[TensorSpec, ...]:
-    """Matrices of codes that no dialect explains: read as numbers they are noise."""
-    loose = [spec for spec in contents.loose if spec.dtype in CODE_DTYPES and len(spec.shape) > 1]
+def unexplained(contents: Contents) -> tuple[str, ...]:
+    """Codes that no dialect explains, and what stands beside codes and changes their meaning: one
+    text each. Read as numbers, or without it, they are noise.
+    """
+    names = {spec.name for spec in (*contents.loose, *contents.orphans)}
+    found = []
+    for spec in contents.loose:
+        codes = spec.dtype in CODE_DTYPES and len(spec.shape) > 1
+        tool = tool_of(spec, names)
+        if tool:
+            found.append(f"{_shown(spec)} of {tool}")
+        elif codes or _beside_codes(spec, contents.layers, names):
+            found.append(_shown(spec))
     layers = (layer for layer in contents.layers.values() if not explained(layer))
-    return (*loose, *(layer.weight for layer in layers))
+    return (*found, *(_shown(layer.weight) for layer in layers))
+
+
+def _shown(spec: TensorSpec) -> str:
+    return f"'{spec.name}' {spec.dtype} {list(spec.shape)}"
+
+
+def _beside_codes(spec: TensorSpec, layers: Mapping[str, StoredLayer], names: set[str]) -> bool:
+    """Whether a tensor scales codes in a way that nothing here reads, or is codes that one does."""
+    base, _, suffix = spec.name.rpartition(".")
+    layer = layers.get(base.removesuffix(".weight"))
+    if layer is not None and is_companion(suffix):
+        return layer.weight.dtype not in FLOAT_DTYPES and len(layer.weight.shape) > 1
+    if spec.dtype not in FP8 or len(spec.shape) < 2:
+        return False
+    behind = (name.removeprefix(spec.name) for name in names if name.startswith(spec.name))
+    return any(map(is_companion, filter(None, behind)))
 
 
 def refuse_unexplained(name: str, contents: Contents) -> None:
@@ -431,10 +459,10 @@ def refuse_unexplained(name: str, contents: Contents) -> None:
     """
     found = unexplained(contents)
     if found:
-        names = ", ".join(f"'{spec.name}' {spec.dtype}" for spec in found[:NAMED])
+        named = ", ".join(found[:NAMED])
         raise CheckpointError(
-            f"{name}: {len(found)} matrices hold codes of a format that is not read ({names}); "
-            "start from the original model"
+            f"{name}: {len(found)} tensors hold codes of a format that is not read, or scale them "
+            f"({named}); start from the original model"
         )
 
 

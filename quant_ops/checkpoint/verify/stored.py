@@ -13,7 +13,7 @@ from ...formats.bnb_4bit import PREFIX, Bnb4Bit
 from ...spec import FLOAT_DTYPES
 from ..host_layers import host_layer
 from ..importers import StoredLayer
-from ..importers.base import FP8, input_scale_problem
+from ..importers.base import FP8, FP8_SCALES, input_scale_problem
 from ..importers.flat_4bit import is_zero_defect
 from ..importers.hybrid_mxfp8 import HYBRID
 from ..importers.plain import OrphanMarker
@@ -193,7 +193,7 @@ def _input_scale(layer: StoredLayer) -> Problems:
 
 def _missing_scale(layer: StoredLayer) -> Problems:
     codes = layer.weight.dtype in FP8 and is_scaled(layer.said.get("format"))
-    if codes and layer.first("weight_scale", "scale_weight") is None:
+    if codes and layer.first(*FP8_SCALES) is None:
         yield f"{layer.weight.dtype} codes; right only if they are plain casts"
 
 

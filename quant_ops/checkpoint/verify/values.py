@@ -8,7 +8,7 @@ import torch
 
 from ...formats import FORMATS
 from ..importers import StoredLayer, Translation
-from ..importers.base import FP8, Tensors
+from ..importers.base import FP8, FP8_SCALES, Tensors
 from ..importers.bitsandbytes import LOW_NIBBLE
 from ..importers.scaled import is_saturated
 from .findings import ORIGINAL, REPAIR, Finding, Mistake
@@ -27,7 +27,7 @@ def _nan_codes(layer: StoredLayer, stored: Tensors, made: Translation) -> Iterab
 
 
 def _lost_scale(layer: StoredLayer, stored: Tensors, made: Translation) -> Iterable[str]:
-    unscaled = layer.first("weight_scale", "scale_weight") is None
+    unscaled = layer.first(*FP8_SCALES) is None
     if layer.weight.dtype in FP8 and unscaled and is_saturated(stored[layer.codes]):
         yield f"largest code of {layer.weight.dtype}"
 

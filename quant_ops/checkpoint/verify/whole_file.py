@@ -21,10 +21,7 @@ def _orphans(contents: Contents) -> Iterable[str]:
 def _unexplained(contents: Contents) -> Iterable[str]:
     found = unexplained(contents)
     if found:
-        names = ", ".join(
-            f"'{spec.name}' {spec.dtype} {list(spec.shape)}" for spec in found[:NAMED]
-        )
-        yield f"{len(found)} matrices ({names})"
+        yield f"{len(found)} tensors ({', '.join(found[:NAMED])})"
 
 
 def _header(contents: Contents) -> Iterable[str]:
