@@ -4,11 +4,12 @@ halves changed places; recipes/diffusers.toml says which.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,7 @@ else:  # the standard library has it from 3.11 on
     import tomli as tomllib
 
 TABLES = Path(__file__).parent.parent / "recipes" / "diffusers.toml"
+DIFFUSERS = "diffusers'"
 SHARED = "tables"  # the table of diffusers.toml that is no model
 HEAD = 64  # rows of a transformer block's width
 NAMED = 3  # tensors that one warning names
@@ -37,14 +39,16 @@ SCALE = "weight_scale"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer goes: which of `of` pieces of `target` it is, and whether its halves change
-    places.
+    """Where a layer goes: which of `of` pieces of `target` it is, by rows or by columns, whether
+    its halves change places, and, of a layer that becomes several, the others (`more`).
     """
 
     target: str
     index: int = 0
     of: int = 1
     swapped: bool = False
+    columns: bool = False
+    more: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Names:
     def __init__(self, model: str, tensors: Mapping[str, TensorSpec]):
         table = _tables()[model]
         self.title, self.others = table["title"], table.get("others", False)
+        self.tool = table.get("tool", DIFFUSERS)
         self._tensors = tensors
         self._known: dict[str, int] = {}
         if "last" in table:
@@ -70,6 +75,11 @@ class Names:
             self._known["r"] = _count(table["count"], tensors)
         self._behind = table.get("behind", "")
         self._blocks = [self._block(block) for block in table["block"]]
+
+    @property
+    def read_by_comfyui(self) -> bool:
+        """Whether ComfyUI knows them too, where nothing is quantized."""
+        return self.tool == DIFFUSERS
 
     def place(self, name: str) -> Place | None:
         """Where a layer or a tensor goes; None for one that is not named. Later blocks count
@@ -81,7 +91,8 @@ class Names:
                 continue
             found = block.places[name[start.end() :]]
             to = block.to.format(**self._numbers(start.groupdict()))
-            return Place(to + found.target, found.index, found.of, found.swapped)
+            more = tuple(to + other for other in found.more)
+            return replace(found, target=to + found.target, more=more)
         return None
 
     def _block(self, block: dict) -> Block:
@@ -99,6 +110,11 @@ class Names:
             for target, pieces in group.get("rows", {}).items():
                 for index, name in enumerate(pieces):
                     places[name] = Place(target, index, len(pieces))
+            for target, pieces in group.get("columns", {}).items():
+                for index, name in enumerate(pieces):
+                    places[name] = Place(target, index, len(pieces), columns=True)
+            for name, targets in group.get("parts", {}).items():
+                places[name] = Place(targets[0], more=tuple(targets[1:]))
         return Block(re.compile(pattern), block["to"], places)
 
     def _numbers(self, found: Mapping[str, str]) -> dict[str, int]:
@@ -166,6 +182,7 @@ class RenamedSource:
         self._reads: dict[str, Callable[[], torch.Tensor]] = {}
         self._tensors: dict[str, TensorSpec] = {}
         self._made: dict[str, dict] = {}
+        self._whole: tuple[str, torch.Tensor | None] = ("", None)
         left_out = []
         groups: dict[str, dict[int, tuple[str, Place, Piece]]] = {}
         for base, piece in self._pieces().items():
@@ -188,7 +205,8 @@ class RenamedSource:
         """What was renamed -> number of tensors."""
         inner = getattr(self.source, "origins", None)
         counts = dict(inner()) if inner is not None else {}
-        return {**counts, f"diffusers' names ({self._names.title}): ComfyUI's": len(self._tensors)}
+        tool, title = self._names.tool, self._names.title
+        return {**counts, f"{tool} names ({title}): ComfyUI's": len(self._tensors)}
 
     def close(self) -> None:
         close = getattr(self.source, "close", None)
@@ -225,7 +243,7 @@ class RenamedSource:
             )
         quantized = [base for base in bases if base in self._markers]
         if quantized:
-            if len(quantized) < len(bases) or place.swapped:
+            if len(quantized) < len(bases) or place.swapped or place.columns or place.more:
                 raise self._refusal(
                     target, f"'{quantized[0]}' is quantized, which allows no exact conversion"
                 )
@@ -233,8 +251,52 @@ class RenamedSource:
             return
         suffixes = dict.fromkeys(suffix for piece in pieces for suffix in piece)
         for suffix in suffixes:
+            if place.columns:
+                self._put_columns(target, suffix, pieces)
+                continue
             specs = self._all(target, suffix, pieces)
-            self._add(target, suffix, _joined(specs), self._plain(specs, place.swapped))
+            if place.more:
+                self._put_parts((target, *place.more), suffix, specs[0])
+            else:
+                self._add(target, suffix, _joined(specs), self._plain(specs, place.swapped))
+
+    def _put_columns(self, target: str, suffix: str, pieces: list[Piece]) -> None:
+        """Layers whose outputs are added: columns of one weight, and the sum of the biases."""
+        specs = [piece[suffix] for piece in pieces if suffix in piece]
+        kinds = {(spec.dtype, spec.shape[:1]) for spec in specs}
+        ranks = {"weight": 2, "bias": 1}
+        alike = len(specs) == len(pieces) and len(kinds) == 1
+        if not alike or {len(spec.shape) for spec in specs} != {ranks.get(suffix)}:
+            raise self._refusal(target, f"'{suffix}' of its pieces cannot be put side by side")
+        shape = specs[0].shape
+        if suffix == "weight":
+            shape = (shape[0], sum(spec.shape[1] for spec in specs))
+
+        def read() -> torch.Tensor:
+            tensors = [self.source.read(spec.name) for spec in specs]
+            if suffix == "weight":
+                return torch.cat(tensors, 1)
+            return sum(tensor.float() for tensor in tensors).to(tensors[0].dtype)
+
+        self._add(target, suffix, (specs[0].dtype, shape), read)
+
+    def _put_parts(self, targets: tuple[str, ...], suffix: str, spec: TensorSpec) -> None:
+        """A layer whose rows are those of several, as many of each."""
+        if not spec.shape or spec.shape[0] % len(targets):
+            raise self._refusal(targets[0], f"'{spec.name}' {list(spec.shape)} has no equal parts")
+        rows = spec.shape[0] // len(targets)
+        for index, target in enumerate(targets):
+            self._add(
+                target,
+                suffix,
+                (spec.dtype, (rows, *spec.shape[1:])),
+                functools.partial(self._part, spec.name, index, rows),
+            )
+
+    def _part(self, name: str, index: int, rows: int) -> torch.Tensor:
+        if self._whole[0] != name:  # its parts are read one after the other
+            self._whole = (name, self.source.read(name))
+        return self._whole[1][index * rows : (index + 1) * rows]
 
     def _put_codes(self, target: str, bases: list[str], pieces: list[Piece]) -> None:
         """A quantized layer: the rows of several, where their scales allow it exactly."""

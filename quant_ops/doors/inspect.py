@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, field, replace
 
+from ..checkpoint.diffusers import names_of
 from ..checkpoint.gguf_source import GgufSource
 from ..checkpoint.importers.source import ImportedSource, open_checkpoint, origins_of
 from ..checkpoint.metadata import HEADER_KEY
@@ -69,6 +70,9 @@ def _loads_in(source: TensorSource, plan: ModelPlan | None) -> str:
         return "unknown: see the problems"
     if isinstance(source, GgufSource):
         return "GGUF: ComfyUI itself does not read it; quantize or convert it"
+    names = names_of(source.header.tensors)
+    if names is not None and not names.read_by_comfyui:
+        return f"{names.tool} names: ComfyUI itself does not read them; quantize or convert it"
     return plan.loads_in()
 
 

@@ -25,9 +25,11 @@ from .plain import BlocksWithoutJson, DummyScale, OrphanMarker, PlainFp8
 from .quanto import Quanto
 from .scale_inv import Fp8ScaleInv
 from .scaled_fp8 import ScaledFp8
+from .svdquant import SvdQuant
 
 # The order of evidence: what a file says about a layer before what its dtypes suggest.
 DIALECTS: tuple[Dialect, ...] = (
+    SvdQuant(),
     Gptq(),
     PackedInt4(),
     Quanto(),

@@ -132,7 +132,8 @@ def _mxfp4(layer: StoredLayer) -> Translation:
         exponents = tensors["weight_scale"]
         if bool((exponents == E8M0_NAN).any()):
             raise CheckpointError("weight_scale has exponents that are no number")
-        blocks = torch.ldexp(torch.ones((), device=exponents.device), exponents.int() - E8M0_BIAS)
+        ones = torch.ones_like(exponents, dtype=torch.float32)
+        blocks = torch.ldexp(ones, exponents.int() - E8M0_BIAS)
         return _e2m1(tensors[PACKED], blocks, MXFP4_BLOCK)
 
     return floating(DIALECT, layer, (n, k), decode, note="MXFP4: decoded")

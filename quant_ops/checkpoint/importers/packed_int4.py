@@ -3,8 +3,7 @@
 | stored | answer |
 |---|---|
 | AutoAWQ: `qweight` I32 (K, N/8), `qzeros` I32 (K/G, N/8), `scales` F16 (K/G, N) | decoded |
-| GPTQ: `qweight` I32 (K/8, N), `g_idx` | refused: whether zero points are less one is not said |
-| nunchaku SVDQuant: `qweight` I8, `wscales`, `smooth_factor` | refused: tiled for one kernel |
+| any other | refused |
 
 AutoAWQ means (code - zero) * scale, and packs columns 0, 2, 4, 6, 1, 3, 5, 7 of eight into one
 number, lowest bits first.
@@ -26,16 +25,11 @@ class PackedInt4:
         return layer.codes == "qweight"
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
-        if "wscales" in layer.specs:
-            raise CheckpointError(
-                "nunchaku's SVDQuant codes and scales are tiled for its own kernels, and are read "
-                "by nothing else; start from the original model"
-            )
         shape = _awq_shape(layer)
         if shape is None:
             raise CheckpointError(
-                f"qweight {layer.weight.dtype} {list(layer.weight.shape)} is GPTQ's or another "
-                "packing that does not say its zero points; start from the original model"
+                f"qweight {layer.weight.dtype} {list(layer.weight.shape)} is no packing of AutoAWQ "
+                "or GPTQ that is read here; start from the original model"
             )
         return floating(
             "auto-awq", layer, shape, decode_auto_awq, note="AutoAWQ: decoded", dtype="F16"

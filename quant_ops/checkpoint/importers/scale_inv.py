@@ -2,7 +2,7 @@
 
 | stored | becomes |
 |---|---|
-| `weight` F8_E4M3 (N, K), `weight_scale_inv` F32 of blocks that divide N and K | labelled by shape |
+| `weight` F8_E4M3, `weight_scale_inv` F32 of blocks that divide N and K | labelled by shape |
 | `weight_scale_inv` (ceil(N / 128), ceil(K / 128)): the last blocks are smaller | decoded |
 
 Despite its name it multiplies: w = code * weight_scale_inv.

@@ -44,7 +44,7 @@ NESTED = frozenset({
 # Side tensors only beside a `qweight`: elsewhere such names mean something else.
 BESIDE_QWEIGHT = frozenset({
     "qzeros", "scales", "g_idx", "wscales", "wzeros", "wtscale", "wcscales", "smooth_factor",
-    "smooth_factor_orig", "smooth", "proj_down", "proj_up", "lora_down", "lora_up",
+    "smooth_factor_orig", "smooth", "smooth_orig", "proj_down", "proj_up", "lora_down", "lora_up",
 })  # fmt: skip
 STATE = ".quant_state."
 # Prefixes that ComfyUI strips from diffusion models; a header may have been written without.
@@ -85,6 +85,7 @@ def read_contents(source: TensorSource) -> Contents:
     names = header.tensors
     weights = _weights(names)
     packed = {name.removesuffix(".qweight") for name in names if name.endswith(".qweight")}
+    tiled = {base for base in packed if f"{base}.wscales" in names}  # whose biases are, too
     grouped: dict[str, dict[str, TensorSpec]] = {}
     loose, orphans, scopes = [], [], {}
     for name, spec in names.items():
@@ -92,6 +93,8 @@ def read_contents(source: TensorSource) -> Contents:
             scopes[name] = name[: -len(LEGACY_MARKER)]
             continue
         base, suffix = split_name(name, packed)
+        if name.removesuffix(".bias") in tiled:
+            base, suffix = name.removesuffix(".bias"), "bias"
         if suffix is None:
             loose.append(spec)
         elif base in weights:

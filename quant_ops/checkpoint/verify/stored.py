@@ -172,7 +172,7 @@ def _mislabelled(tag: str, label: Label) -> str:
 
 
 def _half_scales(layer: StoredLayer) -> Problems:
-    if is_host_layer(layer):
+    if is_host_layer(layer) or layer.codes != "weight":  # other tools' scales are theirs
         return
     half = [
         f"{suffix} {layer.specs[suffix].dtype}"
