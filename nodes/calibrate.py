@@ -4,9 +4,12 @@ encode; Save and Load Calibration.
 
 from __future__ import annotations
 
+import math
+
 from comfy_api.latest import io
 
 from ..quant_ops.calibration import Calibration, Observer, load_calibration, save_calibration
+from ..quant_ops.errors import RecipeError
 from .bridge import host, observe
 from .common import CALIBRATION, overwrite_input, path_output, saved_result, schema, settled
 
@@ -49,6 +52,8 @@ def _collecting_output() -> io.Output:
 
 
 def _observer(memory_gb: float, seed: int) -> Observer:
+    if math.isnan(memory_gb):  # which ComfyUI's own limits let through
+        raise RecipeError("memory_gb is not a number, allowed: 0.1 to 64")
     return Observer(int(memory_gb * 1e9), seed)
 
 

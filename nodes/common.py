@@ -5,8 +5,9 @@ every ComfyUI.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from comfy_api.latest import io
@@ -28,6 +29,9 @@ RECIPE = io.Custom("FEWBITS_RECIPE")  # carries a Draft
 CALIBRATION = io.Custom(
     "FEWBITS_CALIBRATION"
 )  # carries a Calibration, or an Observer that fills one
+# Types of sockets whose values no prompt can write, and what it can.
+OBJECTS = {"MODEL", "CLIP", "VAE", RECIPE.io_type, CALIBRATION.io_type}
+WRITTEN = (str, int, float, list, dict)
 SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
 
@@ -53,6 +57,39 @@ def format_aliases(formats: Iterable[str]) -> list[str]:
         words += [name, family, family.replace("float", "fp"), FORMATS[name].short]
         words += ["convrot"] if "convrot" in FORMATS[name].Options.names() else []
     return list(dict.fromkeys(filter(None, words)))
+
+
+def connected(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """The node, which now refuses what a prompt has written in place of a connection: ComfyUI hands
+    that on as it is.
+    """
+    for name in ("check_lazy_status", "execute"):
+        called = getattr(node, name).__func__
+        if called is not getattr(io.ComfyNode, name).__func__:
+            setattr(node, name, classmethod(_refusing_written(called)))
+    return node
+
+
+def _refusing_written(called: Callable[..., object]) -> Callable[..., object]:
+    @functools.wraps(called)
+    def checked(cls: type[io.ComfyNode], *args: object, **inputs: object) -> object:
+        for item in cls.define_schema().inputs:
+            if item.get_io_type() in OBJECTS:
+                _refuse_written(item, inputs, called.__name__ == "execute")
+        return called(cls, *args, **inputs)
+
+    return checked
+
+
+def _refuse_written(item: io.Input, inputs: dict, complete: bool) -> None:
+    """Raise for a socket without an object; null stands for what is left out, or not loaded yet."""
+    value = inputs.get(item.id)
+    missing = value is None and complete and not item.optional
+    if missing or isinstance(value, WRITTEN):
+        shown = "null" if value is None else repr(str(value)[:100])
+        raise RecipeError(
+            f"{item.id} is {shown}, allowed: a connection to an output of type {item.get_io_type()}"
+        )
 
 
 def schema(**fields: object) -> io.Schema:

@@ -21,6 +21,7 @@ from . import (
     save,
 )
 from .bridge import routes
+from .common import connected
 
 NODES = [
     load.FewBitsLoadModel,
@@ -51,4 +52,4 @@ class FewBitsExtension(ComfyExtension):
         routes.add_routes(preview.preview)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return NODES
+        return [connected(node) for node in NODES]

@@ -125,17 +125,21 @@ def output_path(name: str, suffix: str = ".safetensors", *, overwrite: bool = Fa
 
     Raises:
         RecipeError: empty, absolute, with `..`, a drive or a device name, or leading elsewhere
-            through a link; or an existing file and no wish to overwrite it.
+            through a link; one that the disk does not take; or an existing file and no wish to
+            overwrite it.
     """
     root = Path(folder_paths.get_output_directory())
     target = _target(name, suffix)
-    if target.exists() and not overwrite:
+    if _exists(target) and not overwrite:
         shown = target.relative_to(root).as_posix()
         raise RecipeError(
             f"{shown} exists already in the output folder; choose another filename or turn "
             "overwrite on"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(target, error) from None
     return target
 
 
@@ -148,7 +152,25 @@ def planned(name: str) -> dict:
     """
     target = _target(name, SUFFIXES[0])
     root = Path(folder_paths.get_output_directory())
-    return {"path": _shown(target, root), "exists": target.exists()}
+    return {"path": _shown(target, root), "exists": _exists(target)}
+
+
+def _exists(target: Path) -> bool:
+    try:
+        target.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:  # a name of over 255 bytes
+        raise _unusable(target, error) from None
+    return True
+
+
+def _unusable(target: Path, error: OSError) -> RecipeError:
+    shown = target.name if len(target.name) < 80 else f"{target.name[:80]}..."
+    return RecipeError(
+        f"no file of the name {shown!r} can be made in ComfyUI's output folder: {error.strerror}; "
+        "choose another"
+    )
 
 
 def _target(name: str, suffix: str) -> Path:
@@ -163,8 +185,9 @@ def _target(name: str, suffix: str) -> Path:
         or not is_within_any(_writable_roots(), target)
     ):
         raise RecipeError(
-            f"file name {name!r} is not allowed: write a name inside ComfyUI's output folder, such "
-            "as diffusion_models/my_model; absolute paths, '..' and device names are refused"
+            f"file name {name[:200]!r} is not allowed: write a name inside ComfyUI's output "
+            "folder, such as diffusion_models/my_model; absolute paths, '..' and device names are "
+            "refused"
         )
     return target
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 
-from ..errors import RecipeError
+from ..errors import RecipeError, visible
 
 try:
     import re2
@@ -168,4 +168,5 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeEncodeError):
         return "half a character"
     detail = error.args[0]
-    return detail.decode("utf-8", "replace") if isinstance(detail, bytes) else str(detail)
+    text = detail.decode("utf-8", "replace") if isinstance(detail, bytes) else str(detail)
+    return visible(text)

@@ -234,3 +234,14 @@ def test_progress_raises_comfyuis_own_exception_when_the_user_cancels(host, comf
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         host.Run(None).on_progress(1, 2, "layer")
     host.Run(None).on_progress(1, 2, "layer")  # once: the next prompt runs
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "é" * 200, "x" * 300 + "/model", "a/" * 5_000 + "b"])
+def test_a_name_that_no_disk_takes_is_refused_in_a_sentence(host, name):
+    from fewbits.quant_ops.errors import RecipeError
+
+    for ask in (host.output_path, host.planned):
+        with pytest.raises(RecipeError) as refused:
+            ask(name)
+        message = str(refused.value)
+        assert message.isprintable() and len(message) < 500

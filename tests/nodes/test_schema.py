@@ -179,3 +179,25 @@ def test_the_chinese_texts_cover_the_same_keys_and_are_chinese():
             assert re.search(r"[\u4e00-\u9fff]", chinese), path
 
     compare(node_definitions("en"), node_definitions("zh"), "")
+
+
+@pytest.mark.parametrize("value", ["a model", 5, True, [], {"a": 1}, None])
+@pytest.mark.parametrize(
+    ("node", "name"), [("Calibrate", "model"), ("CalibrateTextEncoder", "clip")]
+)
+def test_what_is_written_in_place_of_a_connection_is_refused_by_name(comfy, node, name, value):
+    from fewbits.nodes import calibrate
+    from fewbits.nodes.common import connected
+    from fewbits.quant_ops.errors import RecipeError
+
+    cls = connected(type("Asked", (getattr(calibrate, f"FewBits{node}"),), {}))
+    with pytest.raises(RecipeError, match=f"{name} is .* a connection to an output of type"):
+        cls.execute(**{name: value})
+
+
+def test_nodes_that_need_no_connection_are_asked_as_before(comfy):
+    from fewbits.nodes.common import connected
+    from fewbits.nodes.layer_rules import FewBitsLayerRules
+
+    rules = connected(type("Asked", (FewBitsLayerRules,), {}))
+    assert rules.execute(text="", recipe=None).args
