@@ -5,6 +5,9 @@ A case that nobody wrote for a flag fails `test_every_flag_has_a_case`.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +24,11 @@ from support.helpers import random_tensors, tiny_checkpoint
 
 LAYER = "double_blocks.0.img_mlp.0"  # an ordinary layer, (512, 128)
 KEPT = "img_in"  # one that Flux's preset keeps
-LEARNING = (
-    "--int8 --num_iter 40 --preset none"  # a base under which learned rounding has something to do
-)
+# A base under which learned rounding has something to do, on two layers.
+LEARNING = "-i DIR/learned.safetensors --int8 --num_iter 40"
+
+
+LEARNED = {"a.weight": (128, 96), "b.weight": (64, 160)}
 
 
 @dataclass
@@ -40,10 +45,8 @@ class Outcome:
 
     @property
     def codes(self) -> list[bytes]:
-        return [
-            bytes(value.contiguous().view(-1).view(torch.uint8).tolist())
-            for value in self.tensors.values()
-        ]
+        flat = [value.contiguous().view(-1) for value in self.tensors.values()]
+        return [value.view(torch.uint8).numpy().tobytes() for value in flat]
 
     def format(self, name: str) -> str | None:
         return self.markers.get(name, {}).get("format")
@@ -53,23 +56,26 @@ class Outcome:
         return next(row["method"] for row in json.loads(self.out)["layers"] if row["name"] == name)
 
 
-@pytest.fixture
-def run(tmp_path, capsys):
-    """`run("--int8")` -> Outcome, in the folder tmp_path; the model is a tiny Flux unless `model` says otherwise."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """`run("--int8")` -> Outcome, in a folder DIR of input files; the model is a tiny Flux unless -i says otherwise."""
+    folder = tmp_path_factory.mktemp("flags")
+    tiny_checkpoint(folder / "m.safetensors")
+    tiny_checkpoint(folder / "other.safetensors", {"a.weight": (64, 64)})
+    tiny_checkpoint(folder / "learned.safetensors", LEARNED)
+    save_file(old_file(), folder / "old.safetensors")
+    (folder / "c.json").write_text(json.dumps(LAYER_CONFIG), encoding="utf-8")
+    inputs = set(folder.iterdir())
 
-    def once(arguments: str, model: str = "m.safetensors") -> Outcome:
-        if not (tmp_path / "m.safetensors").exists():
-            tiny_checkpoint(tmp_path / "m.safetensors")
-            tiny_checkpoint(tmp_path / "other.safetensors", {"a.weight": (64, 64)})
-        before = set(tmp_path.iterdir())
-        capsys.readouterr()
-        words = [word.replace("DIR", str(tmp_path)) for word in arguments.split()]
-        source = [] if "-i" in words or "--input" in words else ["-i", str(tmp_path / model)]
-        status = main([*source, *words])
-        shown = capsys.readouterr()
-        made = sorted(set(tmp_path.iterdir()) - before)
+    def once(arguments: str) -> Outcome:
+        words = [word.replace("DIR", str(folder)) for word in arguments.split()]
+        source = [] if {"-i", "--input"} & set(words) else ["-i", str(folder / "m.safetensors")]
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main([*source, *words])
+        made = sorted(set(folder.iterdir()) - inputs)
         models = [path.name for path in made if not path.name.endswith(SUFFIX)]
-        outcome = Outcome(status, shown.out, shown.err, models)
+        outcome = Outcome(status, out.getvalue(), err.getvalue(), models)
         for path in made:
             if path.suffix == ".safetensors":
                 read(path, outcome)
@@ -77,6 +83,28 @@ def run(tmp_path, capsys):
         return outcome
 
     return once
+
+
+@pytest.fixture(scope="module")
+def base(run):
+    """`run`, each once: a run without a flag, which several flags are held against."""
+    return functools.cache(run)
+
+
+LAYER_CONFIG = {
+    "single_blocks.0.linear1": {"format": "bnb_nf4"},
+    r"double_blocks\.\d+\.img_mlp\.0": {"format": "bnb_nf4"},
+}
+
+
+def old_file() -> dict[str, torch.Tensor]:
+    """A layer of old scaled FP8."""
+    weight = random_tensors({"a.weight": (32, 48)})["a.weight"].to(torch.float8_e4m3fn)
+    return {
+        "a.weight": weight,
+        "a.scale_weight": torch.tensor(0.5),
+        "scaled_fp8": torch.empty(0).to(torch.float8_e4m3fn),
+    }
 
 
 def read(path: Path, outcome: Outcome) -> None:
@@ -268,7 +296,7 @@ CASES = {
     "seed": (LEARNING, LEARNING + " --seed 5", check_seed),
     # learned rounding; a schedule's own options need that schedule
     "optimizer": (LEARNING, LEARNING + " --optimizer adamw", other_codes),
-    "num_iter": (LEARNING, "--int8 --preset none --num_iter 2", other_codes),
+    "num_iter": (LEARNING, LEARNING.replace("40", "2"), other_codes),
     "lr": (LEARNING, LEARNING + " --lr 0.01", other_codes),
     "lr_schedule": (LEARNING, LEARNING + " --lr_schedule exponential", other_codes),
     "lr_gamma": (LEARNING + " --lr_schedule exponential", LEARNING + " --lr_schedule exponential --lr_gamma 0.5", other_codes),
@@ -305,34 +333,23 @@ def test_every_flag_has_a_case():
 
 
 @pytest.mark.parametrize("flag", CASES)
-def test_a_flag_changes_the_outcome_it_names(flag, run, tmp_path):
-    config = {
-        "single_blocks.0.linear1": {"format": "bnb_nf4"},
-        r"double_blocks\.\d+\.img_mlp\.0": {"format": "bnb_nf4"},
-    }
-    (tmp_path / "c.json").write_text(json.dumps(config))
-    weight = random_tensors({"a.weight": (32, 48)})["a.weight"].to(torch.float8_e4m3fn)
-    old = {
-        "a.weight": weight,
-        "a.scale_weight": torch.tensor(0.5),
-        "scaled_fp8": torch.empty(0).to(torch.float8_e4m3fn),
-    }
-    save_file(old, tmp_path / "old.safetensors")
+def test_a_flag_changes_the_outcome_it_names(flag, base, run):
     without, with_it, check = CASES[flag]
-    check(run(without), run(with_it))
+    check(base(without), run(with_it))
 
 
 @pytest.mark.parametrize("flag", PRESET_FLAGS)
-def test_a_preset_flag_brings_the_rules_of_its_preset(flag, run):
-    plans = [json.loads(run(f"--simple --dry-run --json {more}").out) for more in ("", f"--{flag}")]
-    named = [
-        {rule["rule"] for rule in plan["rules"] if rule["rule"].startswith(f"preset {flag} ")}
-        for plan in plans
-    ]
-    assert named[1] and (flag == "flux") == bool(named[0])
+def test_a_preset_flag_brings_the_rules_of_its_preset(flag, base, run):
+    def named(outcome: Outcome) -> list[str]:
+        rules = [rule["rule"] for rule in json.loads(outcome.out)["rules"]]
+        return [rule for rule in rules if rule.startswith(f"preset {flag} ")]
+
+    plan = "--simple --dry-run --json"
+    assert named(run(f"{plan} --{flag}"))
+    assert bool(named(base(plan))) == (flag == "flux")
 
 
-def test_other_values_of_a_choice_change_the_outcome_too(run, tmp_path):
+def test_other_values_of_a_choice_change_the_outcome_too(run):
     """Flags with a list of values: each of them, not only the one in CASES."""
     formats = {
         mode: run(f"--simple --scaling_mode {mode}").format(LAYER)
