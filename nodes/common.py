@@ -7,23 +7,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from comfy_api.latest import io
 
 from ..quant_ops.calibration import Calibration, Observer
 from ..quant_ops.doors import Conversion, Inspection
+from ..quant_ops.doors.advise import chosen_wish
 from ..quant_ops.errors import RecipeError
 from ..quant_ops.formats import FORMATS, find_format, own_methods
 from ..quant_ops.methods import METHODS
+from ..quant_ops.planning.gpus import card_here
 from ..quant_ops.planning.model_family import preset_names
 from ..quant_ops.planning.recipe import Draft, Recipe, Rule, Wish
 from ..quant_ops.report.report import Report
+from ..quant_ops.sources import TensorSource
 from . import bridge
 from .bridge import host
+from .bridge.compat import core_version
 
 AUTO, NONE = "auto", "none"
+AUTO_FORMAT = "auto (best for this GPU)"  # a format: what the advisor says of model and GPU
 ON, OFF = "on", "off"
 RECIPE = io.Custom("FEWBITS_RECIPE")  # carries a Draft
 CALIBRATION = io.Custom(
@@ -108,7 +115,7 @@ def model_input() -> io.Model.Input:
 
 
 def recipe_inputs(
-    formats: list[str], choice: str, default: str
+    formats: list[str], choice: str, default: str, *, auto: bool = False
 ) -> tuple[list[io.Input], list[io.Input]]:
     """Inputs that describe a Recipe: (shown, advanced). `recipe_from` takes the values by name.
 
@@ -117,7 +124,9 @@ def recipe_inputs(
 
     Args:
         choice: helps to choose among the formats.
+        auto: whether the advisor may choose.
     """
+    offered = [AUTO_FORMAT, *formats] if auto else formats
     scaled = [name for name in formats if "scaling" in FORMATS[name].layout_options]
     rotated = [name for name in formats if "convrot" in FORMATS[name].Options.names()]
     sizes = sorted(_values(formats, "block_size"))
@@ -127,7 +136,7 @@ def recipe_inputs(
             "this node."
         ),
         io.Combo.Input(
-            "format", options=formats, default=default, tooltip=f"What the layers become. {choice}"
+            "format", options=offered, default=default, tooltip=f"What the layers become. {choice}"
         ),
         *([scaling_input(scaled)] if scaled else []),
         preset_input("Which sensitive layers stay as they are."),
@@ -336,6 +345,7 @@ def path_output() -> io.String.Output:
 
 def recipe_from(
     *,
+    choose: Callable[[Draft], Wish] | None = None,
     format: str,
     scaling: str = AUTO,
     preset: str = AUTO,
@@ -352,6 +362,10 @@ def recipe_from(
     A connected recipe brings rules, and perhaps a primary wish in place of this node's. The node's
     own layers to keep come before its rules; preset and fallback count where they are not left
     alone.
+
+    Args:
+        choose: what the format `auto` stands for, from what the recipe says besides; None where no
+            model is known yet: then any stands for it.
 
     Raises:
         RecipeError: an unknown value, or one that a connected recipe's primary wish makes void.
@@ -387,8 +401,52 @@ def recipe_from(
         fallback=None if fallback == NONE else Wish(fallback),
         preset=_chosen(preset),
     )
-    primary = base.primary or Wish(format, options, _chosen(method))
-    return dataclasses.replace(own.over(base), primary=primary).finish()
+    draft = own.over(base)
+    if base.primary:
+        return draft.finish()
+    if format == AUTO_FORMAT:
+        primary = _advised(draft, choose, options, _chosen(method))
+    else:
+        primary = Wish(format, options, _chosen(method))
+    return dataclasses.replace(draft, primary=primary).finish()
+
+
+def _advised(
+    draft: Draft,
+    choose: Callable[[Draft], Wish] | None,
+    options: Mapping[str, object],
+    method: str | None,
+) -> Wish:
+    """What `choose` says, with the method and the precision of this node.
+
+    Raises:
+        RecipeError: an option of a format is stated, and no format.
+    """
+    for name in ("scaling", "block_size", "convrot"):
+        if options.get(name) is not None:
+            raise RecipeError(f"format auto chooses {name} too: leave it alone, or name a format")
+    found = choose(draft) if choose else Wish(next(iter(FORMATS)))
+    precise = options["full_precision_matrix_mult"]
+    stated = {**found.options.stated(), "full_precision_matrix_mult": precise}
+    return Wish(found.format, stated, method or found.method)
+
+
+def advised_for(
+    opened: Callable[[], AbstractContextManager[TensorSource]],
+) -> Callable[[Draft], Wish]:
+    """What the format `auto` stands for with a model, on this GPU, in this ComfyUI."""
+
+    def choose(draft: Draft) -> Wish:
+        with opened() as source:
+            return chosen_wish(source, card_here(), draft, this_comfyui())
+
+    return choose
+
+
+def this_comfyui() -> str | None:
+    """The version of the ComfyUI at hand as numbers; None where it has none."""
+    found = re.match(r"\d+(\.\d+)+", core_version())
+    return found and found[0]
 
 
 def _chosen(value: str) -> str | None:

@@ -10,6 +10,7 @@ from . import (
     compare_models,
     convert_fp8_scaled,
     fit_to_size,
+    format_advisor,
     inspect_file,
     layer_rules,
     load,
@@ -40,6 +41,7 @@ NODES = [
     save.FewBitsSaveComfyQuant,
     convert_fp8_scaled.FewBitsConvertFP8Scaled,
     inspect_file.FewBitsInspectFile,
+    format_advisor.FewBitsFormatAdvisor,
     quality_report.FewBitsQualityReport,
     compare_models.FewBitsCompareModels,
 ]

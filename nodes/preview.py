@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 from ..quant_ops.checkpoint.importers.source import open_checkpoint
 from ..quant_ops.doors import inspect_file
@@ -13,7 +14,7 @@ from ..quant_ops.pipeline import plan_source
 from ..quant_ops.planning.recipe import Draft, Recipe, Wish
 from ..quant_ops.sources import TensorSource
 from .bridge import host
-from .common import recipe_from
+from .common import advised_for, recipe_from
 from .layer_rules import FewBitsLayerRules
 
 MODELS, ENCODERS, CHECKPOINTS = host.MODEL_FOLDERS
@@ -65,7 +66,7 @@ def preview(prompt: Mapping[str, dict], node_id: str) -> dict:
     if "format" not in node["inputs"]:
         return {"inspection": inspect_file(path).to_json()}
     try:
-        recipe = _recipe(prompt, node["inputs"])
+        recipe = _recipe(prompt, node["inputs"], path)
     except NothingToShow:
         return {}
     with open_checkpoint(path) as source:
@@ -101,7 +102,7 @@ def _source(prompt: Mapping[str, dict], node_id: str) -> tuple[str, str]:
     raise NothingToShow("the graph leads to no file")
 
 
-def _recipe(prompt: Mapping[str, dict], inputs: dict) -> Recipe:
+def _recipe(prompt: Mapping[str, dict], inputs: dict, path: Path) -> Recipe:
     wish = {
         name: inputs[name]
         for name in RECIPE_INPUTS
@@ -109,7 +110,7 @@ def _recipe(prompt: Mapping[str, dict], inputs: dict) -> Recipe:
     }
     if _is_link(inputs.get("recipe")):
         wish["recipe"] = _draft(prompt, str(inputs["recipe"][0]), DEPTH)
-    return recipe_from(**wish)
+    return recipe_from(choose=advised_for(lambda: open_checkpoint(path)), **wish)
 
 
 def _draft(prompt: Mapping[str, dict], node_id: str, depth: int) -> Draft:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..quant_ops.calibration import Calibration, Observer
+from ..quant_ops.checkpoint.importers.source import open_checkpoint
 from ..quant_ops.doors import quantize_file
 from ..quant_ops.formats import FORMATS
 from .bridge import host
@@ -12,6 +13,7 @@ from .common import (
     AUTO,
     QUANTIZE_ALIASES,
     TakesASwitch,
+    advised_for,
     calibration_input,
     device_input,
     filename_input,
@@ -28,14 +30,16 @@ from .common import (
 )
 
 DEFAULT = "float8_e4m3fn"  # what the most versions of ComfyUI open
+CHOICE = (
+    "auto: what suits this model, this GPU and this ComfyUI best; the report says what that was, "
+    "and which ComfyUI opens the result."
+)
 
 
 class FewBitsQuantizeFile(TakesASwitch):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        shown, advanced = recipe_inputs(
-            list(FORMATS), "The report says which ComfyUI opens the result.", DEFAULT
-        )
+        shown, advanced = recipe_inputs(list(FORMATS), CHOICE, DEFAULT, auto=True)
         return schema(
             node_id="FewBitsQuantizeFile",
             display_name="Quantize File",
@@ -89,11 +93,12 @@ class FewBitsQuantizeFile(TakesASwitch):
         **wish: object,
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
-        recipe = recipe_from(**wish)
+        source = host.model_path(*host.split_choice(file))
+        recipe = recipe_from(choose=advised_for(lambda: open_checkpoint(source)), **wish)
         name = filename or host.automatic_name(file, recipe.mark)
         target = host.output_path(name, overwrite=overwrite)
         report = quantize_file(
-            host.model_path(*host.split_choice(file)),
+            source,
             target,
             recipe,
             overwrite=overwrite,

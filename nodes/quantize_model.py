@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from comfy_api.latest import io
@@ -9,12 +10,13 @@ from comfy_api.latest import io
 from ..quant_ops.calibration import Calibration, Observer
 from ..quant_ops.errors import RecipeError
 from ..quant_ops.formats import FORMATS
-from ..quant_ops.planning.recipe import Recipe
+from ..quant_ops.planning.recipe import Draft, Recipe, Wish
 from .bridge import host, model_io
 from .common import (
     AUTO,
     QUANTIZE_ALIASES,
     TakesASwitch,
+    advised_for,
     calibration_input,
     device_input,
     format_aliases,
@@ -30,8 +32,8 @@ from .common import (
 
 @dataclass(frozen=True)
 class Row:
-    """One node: its id, its name, which formats it offers (the default first), and how to
-    choose.
+    """One node: its id, its name, which formats it offers (the default first), how to choose, and
+    whether the advisor may.
     """
 
     node_id: str
@@ -39,6 +41,7 @@ class Row:
     formats: tuple[str, ...]
     about: str
     choice: str
+    auto: bool = False
 
 
 EVERY = Row(
@@ -46,9 +49,11 @@ EVERY = Row(
     name="Quantize Model",
     formats=("int8_tensorwise", *(name for name in FORMATS if name != "int8_tensorwise")),
     about="Every format in one node: 8 or 4 bits, integers or floating point.",
-    choice="int8_tensorwise: half the size of 16 bit, the least loss in 8 bits; float8_e4m3fn: the "
-    "same size, opens in the most versions of ComfyUI; nvfp4 and mxfp8: multiplied as they are by "
-    "Blackwell GPUs; asym_w4a8_int8: the least loss in 4 bits.",
+    choice="auto: what suits this model, this GPU and this ComfyUI best; int8_tensorwise: half the "
+    "size of 16 bit, the least loss in 8 bits; float8_e4m3fn: the same size, opens in the most "
+    "versions of ComfyUI; nvfp4 and mxfp8: multiplied as they are by Blackwell GPUs; "
+    "asym_w4a8_int8: the least loss in 4 bits.",
+    auto=True,
 )
 ROWS = (
     EVERY,
@@ -98,7 +103,10 @@ class QuantizeModel(TakesASwitch):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        shown, advanced = recipe_inputs(list(cls.ROW.formats), cls.ROW.choice, cls.ROW.formats[0])
+        row = cls.ROW
+        shown, advanced = recipe_inputs(
+            list(row.formats), row.choice, row.formats[0], auto=row.auto
+        )
         return schema(
             node_id=cls.ROW.node_id,
             display_name=cls.ROW.name,
@@ -133,13 +141,13 @@ class QuantizeModel(TakesASwitch):
         return ["model"] if model is None else []
 
     @classmethod
-    def recipe(cls, **wish: object) -> Recipe:
-        """The recipe that the inputs state.
+    def recipe(cls, choose: Callable[[Draft], Wish] | None = None, **wish: object) -> Recipe:
+        """The recipe that the inputs state; `choose` as `recipe_from` takes it.
 
         Raises:
             RecipeError: see `recipe_from`; and a connected recipe of another node's format.
         """
-        recipe = recipe_from(**wish)
+        recipe = recipe_from(choose=choose, **wish)
         if recipe.primary.format not in cls.ROW.formats:
             raise RecipeError(
                 f"the connected recipe's primary format is {recipe.primary.format}, {cls.ROW.name} "
@@ -157,7 +165,7 @@ class QuantizeModel(TakesASwitch):
         **wish: object,
     ) -> io.NodeOutput:
         run = host.Run(cls.hidden.unique_id)
-        recipe = cls.recipe(**wish)
+        recipe = cls.recipe(advised_for(lambda: model_io.ModelSource(model)), **wish)
         quantized, report = model_io.quantize_model(
             model,
             recipe,

@@ -109,6 +109,17 @@ def plan(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument(
+        "--advise",
+        action="store_true",
+        help="which format suits this model, GPU and ComfyUI, the best first; needs no --format",
+    )
+    parser.add_argument(
+        "--bench",
+        type=Path,
+        metavar="B.json",
+        help="speeds for --advise: what `fewbits bench --json` printed on that GPU",
+    )
+    parser.add_argument(
         "--template",
         action="store_true",
         help="write a layer-config to fill in beside the model; needs no --format",
@@ -205,7 +216,18 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         metavar="F",
-        help=f"what layers become: {', '.join(FORMATS)}; for short {', '.join(SHORT_NAMES)}",
+        help=f"what layers become: {', '.join(FORMATS)}; for short {', '.join(SHORT_NAMES)}; auto: "
+        "what suits the model and the GPU best",
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help='for --format auto and plan --advise: a GPU that is not here, such as "RTX 3060 12GB"',
+    )
+    parser.add_argument(
+        "--comfyui",
+        metavar="VERSION",
+        help="for the same: the ComfyUI that shall open the file (default: the newest)",
     )
     parser.add_argument(
         "--scaling", help="how many weights share a scale: tensor, row (default: the format's own)"
@@ -311,7 +333,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def _needs_a_wish(args: argparse.Namespace) -> None:
     """Everything that is missing, at once."""
     missing = ["the input"] if args.input is None else []
-    if not (args.format or args.recipe or getattr(args, "template", False) or _fits(args)):
+    stated = args.format or args.recipe or _fits(args)
+    if not (stated or getattr(args, "template", False) or getattr(args, "advise", False)):
         missing.append("--format F, or --recipe R.toml with a [primary] table")
     if missing:
         raise RecipeError(f"missing: {'; and '.join(missing)}; see fewbits {args.command} --help")

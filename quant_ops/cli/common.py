@@ -6,10 +6,15 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from ..checkpoint.importers.source import open_checkpoint
+from ..doors.advise import chosen_wish
 from ..errors import RecipeError
 from ..formats import FORMATS
+from ..planning.gpus import Card, card_here, find_card
 from ..planning.layer_config import load_layer_config
 from ..planning.recipe import Draft, Recipe, Rule, Wish, draft_from_toml, parse_rule, parse_wish
+
+AUTO = "auto"  # as a format: what suits model and GPU best
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:
@@ -29,7 +34,16 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         raise RecipeError(
             f"say --format (one of {', '.join(FORMATS)}) or --recipe FILE with a [primary] table"
         )
-    return replace(draft, primary=draft.primary or _primary(args)).finish()
+    return replace(draft, primary=draft.primary or _primary(args, draft)).finish()
+
+
+def card_from(args: argparse.Namespace) -> Card | None:
+    """The GPU that is named, or the one here; None without either.
+
+    Raises:
+        RecipeError: no such GPU.
+    """
+    return find_card(args.gpu) if args.gpu else card_here()
 
 
 def draft_from(args: argparse.Namespace) -> Draft:
@@ -38,6 +52,8 @@ def draft_from(args: argparse.Namespace) -> Draft:
     Raises:
         RecipeError: contradicting arguments, or a malformed recipe or layer-config.
     """
+    if (args.gpu or args.comfyui) and args.format != AUTO and not getattr(args, "advise", False):
+        raise RecipeError("--gpu and --comfyui are about --format auto and plan --advise")
     base = draft_from_toml(args.recipe) if args.recipe else Draft()
     config = None
     if args.layer_config:
@@ -80,8 +96,10 @@ def output_of(source: Path, mark: str) -> Path:
     return source.with_name(f"{name or 'model'}_{mark}.safetensors")
 
 
-def _primary(args: argparse.Namespace) -> Wish:
+def _primary(args: argparse.Namespace, draft: Draft) -> Wish:
     """--format, in which options may stand, with --scaling and --method."""
+    if args.format == AUTO:
+        return _chosen(args, draft)
     separator = "," if ":" in args.format else ":"
     options = [
         f"{key}={value}"
@@ -89,3 +107,12 @@ def _primary(args: argparse.Namespace) -> Wish:
         if value
     ]
     return parse_wish(args.format + (separator + ",".join(options) if options else ""))
+
+
+def _chosen(args: argparse.Namespace, draft: Draft) -> Wish:
+    """What --format auto stands for with this input, with --method."""
+    if args.scaling:
+        raise RecipeError("--format auto chooses the scales too: leave --scaling out")
+    with open_checkpoint(args.input) as source:
+        wish = chosen_wish(source, card_from(args), draft, args.comfyui)
+    return replace(wish, method=args.method, method_options=()) if args.method else wish

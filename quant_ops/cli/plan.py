@@ -10,21 +10,50 @@ from types import MappingProxyType
 
 from ..checkpoint.header import build_header
 from ..checkpoint.importers.source import open_checkpoint
+from ..doors.advise import advise_file
 from ..doors.quantize import layers_to_round_again, with_warning
+from ..errors import RecipeError
 from ..pipeline import plan_source
+from ..planning.advice import read_bench
 from ..planning.recipe import Recipe
 from ..planning.template import write_template
 from ..report.report import layer_lines, megabytes, plan_lines
 from ..spec import ModelPlan
-from .common import recipe_from
+from .common import card_from, draft_from, recipe_from
 from .door import say, warn
 
 
 def run(args: argparse.Namespace) -> None:
     if args.template:
         say(str(write_template(args.input, overwrite=args.overwrite)))
+    elif args.advise:
+        _advise(args)
+    elif args.bench:
+        raise RecipeError("--bench is about --advise, which is missing")
     else:
         print_plan(args.input, recipe_from(args), as_json=args.json)
+
+
+def _advise(args: argparse.Namespace) -> None:
+    """Print which formats suit the input.
+
+    Raises:
+        RecipeError: a format is stated too, or an unknown GPU.
+    """
+    draft = draft_from(args)
+    if args.format or args.scaling or args.method or draft.primary:
+        raise RecipeError("--advise chooses the format: leave out --format, --scaling, --method")
+    found = advise_file(
+        args.input,
+        card_from(args),
+        draft=draft,
+        comfyui=args.comfyui,
+        bench=read_bench(args.bench) if args.bench else None,
+    )
+    if args.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        say(found.to_text())
 
 
 def print_warnings(plan: ModelPlan) -> None:

@@ -28,9 +28,14 @@ def in_words(rel_l2: float) -> str:
     if not near:
         return _unmeasured(rel_l2)
     low, high = min(near), max(near)
-    seen = next(words for least, words in SEEN if low >= least)
+    seen = seen_at(low)[1]
     span = f"{low:.3f}" if low == high else f"{low:.3f} to {high:.3f}"
     return f"errors like this went with {seen}: SSIM {span} {BASIS}"
+
+
+def seen_at(ssim: float) -> tuple[int, str]:
+    """What a person sees at this SSIM against the original: its place in `SEEN`, and the words."""
+    return next((place, words) for place, (least, words) in enumerate(SEEN) if ssim >= least)
 
 
 def _unmeasured(rel_l2: float) -> str:

@@ -13,7 +13,7 @@ IDS = [
     "FewBitsQuantizeNF4", "FewBitsQuantizeFP4", "FewBitsQuantizeTextEncoder",
     "FewBitsCalibrate", "FewBitsCalibrateTextEncoder", "FewBitsSaveCalibration", "FewBitsLoadCalibration", "FewBitsQuantizeFile",
     "FewBitsFitToSize", "FewBitsLayerRules", "FewBitsSaveRecipe", "FewBitsSaveComfyQuant", "FewBitsConvertFP8Scaled", "FewBitsInspectFile",
-    "FewBitsQualityReport", "FewBitsCompareModels",
+    "FewBitsFormatAdvisor", "FewBitsQualityReport", "FewBitsCompareModels",
 ]  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def test_quantize_model_has_every_format(nodes):
     from fewbits.quant_ops.formats import FORMATS
 
     inputs = {item.id: item for item in nodes["FewBitsQuantizeModel"].define_schema().inputs}
-    assert set(inputs["format"].options) == set(FORMATS)
+    assert set(inputs["format"].options) == {"auto (best for this GPU)", *FORMATS}
 
 
 def test_every_node_is_in_a_template(nodes):

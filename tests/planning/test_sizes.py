@@ -1,24 +1,16 @@
 """The README's table of formats: sizes of real models from their headers, quality and versions from where they stand."""
 
 import re
-from dataclasses import replace
-from functools import cache
 
 import pytest
 
 from fewbits.quant_ops.formats import FORMATS
 from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
-from fewbits.quant_ops.spec import Header, TensorSpec
-from support.comfy_models import DIFFUSION
+from support.comfy_models import whole_header
 from support.harness import readme
 
-# ComfyUI's classes at full depth; Wan 2.2 14B is two files of this size.
-DEPTHS = {
-    "Flux.1 dev": {"depth": 19, "depth_single_blocks": 38},
-    "Qwen-Image": {"num_layers": 60},
-    "Wan 2.1 t2v 14B": {"num_layers": 40},
-}
+MODELS = ("Flux.1 dev", "Qwen-Image", "Wan 2.1 t2v 14B")
 WISHES = {
     "16 bit": None,
     "ConvRot": "int8_tensorwise:convrot=true",
@@ -27,18 +19,9 @@ WISHES = {
 GB = 1e9
 
 
-@cache
-def header(name: str) -> Header:
-    """Names and shapes of a real model in bf16."""
-    model = next(known for known in DIFFUSION if known.name == name)
-    whole = replace(model, config={**model.config, **DEPTHS[name]})
-    shapes = whole.shapes(whole.module())
-    return Header({key: TensorSpec(key, "BF16", shape) for key, shape in shapes.items()})
-
-
 def size(name: str, wish: str | None) -> str:
     """Gigabytes of weights after `fewbits quantize` with the preset of the family."""
-    plan = make_plan(header(name), Recipe(parse_wish(wish or "int8_tensorwise")))
+    plan = make_plan(whole_header(name), Recipe(parse_wish(wish or "int8_tensorwise")))
     return f"{(plan.bytes_after if wish else plan.bytes_before) / GB:.1f}"
 
 
@@ -53,7 +36,7 @@ ROWS = readme.table("choice")[1:]
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[1] for row in ROWS])
 def test_the_sizes_are_what_a_plan_says(row, comfy):
-    assert row[-3:] == [size(name, wish_of(row[1])) for name in DEPTHS]
+    assert row[-3:] == [size(name, wish_of(row[1])) for name in MODELS]
 
 
 @pytest.mark.parametrize("row", ROWS[1:], ids=[row[1] for row in ROWS[1:]])

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
+
+from fewbits.quant_ops.spec import Header, TensorSpec
 
 FLUX = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "context_in_dim": 4096, "hidden_size": 3072,
         "num_heads": 24, "depth": 2, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 10000,
@@ -173,6 +176,24 @@ TEXT = [
     text("Mistral 3 24B", "mistral", "text_encoders.llama:Mistral3Small24B", **LLM),
 ]
 MODELS = [*DIFFUSION, *TEXT]
+
+# The whole depth of models that people have. Wan 2.2 14B is two files of the size of Wan 2.1's.
+DEPTHS = {
+    "Flux.1 dev": {"depth": 19, "depth_single_blocks": 38},
+    "Qwen-Image": {"num_layers": 60},
+    "Wan 2.1 t2v 14B": {"num_layers": 40},
+    "Z-Image": {"n_layers": 30},
+    "SDXL": {},
+}
+
+
+@cache
+def whole_header(name: str) -> Header:
+    """Names and shapes of a real model at full depth, in bf16."""
+    model = next(known for known in DIFFUSION if known.name == name)
+    whole = replace(model, config={**model.config, **DEPTHS[name]})
+    shapes = whole.shapes(whole.module())
+    return Header({key: TensorSpec(key, "BF16", shape) for key, shape in shapes.items()})
 
 
 def import_comfy(tree: object) -> None:
