@@ -52,6 +52,7 @@ TESTS = {
     "zero-layer-unpacked": (FOUND, "checkpoint/test_importers.py::test_the_zero_layer_defect_decodes_to_zeros"),
     "scale-not-finite": (FOUND, ODD, "formats/test_decode.py::test_a_zero_layer_decodes_to_exact_zeros",
             "checkpoint/test_importers.py::test_the_zero_layer_defect_decodes_to_zeros"),
+    "scale-implausible": ("checkpoint/test_odd_files.py::test_a_scale_that_may_be_a_reciprocal_is_a_problem",),
     "nibbles-swapped": (FOUND, "checkpoint/test_verify.py::test_swapped_nibbles_are_told_from_another_model",
             "checkpoint/test_importers.py::test_flat_nf4_of_december_2025_is_read_low_nibble_first"),
     "shape-missing": (FOUND, "checkpoint/test_importers.py::test_a_flat_weight_takes_its_shape_from_the_original_or_is_refused"),

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..checkpoint.host_layers import HostLayer, host_layer, is_bank
+from ..checkpoint.importers.source import split_name
 from ..checkpoint.labels import EMBEDDING
 from ..checkpoint.metadata import header_markers, output_metadata
 from ..errors import CheckpointError, RecipeError, SourceError
@@ -399,7 +400,7 @@ class _Planner:
         extra = tuple(
             spec
             for suffix, spec in by_suffix.items()
-            if suffix in ("input_scale", "pre_quant_scale")
+            if suffix in ("input_scale", "pre_quant_scale") or split_name(spec.name)[1] is None
         )
         plan = LayerPlan(
             name=base,

@@ -38,6 +38,8 @@ class ComfyQuant:
             format = get_format(name)
         except RecipeError as error:
             raise CheckpointError(str(error)) from None
+        if layer.said.get("convrot") and not _rotates(format):
+            raise CheckpointError(f"its JSON says rotated (convrot), and {name} never is")
         fitting = _fitting(format, layer)
         if fitting is None and is_scaled(name) and layer.weight.dtype in labels():
             convrot = (
@@ -66,6 +68,7 @@ class ComfyQuant:
             suffix in layer.specs and (layer.specs[suffix].dtype, layer.specs[suffix].shape) == spec
             for suffix, spec in made.outputs.items()
         )
+        same = same and not made.warnings  # which say what is dropped
         if options.foreign_only and same and not layer.misspelled:
             return None
         if not same:
@@ -79,6 +82,10 @@ class ComfyQuant:
             if made.marker == layer.marker
             else replace(made, dialect="comfy_quant-completed", note="JSON completed")
         )
+
+
+def _rotates(format: Format) -> bool:
+    return "convrot_groupsize" in format.Options.names()
 
 
 def _fitting(

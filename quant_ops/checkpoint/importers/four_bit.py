@@ -220,7 +220,7 @@ def logical_shape(layer: StoredLayer, stated: object, options: ImportOptions) ->
     """
     for shape in (layer.said.get("shape"), stated, options.shapes.get(f"{layer.name}.weight")):
         if shape is not None:
-            return sizes(shape)
+            return _beside_bias(sizes(shape), layer)
     count = 2 * layer.weight.nbytes
     if layer.bias and count % layer.bias == 0:
         return layer.bias, count // layer.bias
@@ -229,6 +229,18 @@ def logical_shape(layer: StoredLayer, stated: object, options: ImportOptions) ->
         "file for the shapes",
         option="shapes",
     )
+
+
+def _beside_bias(shape: tuple[int, ...], layer: StoredLayer) -> tuple[int, ...]:
+    """
+    Raises:
+        CheckpointError: the layer's bias has other rows.
+    """
+    if layer.bias is not None and len(shape) == 2 and shape[0] != layer.bias:
+        raise CheckpointError(
+            f"its shape is said to be {list(shape)}, and its bias has {layer.bias} rows"
+        )
+    return shape
 
 
 def sizes(shape: object) -> tuple[int, ...]:

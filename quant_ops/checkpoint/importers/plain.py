@@ -24,7 +24,7 @@ from .scaled import translate_scaled
 # What a weight loses when it is decoded, and some tools leave.
 STRAY = (
     "scale_weight", "weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale",
-    "scale_input", "output_scale",
+    "scale_input", "output_scale", "SCB", "weight_format",
 )  # fmt: skip
 
 
@@ -85,10 +85,12 @@ class DummyScale:
         return layer.weight.dtype in FLOAT_DTYPES and bool(stray_scales(layer))
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
+        values = {suffix: layer.number(suffix) for suffix in stray_scales(layer)}
         warnings = tuple(
-            f"layer '{layer.name}': high precision, its {suffix} {layer.number(suffix)} is dropped"
-            for suffix in stray_scales(layer)
-            if layer.number(suffix) != 1.0
+            f"layer '{layer.name}': high precision, its {suffix} "
+            f"{list(layer.specs[suffix].shape) if value is None else value} is dropped"
+            for suffix, value in values.items()
+            if value != 1.0
         )
 
         def keep(tensors: Tensors) -> Tensors:

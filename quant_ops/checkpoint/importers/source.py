@@ -364,6 +364,7 @@ class ImportedSource:
         """Whether every tensor would come out as it went in."""
         return (
             not self.contents.scopes
+            and not self.contents.missing_prefix
             and not self.translations
             and all(not self._is_cast(spec) for spec in self.contents.loose)
         )

@@ -223,7 +223,7 @@ def _place(layer: StoredLayer) -> Problems:
         return
     if EMBEDDING.fullmatch(layer.name) and FORMATS[name].embedding_min_comfyui is None:
         yield f"embedding table in {name}"
-    elif len(layer.weight.shape) not in (2, 3) and not isinstance(FORMATS[name], Bnb4Bit):
+    elif len(layer.weight.shape) != 2 and not isinstance(FORMATS[name], Bnb4Bit):
         yield f"{len(layer.weight.shape)}-D weight in {name}"
 
 

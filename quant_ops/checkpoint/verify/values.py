@@ -13,6 +13,9 @@ from ..importers.bitsandbytes import LOW_NIBBLE
 from ..importers.scaled import is_saturated
 from .findings import ORIGINAL, REPAIR, Finding, Mistake
 
+# Codes reach 127 or 448, weights of models at most some hundreds: their scales stay below 10.
+LARGEST_SCALE = 256.0
+
 
 def _swapped(layer: StoredLayer, stored: Tensors, made: Translation) -> Iterable[str]:
     if made.dialect == LOW_NIBBLE:
@@ -51,6 +54,14 @@ def _broken_scales(canonical: Tensors) -> Iterable[str]:
             yield f"{broken} scales are NaN, infinite or negative"
 
 
+def _implausible_scale(canonical: Tensors) -> Iterable[str]:
+    scale = canonical.get("weight_scale")
+    if scale is not None and scale.is_floating_point() and scale.itemsize > 1 and scale.numel():
+        usual = float(scale.float().median())
+        if usual > LARGEST_SCALE:
+            yield f"{usual:.3g}"
+
+
 SCALE_LOST = Mistake(
     "scale-lost",
     "FP8 codes that fill their range but have no scale: it was probably lost",
@@ -74,6 +85,12 @@ CODES = (
 )
 SCALES = (
     Mistake("scale-not-finite", "a scale that is no positive number", ORIGINAL, _broken_scales),
+    Mistake(
+        "scale-implausible",
+        "weights would be larger than any model's: the scale may be a reciprocal",
+        ORIGINAL,
+        _implausible_scale,
+    ),
 )
 
 
