@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..quant_ops.checkpoint.importers.source import open_checkpoint
 from ..quant_ops.doors import inspect_file
+from ..quant_ops.doors.quantize import layers_to_round_again, with_warning
 from ..quant_ops.errors import QuantError, RecipeError
 from ..quant_ops.formats import FORMATS
 from ..quant_ops.pipeline import plan_source
@@ -69,8 +70,10 @@ def preview(prompt: Mapping[str, dict], node_id: str) -> dict:
         recipe = _recipe(prompt, node["inputs"], path)
     except NothingToShow:
         return {}
-    with open_checkpoint(path) as source:
-        plan = plan_source(source, recipe)
+    again = node["inputs"].get("requantize") is True
+    twice = layers_to_round_again(path, recipe) if again else frozenset()
+    with open_checkpoint(path, decoded=twice) as source:
+        plan = with_warning(plan_source(source, recipe), twice)
         sizes = {name: _bytes(source, recipe, name) for name in FORMATS}
     answer = {"plan": plan.to_json(), "sizes": {k: v for k, v in sizes.items() if v is not None}}
     choice = node["inputs"].get("file")

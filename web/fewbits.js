@@ -3,17 +3,18 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=45faf7a6";
-import { isPrimary } from "./layer_list.mjs?v=45faf7a6";
-import { Panel } from "./panel.mjs?v=45faf7a6";
-import { earlierOutput, settingsOf } from "./results.mjs?v=45faf7a6";
-import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=45faf7a6";
-import { say, useLanguage } from "./words.mjs?v=45faf7a6";
+import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=08d7cc03";
+import { growAlone } from "./growth.mjs?v=08d7cc03";
+import { isPrimary } from "./layer_list.mjs?v=08d7cc03";
+import { Panel } from "./panel.mjs?v=08d7cc03";
+import { earlierOutput, settingsOf } from "./results.mjs?v=08d7cc03";
+import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=08d7cc03";
+import { say, useLanguage } from "./words.mjs?v=08d7cc03";
 
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };
 const FILE = { height: 236, idle: "Run the workflow to write the file" };
 const LOOK = { height: 236, idle: "Run the workflow to see what is inside" };
-const NOTE = { height: 120, idle: "Run the workflow to write the file" };
+const NOTE = { height: 120, idle: "Run the workflow to write the file", brief: true };
 const PANELS = {
   FewBitsConvertFP8Scaled: FILE,
   FewBitsInspectFile: { ...WORK, idle: LOOK.idle },
@@ -118,6 +119,7 @@ function addPanel(node, options) {
   }
   panels.set(node, panel);
   letCanvasNavigate(panel.element);
+  growAlone(panel.element);
 
   const inherited = node.onExecuted;
   node.onExecuted = function (output) {

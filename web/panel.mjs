@@ -1,14 +1,14 @@
 // The panel under a node of FewBits. It draws the JSON it is sent and knows no format by name.
 
-import { el } from "./dom.mjs?v=45faf7a6";
-import { fileView } from "./file_view.mjs?v=45faf7a6";
-import { LayerList } from "./layer_list.mjs?v=45faf7a6";
-import { noteList, planTable, warningList } from "./plan_table.mjs?v=45faf7a6";
-import { worstLayers } from "./report_view.mjs?v=45faf7a6";
-import { sizesView, targetView } from "./preview_view.mjs?v=45faf7a6";
-import { savedFile } from "./saved_file.mjs?v=45faf7a6";
-import { bytes, change, duration, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=45faf7a6";
-import { say, translated } from "./words.mjs?v=45faf7a6";
+import { el } from "./dom.mjs?v=08d7cc03";
+import { fileView } from "./file_view.mjs?v=08d7cc03";
+import { LayerList } from "./layer_list.mjs?v=08d7cc03";
+import { noteList, planTable, warningList } from "./plan_table.mjs?v=08d7cc03";
+import { worstLayers } from "./report_view.mjs?v=08d7cc03";
+import { sizesView, targetView } from "./preview_view.mjs?v=08d7cc03";
+import { savedFile } from "./saved_file.mjs?v=08d7cc03";
+import { bytes, change, duration, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=08d7cc03";
+import { say, translated } from "./words.mjs?v=08d7cc03";
 
 /**
  * `element` is what the node shows. Its `data-phase` goes idle -> planned -> running -> done; a run that ends early
@@ -36,11 +36,13 @@ export class Panel {
   #overview = el("div");
   #layers;
   #idle;
+  #brief;
 
-  /** `wishes`: what a layer of the list can be given, see LayerList. */
-  constructor({ height, idle, wishes = null }) {
+  /** `wishes`: what a layer of the list can be given, see LayerList; `brief`: for a node without sizes and layers. */
+  constructor({ height, idle, wishes = null, brief = false }) {
     this.#layers = new LayerList(wishes);
     this.#idle = idle;
+    this.#brief = brief;
     this.height = height;
     this.element = el(
       "section",
@@ -66,6 +68,7 @@ export class Panel {
       ),
     );
     this.element.style.setProperty("--fewbits-height", `${height}px`);
+    this.element.toggleAttribute("data-brief", brief);
     this.reset();
   }
 
@@ -84,7 +87,7 @@ export class Panel {
     this.#size.show("–", say("Size before and after"));
     this.#error.show("–", say("Weight error (rel_l2)"));
     this.#loads.textContent = "";
-    this.#overview.replaceChildren(planTable(null));
+    this.#overview.replaceChildren(...(this.#brief ? [] : [planTable(null)]));
     this.#layers.show([]);
     this.#drawBar(0);
     this.#enter("idle", this.#idle);

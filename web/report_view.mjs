@@ -1,9 +1,9 @@
 // What was given up: the measured error of the whole model and of its worst layers.
 
-import { el, layerName } from "./dom.mjs?v=45faf7a6";
-import { outliersOf } from "./outliers.mjs?v=45faf7a6";
-import { decibels, relL2 } from "./text.mjs?v=45faf7a6";
-import { say } from "./words.mjs?v=45faf7a6";
+import { el, layerName } from "./dom.mjs?v=08d7cc03";
+import { outliersOf } from "./outliers.mjs?v=08d7cc03";
+import { decibels, relL2 } from "./text.mjs?v=08d7cc03";
+import { say } from "./words.mjs?v=08d7cc03";
 
 /** The layers with the largest error; null when nothing was measured. */
 export function worstLayers(report) {

@@ -1,25 +1,28 @@
 // Where a file went, in words that find it again.
 
-import { el } from "./dom.mjs?v=45faf7a6";
-import { say } from "./words.mjs?v=45faf7a6";
+import { el } from "./dom.mjs?v=08d7cc03";
+import { say } from "./words.mjs?v=08d7cc03";
 
 const COPIED_MS = 1500;
 
 /** The path with a copy button and the loader that lists it; null when nothing was written. */
-export function savedFile({ output, saved } = {}) {
+export function savedFile({ output, saved, text } = {}) {
   if (!saved?.path) return null;
   const path = el("code", { title: output }, saved.path);
   const button = el("button", { type: "button", class: "fewbits-button" }, say("Copy path"));
   button.addEventListener("click", () => copy(output ?? saved.path, button, path));
-  const words = saved.loader
-    ? say("Loads with {loader} as {name}", { loader: say(saved.loader), name: saved.name })
-    : say("No loader looks there: move it into one of ComfyUI's model folders");
   return el(
     "div",
     { class: "fewbits-saved", role: "group", "aria-label": say("Saved file") },
     el("div", { class: "fewbits-path" }, path, button),
-    el("div", { class: "fewbits-label" }, words),
+    el("div", { class: "fewbits-label" }, whereItGoes(saved, text)),
   );
+}
+
+function whereItGoes({ loader, name }, text) {
+  if (loader) return say("Loads with {loader} as {name}", { loader: say(loader), name });
+  if (text === "recipe") return say("For fewbits quantize --recipe, or to paste into Layer Rules");
+  return say("No loader looks there: move it into one of ComfyUI's model folders");
 }
 
 /** A page that is not served securely has no clipboard: there the path is selected, ready for Ctrl+C. */

@@ -39,6 +39,7 @@ export const TEXTS = {
   "Filter by name, format or reason": "按名称、格式或理由筛选",
   "Filter layers": "筛选层",
   Finishing: "正在收尾",
+  "For fewbits quantize --recipe, or to paste into Layer Rules": "用于 fewbits quantize --recipe，或粘贴到“层规则”中",
   Format: "格式",
   "Largest errors": "最大误差",
   Layers: "层数",

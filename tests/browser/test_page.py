@@ -23,6 +23,8 @@ from support.harness.page import (
 
 pytestmark = pytest.mark.browser
 
+SIZE = "(panel) => [panel.offsetWidth, panel.offsetHeight]"
+
 
 def in_graph(seed: int) -> dict:
     """The emoji workflow with Quantize INT8 (node 20) between LoRA and sampler."""
@@ -107,6 +109,46 @@ def test_a_long_run_shows_progress_and_can_be_cancelled(open_page, server, rende
     assert list(shares) == sorted(shares)
     assert page.evaluate("[...app.graph.getNodeById(20).size]") == size
     assert rows(panel, ".fewbits-formats")[-1][:2] == ["Total", str(len(LAYERS))]
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_the_side_panel_of_the_page_leaves_the_node_as_it_is(open_page, renderer):
+    page = open_page(renderer)
+    panel = load(page, in_graph(9), "20")
+    wait_for(page, "preview")
+    page.evaluate("app.canvas.selectNode(app.graph.getNodeById(20))")
+    size = panel.evaluate(SIZE)
+    parameters = page.get_by_test_id("panel-tab-parameters")
+    if not parameters.count():
+        page.get_by_label("Toggle properties panel").first.click()
+    parameters.wait_for()
+    page.wait_for_timeout(500)
+    shot(page, f"{renderer}_dark_side_panel")
+    assert panel.evaluate(SIZE) == size
+    assert page.get_by_text("fewbits_panel").count() == 0
+    page.get_by_label("Toggle properties panel").first.click()
+    parameters.wait_for(state="detached")
+    page.evaluate("app.canvas.setDirty(true, true)")
+    page.wait_for_timeout(500)
+    assert panel.evaluate(SIZE) == size
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_a_tall_node_is_panel_and_not_keep(open_page, renderer):
+    page = open_page(renderer)
+    panel = load(page, in_graph(9), "20")
+    wait_for(page, "preview")
+    before = panel.evaluate(SIZE)[1]
+    page.evaluate(
+        """() => {
+          const node = app.graph.getNodeById(20);
+          node.setSize([node.size[0], node.size[1] + 400]);
+          app.canvas.setDirty(true, true);
+        }"""
+    )
+    page.wait_for_timeout(1000)
+    shot(page, f"{renderer}_dark_tall")
+    assert panel.evaluate(SIZE)[1] - before > 380  # of 400: `keep` is four lines high
 
 
 def test_a_report_survives_a_change_of_tabs_and_an_error_shows_its_message(open_page):

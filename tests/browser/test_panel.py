@@ -769,6 +769,34 @@ def test_the_script_is_silent_where_a_node_lacks_something(page, missing):
     assert page.locator(".fewbits-panel").count() == (missing != "addDOMWidget")
 
 
+# ---- the room of a tall node ----
+
+
+def test_a_tall_node_gives_its_room_to_the_panel_alone(page, panel):
+    page.evaluate(
+        """() => {
+          const grid = document.createElement("div");
+          grid.className = "lg-node-widgets";
+          grid.style.cssText = "display: grid; height: 900px; width: 340px";
+          window.show = (rows) => { grid.style.gridTemplateRows = rows; };
+          const text = document.createElement("textarea");
+          text.style.cssText = "min-height: 64px; height: 64px; box-sizing: border-box";
+          const row = document.createElement("div");
+          row.append(document.querySelector(".fewbits-panel"));
+          row.style.cssText = "display: grid";
+          grid.append(document.createElement("p"), text, row);
+          document.body.append(grid);
+          show("min-content auto auto");
+        }"""
+    )
+    page.wait_for_function("document.querySelector('.fewbits-panel').offsetHeight > 750")
+    page.evaluate("show('min-content  auto auto')")  # the page writes them again
+    page.wait_for_function(
+        "document.querySelector('.lg-node-widgets').style.gridTemplateRows ==="
+        " 'min-content min-content auto'"
+    )
+
+
 # ---- results of earlier runs ----
 
 PROMPT = {
@@ -955,6 +983,20 @@ def test_a_written_file_is_named_with_its_loader_and_can_be_copied(page, panel):
     panel.get_by_role("button", name="Copy path").click()
     assert page.evaluate("copied") == SAVED["output"]
     assert page.evaluate("refreshed") == 1  # the loaders list the new file
+
+
+def test_a_recipe_is_no_model_and_has_no_sizes(page, panel):
+    page.evaluate("addNode(13, host.app.rootGraph, 'FewBitsSaveRecipe')")
+    other = panel.nth(1)
+    assert other.inner_text().strip() == "Run the workflow to write the file"
+    saved = {"path": "output/recipes/a.toml", "loader": None, "name": None}
+    page.evaluate(
+        "(saved) => host.app.rootGraph.getNodeById(13).onExecuted({ fewbits_saved: [saved] })",
+        {"output": "/comfy/output/recipes/a.toml", "saved": saved, "text": "recipe"},
+    )
+    shown = other.inner_text()
+    assert "paste into Layer Rules" in shown and "model folders" not in shown
+    assert "–" not in shown
 
 
 def test_a_page_without_a_clipboard_selects_the_path(page, panel):

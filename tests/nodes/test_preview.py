@@ -61,6 +61,23 @@ def test_a_file_node_also_says_where_its_file_goes(flux, tmp_path):
     assert preview({"3": node("FewBitsQuantizeFile", **wish)})["target"]["exists"]
 
 
+def test_a_file_that_is_quantized_already_is_planned_as_the_node_would_run_it(flux):
+    from fewbits import quantize_file
+    from fewbits.nodes.common import recipe_from
+    from fewbits.quant_ops.errors import QuantError
+
+    made = flux.with_name("flux_fp8.safetensors")
+    quantize_file(flux, made, recipe_from(format="float8_e4m3fn"))
+    wish = {"file": f"diffusion_models/{made.name}", "format": "int8_tensorwise"}
+    with pytest.raises(QuantError, match="quantized already"):
+        preview({"3": node("FewBitsQuantizeFile", **wish)})
+    plan = preview({"3": node("FewBitsQuantizeFile", **wish, requantize=True)})["plan"]
+    again = flux.with_name("again.safetensors")
+    report = quantize_file(made, again, recipe_from(format=wish["format"]), requantize=True)
+    assert plan["bytes_after"] == report.plan.bytes_after
+    assert any("rounded a second time" in warning for warning in plan["warnings"])
+
+
 def test_a_loader_shows_what_is_inside(flux):
     answer = preview({"3": node("FewBitsLoadModel", file="flux.safetensors")})
     assert answer["inspection"]["family"] == "Flux.1"
