@@ -16,6 +16,7 @@ from ..quant_ops.planning.recipe import Draft, Recipe, Wish
 from ..quant_ops.sources import TensorSource
 from .bridge import host
 from .common import advised_for, recipe_from
+from .format_advisor import FewBitsFormatAdvisor
 from .layer_rules import FewBitsLayerRules
 
 MODELS, ENCODERS, CHECKPOINTS = host.MODEL_FOLDERS
@@ -38,6 +39,7 @@ RECIPE_INPUTS = (
     "full_precision_matmul",
     "convrot",
 )
+ADVICE_INPUTS = ("file", "gpu", "comfyui")
 THROUGH = ("model", "clip")  # inputs through which a node hands on what it was given
 DEPTH = 64  # nodes between a loader and the node that is asked about
 
@@ -48,8 +50,8 @@ class NothingToShow(RecipeError):
 
 def preview(prompt: Mapping[str, dict], node_id: str) -> dict:
     """What the page shows of a node that has not run: `{"inspection": ...}` for one that looks into
-    a file, else `{"plan": ..., "sizes": format -> bytes, "target": ...}`; `{}` where no file can
-    be found from here.
+    a file, `{"advice": ...}` for the advisor, else `{"plan": ..., "sizes": format -> bytes,
+    "target": ...}`; `{}` where no file can be found from here.
 
     Args:
         prompt: id -> class_type and inputs, as a page sends it; only values and links are read.
@@ -62,6 +64,8 @@ def preview(prompt: Mapping[str, dict], node_id: str) -> dict:
         if not node["inputs"].keys() & {"file", "format"}:
             return {}  # it saves what it is given, and that is not the file it came from
         path = host.model_path(*_source(prompt, node_id))
+        if node.get("class_type") == FewBitsFormatAdvisor.__name__:
+            return {"advice": _advice(prompt, node["inputs"])}
     except NothingToShow:
         return {}
     if "format" not in node["inputs"]:
@@ -114,6 +118,14 @@ def _recipe(prompt: Mapping[str, dict], inputs: dict, path: Path) -> Recipe:
     if _is_link(inputs.get("recipe")):
         wish["recipe"] = _draft(prompt, str(inputs["recipe"][0]), DEPTH)
     return recipe_from(choose=advised_for(lambda: open_checkpoint(path)), **wish)
+
+
+def _advice(prompt: Mapping[str, dict], inputs: dict) -> dict:
+    wish = {name: inputs[name] for name in ADVICE_INPUTS if isinstance(inputs.get(name), str)}
+    if _is_link(inputs.get("recipe")):
+        wish["recipe"] = _draft(prompt, str(inputs["recipe"][0]), DEPTH)
+    (advice,) = FewBitsFormatAdvisor.execute(**wish).ui["fewbits_advice"]
+    return advice
 
 
 def _draft(prompt: Mapping[str, dict], node_id: str, depth: int) -> Draft:

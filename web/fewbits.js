@@ -3,13 +3,13 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=08d7cc03";
-import { growAlone } from "./growth.mjs?v=08d7cc03";
-import { isPrimary } from "./layer_list.mjs?v=08d7cc03";
-import { Panel } from "./panel.mjs?v=08d7cc03";
-import { earlierOutput, settingsOf } from "./results.mjs?v=08d7cc03";
-import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=08d7cc03";
-import { say, useLanguage } from "./words.mjs?v=08d7cc03";
+import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=b0062ce8";
+import { growAlone } from "./growth.mjs?v=b0062ce8";
+import { isPrimary } from "./layer_list.mjs?v=b0062ce8";
+import { Panel } from "./panel.mjs?v=b0062ce8";
+import { earlierOutput, settingsOf } from "./results.mjs?v=b0062ce8";
+import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=b0062ce8";
+import { say, useLanguage } from "./words.mjs?v=b0062ce8";
 
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };
 const FILE = { height: 236, idle: "Run the workflow to write the file" };
@@ -17,6 +17,7 @@ const LOOK = { height: 236, idle: "Run the workflow to see what is inside" };
 const NOTE = { height: 120, idle: "Run the workflow to write the file", brief: true };
 const PANELS = {
   FewBitsConvertFP8Scaled: FILE,
+  FewBitsFormatAdvisor: { ...WORK, idle: "Run the workflow to see what suits the GPU" },
   FewBitsInspectFile: { ...WORK, idle: LOOK.idle },
   FewBitsLoadCheckpoint: LOOK,
   FewBitsLoadModel: LOOK,
@@ -68,7 +69,8 @@ function nodeByLocator(locator) {
 }
 
 const panelOf = (node) => (node ? panels.get(node) : undefined);
-const hasResult = (output) => Boolean(output?.fewbits_report || output?.fewbits_inspection || output?.fewbits_saved);
+const RESULTS = ["fewbits_report", "fewbits_saved", "fewbits_advice", "fewbits_inspection"];
+const hasResult = (output) => RESULTS.some((name) => output?.[name]);
 
 function showOutput(panel, output, reused = false) {
   if (!panel || !hasResult(output)) return false;
@@ -78,6 +80,7 @@ function showOutput(panel, output, reused = false) {
   const [saved] = output.fewbits_saved ?? [];
   if (report) panel.showReport(report, reused);
   else if (saved) panel.showSaved(saved);
+  else if (output.fewbits_advice) panel.showAdvice(output.fewbits_advice[0]);
   else panel.showInspection(output.fewbits_inspection);
   return true;
 }

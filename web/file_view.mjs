@@ -1,9 +1,9 @@
 // What is in a file: layers per format, tensors per type, and problems.
 
-import { el } from "./dom.mjs?v=08d7cc03";
-import { noteList } from "./plan_table.mjs?v=08d7cc03";
-import { bytes } from "./text.mjs?v=08d7cc03";
-import { say, translated } from "./words.mjs?v=08d7cc03";
+import { el } from "./dom.mjs?v=b0062ce8";
+import { noteList } from "./plan_table.mjs?v=b0062ce8";
+import { bytes } from "./text.mjs?v=b0062ce8";
+import { say, translated } from "./words.mjs?v=b0062ce8";
 
 /** One file that was looked into; with several files, under its name. */
 export function fileView(file, named) {

@@ -1,14 +1,15 @@
 // The panel under a node of FewBits. It draws the JSON it is sent and knows no format by name.
 
-import { el } from "./dom.mjs?v=08d7cc03";
-import { fileView } from "./file_view.mjs?v=08d7cc03";
-import { LayerList } from "./layer_list.mjs?v=08d7cc03";
-import { noteList, planTable, warningList } from "./plan_table.mjs?v=08d7cc03";
-import { worstLayers } from "./report_view.mjs?v=08d7cc03";
-import { sizesView, targetView } from "./preview_view.mjs?v=08d7cc03";
-import { savedFile } from "./saved_file.mjs?v=08d7cc03";
-import { bytes, change, duration, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=08d7cc03";
-import { say, translated } from "./words.mjs?v=08d7cc03";
+import { adviceView } from "./advice_view.mjs?v=b0062ce8";
+import { el } from "./dom.mjs?v=b0062ce8";
+import { fileView } from "./file_view.mjs?v=b0062ce8";
+import { LayerList } from "./layer_list.mjs?v=b0062ce8";
+import { noteList, planTable, warningList } from "./plan_table.mjs?v=b0062ce8";
+import { worstLayers } from "./report_view.mjs?v=b0062ce8";
+import { sizesView, targetView } from "./preview_view.mjs?v=b0062ce8";
+import { savedFile } from "./saved_file.mjs?v=b0062ce8";
+import { bytes, change, duration, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=b0062ce8";
+import { say, translated } from "./words.mjs?v=b0062ce8";
 
 /**
  * `element` is what the node shows. Its `data-phase` goes idle -> planned -> running -> done; a run that ends early
@@ -93,9 +94,11 @@ export class Panel {
     this.#enter("idle", this.#idle);
   }
 
-  /** What a run would do, from headers: `{plan, sizes, target}`, `{inspection}`, or `{error}`. */
-  showPreview({ plan, sizes, target, inspection, error }) {
-    if (inspection) {
+  /** What a run would do, from headers: `{plan, sizes, target}`, `{inspection}`, `{advice}`, or `{error}`. */
+  showPreview({ plan, sizes, target, inspection, advice, error }) {
+    if (advice) {
+      this.showAdvice(advice, false);
+    } else if (inspection) {
       this.showInspection([inspection]);
       this.#drawBar(0);
       this.#enter("preview", say("From the file's header"));
@@ -155,6 +158,18 @@ export class Panel {
     this.#overview.append(...files.map((file) => fileView(file, plan || files.length > 1)));
     this.#drawBar(100);
     this.#enter("done", plan ? say("Previewed, nothing was written") : say("Looked into the file"));
+  }
+
+  /** What the advisor says of a file; `ran`: whether a run said it. */
+  showAdvice(advice, ran = true) {
+    const [best] = advice.formats ?? [];
+    this.#size.show(`${bytes(advice.bytes_before)} → ${bytes(best?.file_bytes)}`, advice.model);
+    this.#error.show("", "");
+    this.#sayWhere([familyOf(advice), advice.gpu?.name ?? say("No GPU here")], best ?? {});
+    this.#overview.replaceChildren(adviceView(advice));
+    this.#layers.show([]);
+    this.#drawBar(ran ? 100 : 0);
+    this.#enter(ran ? "done" : "preview", ran ? say("Looked into the file") : say("From the file's header"));
   }
 
   /** A file without a report: a recipe, a calibration. */

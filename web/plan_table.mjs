@@ -1,8 +1,8 @@
 // The plan at a glance: layers and sizes per format, and what to read before trusting it.
 
-import { el } from "./dom.mjs?v=08d7cc03";
-import { inUnit, unitFor } from "./text.mjs?v=08d7cc03";
-import { say, translated } from "./words.mjs?v=08d7cc03";
+import { el } from "./dom.mjs?v=b0062ce8";
+import { inUnit, unitFor } from "./text.mjs?v=b0062ce8";
+import { say, translated } from "./words.mjs?v=b0062ce8";
 
 /** One row per format and a total; all sizes in the unit that fits the total. Without a plan: the empty table. */
 export function planTable(plan) {

@@ -1,9 +1,9 @@
 // Before a run: where the file would go, and how large it would be in every format.
 
-import { el } from "./dom.mjs?v=08d7cc03";
-import { noteList } from "./plan_table.mjs?v=08d7cc03";
-import { bytes } from "./text.mjs?v=08d7cc03";
-import { say } from "./words.mjs?v=08d7cc03";
+import { el } from "./dom.mjs?v=b0062ce8";
+import { noteList } from "./plan_table.mjs?v=b0062ce8";
+import { bytes } from "./text.mjs?v=b0062ce8";
+import { say } from "./words.mjs?v=b0062ce8";
 
 /** The path that the file would get, and a warning where one lies there already; null without a target. */
 export function targetView(target) {

@@ -1,9 +1,9 @@
 // What was given up: the measured error of the whole model and of its worst layers.
 
-import { el, layerName } from "./dom.mjs?v=08d7cc03";
-import { outliersOf } from "./outliers.mjs?v=08d7cc03";
-import { decibels, relL2 } from "./text.mjs?v=08d7cc03";
-import { say } from "./words.mjs?v=08d7cc03";
+import { el, layerName } from "./dom.mjs?v=b0062ce8";
+import { outliersOf } from "./outliers.mjs?v=b0062ce8";
+import { decibels, relL2 } from "./text.mjs?v=b0062ce8";
+import { say } from "./words.mjs?v=b0062ce8";
 
 /** The layers with the largest error; null when nothing was measured. */
 export function worstLayers(report) {

@@ -1,7 +1,7 @@
 // Where a file went, in words that find it again.
 
-import { el } from "./dom.mjs?v=08d7cc03";
-import { say } from "./words.mjs?v=08d7cc03";
+import { el } from "./dom.mjs?v=b0062ce8";
+import { say } from "./words.mjs?v=b0062ce8";
 
 const COPIED_MS = 1500;
 

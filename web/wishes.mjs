@@ -1,6 +1,6 @@
 // What shall become of one layer, written where the graph keeps it: the node's own `keep`, or Layer Rules before it.
 
-import { widgetOf } from "./fitting.mjs?v=08d7cc03";
+import { widgetOf } from "./fitting.mjs?v=b0062ce8";
 
 export const KEEP = "keep";
 const RULES = "FewBitsLayerRules";

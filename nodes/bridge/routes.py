@@ -20,12 +20,12 @@ from ...quant_ops.errors import QuantError
 from ...quant_ops.formats import FORMATS, Format
 from . import host
 
-# input of a node -> option of a format
+# input of a node -> option of a format, and the input's words for the option's values
 INPUTS = {
-    "scaling": "scaling",
-    "block_size": "block_size",
-    "convrot": "convrot",
-    "full_precision_matmul": "full_precision_matrix_mult",
+    "scaling": ("scaling", {}),
+    "block_size": ("block_size", {}),
+    "convrot": ("convrot", {True: "on", False: "off"}),
+    "full_precision_matmul": ("full_precision_matrix_mult", {True: "true", False: "false"}),
 }
 
 
@@ -37,9 +37,12 @@ def fitting_inputs() -> dict[str, dict[str, list[str]]]:
 
 
 def _inputs_of(format: Format) -> dict[str, list[str]]:
-    options = format.Options
-    fitting = [(shown, option) for shown, option in INPUTS.items() if option in options.names()]
-    return {shown: list(map(str, options.values(option))) for shown, option in fitting}
+    found = {}
+    for name, (option, words) in INPUTS.items():
+        values = format.Options.values(option) if option in format.Options.names() else ()
+        if len(values) > 1:  # otherwise there is nothing to choose
+            found[name] = [words.get(value, str(value)) for value in values]
+    return found
 
 
 def add_routes(preview: Callable[[dict, str], dict]) -> None:

@@ -1081,6 +1081,76 @@ def test_inputs_that_the_format_lacks_are_switched_off_with_the_reason(page):
     ]
 
 
+CONVROT = {"convrot": ["off", "on", "auto"], "full_precision_matmul": ["false", "true"]}
+
+
+@pytest.mark.parametrize(
+    ("format", "stated", "wanted"),
+    [
+        ("int8_tensorwise", ["off", True], [["off", False], [True, False]]),
+        ("int8_tensorwise", ["on", False], [["on", False], [False, False]]),
+        ("int8_tensorwise", [False, False], [["off", False], [False, False]]),
+        ("auto (best for this GPU)", ["off", True], [["auto", True], [True, False]]),
+    ],
+    ids=["off", "on", "a switch of old", "chosen by the advisor"],
+)
+def test_what_a_person_set_stays_where_it_fits(page, format, stated, wanted):
+    answer(page, "/fewbits/formats", {"int8_tensorwise": CONVROT})
+    load(page)
+    page.wait_for_function("host.app.extensions.length === 1")
+    page.evaluate(
+        """([format, [convrot, precise]]) => addNode(12, host.app.rootGraph, "FewBitsQuantizeModel", [
+          { name: "format", value: format },
+          { name: "convrot", value: convrot },
+          { name: "full_precision_matmul", value: precise },
+        ])""",
+        [format, stated],
+    )
+    page.wait_for_function("'disabled' in host.app.rootGraph.getNodeById(12).widgets[1]")
+    assert wanted == page.evaluate(
+        "host.app.rootGraph.getNodeById(12).widgets.slice(1, 3).map((w) => [w.value, w.disabled])"
+    )
+
+
+ADVICE = {
+    "model": "flux.safetensors",
+    "family": "Flux.1",
+    "bytes_before": 13_611_136,
+    "gpu": {"name": "RTX 4090 24GB"},
+    "formats": [
+        {"wish": "int8_tensorwise:convrot=auto", "file_bytes": 7_412_318, "fits": True, "product": "native",
+         "ssim": 0.998, "loads_in": "loads in stock ComfyUI >= 0.27.0", "reason": "fits; native"},
+        {"wish": "bnb_nf4", "file_bytes": 4_590_000, "fits": False, "product": "emulated", "ssim": None,
+         "loads_in": "needs FewBits in ComfyUI >= 0.8.0", "reason": "does not fit"},
+    ],
+}  # fmt: skip
+
+
+def test_the_advisor_lists_the_formats_before_and_after_a_run(page, panel):
+    page.evaluate("addNode(13, host.app.rootGraph, 'FewBitsFormatAdvisor')")
+    other = panel.nth(1)
+    answer(page, "/fewbits/plan", {"advice": ADVICE})
+    set_prompt(page, {"13": {"class_type": "FewBitsFormatAdvisor", "inputs": {"file": "x"}}})
+    send(page, "graphChanged", {})
+    page.wait_for_function(
+        "document.querySelectorAll('.fewbits-panel')[1].dataset.phase === 'preview'"
+    )
+    listed = cells(other, ".fewbits-ways")
+    assert listed[1:] == [
+        ["int8_tensorwise:convrot=auto", "7.41 MB", "native", "0.998"],
+        ["bnb_nf4", "4.59 MB", "emulated", "–"],
+    ]
+    page.evaluate(
+        "(advice) => host.app.rootGraph.getNodeById(13).onExecuted({ fewbits_advice: [advice] })",
+        ADVICE,
+    )
+    assert phase(other) == "done" and cells(other, ".fewbits-ways") == listed
+    assert "Take int8_tensorwise:convrot=auto" in other.inner_text()
+    assert other.locator(".fewbits-loads").inner_text() == (
+        "Flux.1 · RTX 4090 24GB · Loads in stock ComfyUI >= 0.27.0"
+    )
+
+
 def test_the_side_panel_of_the_page_neither_lists_nor_narrows_the_panel(page, panel):
     found = page.evaluate(
         "(() => { const widget = host.app.rootGraph.getNodeById(12).widgets[0]; widget.width = 120;"

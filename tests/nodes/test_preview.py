@@ -78,6 +78,27 @@ def test_a_file_that_is_quantized_already_is_planned_as_the_node_would_run_it(fl
     assert any("rounded a second time" in warning for warning in plan["warnings"])
 
 
+def test_the_advisor_advises_before_it_runs(flux):
+    from fewbits.nodes.format_advisor import FewBitsFormatAdvisor
+
+    wish = {"file": "diffusion_models/flux.safetensors", "gpu": "RTX 4090 24GB"}
+    advice = preview({"3": node("FewBitsFormatAdvisor", **wish)})["advice"]
+    assert advice == FewBitsFormatAdvisor.execute(**wish).ui["fewbits_advice"][0]
+    assert advice["gpu"]["name"].startswith("RTX 4090")
+
+
+def test_what_the_page_may_set_are_the_inputs_own_values(comfy):
+    from fewbits.nodes.bridge.routes import fitting_inputs
+    from fewbits.nodes.quantize_file import FewBitsQuantizeFile
+
+    inputs = {item.id: item for item in FewBitsQuantizeFile.define_schema().inputs}
+    for format, fitting in fitting_inputs().items():
+        for name, values in fitting.items():
+            offered = getattr(inputs[name], "options", None) or ["true", "false"]
+            assert set(values) <= set(offered), (format, name)
+    assert set(fitting_inputs()["int8_tensorwise"]["convrot"]) == {"auto", "on", "off"}
+
+
 def test_a_loader_shows_what_is_inside(flux):
     answer = preview({"3": node("FewBitsLoadModel", file="flux.safetensors")})
     assert answer["inspection"]["family"] == "Flux.1"
