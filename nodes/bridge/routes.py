@@ -39,10 +39,16 @@ def fitting_inputs() -> dict[str, dict[str, list[str]]]:
 def _inputs_of(format: Format) -> dict[str, list[str]]:
     found = {}
     for name, (option, words) in INPUTS.items():
-        values = format.Options.values(option) if option in format.Options.names() else ()
-        if len(values) > 1:  # otherwise there is nothing to choose
+        if _is_chosen(format, option):
+            values = format.Options.values(option)
             found[name] = [words.get(value, str(value)) for value in values]
     return found
+
+
+def _is_chosen(format: Format, option: str) -> bool:
+    """Whether a node lets a person choose: a scaling is one of a few formats."""
+    known = option in format.Options.names()
+    return known and (option != "scaling" or option in format.layout_options)
 
 
 def add_routes(preview: Callable[[dict, str], dict]) -> None:
