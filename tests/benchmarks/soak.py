@@ -2,8 +2,9 @@
 
     python3 dev.py bench soak [--jobs 200] [--seed 0]
 
-Prints, and writes nothing else down: how jobs ended and which were lost; resident memory, open files and threads after
-the first tenth and at the end; parts left behind; and how long `/system_stats` took meanwhile. Asserts nothing.
+Prints, and writes nothing else down: how jobs ended and which were lost; resident memory, open files, threads, modules
+and hooks on them after the first tenth and at the end; parts left behind; and how long `/system_stats` took meanwhile.
+Asserts nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,24 @@ from support.harness.emoji import EMOJI_NODES, PACK, emoji_models, emoji_workflo
 from support.harness.server import ComfyServer
 
 FILE = "diffusion_models/emoji_flux.safetensors"
+# A node of this server: what is alive in it.
+ALIVE = """
+import gc
+
+import torch
+from aiohttp import web
+from server import PromptServer
+
+NODE_CLASS_MAPPINGS = {}
+
+
+@PromptServer.instance.routes.get("/soak/alive")
+async def alive(request):
+    gc.collect()
+    modules = [found for found in gc.get_objects() if isinstance(found, torch.nn.Module)]
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+    return web.json_response({"modules": len(modules), "hooks": hooks})
+"""
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -34,8 +53,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     dice = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as base:
-        server = ComfyServer(Path(base), custom_nodes=[PACK, EMOJI_NODES], models=emoji_models())
+    with tempfile.TemporaryDirectory() as folder:
+        alive = Path(folder) / "soak_alive"
+        alive.mkdir()
+        (alive / "__init__.py").write_text(ALIVE, encoding="utf-8")
+        nodes = [PACK, EMOJI_NODES, alive]
+        server = ComfyServer(Path(folder) / "base", custom_nodes=nodes, models=emoji_models())
         with server, Watch(server) as watch:
             soak(server, watch, dice, args.jobs)
 
@@ -75,7 +98,7 @@ def soak(server: ComfyServer, watch: Watch, dice: random.Random, jobs: int) -> N
 
 
 def job(dice: random.Random, number: int) -> dict:
-    """A conversion of the file, or a MODEL that is quantized and sampled."""
+    """A conversion of the file, or a MODEL that is quantized or watched, and sampled."""
     if dice.random() < 0.6:
         inputs = {
             "file": FILE,
@@ -86,9 +109,14 @@ def job(dice: random.Random, number: int) -> dict:
         }
         return {"q": {"class_type": "FewBitsQuantizeFile", "inputs": inputs}}
     workflow = emoji_workflow(seed=number, steps=2)
-    inputs = {"model": ["3", 0], "format": "int8_tensorwise", "keep": f"no.such.layer.{number}"}
-    workflow["quantize"] = {"class_type": "FewBitsQuantizeINT8", "inputs": inputs}
-    workflow["7"]["inputs"]["model"] = ["quantize", 0]
+    if dice.random() < 0.5:
+        inputs = {"model": ["3", 0], "seed": number}
+        workflow["node"] = {"class_type": "FewBitsCalibrate", "inputs": inputs}
+    else:
+        inputs = {"model": ["3", 0], "format": "int8_tensorwise"}
+        inputs["keep"] = f"no.such.layer.{number}"
+        workflow["node"] = {"class_type": "FewBitsQuantizeINT8", "inputs": inputs}
+    workflow["7"]["inputs"]["model"] = ["node", 0]
     return workflow
 
 
@@ -133,6 +161,7 @@ class Watch:
             "resident MB": int(status["VmRSS"].split()[0]) // 1024,
             "threads": int(status["Threads"]),
             "open files": len(list((process / "fd").iterdir())),
+            **self.server.get("/soak/alive"),
         }
 
     def __enter__(self) -> Watch:
