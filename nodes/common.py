@@ -220,7 +220,8 @@ def method_input(formats: list[str]) -> io.Combo.Input:
         advanced=True,
         tooltip="How each weight's code is chosen. nearest: the closest code, fast; mse_clip: the "
         "scales with the smallest weight error, slower; svd: learned rounding, much slower; gptq: "
-        "rounded for your own prompts, with a calibration. auto: "
+        "rounded for your own prompts, with a calibration; adaround: the same by gradient, slower. "
+        "auto: "
         f"{own_methods(formats)}.",
     )
 
@@ -266,7 +267,7 @@ def calibration_input() -> io.Input:
         "calibration",
         optional=True,
         tooltip="What the layers are given while the model runs, from Save or Load Calibration. "
-        "The method gptq needs it; others do not look at it.",
+        "The methods gptq and adaround need it; others do not look at it.",
     )
 
 

@@ -30,7 +30,7 @@ FORMATS = (
     "nvfp4",
 )
 SHORT_NAMES = ("nf4", "fp4", "fp8", "int8")
-METHODS = ("mse_clip", "svd", "gptq", "nearest")
+METHODS = ("adaround", "mse_clip", "svd", "gptq", "nearest")
 OWN_METHODS = "mse_clip for bnb_fp4, else nearest"
 TARGETS = ("comfy_quant", "bnb", "bf16")
 ROWS = (1, 16, 256, 4096)
@@ -48,7 +48,7 @@ def quantize(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="C.safetensors",
-        help="what the layers are given while the model runs, for method gptq (see calibrate)",
+        help="what the layers are given while the model runs, for gptq and adaround",
     )
     parser.add_argument(
         "--device", default="auto", help="auto (cuda when there is one), cpu, cuda, cuda:1"

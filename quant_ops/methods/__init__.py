@@ -1,5 +1,6 @@
 """How codes and scales are chosen. A method sees a grid, never a format name."""
 
+from .adaround import Adaround
 from .base import METHODS, Choice, Layer, choose, get_method, layer_generator
 from .gptq import Gptq
 from .inputs import Inputs
@@ -9,6 +10,7 @@ from .svd import Svd
 
 __all__ = [
     "METHODS",
+    "Adaround",
     "Choice",
     "Gptq",
     "Inputs",
