@@ -112,6 +112,7 @@ class _Planner:
     ):
         self.header, self.recipe, self.markers = header, recipe, markers
         self.refused, self.clashes = refused, clashes
+        self.all_parts = sorted((*parts, *refused), key=lambda part: -len(part.prefix))
         self.warnings: list[str] = list(header.warnings)
         self.maybe_tables: list[str] = []
         self.parts, self.main = parts, _main_parts(parts)
@@ -280,6 +281,9 @@ class _Planner:
 
     def _fixed(self, base: str) -> str | None:
         """Why a layer can never be quantized although its shape allows it."""
+        whole = owner_of(base, self.all_parts)
+        if whole and whole.family.kind == "refuse":
+            return f"{whole.family.title}: {whole.family.why}"
         owner = self._owner(base)
         below = base[len(owner.prefix) :] if owner else base
         if owner and any(matches(name, below) for name in owner.family.tables):

@@ -114,6 +114,17 @@ def control_lora(comfy):
     ).replace("model.diffusion_model", "diffusion_model")
 
 
+def encoder_names(comfy):
+    """Two functions rename OpenCLIP's weights and biases, and nothing beside them."""
+    import comfy.diffusers_convert as saving
+    import comfy.supported_models as models
+
+    assert takes(saving.convert_text_enc_state_dict_v20, "text_enc_dict", "prefix")
+    assert calls(models.SDXL.process_clip_state_dict, "clip_text_transformers_convert")
+    for model in (models.SD20, models.SDXL, models.SDXLRefiner):
+        assert calls(model.process_clip_state_dict_for_saving, "convert_text_enc_state_dict_v20")
+
+
 CONTRACTS = {
     function.__name__: function
     for function in (
@@ -124,6 +135,7 @@ CONTRACTS = {
         detection,
         merging,
         controlnet,
+        encoder_names,
         control_lora,
     )
 }

@@ -77,7 +77,18 @@ def diffusion_model(path: str, name: str) -> dict:
     return {"class": type(model.model.model_config).__name__, "output": forward(model, name)}
 
 
-ANSWERS = {"diffusion_model": diffusion_model}
+def checkpoint(path: str, name: str) -> dict:
+    """The same of the stock loader of whole checkpoints, without text encoders and VAE."""
+    import comfy.sd
+
+    from support.tiny_models import forward, recognised_as_small
+
+    with recognised_as_small(name):
+        model = comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
+    return {"class": type(model.model.model_config).__name__, "output": forward(model, name)}
+
+
+ANSWERS = {"diffusion_model": diffusion_model, "checkpoint": checkpoint}
 
 
 def main(folder: Path) -> None:

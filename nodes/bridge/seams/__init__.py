@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import control_lora, controlnet, detection, foreign, formats, layers, merging, text_encoders
+from . import (
+    control_lora,
+    controlnet,
+    detection,
+    encoder_names,
+    foreign,
+    formats,
+    layers,
+    merging,
+    text_encoders,
+)
 
 # `formats` is first: it finds out which formats are ours, and the others ask.
 SEAMS: dict[str, Callable[[], None]] = {
@@ -22,5 +32,6 @@ SEAMS: dict[str, Callable[[], None]] = {
         merging,
         controlnet,
         control_lora,
+        encoder_names,
     )
 }
