@@ -226,10 +226,16 @@ class Built:
 @cache
 def build(cls: type) -> Built:
     """The diffusion model of a class of comfy.supported_models, without memory where that is possible."""
+    return build_with(cls, {})
+
+
+def build_with(cls: type, different: dict, without: tuple[str, ...] = ()) -> Built:
+    """The same with other arguments of the model, and without some."""
     import comfy.ops
 
     name = cls.__name__
-    config = cls({**CONFIGS[name], **cls.unet_config, "dtype": torch.bfloat16})
+    stated = {**CONFIGS[name], **cls.unet_config, **different, "dtype": torch.bfloat16}
+    config = cls({key: value for key, value in stated.items() if key not in without})
     unet = diffusion_model_class(config, BESIDE.get(name, {}))
     device = "cpu" if name in NEEDS_MEMORY else "meta"
     with torch.device(device):

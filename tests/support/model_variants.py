@@ -1,0 +1,70 @@
+"""Models that ComfyUI builds of a class of `supported_models` with other arguments: what is published under its name."""
+
+from __future__ import annotations
+
+WAN_5B = {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "in_dim": 48, "out_dim": 48}
+WAN_SMALL = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12}
+SEEDVR2_7B = {
+    "vid_dim": 3072,
+    "heads": 24,
+    "num_layers": 36,
+    "rope_type": "rope3d",
+    "rope_dim": 64,
+    "vid_out_norm": False,
+}
+# Name -> class of comfy.supported_models, arguments that differ from support.model_classes.
+VARIANTS = {
+    "SD 1.5 inpainting": ("SD15", {"in_channels": 9}),
+    "SD 2.1": ("SD20", {"in_channels": 4}),
+    "SD 2 depth": ("SD20", {"in_channels": 5}),
+    "SDXL inpainting": ("SDXL", {"in_channels": 9}),
+    "SD 3.5 medium": ("SD3", {"depth": 24, "x_block_self_attn_layers": [0, 1], "num_patches": 147456, "pos_embed_max_size": 384}),
+    "SD 3.5 with a context processor": ("SD3", {"context_processor_layers": 2}),
+    "Flux Fill": ("FluxInpaint", {"in_channels": 96}),
+    "Flux Depth or Canny": ("Flux", {"in_channels": 32}),
+    "Ovis-Image": ("LongCatImage", {"yak_mlp": True, "txt_norm": True, "context_in_dim": 2048}),
+    "Flux.2 klein 4B": ("Flux2", {"hidden_size": 3072, "num_heads": 24, "context_in_dim": 7680, "guidance_embed": False}),
+    "Flux.2 klein 9B": ("Flux2", {"hidden_size": 4096, "num_heads": 32, "context_in_dim": 12288, "guidance_embed": False}),
+    "Chroma Radiance x0": ("ChromaRadiance", {"use_x0": True, "nerf_final_head_type": "linear"}),
+    "AuraFlow large": ("AuraFlow", {"n_double_layers": 4, "n_layers": 8}),
+    "Stable Audio with a local condition": ("StableAudio3", {"local_add_cond_dim": 257}),
+    "HunyuanVideo 1.5 image to video": ("HunyuanVideo15", {"vision_in_dim": 1152, "meanflow": True}),
+    "CogVideoX 1.5": ("CogVideoX_I2V", {"patch_size_t": 2, "ofs_embed_dim": 512}),
+    "CogVideoX 2B": ("CogVideoX_T2V", {"num_attention_heads": 30, "use_learned_positional_embeddings": True,
+                                       "use_rotary_positional_embeddings": False}),
+    "SeedVR2 7B": ("SeedVR2", {**SEEDVR2_7B, "mm_layers": 36, "mlp_type": "normal"}),
+    "SeedVR2 7B sharp": ("SeedVR2", {**SEEDVR2_7B, "mm_layers": 10}),
+    "Wan 2.2 TI2V 5B": ("WAN22_T2V", WAN_5B),
+    "Wan 2.1 T2V 1.3B": ("WAN21_T2V", WAN_SMALL),
+    "Wan 2.2 I2V 14B": ("WAN21_T2V", {"in_dim": 36}),
+    "Wan 2.1 first and last frame": ("WAN21_I2V", {"flf_pos_embed_token_number": 514}),
+    "Wan 2.1 Fun control with a reference": ("WAN21_FunControl2V", {"in_dim": 48, "in_dim_ref_conv": 16}),
+    "Wan 2.1 VACE 1.3B": ("WAN21_Vace", WAN_SMALL),
+    "Cosmos 14B": ("CosmosT2V", {"model_channels": 5120, "num_heads": 40}),
+    "Cosmos-Predict2 14B": ("CosmosT2IPredict2", {"model_channels": 5120, "num_heads": 40}),
+    "Cosmos-Predict2 video 14B": ("CosmosI2VPredict2", {"model_channels": 5120, "num_heads": 40, "in_channels": 17}),
+    "Kandinsky 5 pro": ("Kandinsky5", {"model_dim": 4096, "ff_dim": 16384, "time_dim": 1024, "axes_dims": (32, 48, 48)}),
+    "Qwen-Image Layered": ("QwenImage", {"use_additional_t_cond": True}),
+    "NewBie-Image": ("Lumina2", {"clip_text_dim": 1024}),
+    "Z-Image Omni": ("ZImage", {"siglip_feat_dim": 1152}),
+    "ACE-Step 1.5 XL": ("ACEStep15", {"hidden_size": 2560, "num_heads": 32, "intermediate_size": 9728}),
+    "Lens of one layer": ("Lens", {"multi_layer_encoder_feature": False, "selected_layer_index": (0,)}),
+    "Krea 2 large": ("Krea2", {"txtlayers": 12}),
+    "MiniMax H3 over a table": ("MiniMaxH3", {"adaln_curve_grid": 1025, "time_embed_dim": 64}),
+    "Depth Anything 3 small": ("DepthAnything3", {"backbone_name": "vits", "head_dim_in": 384, "out_layers": [5, 7, 9, 11],
+                                                  "head_features": 64, "head_out_channels": [48, 96, 192, 384]}),
+    "Depth Anything 3 of many views": ("DepthAnything3", {"backbone_name": "vitb", "head_type": "dualdpt", "head_dim_in": 1536,
+        "out_layers": [5, 7, 9, 11], "head_features": 128, "head_out_channels": [96, 192, 384, 768], "head_output_dim": 2,
+        "head_use_sky_head": False, "alt_start": 4, "rope_start": 4, "qknorm_start": 4, "cat_token": True,
+        "has_cam_enc": True, "has_cam_dec": True, "cam_dim_out": 768, "cam_dec_dim_in": 1536}),
+    "Stable Cascade C lite": ("Stable_Cascade_C", {"c_cond": 1536, "c_hidden": [1536, 1536], "nhead": [24, 24]}),
+    "Stable Cascade B lite": ("Stable_Cascade_B", {"c_hidden": [320, 576, 1152, 1152], "nhead": [-1, 9, 18, 18],
+                                                   "block_repeat": [[1, 1, 1, 1], [2, 2, 2, 2]]}),
+    "Hunyuan3D 2 turbo": ("Hunyuan3Dv2", {"guidance_embed": True}),
+    "PiD 1.5": ("PiD", {"lq_latent_channels": 128, "latent_spatial_down_factor": 16, "lq_latent_unpatchify_factor": 2,
+                        "pit_lq_inject": True, "lq_gate_per_token": True, "lq_conv_padding_mode": "replicate"}),
+    "HunyuanVideo of 32 channels": ("HunyuanVideo", {"in_channels": 32}),
+    "LTX-Video 13B": ("LTXV", {"attention_head_dim": 128, "cross_attention_dim": 4096}),
+}  # fmt: skip
+# Arguments that do not go with a variant's.
+WITHOUT = {"MiniMax H3 over a table": ("timestep_input_dim", "time_embed_hidden_size")}
