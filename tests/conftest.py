@@ -21,7 +21,8 @@ NOT_FAST = {"server", "slow", "fuzz", "faults"}
 SERVERS = (HERE / "e2e", HERE / "browser")  # only tests in these folders start a ComfyUI
 # Files whose tests draw the same pictures: they go to one worker, which draws each once. Others go file by file.
 TOGETHER = ("test_stock_loaders.py", "test_on_top.py", "test_versions.py")
-BY_CLASS = "nodes/test_every_class.py"  # its tests go class by class
+# Their tests go class by class, or kind by kind.
+BY_CLASS = ("nodes/test_every_class.py", "nodes/test_every_encoder_runs.py")
 _paths = [str(HERE / "import_shim"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
 # Whatever a test writes, here or in a server or command that it starts, is read by the reference decoder too.
 os.environ["FEWBITS_VERIFY"] = "1"

@@ -1,31 +1,37 @@
 """Every kind of text encoder that ComfyUI tells apart, in its real size as a header: recognised, planned with care, and
 said to open in stock ComfyUI exactly where stock builds it of layers that read codes.
+
+The second table of docs/models.md comes from here: `FEWBITS_WRITE_TABLES=1 python3 dev.py test
+tests/nodes/test_every_encoder.py` writes it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 from unittest import mock
 
 import pytest
 import torch
 
-from fewbits.quant_ops.planning.model_family import find_parts
+from fewbits.quant_ops.planning.model_family import Family, find_parts
 from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.spec import Header, ModelPlan, TensorSpec
-from support.tiny_encoders import IN_PAIRS, KINDS, encoder, parts_of, without_memory
+from support.harness import readme
+from support.tiny_encoders import IN_PAIRS, KINDS, ROUTES, Route, encoder, encoders, reads_codes
 
 PACKED = [("nvfp4", "none"), ("bnb_nf4", "auto"), ("mxfp8", "none")]
-# The T5 of the first Cosmos is as narrow as those that stock ComfyUI never reads quantized, and counts as one of them.
-CLAIMED_LESS = ("T5_XXL_OLD",)
+# Parts that encode no text.
+BESIDE_TEXT = re.compile(r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector|lm_head)(\.|$)")
 EVERY = [*KINDS, *IN_PAIRS]
-TYPES = [(kind, type) for kind, types in KINDS.items() for type in types]
 
 
 def header_of(kind: str, type: str = "") -> Header:
-    shapes, _ = encoder(kind, type)
+    return header_of_shapes(encoder(kind, type)[0])
+
+
+def header_of_shapes(shapes: dict[str, tuple[int, ...]]) -> Header:
     return Header({name: TensorSpec(name, "BF16", shape) for name, shape in shapes.items()})
 
 
@@ -46,6 +52,7 @@ def test_it_is_recognised_and_nothing_but_its_linear_layers_is_quantized(comfy, 
     assert not any("not recognised" in line or "lookup" in line for line in plan.warnings)
     quantized = {layer.name for layer in plan.layers if layer.format}
     assert quantized and quantized <= encoder(kind)[1]
+    assert not [name for name in quantized if BESIDE_TEXT.search(name)]
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -62,18 +69,48 @@ def detected(comfy, specs) -> str | None:
     return found and found.name
 
 
-@pytest.mark.parametrize(("kind", "type"), TYPES)
-def test_the_plan_claims_stock_comfyui_exactly_where_that_reads_codes(comfy, kind, type):
-    plan = plan_of(kind, "float8_e4m3fn", type)
-    markers = {
-        f"{layer.name}.comfy_quant": marker(layer.format) for layer in plan.layers if layer.format
-    }
-    state = {s.name: torch.empty(s.shape, device="meta") for s in plan.outputs} | markers
-    with stock_clip(comfy), without_memory(kind):
-        clip = comfy.sd.load_text_encoder_state_dicts([state], clip_type=comfy.sd.CLIPType[type])
-    part = parts_of(clip)[-1]
-    reads_codes = part.operations.__name__ == "MixedPrecisionOps"
-    assert reads_codes == (not plan.requires_pack or kind in CLAIMED_LESS)
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.name)
+def test_the_plan_claims_stock_comfyui_exactly_where_that_reads_codes(comfy, route):
+    """Alone and beside others."""
+    family = family_of(route)
+    with stock_clip(comfy):
+        assert reads_codes(route) == family.stock
+
+
+def family_of(route: Route) -> Family:
+    shapes, _ = encoders(route.type, route.files)[route.about]
+    (part,) = find_parts(header_of_shapes(shapes).tensors)
+    return part.family
+
+
+HEADER = ["encoder", "type of Load CLIP", "family", "preset", "opens in"]
+
+
+def rows() -> list[list[str]]:
+    """A row for each way in which a kind is planned; types and what stands beside it are gathered."""
+    ways: dict[tuple[str, Family], dict[str, None]] = {}
+    for route in ROUTES:
+        found = ways.setdefault((route.kind, family_of(route)), {})
+        found[route.type.lower()] = None
+    return [
+        [
+            kind,
+            ", ".join(types),
+            family.title,
+            family.preset or family.name,
+            "stock" if family.stock else "with FewBits",
+        ]
+        for (kind, family), types in ways.items()
+    ]
+
+
+def test_the_page_of_models_says_what_the_plans_claim(comfy):
+    if "QWEN3VL_32B" not in comfy.sd.TEModel.__members__:
+        pytest.skip("the page is about the ComfyUI that the tests pin")
+    lines = rows()
+    if readme.WRITE:
+        readme.write("encoders", HEADER, lines)
+    assert readme.table("encoders") == [HEADER, *lines]
 
 
 @contextlib.contextmanager
@@ -82,7 +119,3 @@ def stock_clip(comfy):
     original = comfy.sd.CLIP.__init__.__wrapped__
     with mock.patch.object(comfy.sd.CLIP, "__init__", original):
         yield
-
-
-def marker(format: str) -> torch.Tensor:
-    return torch.tensor(list(json.dumps({"format": format}).encode()), dtype=torch.uint8)

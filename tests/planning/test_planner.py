@@ -21,8 +21,7 @@ T5 = {
     "encoder.block.0.layer.0.SelfAttention.q.weight": (64, 64),
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 64),
     "encoder.block.0.layer.0.layer_norm.weight": (64,),
-    "encoder.block.0.layer.1.DenseReluDense.wi_0.weight": (128, 64),
-    "encoder.final_layer_norm.weight": (4096,),
+    "encoder.block.23.layer.1.DenseReluDense.wi_1.weight": (10240, 64),
 }
 CLIP = {
     "text_model.embeddings.token_embedding.weight": (512, 64),

@@ -5,7 +5,7 @@ import pytest
 from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import Recipe, parse_rule, parse_wish
 from fewbits.quant_ops.spec import Header, TensorSpec
-from support.helpers import t5_shapes
+from support.helpers import gated_t5_shapes, t5_shapes
 
 INT8 = parse_wish("int8_tensorwise")
 ENCODER = {f"text_encoders.t5.transformer.{name}": shape for name, shape in t5_shapes(2).items()}
@@ -83,7 +83,8 @@ def test_a_blocks_own_projections_are_no_first_and_last_layers():
 
 
 STOCK = {
-    "T5-XXL": (t5_shapes(2, 4096, 10240), False),
+    "T5-XXL": (gated_t5_shapes(d_model=4096, d_ff=10240, num_heads=64, num_layers=24), False),
+    "T5-11B": (t5_shapes(24, 1024, 65536), False),
     "T5-XL": (t5_shapes(2, 2048, 5120), True),
     "T5-base": (t5_shapes(2), True),
     "UMT5-base": ({**t5_shapes(2), "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": (32, 12)}, True),

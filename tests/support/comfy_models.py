@@ -95,7 +95,7 @@ def text(name: str, family: str, where: str, prefix: str = "", **config: object)
 
 
 T5 = {"d_ff": 10240, "d_kv": 64, "d_model": 4096, "dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True,
-      "num_heads": 64, "num_layers": 2, "vocab_size": 32128, "relative_attention_num_buckets": 32}  # fmt: skip
+      "num_heads": 64, "num_layers": 24, "vocab_size": 32128, "relative_attention_num_buckets": 32}  # fmt: skip
 CLIP = {"num_hidden_layers": 2, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072,
         "hidden_act": "quick_gelu", "eos_token_id": 2, "projection_dim": 768, "max_position_embeddings": 77,
         "vocab_size": 49408}  # fmt: skip

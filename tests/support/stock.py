@@ -88,7 +88,19 @@ def checkpoint(path: str, name: str) -> dict:
     return {"class": type(model.model.model_config).__name__, "output": forward(model, name)}
 
 
-ANSWERS = {"diffusion_model": diffusion_model, "checkpoint": checkpoint}
+def text_encoder(paths: list[str], type: str, files: list[str], about: int) -> dict:
+    """What the stock loader's text encoders make of fixed tokens."""
+    from support.small_encoders import encode, load
+    from support.tiny_encoders import Route
+
+    return {"output": encode(load(Route(type, tuple(files), about), paths))}
+
+
+ANSWERS = {
+    "diffusion_model": diffusion_model,
+    "checkpoint": checkpoint,
+    "text_encoder": text_encoder,
+}
 
 
 def main(folder: Path) -> None:
