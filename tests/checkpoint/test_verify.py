@@ -7,10 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewbits.kernels.packing import unswizzle_scales
+from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.checkpoint.verify import MISTAKES, verify_source
 from fewbits.quant_ops.checkpoint.verify.findings import REPAIR
 from fewbits.quant_ops.cli.__main__ import main
-from fewbits.quant_ops.doors import repair_file, verify_file
+from fewbits.quant_ops.doors import quantize_file, repair_file, verify_file
+from fewbits.quant_ops.doors.problems import problems
+from fewbits.quant_ops.errors import QuantError
+from fewbits.quant_ops.planning.recipe import Recipe, Rule, parse_wish
 from fewbits.quant_ops.sources import MemorySource
 from support import dialects
 from support.helpers import EMOJI
@@ -131,6 +135,31 @@ def test_what_can_be_repaired_is_and_decodes_as_it_should(case, tmp_path):
     done = repair_file(broken, fixed)
     assert case.split()[0] in {finding.name for finding in done.fixed}
     assert done.left == () and verify_file(fixed).ok
+
+
+# Told, and harmless or left: a scale that nothing reads, and an FP8 layer that nobody can mend.
+CARRIED = ("orphan-side-tensor", "scale-lost")
+
+
+@pytest.mark.parametrize("case", SHOWN)
+def test_quantize_mends_what_it_carries_over_or_refuses(case, tmp_path):
+    """An embedding table in a format that ComfyUI cannot look up was copied, input scales too."""
+    broken, made = tmp_path / "broken.safetensors", tmp_path / "made.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in SHOWN[case].items()}
+    save_file(tensors | {"z.weight": WIDE}, broken)
+    rules = tuple(Rule(name, None) for name in ("a", "x*", "m*"))
+    try:
+        quantize_file(broken, made, Recipe(parse_wish("float8_e4m3fn"), rules=rules, preset="none"))
+    except QuantError:
+        assert not made.exists()
+        return
+    left = {finding.name for finding in inspect_findings(made)}
+    assert left <= {*CARRIED} & {case}
+
+
+def inspect_findings(path):
+    with FileSource(path) as file:
+        return problems(file)
 
 
 def test_a_repaired_file_is_repaired_to_itself(tmp_path):

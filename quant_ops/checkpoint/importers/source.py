@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...errors import CheckpointError, RecipeError
-from ...formats import FORMATS, get_format
+from ...formats import FORMATS
 from ...sources import TORCH_DTYPES, TensorSource
 from ...spec import FLOAT_DTYPES, Header, TensorSpec
 from ...strict_json import parse
@@ -279,7 +279,8 @@ class ImportedSource:
         if layer.name in self.options.left:
             return None
         again = layer.name in self.options.decoded
-        options = replace(self.options, foreign_only=False) if again else self.options
+        whole = again or is_misplaced_table(layer)
+        options = replace(self.options, foreign_only=False) if whole else self.options
         try:
             made = translate(layer, options)
         except CheckpointError as error:
@@ -414,13 +415,21 @@ def as_loadable(base: str, made: Translation) -> Translation:
     """Embedding tables in formats that ComfyUI cannot load there are decoded: it would read codes
     as numbers.
     """
-    if (
-        made.format
-        and EMBEDDING.fullmatch(base)
-        and get_format(made.format).embedding_min_comfyui is None
-    ):
+    if is_unreadable_table(base, made.format):
         return made.decoded(made.float_dtype, f"embedding table in {made.format}: decoded")
     return made
+
+
+def is_misplaced_table(layer: StoredLayer) -> bool:
+    """Whether a layer's JSON says a format that ComfyUI does not look up rows in."""
+    name = layer.said.get("format")
+    return isinstance(name, str) and is_unreadable_table(layer.name, name)
+
+
+def is_unreadable_table(base: str, format: str | None) -> bool:
+    """Whether this is an embedding table in a format that ComfyUI does not look up rows in."""
+    known = format in FORMATS and EMBEDDING.fullmatch(base) is not None
+    return known and FORMATS[format].embedding_min_comfyui is None
 
 
 def unexplained(contents: Contents) -> tuple[str, ...]:
