@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from fewbits.kernels.packing import unswizzle_scales
+from fewbits.quant_ops.doors import convert_file
 from support import dialects
 from support.helpers import flux_shapes, random_tensors, sd3_shapes
 
@@ -153,6 +155,46 @@ def test_row_scales_under_the_scalar_tag_become_our_format(load, tensors):
 
     found = layers(load(converted(tensors, make)))
     assert {module.quant_format for module in found.values()} == {"float8_e4m3fn_rowwise"}
+
+
+def compressed_nvfp4(base, weight):
+    """NVFP4 of compressed-tensors: the low nibble first, scales in rows, a divisor for all."""
+    stored, _ = dialects.native("nvfp4", weight)
+    n, k = weight.shape
+    grid = unswizzle_scales(stored["weight_scale"].view(torch.uint8), n, k // 16).contiguous()
+    made = {
+        "weight_packed": dialects.swapped(stored["weight"]),
+        "weight_scale": grid.view(torch.float8_e4m3fn),
+        "weight_global_scale": 1 / stored["weight_scale_2"].reshape(1),
+        "input_global_scale": torch.tensor([3.0]),
+    }
+    return dialects.under(base, made)
+
+
+def gptq(base, weight):
+    """Symmetric 4-bit GPTQ of the first version."""
+    k, groups = weight.shape[1], weight.shape[1] // 16
+    scales = (weight.abs().view(len(weight), groups, 16).amax(-1) / 7).half()
+    spread = scales.float().repeat_interleave(16, 1)
+    codes = ((weight / spread).round().clamp(-8, 7) + 8).long().t()
+    words = (codes.view(k // 8, 8, -1) << torch.arange(0, 32, 4)[:, None]).sum(1)
+    made = {
+        "qweight": words.to(torch.int32),
+        "qzeros": torch.full((groups, len(weight) // 8), 0x77777777, dtype=torch.int32),
+        "scales": scales.t(),
+    }
+    return dialects.under(base, made)
+
+
+@pytest.mark.parametrize("make", [compressed_nvfp4, gptq])
+def test_packed_codes_of_other_tools_sample_as_they_decode(load, sample, tensors, make, tmp_path):
+    model = load(converted(tensors, make))
+    decoded = tmp_path / "decoded.safetensors"
+    convert_file(tmp_path / "foreign.safetensors", decoded, to="bf16")
+    assert bool(layers(model)) is (make is compressed_nvfp4)
+    latent = sample(model)
+    assert cosine(latent, sample(load(load_file(decoded)))) > 0.995
+    assert cosine(latent, sample(load(tensors))) > 0.9
 
 
 def test_every_key_is_translated_whatever_prefix_the_loader_asks_about(comfy, tensors):
