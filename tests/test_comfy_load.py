@@ -1,5 +1,6 @@
 """How hosts import the folder: ComfyUI by path, pip by name, twice, both at once, and nobody at all."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.slow  # processes that import ComfyUI
 
 ROOT = Path(__file__).resolve().parents[1]
 LOAD_BY_PATH = """
@@ -56,46 +59,54 @@ def test_without_comfyui_importing_the_folder_does_nothing(copy):
     assert result.stdout.strip() == "False []", result.stderr
 
 
-def test_under_comfyui_the_import_registers_formats_and_every_seam(copy, comfyui):
-    code = HOST.format(tree=str(comfyui)) + LOAD_BY_PATH + f"pack = load({copy!r}, 'by_path')\n"
-    code += (
-        "from comfy.quant_ops import QUANT_ALGOS\nfrom comfy_kitchen.tensor.base import LAYOUTS\n"
-    )
-    code += f"missing = {OURS!r} - set(QUANT_ALGOS)\n"
-    code += "layouts = all(QUANT_ALGOS[name]['comfy_tensor_layout'] in LAYOUTS for name in QUANT_ALGOS)\n"
-    code += "status = sys.modules['by_path.nodes.bridge'].status()\n"
-    code += "print(missing, layouts, [s for s, reason in status.items() if reason], len(status) > 2, pack.WEB_DIRECTORY)"
-    result = python(code)
-    assert result.stdout.strip() == "set() True [] True ./web", result.stderr
+# One ComfyUI answers three tests: importing it takes most of their time.
+ASK = """
+from comfy.quant_ops import QUANT_ALGOS
+from comfy_kitchen.tensor.base import LAYOUTS
+import comfy.ops, json
+before = {k: dict(v) for k, v in QUANT_ALGOS.items()}
+pack = load(folder, 'by_path')
+status = sys.modules['by_path.nodes.bridge'].status()
+found = {
+    'algorithms': sorted(QUANT_ALGOS),
+    'layouts': all(row['comfy_tensor_layout'] in LAYOUTS for row in QUANT_ALGOS.values()),
+    'seams': len(status),
+    'reasons': [reason for reason in status.values() if reason],
+    'page': pack.WEB_DIRECTORY,
+    'native': sorted(before),
+    'changed': [name for name, row in before.items() if QUANT_ALGOS[name] != row],
+}
+wrapped = comfy.ops.mixed_precision_ops
+import fewbits
+load(folder, 'again')
+from fewbits.nodes import bridge
+bridge.register()
+found |= {'wrapped once': comfy.ops.mixed_precision_ops is wrapped, 'status of the second': bridge.status()}
+print(json.dumps(found))
+"""
 
 
-def test_native_entries_stay_comfyuis_own(copy, comfyui):
-    code = (
-        HOST.format(tree=str(comfyui))
-        + "from comfy.quant_ops import QUANT_ALGOS\nbefore = {k: dict(v) for k, v in QUANT_ALGOS.items()}\n"
-    )
-    code += (
-        LOAD_BY_PATH
-        + f"load({copy!r}, 'by_path')\nprint(all(QUANT_ALGOS[k] == v for k, v in before.items()), len(before))"
-    )
-    assert python(code).stdout.startswith("True")
+@pytest.fixture(scope="module")
+def loaded(copy, comfyui):
+    """What a ComfyUI is like after it loaded the pack, and after a second copy came."""
+    result = python(HOST.format(tree=str(comfyui)) + LOAD_BY_PATH + f"folder = {copy!r}\n" + ASK)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_two_copies_in_one_process_register_once(copy, comfyui):
-    code = (
-        HOST.format(tree=str(comfyui))
-        + "import comfy.ops\n"
-        + LOAD_BY_PATH
-        + f"load({copy!r}, 'by_path')\n"
-    )
-    code += (
-        "wrapped = comfy.ops.mixed_precision_ops\nimport fewbits\nload("
-        + repr(copy)
-        + ", 'again')\n"
-    )
-    code += "from fewbits.nodes import bridge\nbridge.register()\nprint(comfy.ops.mixed_precision_ops is wrapped, bridge.status())"
-    result = python(code)
-    assert result.stdout.strip() == "True {}", result.stderr
+def test_under_comfyui_the_import_registers_formats_and_every_seam(loaded):
+    assert set(loaded["algorithms"]) >= OURS and loaded["layouts"]
+    assert loaded["seams"] > 2 and loaded["reasons"] == []
+    assert loaded["page"] == "./web"
+
+
+def test_native_entries_stay_comfyuis_own(loaded):
+    assert loaded["native"] and loaded["changed"] == []
+
+
+def test_two_copies_in_one_process_register_once(loaded):
+    assert loaded["wrapped once"]
+    assert loaded["status of the second"] == {}
 
 
 def test_a_comfyui_without_comfy_kitchen_gets_a_reason_and_keeps_the_nodes(copy, comfyui):

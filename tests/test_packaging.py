@@ -122,6 +122,7 @@ def test_the_wheel_carries_both_licence_files(wheel):
     assert {name.split("/")[-1] for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
 
 
+@pytest.mark.slow
 def test_the_installed_pack_is_one_name_and_leaves_comfyuis_alone(installed, tmp_path):
     code = (
         "import importlib.util, fewbits; from fewbits import quantize_file\n"
@@ -131,6 +132,7 @@ def test_the_installed_pack_is_one_name_and_leaves_comfyuis_alone(installed, tmp
     assert result.stdout.strip() == "[]", result.stderr
 
 
+@pytest.mark.slow
 def test_the_installed_command_plans_a_file(installed, tmp_path):
     result = elsewhere([installed[1] / "fewbits", "--version"], tmp_path)
     assert result.stdout.strip() == f"fewbits {VERSION}", result.stderr
@@ -141,6 +143,7 @@ def test_the_installed_command_plans_a_file(installed, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_installed_classic_names_are_thin_aliases(installed, tmp_path):
     code = (
         "import convert_to_quant, fewbits.compat as c\n"

@@ -80,6 +80,7 @@ def small(tmp_path):
     return tiny_checkpoint(tmp_path / "small.safetensors")
 
 
+@pytest.mark.slow  # learned rounding of 22 layers, twice
 @pytest.mark.parametrize(("arguments", "formats"), EXAMPLES.values(), ids=EXAMPLES)
 def test_the_example_commands_give_the_documented_formats(
     small, arguments, formats, tmp_path, capsys

@@ -25,6 +25,8 @@ from support.model_classes import CONFIGS
 from support.stock import Stock
 from support.tiny_models import SMALL, Tiny, build, forward, recognised_as_small
 
+pytestmark = pytest.mark.slow  # a hundred classes, each converted, opened and run
+
 WISHES = [*FORMATS, "int8_tensorwise:convrot=auto"]
 IN_TURN = [*FORMATS, "int8_tensorwise"]
 # In every format without --matrix too: the three that take least time.

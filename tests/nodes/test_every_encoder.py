@@ -21,6 +21,8 @@ from fewbits.quant_ops.spec import Header, ModelPlan, TensorSpec
 from support.harness import readme
 from support.tiny_encoders import IN_PAIRS, KINDS, ROUTES, Route, encoder, encoders, reads_codes
 
+pytestmark = pytest.mark.slow  # ComfyUI builds every one of them
+
 PACKED = [("nvfp4", "none"), ("bnb_nf4", "auto"), ("mxfp8", "none")]
 # Parts that encode no text.
 BESIDE_TEXT = re.compile(r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector|lm_head)(\.|$)")

@@ -19,6 +19,8 @@ from fewbits.quant_ops.spec import Header, ModelPlan, TensorSpec
 from support.harness import readme
 from support.model_classes import BY_METADATA, CONFIGS, Built, build
 
+pytestmark = pytest.mark.slow  # ComfyUI builds every one of them
+
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 # Halved rows, one long column, and rows padded to 32.
 PACKED = [("nvfp4", "none"), ("bnb_nf4", "auto"), ("mxfp8", "none")]
