@@ -25,6 +25,8 @@ from support.small_encoders import SMALL_ROWS, SmallEncoder, build, encode, load
 from support.stock import Stock
 from support.tiny_encoders import ROUTES, Route, parts_of
 
+pytestmark = pytest.mark.slow  # every kind converted, opened and run
+
 WISHES = [*FORMATS, "int8_tensorwise:convrot=auto"]
 # ComfyUI rounds what it decodes to bfloat16. Measured: at most 0.036 (48 blocks of Gemma 3 12B), mostly 0.005.
 LIMIT = 0.06

@@ -73,6 +73,7 @@ def choices_table():
     return ["GPU", "model", "take", "weights of room for them", "product"], rows
 
 
+@pytest.mark.slow  # plans of whole models in every format
 @pytest.mark.parametrize(
     ("name", "table"), [("advised-sizes", sizes_table), ("advised", choices_table)]
 )
@@ -170,6 +171,7 @@ def test_rules_of_the_user_count_for_the_sizes():
     )
 
 
+@pytest.mark.slow  # plans of whole models in every format
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_order_is_the_one_that_is_explained(name, card, comfy):
@@ -189,6 +191,7 @@ def test_the_order_is_the_one_that_is_explained(name, card, comfy):
     assert [way.known.quality for way in found.ways][-2:] == [2, 2]
 
 
+@pytest.mark.slow  # as above
 def test_where_nothing_fits_the_smaller_ones_come_first_but_not_the_visibly_different(comfy):
     found = advice("Qwen-Image", "RTX 4060")
     assert not any(way.fits for way in found.ways)
