@@ -122,6 +122,7 @@ REFUSED = {
     "torchao": ({"a._weight_qdata": FP8, "a._weight_scale": SCALE.reshape(1, 1)}, "torchao"),
     "HQQ, codes as floats": ({"a.W_q": torch.randn(64, 64).half(), "a.scale": torch.rand(64, 4), "a.zero": torch.rand(64, 4)}, "HQQ"),
     "quanto, 4 bit": ({"a.weight._data._data": torch.ones(64, 128, dtype=torch.uint8), "a.weight._scale": torch.rand(128, 1), "a.weight._shift": torch.rand(128, 1)}, "quanto"),
+    "quanto, groups that do not fit": ({"a.weight._data._data": torch.ones(64, 128, dtype=torch.uint8), "a.weight._scale": torch.rand(100, 1), "a.weight._shift": torch.rand(100, 1)}, "do not fit"),
     "ExLlamaV2": ({"a.q_weight": torch.ones(16, 64, dtype=torch.int32), "a.q_scale": torch.ones(4, 8, dtype=torch.int32)}, "ExLlamaV2"),
     "gpt-oss": ({"e.down_proj_blocks": torch.ones(2, 64, 8, 16, dtype=torch.uint8), "e.down_proj_scales": torch.ones(2, 64, 8, dtype=torch.uint8)}, "gpt-oss"),
     "whole numbers for a weight": ({"a.weight": torch.ones(64, 64, dtype=torch.int64)}, "a.weight"),

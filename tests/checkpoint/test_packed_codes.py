@@ -227,6 +227,40 @@ def test_what_has_not_all_its_parts_is_refused_by_name(case, dice, write, out):
     assert not out.exists()
 
 
+# ---- quanto ----
+
+
+@pytest.mark.parametrize("floats", [False, True], ids=["whole shifts", "float shifts"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_packed_codes_of_quanto_are_decoded_where_the_bias_says_their_shape(
+    bits, floats, dice, write, out
+):
+    groups, per_byte = N * K // 128, 8 // bits
+    codes = dice.integers(0, 1 << bits, (groups, 128))
+    scale = torch.from_numpy(dice.uniform(0.01, 0.02, (groups, 1)).astype(np.float32)).bfloat16()
+    shift = torch.from_numpy(dice.integers(0, 1 << bits, (groups, 1)).astype(np.int8))
+    packed = sum(part << (bits * at) for at, part in enumerate(np.split(codes, per_byte)))
+    steps = scale.double().numpy()
+    grouped = (codes - shift.numpy()) * steps
+    if floats:
+        shift = (shift.float() * scale.float()).bfloat16()
+        grouped = (codes * steps).astype(np.float32) - shift.float().numpy()
+    tensors = {
+        "weight._data._data": torch.from_numpy(packed.astype(np.uint8)),
+        "weight._scale": scale,
+        "weight._shift": shift,
+    }
+    path = write(tensors)
+    assert "do not say their shape" in str(inspect_file(path).findings)
+    with pytest.raises(CheckpointError, match="give the original file for the shapes"):
+        convert_file(path, out)
+    path = write(tensors | {"bias": torch.zeros(N)})
+    assert inspect_file(path).findings == () and verify_file(path).ok
+    convert_file(path, out, to="bf16")
+    wanted = torch.from_numpy(grouped.reshape(N, K).astype(np.float32)).bfloat16()
+    assert torch.equal(load_file(out)["a.weight"], wanted)
+
+
 # ---- FP8 in blocks ----
 
 

@@ -267,6 +267,8 @@ def test_a_layer_behind_a_gelu_gives_what_the_kernels_give(fp4, dice, write, tmp
 
 def test_a_qwen_image_of_nunchaku_gets_its_projections_apart(dice, write, tmp_path):
     qkv, weight, bias, _ = linear(dice, (384, 128))
+    newer = {"smooth": "smooth_factor", "lora_up": "proj_up", "lora_down": "proj_down"}
+    qkv = {newer.get(suffix, suffix): tensor for suffix, tensor in qkv.items()}
     mod, mod_weight, mod_bias = modulation(dice, (768, 128), 6)
     block = "transformer_blocks.0"
     tensors = {f"{block}.attn.to_qkv.{suffix}": tensor for suffix, tensor in qkv.items()}
@@ -282,6 +284,30 @@ def test_a_qwen_image_of_nunchaku_gets_its_projections_apart(dice, write, tmp_pa
     assert rel_l2(made.pop(f"{block}.img_mod.1.weight"), mod_weight) < 3e-3
     assert rel_l2(made.pop(f"{block}.img_mod.1.bias"), mod_bias) < 3e-3
     assert list(made) == ["txt_norm.weight"]
+
+
+@pytest.mark.parametrize("width", [256, 1152])
+def test_a_text_encoder_of_nunchaku_is_decoded(width, dice, write, tmp_path):
+    n, groups = 64, -(-width // 128 // 8) * 8
+    codes = dice.integers(0, 16, (n, width))
+    scales, zeros = (np.zeros((groups, n)) for _ in range(2))
+    scales[: width // 128] = rounded(dice.uniform(0.01, 0.02, (width // 128, n)))
+    zeros[: width // 128] = -rounded(dice.uniform(0.05, 0.1, (width // 128, n)))
+    name = "encoder.block.0.layer.0.SelfAttention.q"
+    stored = {
+        "qweight": pack_awq(codes).view(torch.int16),
+        "scales": bf16(scales),
+        "scaled_zeros": bf16(zeros),
+    }
+    path, out = (
+        write({f"{name}.{suffix}": tensor for suffix, tensor in stored.items()}),
+        tmp_path / "out.safetensors",
+    )
+    assert inspect_file(path).findings == () and verify_file(path).ok
+    convert_file(path, out, to="bf16")
+    spread = [np.repeat(rounded(part[: width // 128]).T, 128, 1) for part in (scales, zeros)]
+    wanted = bf16((codes * spread[0]).astype(np.float32) + spread[1].astype(np.float32))
+    assert torch.equal(load_file(out)[f"{name}.weight"], wanted)
 
 
 WRONG = {

@@ -22,17 +22,20 @@ from .legacy_int8 import Int8Fast, Int8WithoutJson, LegacyInt8
 from .llm_int8 import LlmInt8
 from .packed_int4 import PackedInt4
 from .plain import BlocksWithoutJson, DummyScale, OrphanMarker, PlainFp8
-from .quanto import Quanto
+from .quanto import Quanto, QuantoBits
 from .scale_inv import Fp8ScaleInv
 from .scaled_fp8 import ScaledFp8
 from .svdquant import SvdQuant
+from .tinychat import TinyChat
 
 # The order of evidence: what a file says about a layer before what its dtypes suggest.
 DIALECTS: tuple[Dialect, ...] = (
     SvdQuant(),
+    TinyChat(),
     Gptq(),
     PackedInt4(),
     Quanto(),
+    QuantoBits(),
     CompressedTensors(),
     Fp8ScaleInv(),
     ComfyuiLayers(),

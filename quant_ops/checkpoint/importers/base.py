@@ -27,7 +27,7 @@ Specs = dict[str, tuple[str, tuple[int, ...]]]
 FP8 = ("F8_E4M3", "F8_E5M2")
 # What a layer's weight may be stored as, by suffix: plainly, by quanto, by compressed-tensors, by
 # AWQ, GPTQ and nunchaku.
-CODES = ("weight", "weight._data", "weight_packed", "qweight")
+CODES = ("weight", "weight._data", "weight._data._data", "weight_packed", "qweight")
 # Where the scales of FP8 codes may stand.
 FP8_SCALES = ("weight_scale", "scale_weight", "weight._scale", "weight_scale_inv")
 # What 4-bit layers that do not say it may be said to be.

@@ -25,6 +25,7 @@ from ..reader import stored_text
 from ..scales import scale_problem
 from . import explained, translate
 from .base import CODES, FP8, FileFacts, ImportOptions, StoredLayer, Translation
+from .quanto import PACKED
 from .unread import is_companion, tool_of
 
 LEGACY_MARKER = "scaled_fp8"
@@ -43,8 +44,9 @@ NESTED = frozenset({
 })  # fmt: skip
 # Side tensors only beside a `qweight`: elsewhere such names mean something else.
 BESIDE_QWEIGHT = frozenset({
-    "qzeros", "scales", "g_idx", "wscales", "wzeros", "wtscale", "wcscales", "smooth_factor",
-    "smooth_factor_orig", "smooth", "smooth_orig", "proj_down", "proj_up", "lora_down", "lora_up",
+    "qzeros", "scales", "scaled_zeros", "g_idx", "wscales", "wzeros", "wtscale", "wcscales",
+    "smooth_factor", "smooth_factor_orig", "smooth", "smooth_orig", "proj_down", "proj_up",
+    "lora_down", "lora_up",
 })  # fmt: skip
 STATE = ".quant_state."
 # Prefixes that ComfyUI strips from diffusion models; a header may have been written without.
@@ -154,6 +156,8 @@ def split_name(name: str, packed: Container[str] = ()) -> tuple[str, str | None]
     if state:
         base = head.removesuffix(".weight")
         return base, f"{head[len(base) + 1 :]}{'.' if base != head else ''}quant_state.{tail}"
+    if name.endswith(f".{PACKED}"):
+        return name.removesuffix(f".{PACKED}"), PACKED
     base, _, suffix = name.rpartition(".")
     if not base:
         return name, None

@@ -254,7 +254,7 @@ def _modulation(layer: StoredLayer, role: Role) -> Translation:
         raise _misfit(layer)
 
     def decode(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = _awq_codes(tensors["qweight"], (n, k))
+        codes = awq_codes(tensors["qweight"], (n, k))
         spread = (
             tensors[key].float()[: k // AWQ_GROUP].t().repeat_interleave(AWQ_GROUP, 1)
             for key in ("wscales", "wzeros")
@@ -276,7 +276,7 @@ def _apart(rows: torch.Tensor, parts: int) -> torch.Tensor:
     return apart.contiguous().clone()
 
 
-def _awq_codes(qweight: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def awq_codes(qweight: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """(N, K) float32 codes 0..15."""
     n, k = shape
     words = qweight.contiguous().view(torch.int16).view(n // 4, k // DEPTH, 4, 2, 1, 8).int()

@@ -13,7 +13,6 @@ TOOLS = {
     ("._weight_qdata", ""): "torchao",
     (".weight_qdata", ""): "torchao",
     (".W_q", ""): "HQQ",
-    (".weight._data._data", ""): "quanto, 2 or 4 bit",
     (".q_weight", ".q_scale"): "ExLlamaV2",
     (".trellis", ""): "ExLlamaV3",
     (".Qidxs", ""): "QuIP#",
