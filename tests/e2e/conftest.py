@@ -32,8 +32,13 @@ def stock(comfyui, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def original(stock):
-    """`original(prompt)` -> the bf16 original's sample from a ComfyUI that has never seen FewBits; each is drawn once."""
-    return functools.cache(lambda prompt: sample(stock, ORIGINAL, [prompt])[prompt])
+    """`original(prompt, steps)` -> the bf16 original's sample from a ComfyUI that has never seen FewBits; each is drawn once."""
+
+    @functools.cache
+    def draw(prompt, steps=16):
+        return sample(stock, ORIGINAL, [prompt], steps)[prompt]
+
+    return draw
 
 
 @pytest.fixture(scope="session")
@@ -45,12 +50,12 @@ def written(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def drawn(server, written):
-    """`drawn(label, prompt)` -> that file's sample through the stock loader, beside the pack; each is drawn once."""
+    """`drawn(label, prompt, steps)` -> that file's sample through the stock loader, beside the pack; each is drawn once."""
 
     @functools.cache
-    def draw(label, prompt):
+    def draw(label, prompt, steps=16):
         path = written(label)
         server.add_model("diffusion_models", path)
-        return sample(server, path.name, [prompt])[prompt]
+        return sample(server, path.name, [prompt], steps)[prompt]
 
     return draw

@@ -30,15 +30,17 @@ class Quality:
     latent_cosine: float
 
 
-def sample(server: ComfyServer, model: str, prompts: Iterable[str] = PROMPTS) -> dict[str, Sample]:
-    """Prompt -> sample, 16 steps, through the stock UNETLoader.
+def sample(
+    server: ComfyServer, model: str, prompts: Iterable[str] = PROMPTS, steps: int = 16
+) -> dict[str, Sample]:
+    """Prompt -> sample through the stock UNETLoader.
 
     Raises:
         RuntimeError: ComfyUI reported an error for a prompt; its message.
     """
     samples = {}
     for prompt in prompts:
-        workflow = emoji_workflow(model, prompt)
+        workflow = emoji_workflow(model, prompt, steps=steps)
         workflow["10"] = {
             "class_type": "SaveLatent",
             "inputs": {"samples": ["7", 0], "filename_prefix": "latents/emoji"},
