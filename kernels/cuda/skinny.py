@@ -73,9 +73,14 @@ def options(
     return (*flags, *(_table(values, dtype) if values else ()))
 
 
+def _bits(codes: torch.dtype) -> int:
+    """Of a code: two of 4 bits are packed in a byte."""
+    return 4 if codes == torch.uint8 else 8
+
+
 def _stage_codes(codes: torch.dtype) -> int:
     """Codes of a row in a stage."""
-    return 256 if codes == torch.uint8 else 128
+    return 1024 // _bits(codes)
 
 
 def _even(codes: torch.dtype, group: int | None, k: int) -> bool:
@@ -90,7 +95,7 @@ def _lane(group: int | None) -> int:
 
 def shared_bytes(codes: torch.dtype, work: Work) -> int:
     """Shared memory of a block: sums, what is in flight, the table."""
-    table = TABLE_BYTES if codes == torch.uint8 else 0
+    table = TABLE_BYTES if _bits(codes) == 4 else 0
     x_bytes = 2 * work.tokens * _stage_codes(codes)
     warps, tiles = work.rows * work.split, -(-work.tokens // 8)
     return work.stages * (warps * STAGE_BYTES + work.split * x_bytes) + 512 * warps * tiles + table
@@ -101,13 +106,13 @@ def tokens_for(m: int) -> int:
     return min(1 << (m - 1).bit_length(), 64)
 
 
-# (most rows of x, work for at least 8192 rows of W, for at least 2048, for fewer), as (rows, split,
-# cluster, stages): the best over 12288x3072, over 3072x12288, 3072x15360, 3072x3072 and 5120x13824,
-# and for 1280x1280 on an H200 in tests/benchmarks/linear_sweep.py. ms for 12288x3072 / 3072x12288,
+# (most rows of x, work for each of LEAST_ROWS), as (rows, split, cluster, stages): the best over
+# 12288x3072, over 3072x12288, 3072x15360, 3072x3072 and 5120x13824, and for 1280x1280 on an H200 in tests/benchmarks/linear_sweep.py. ms for 12288x3072 / 3072x12288,
 # the library's bf16 product in brackets:
 #   nf4 64     M=1 .0096 / .0103 (.022 .023), 16 .0130 / .0164, 32 .022 / .025, 64 .041 / .043 (.023
 # .026)
 #   int8 row   M=1 .0128 / .0127, 16 .0141 / .0149, 32 .017 / .021, 64 .026 / .029
+LEAST_ROWS = (8192, 2048, 0)  # rows of W
 WORK = {
     4: (
         (4, (2, 2, 1, 2), (1, 4, 2, 2), (1, 8, 1, 2)),
@@ -128,12 +133,8 @@ WORK = {
 @cache
 def work_for(tokens: int, n: int, codes: torch.dtype, gpu: Gpu) -> Work:
     """How a GPU shares out a product: what was measured, within what it has."""
-    rows = WORK[4 if codes == torch.uint8 else 8]
-    tall, middling, low = next(sizes for most, *sizes in rows if tokens <= most)
-    if n >= 8192:
-        sizes = tall
-    else:
-        sizes = middling if n >= 2048 else low
+    measured = next(sizes for most, *sizes in WORK[_bits(codes)] if tokens <= most)
+    sizes = next(size for least, size in zip(LEAST_ROWS, measured) if n >= least)
     work = Work(tokens, *sizes)
     if not gpu.clusters:
         work = work._replace(cluster=1, split=min(work.split * work.cluster, 16 // work.rows))

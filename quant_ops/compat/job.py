@@ -116,7 +116,7 @@ def make_job(flags: dict[str, object]) -> Job:
             notes=tuple(notes),
         )
     output = run.get("output") or _automatic_name(run["input"], wishes)
-    device = ["--device", run["device"]] if "device" in run else []
+    device = _option("--device", run.get("device"))
     switches = _switches(run, "overwrite", "quiet", "json")
     command = ["quantize", str(run["input"]), "-o", str(output), *arguments, *device, *switches]
     return Job(
@@ -138,7 +138,7 @@ def _conversion(stated: Stated, run: dict[str, object]) -> Job:
         "precise": "precise" in stated.get("primary", {}),
     }
     output = run.get("output") or _beside(run["input"], "comfy_quant")
-    pattern = ["--hp-filter", options["hp_filter"]] if options["hp_filter"] else []
+    pattern = _option("--hp-filter", options["hp_filter"])
     precise = ["--full-precision-mm"] if options["precise"] else []
     switches = _switches(run, "overwrite", "quiet", "json")
     command = [
@@ -311,8 +311,7 @@ def _recipe_arguments(stated: Stated, recipe: Recipe) -> list[str]:
         arguments += ["--method", primary.method]
     for rule in recipe.rules:
         arguments += ["--rule", rule.to_text()] if rule.wish else ["--keep", rule.match]
-    if recipe.fallback:
-        arguments += ["--fallback", recipe.fallback.to_text()]
+    arguments += _option("--fallback", recipe.fallback and recipe.fallback.to_text())
     if recipe.heuristics:
         arguments.append("--heur")
     if recipe.layer_config:
@@ -320,9 +319,13 @@ def _recipe_arguments(stated: Stated, recipe: Recipe) -> list[str]:
         arguments += _switches(stated["recipe"], "fullmatch")
     if recipe.preset != "auto":
         arguments += ["--preset", recipe.preset]
-    if recipe.seed:
-        arguments += ["--seed", str(recipe.seed)]
+    arguments += _option("--seed", recipe.seed)
     return arguments
+
+
+def _option(flag: str, value: object) -> list[str]:
+    """A flag with its value; nothing where there is none (an empty text, a seed of 0)."""
+    return [flag, str(value)] if value else []
 
 
 def _switches(fields: dict[str, object], *names: str) -> list[str]:
