@@ -107,8 +107,9 @@ def tokens_for(m: int) -> int:
 
 
 # (most rows of x, work for each of LEAST_ROWS), as (rows, split, cluster, stages): the best over
-# 12288x3072, over 3072x12288, 3072x15360, 3072x3072 and 5120x13824, and for 1280x1280 on an H200 in tests/benchmarks/linear_sweep.py. ms for 12288x3072 / 3072x12288,
-# the library's bf16 product in brackets:
+# 12288x3072, over 3072x12288, 3072x15360, 3072x3072 and 5120x13824, and for 1280x1280 on an H200 in
+# tests/benchmarks/linear_sweep.py. ms for 12288x3072 / 3072x12288, the library's bf16 product in
+# brackets:
 #   nf4 64     M=1 .0096 / .0103 (.022 .023), 16 .0130 / .0164, 32 .022 / .025, 64 .041 / .043 (.023
 # .026)
 #   int8 row   M=1 .0128 / .0127, 16 .0141 / .0149, 32 .017 / .021, 64 .026 / .029
