@@ -48,15 +48,13 @@ def main() -> None:
                 f"ComfyUI {server.stats['system']['comfyui_version']}: {len(PROMPTS)} prompts x {len(rows)} models"
             )
             for row in rows:
-                started = time.perf_counter()
                 row["samples"] = sample(server, row["file"].name)
-                row["seconds"] = round(time.perf_counter() - started, 2)
     for row in rows:
         quality = compare(row["samples"], rows[0]["samples"])
         row["bytes"] = row["file"].stat().st_size
         row["ssim"] = round(quality.ssim, 5)
         row["psnr"] = None if quality.psnr is None else round(quality.psnr, 2)
-    keys = ("format", "bytes", "min_comfyui", "ssim", "psnr", "seconds")
+    keys = ("format", "bytes", "min_comfyui", "ssim", "psnr")
     (output / "summary.json").write_text(
         json.dumps([{key: row[key] for key in keys} for row in rows], indent=2) + "\n"
     )
@@ -89,16 +87,12 @@ def quantize(name: str, path: Path) -> dict:
 
 
 def print_table(rows: list[dict]) -> None:
-    print(
-        f"\n{'format':<20} {'file size':>12} {'min ComfyUI':>12} {'SSIM':>8} {'PSNR':>8} {'seconds':>8}"
-    )
+    print(f"\n{'format':<20} {'file size':>12} {'min ComfyUI':>12} {'SSIM':>8} {'PSNR':>8}")
     for row in rows:
         decibels = "-" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
         size = f"{row['bytes'] / 1e6:.2f} MB"
         version = row["min_comfyui"] or "-"
-        print(
-            f"{row['format']:<20} {size:>12} {version:>12} {row['ssim']:>8.4f} {decibels:>8} {row['seconds']:>8.1f}"
-        )
+        print(f"{row['format']:<20} {size:>12} {version:>12} {row['ssim']:>8.4f} {decibels:>8}")
 
 
 def draw(path: Path, rows: list[dict]) -> None:
