@@ -18,8 +18,8 @@ from ...errors import CheckpointError
 from ...formats.nvfp4 import Nvfp4
 from ...spec import FLOAT_DTYPES
 from .bare_nvfp4 import translate_bare_nvfp4
-from .base import FP8, ImportOptions, StoredLayer, Tensors, Translation
-from .scaled import translate_scaled
+from .base import FP8, FP8_SCALES, ImportOptions, StoredLayer, Tensors, Translation
+from .scaled import refuse_rivals, translate_scaled
 
 # What a weight loses when it is decoded, and some tools leave.
 STRAY = (
@@ -35,6 +35,7 @@ class PlainFp8:
         return layer.weight.dtype in FP8
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation | None:
+        refuse_rivals(layer, layer.first(*FP8_SCALES))
         if layer.marker is None and layer.unreadable is None:
             return None if options.foreign_only else translate_scaled("plain-fp8", layer, "")
         return translate_scaled(

@@ -21,6 +21,13 @@ from ..labels import Label, label_of, labels
 from .base import StoredLayer, Tensors, Translation, floating, quantized, resolved
 
 UNSCALED = "no scale: assumed 1.0"
+PLAIN = ("weight_scale", "scale_weight")
+# What multiplies codes, in files of any tool: a layer has one of them.
+RIVALS = (
+    *PLAIN, "weight_scale_2", "weight_scale_inv", "weight._scale", "SCB", "absmax",
+    "weight.absmax", "weight_s_rel", "weight_s_channel", "weight_zeros", "weight_global_scale",
+    "weight_correction",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ def translate_scaled(
     """
     scale = scale or _scale_of(layer)
     suffix = scale.suffix if scale else None
+    refuse_rivals(layer, suffix)
     if suffix is None:
         if layer.weight.dtype == "I8":
             raise CheckpointError(
@@ -120,7 +128,7 @@ def _scale_of(layer: StoredLayer) -> ScaleOf | None:
     Raises:
         CheckpointError: two scales that differ.
     """
-    found = [suffix for suffix in ("weight_scale", "scale_weight") if suffix in layer.specs]
+    found = [suffix for suffix in PLAIN if suffix in layer.specs]
     if not found:
         return None
     suffix = found[0]
@@ -132,6 +140,24 @@ def _scale_of(layer: StoredLayer) -> ScaleOf | None:
                 "from the original model"
             )
     return ScaleOf(suffix, lambda tensors: tensors[suffix])
+
+
+def refuse_rivals(layer: StoredLayer, chosen: str | None) -> None:
+    """Of a layer whose JSON names its format, ComfyUI reads that format's tensors and no others.
+
+    Raises:
+        CheckpointError: without JSON, scales of another tool beside those that were chosen.
+    """
+    if layer.said.get("format"):
+        return
+    own = PLAIN if chosen in PLAIN else (chosen,)
+    others = [suffix for suffix in RIVALS if suffix in layer.specs and suffix not in own]
+    if others:
+        beside = chosen or f"{layer.weight.dtype} codes"
+        raise CheckpointError(
+            f"{others[0]} beside {beside}: what it does there is not said; start from the original "
+            "model"
+        )
 
 
 def _refuse_lost_scale(layer: StoredLayer, codes: torch.Tensor) -> None:
