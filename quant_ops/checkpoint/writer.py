@@ -41,6 +41,7 @@ class FileSink:
     Args:
         check: called with the finished part before it is published; what it raises keeps the target
             as it was.
+        replacing: called right before it is published: what speaks of an older file must go first.
 
     Raises:
         CheckpointError: existing output without `overwrite`, missing or unwritable folder, full
@@ -53,11 +54,11 @@ class FileSink:
         *,
         overwrite: bool = False,
         check: Callable[[Path], None] | None = None,
+        replacing: Callable[[], None] = lambda: None,
     ):
         self.path = Path(path)
-        self._check = check  # a last look at the finished part; what it raises leaves nothing
         self.overwrite = overwrite
-        self._check = check
+        self._check, self._replacing = check, replacing
         self._part: PartFile | None = None
         self._inputs: tuple[InputFile, ...] = ()
         self._pending: dict[str, TensorSpec] = {}
@@ -124,6 +125,7 @@ class FileSink:
             file.refuse_change()
         refuse_as_output(self._inputs, self.path)
         check_target(self.path, self.overwrite)
+        self._replacing()
         with self._explain():
             self._part.publish()
         self._part = None

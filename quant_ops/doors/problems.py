@@ -17,6 +17,7 @@ from ..checkpoint.verify.findings import ORIGINAL
 from ..checkpoint.writer import FileSink
 from ..errors import CheckpointError
 from ..planning.model_family import find_parts, owner_of, why_misplaced
+from ..report.file import forget_report
 from ..sources import TensorSource
 
 VERIFY = "FEWBITS_VERIFY"
@@ -103,4 +104,9 @@ def checked_sink(
         if verify or os.environ.get(VERIFY) == "1":
             refuse_other_reading(written, besides=unscaled)
 
-    return FileSink(target, overwrite=overwrite, check=check)
+    return FileSink(
+        target,
+        overwrite=overwrite,
+        check=check,
+        replacing=lambda: forget_report(Path(target)),
+    )

@@ -6,6 +6,7 @@ goes wrong with it, the model stays.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -54,6 +55,16 @@ def write_report(report: Report, model: Path, source: str) -> tuple[Path | None,
     except OSError as error:
         return None, f"no report was written: {path.name}: {error.strerror or error}"
     return path, ""
+
+
+def forget_report(model: Path) -> None:
+    """Remove the report of a model that is about to be replaced: a process that is killed between
+    the two leaves a model without a report, never one with another's.
+    """
+    path = report_path(model)
+    if is_report(path):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def is_report(path: Path) -> bool:

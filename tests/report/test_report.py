@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fewbits.quant_ops.doors import quantize_file
+from fewbits.quant_ops.part import PartFile
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.report.file import read_report, report_path, report_text
 from fewbits.quant_ops.report.layer import saturated
@@ -87,6 +88,17 @@ def test_the_command_writes_one_and_replaces_its_own(model):
         done = fewbits("quantize", model, "-o", target, "--format", "int8", "--overwrite")
         assert done.returncode == 0, done.stderr
     assert read_report(report_path(target))["fewbits"]
+
+
+@pytest.mark.parametrize("door", ["quantize", "convert"])
+def test_a_model_that_is_replaced_takes_its_report_with_it(model, door, monkeypatch):
+    """Killed right after the model was replaced: no report is left, least of all the old one's."""
+    _, target = converted(model, sidecar=True)
+    monkeypatch.setattr(PartFile, "publish", lambda part: pytest.fail("killed", pytrace=False))
+    words = {"quantize": ["--format", "nf4"], "convert": ["--to", "bf16"]}[door]
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        fewbits(door, model, "-o", target, "--overwrite", *words)
+    assert not report_path(target).exists()
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "not json", '{"kind": "conversion"}', "\u4e00"])
