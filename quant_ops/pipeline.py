@@ -23,7 +23,7 @@ from .methods import Choice, Inputs, Layer, choose, get_method, layer_generator
 from .planning.calibrated import calibrated
 from .planning.planner import make_plan, stored_markers_needed
 from .planning.recipe import Recipe
-from .report.layer import LayerResult, OutputError, output_error, saturated
+from .report.layer import LayerResult, OutputError, output_error, retention, saturated
 from .report.report import Report
 from .sources import DTYPE_NAMES, TORCH_DTYPES, TensorSink, TensorSource
 from .spec import ITEM_SIZES, LayerInput, LayerPlan, ModelPlan, TensorSpec
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 COPY = Recipe(primary=None)  # decides about no layer: codes and weights are carried over
+UNPATCHED = "\0"  # in a layer's tensors: its weight before a LoRA; no name in a file
 HUGE = 2.0**120  # |w| above this counts as Inf
 REASONS = 3  # why nothing is quantized, or layers moved: so many are named
 # Layers being written or waiting for it. Those of a GPU wait in its memory, and keep the disk busy
@@ -225,7 +226,11 @@ def _read_ahead(
     wanted = [layer for layer in layers if layer.outputs]
 
     def fetch(layer: LayerPlan) -> Tensors:
-        return {spec.name: source.read(spec.name) for spec in layer.inputs}
+        tensors = {spec.name: source.read(spec.name) for spec in layer.inputs}
+        weight = f"{layer.name}.weight"
+        if layer.action == "quantize" and weight in source.header.patched:
+            tensors[UNPATCHED] = source.unpatched(weight)
+        return tensors
 
     pending = reads.submit(fetch, wanted[0]) if wanted else None
     for index, layer in enumerate(wanted):
@@ -283,11 +288,11 @@ def _quantized(
     step: Callable[[], None],
 ) -> tuple[Tensors, LayerResult]:
     """`_encoded` where the conditions say, or on the CPU if there is too little memory for it."""
-    key = f"{layer.name}.weight"
+    key, base = f"{layer.name}.weight", tensors.get(UNPATCHED)
     if conditions.device.type != "cpu":
         try:
             weight = tensors[key].detach().to(conditions.device)
-            return _encoded(file, layer, weight, conditions, step=step)
+            return _encoded(file, layer, weight, conditions, step=step, base=base)
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
         # not before here: the error holds the tensors that were in the way
@@ -295,7 +300,8 @@ def _quantized(
         logger.warning("layer %s is computed on the CPU: %s", layer.name, reason)
     # no other reference: a rotated weight replaces the source in memory
     weight = tensors.pop(key).detach()
-    outputs, result = _encoded(file, layer, weight, replace(conditions, device=CPU), step=step)
+    there = replace(conditions, device=CPU)
+    outputs, result = _encoded(file, layer, weight, there, step=step, base=base)
     return outputs, replace(result, moved_to_cpu=conditions.device.type != "cpu")
 
 
@@ -306,8 +312,13 @@ def _encoded(
     conditions: Conditions,
     *,
     step: Callable[[], None],
+    base: torch.Tensor | None = None,
 ) -> tuple[Tensors, LayerResult]:
-    """Codes and scales of a weight that lies on the device of the conditions."""
+    """Codes and scales of a weight that lies on the device of the conditions.
+
+    Args:
+        base: the weight before a LoRA was baked in; what is left of that is then measured.
+    """
     device, key = conditions.device, f"{layer.name}.weight"
     shape = tuple(weight.shape)
     format = get_format(layer.format)
@@ -330,6 +341,10 @@ def _encoded(
     choice = choose(method, given)
     step()
     output = _output_error(given, choice, inputs)
+    left = None
+    if base is not None and base.shape == shape:
+        before = format.prepare(base.detach().to(device), layer.options)
+        left = retention(before, weight, grid.decode(choice.codes, choice.scale))
     packed = format.pack(choice.codes, choice.scale, layer.options)
     outputs = {f"{layer.name}.{suffix}": tensor for suffix, tensor in packed.items()}
     if device.type == "cuda":
@@ -347,6 +362,7 @@ def _encoded(
         objective_nearest=choice.objective_nearest,
         verdict=choice.verdict,
         output=output,
+        retention=left,
     )
 
 

@@ -58,6 +58,8 @@ class Header:
     fixed: dict[str, str] = field(default_factory=dict)
     # base names of layers that are copied as they are stored, whatever their JSON says
     left: frozenset[str] = frozenset()
+    # names of tensors that a LoRA or another patch changed: such a source has `unpatched(name)`
+    patched: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,13 @@ class ClipSource(PatchedWeights):
         stored = _by_tail(self._origins)
         self._entries = {key: self._entry(key, stored) for key in self._state}
         specs = {key: self._spec(key, entry) for key, entry in self._entries.items()}
-        self.header = Header(specs, {}, warnings=warnings, fixed=self._fixed(self._entries))
+        self.header = Header(
+            specs,
+            {},
+            warnings=warnings,
+            fixed=self._fixed(self._entries),
+            patched=self._patched(),
+        )
 
     def read(self, name: str) -> torch.Tensor:
         # the pipeline reads in a thread of its own, outside ComfyUI's inference mode

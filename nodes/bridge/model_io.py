@@ -84,6 +84,7 @@ class ModelSource(PatchedWeights):
             metadata,
             warnings=(*warnings, *self._rounded_again()),
             fixed=self._fixed({**self._entries, **{name: Entry(None) for name in self._extra}}),
+            patched=self._patched(),
         )
 
     def read(self, name: str) -> torch.Tensor:

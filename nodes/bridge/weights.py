@@ -132,18 +132,32 @@ class PatchedWeights:
             )
         return TensorSpec(name, stored.dtype if stored else own.dtype, shape)
 
-    def _plain(self, entry: Entry) -> torch.Tensor:
-        """A tensor that is not quantized: the origin's bytes if the module holds its values,
-        patched if need be.
+    def unpatched(self, name: str) -> torch.Tensor:
+        """A tensor as it is without its patches: what a LoRA was baked into."""
+        with torch.no_grad():
+            return self._value(self._entries[name])
+
+    def _patched(self) -> frozenset[str]:
+        """The offered tensors that patches change."""
+        named = self._entries.items()
+        return frozenset(name for name, entry in named if entry.key and self._patches(entry.key))
+
+    def _value(self, entry: Entry) -> torch.Tensor:
+        """A tensor that is not quantized and not patched: the origin's bytes if the module holds
+        its values.
         """
         weight = self._state[entry.key]
-        value = weight
         if entry.stored is not None:
             original = entry.origin.read(entry.stored)
             # The file may have changed, or somebody edited the module in place: then the module
             # counts.
             if same_values(original, weight):
-                value = original
+                return original
+        return weight
+
+    def _plain(self, entry: Entry) -> torch.Tensor:
+        """`_value`, patched if need be; never the module's own tensor."""
+        weight, value = self._state[entry.key], self._value(entry)
         patches = self._patches(entry.key)
         if not patches:
             return weight.clone() if value is weight else value

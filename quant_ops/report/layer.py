@@ -12,6 +12,7 @@ from ...kernels.grids import Deviation
 from ..methods import Inputs
 
 COUNTED = 1 << 24  # codes looked at together: a mask of 16 MB
+DROWNED = 1.0  # x a patch's change: rounding moved the weight more than the patch did
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,28 @@ class OutputError:
 
     relative: float
     seen: bool
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What is left of a patch (a LoRA) that was baked into a weight w before it was rounded to d.
+
+    `kept` is the part of the change that is there: (d - w) along it, 1 where all of it is. `noise`
+    is the length of the rounding error over that of the change; `cosine` that of the angle between
+    the change and d - w.
+    """
+
+    kept: float
+    noise: float
+    cosine: float
+
+    @property
+    def drowned(self) -> bool:
+        """Whether rounding moved the weight more than the patch did."""
+        return self.noise > DROWNED
+
+    def to_json(self) -> dict:
+        return {"kept": self.kept, "noise": self.noise, "cosine": self.cosine}
 
 
 @dataclass(frozen=True)
@@ -47,6 +70,7 @@ class LayerResult:
     objective_nearest: float | None = None
     verdict: str = ""
     output: OutputError | None = None
+    retention: Retention | None = None
     moved_to_cpu: bool = False
 
     @property
@@ -98,6 +122,7 @@ class LayerResult:
             "saturated": self.saturated_fraction,
             "largest_error": self.deviation.largest,
             **({"against_nearest": self.against_nearest} if self.against_nearest else {}),
+            **({"patch": self.retention.to_json()} if self.retention else {}),
             **({"output_error": output.relative, "output_seen": output.seen} if output else {}),
         }
 
@@ -139,6 +164,30 @@ def output_error(
     if not (signal > 0 and math.isfinite(signal) and math.isfinite(error)):
         return None
     return OutputError(math.sqrt(error / signal), seen)
+
+
+def retention(base: torch.Tensor, weight: torch.Tensor, decoded: torch.Tensor) -> Retention | None:
+    """What is left of the change from `base` to `weight` in `decoded`; None without a change.
+
+    Args:
+        base, weight, decoded: (N, K), all in the basis that gets codes.
+    """
+    change = error = both = 0.0
+    for rows in torch.arange(len(weight)).split(max(1, COUNTED // max(1, weight.shape[1]))):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        wide = weight[part].double()
+        delta, noise = wide - base[part].double(), decoded[part].double() - wide
+        change += float((delta * delta).sum())
+        error += float((noise * noise).sum())
+        both += float((delta * noise).sum())
+    moved = change + 2 * both + error
+    if not change > 0:
+        return None
+    return Retention(
+        kept=1 + both / change,
+        noise=math.sqrt(error / change),
+        cosine=(change + both) / math.sqrt(change * moved) if moved > 0 else 0.0,
+    )
 
 
 def _ratio(value: float, reference: float) -> float:

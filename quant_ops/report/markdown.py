@@ -36,6 +36,9 @@ def _lines(report: dict) -> Iterator[str]:
     outputs = any("output_error" in row for row in worst)
     titles = (*LAYERS, "output error") if outputs else LAYERS
     yield from _table(titles, (_layer_row(row)[: len(titles)] for row in worst))
+    if patches := report.get("patches"):
+        yield ""
+        yield f"{_cell(patches['meaning'])}."
     for warning in report.get("warnings", ()):
         yield ""
         yield f"Note: {_cell(warning)}"

@@ -13,7 +13,7 @@ from ..errors import visible
 from ..spec import ModelPlan
 from ..version import VERSION
 from .layer import LayerResult, decibels
-from .words import in_words
+from .words import in_words, patches_in_words
 
 WORST = 5  # layers named in the text
 UNMEASURED = {"rel_l2": None, "sqnr_db": None}
@@ -49,6 +49,7 @@ class Report:
         for row in plan["summary"]:
             error = self.rel_l2(row["format"])
             row["rel_l2"], row["sqnr_db"] = error, decibels(error)
+        patches = self.patches()
         return {
             "fewbits": VERSION,
             **plan,
@@ -61,6 +62,21 @@ class Report:
             "seconds": self.seconds,
             "device": self.device,
             "rounded_twice": list(self.rounded_twice),
+            **({"patches": patches} if patches else {}),
+        }
+
+    def patches(self) -> dict | None:
+        """What is left of LoRAs that were baked in, over all layers that have one; None without."""
+        found = [result for result in self.results if result.retention]
+        if not found:
+            return None
+        drowned = [result.name for result in found if result.retention.drowned]
+        return {
+            "layers": len(found),
+            "kept": statistics.median(result.retention.kept for result in found),
+            "noise": statistics.median(result.retention.noise for result in found),
+            "drowned": drowned,
+            "meaning": patches_in_words([result.retention for result in found]),
         }
 
     def to_text(self) -> str:
@@ -71,6 +87,8 @@ class Report:
         ]
         if self.results:
             lines.append(in_words(self.rel_l2()))
+        if patches := self.patches():
+            lines.append(patches["meaning"])
         lines += self._method_lines()
         if self.results:
             lines.append("largest errors:")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
+
+from .layer import Retention
+
 # (rel_l2 of all quantized weights, mean SSIM of the pictures against 16 bit): the formats of the
 # table in docs/quality.md on the emoji model, but for the one that rounds activations to 4 bits.
 MEASURED = (
@@ -36,6 +41,23 @@ def in_words(rel_l2: float) -> str:
 def seen_at(ssim: float) -> tuple[int, str]:
     """What a person sees at this SSIM against the original: its place in `SEEN`, and the words."""
     return next((place, words) for place, (least, words) in enumerate(SEEN) if ssim >= least)
+
+
+def patches_in_words(found: Sequence[Retention]) -> str:
+    """What is left of a LoRA that was baked in: of each layer one."""
+    kept = statistics.median(each.kept for each in found)
+    noise = statistics.median(each.noise for each in found)
+    drowned = sum(each.drowned for each in found)
+    said = (
+        f"LoRA baked in: {kept:.0%} of its change is in the codes (median of {len(found)} layers), "
+        f"and rounding moves the weights {noise:.2g} x as far as it did"
+    )
+    if not drowned:
+        return said
+    return (
+        f"{said}; in {drowned} of {len(found)} layers it drowns in rounding: use more bits, or "
+        "apply it to the quantized model"
+    )
 
 
 def _unmeasured(rel_l2: float) -> str:
