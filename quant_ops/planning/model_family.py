@@ -25,6 +25,8 @@ WIDTHS, WHY = "widths", "why"  # tables of families.toml that are no families
 DIFFUSION_PREFIXES, FEW = ("model.diffusion_model.", "net."), 5
 # What ComfyUI takes away before it recognises a model (`unet_prefix_from_state_dict`).
 READ_PREFIXES = (*DIFFUSION_PREFIXES, "model.model.", "model.")
+# Ends the names of text encoders inside checkpoints, and those that a CLIP has for its own.
+INSIDE = ".transformer."
 # What other tools put before the names; anything else may be a part of the model (PiD has core).
 OTHER_TOOLS = (["transformer"], ["diffusion_model"], ["unet"])
 
@@ -252,11 +254,13 @@ def is_whole(part: Part, names: Iterable[str]) -> bool:
 
 def why_misplaced(names: Iterable[str], parts: Iterable[Part]) -> str | None:
     """Why ComfyUI would not find the diffusion model of a file, or not all of it; None where it
-    does. ComfyUI takes away one known prefix, and looks at what stood behind it only.
+    does. ComfyUI takes away one known prefix, and looks at what stood behind it only. From the file
+    of a text encoder it takes none away.
     """
+    parts = list(parts)
     diffusion = [part for part in parts if part.family.kind == "diffusion"]
     if not diffusion:
-        return None
+        return _why_no_encoder(parts)
     read = ("", *READ_PREFIXES)
     found = [part for part in diffusion if part.prefix.removesuffix(part.family.root) in read]
     foreign = [part for part in diffusion if part.prefix.split(".")[-2:-1] in OTHER_TOOLS]
@@ -274,6 +278,20 @@ def why_misplaced(names: Iterable[str], parts: Iterable[Part]) -> str | None:
                 f"of '{stray}'; ComfyUI reads one of them"
             )
     return None
+
+
+def _why_no_encoder(parts: Iterable[Part]) -> str | None:
+    """Why ComfyUI would not find a text encoder that is a file of its own."""
+    text = [part for part in parts if part.family.kind == "text"]
+    if not text or any(part.prefix == part.family.root for part in text):
+        return None
+    if any(part.prefix.endswith(INSIDE) for part in text):
+        return None
+    part = text[0]
+    return (
+        f"the names of the {part.family.title} begin with '{part.prefix}', where ComfyUI finds it "
+        f"{f'behind {part.family.root!r}' if part.family.root else 'without a prefix'} only"
+    )
 
 
 def _stray(part: Part, names: list[str]) -> str | None:

@@ -84,7 +84,7 @@ def make_plan(
         raise SourceError(f"this is {family.named} file: {family.why}")
     misplaced = why_misplaced(header.tensors, known)
     if misplaced and recipe.primary:
-        raise SourceError(f"{misplaced}; give all of them one of these prefixes, or none")
+        raise SourceError(f"{misplaced}; give all of them a prefix that it reads, or none")
     stored = header_markers(header.metadata) or markers or {}
     return _Planner(header, recipe, stored, known, refused=refused, clashes=clashes).plan()
 

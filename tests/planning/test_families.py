@@ -125,7 +125,7 @@ NOT_BUILT = {
 
 # Layers of variants that are not built here; the head's bias is in no published file.
 ONLY_IN_SOME_FILES = {
-    "lm_head.*", "model.lm_head", "audio_model.*", "audio_projector.*", "text_embedding_projection.*", "guidance_in.*", "cam_dec.*", "cam_enc.*", "ofs_embedding_linear_*", "*.to_local_embed.*",
+    "lm_head.*", "model.lm_head", "vision_model.*", "visual_projection", "audio_model.*", "audio_projector.*", "text_embedding_projection.*", "guidance_in.*", "cam_dec.*", "cam_enc.*", "ofs_embedding_linear_*", "*.to_local_embed.*",
 }  # fmt: skip
 
 

@@ -121,3 +121,25 @@ def test_a_bare_vae_is_refused_by_name_whatever_its_kind(family, write, out):
         quantize_file(path, out, INT8)
     assert inspect_file(path).family == "VAE" and not out.exists()
     assert inspect_file(path).loads_in == "loads in stock ComfyUI (nothing is quantized)"
+
+
+GEMMA = {
+    f"model.layers.0.{name}.weight": torch.ones(64, 64)
+    for name in ("self_attn.k_proj", "mlp.gate_proj", "post_feedforward_layernorm")
+}
+
+
+@pytest.mark.parametrize("prefix", ["language_model.", "thinker.", "text_encoder."])
+def test_a_text_encoder_under_a_prefix_of_other_tools_is_refused_and_never_called_stock(
+    prefix, write, out
+):
+    path = write({prefix + name: tensor for name, tensor in GEMMA.items()})
+    with pytest.raises(SourceError, match=f"Gemma encoder begin with '{prefix}'.*without a prefix"):
+        quantize_file(path, out, INT8)
+    assert inspect_file(path).loads_in.endswith(UNKNOWN)
+
+
+@pytest.mark.parametrize("prefix", ["", "text_encoders.gemma2_2b.transformer."])
+def test_a_text_encoder_in_its_place_is_quantized(prefix, write, out):
+    path = write({prefix + name: tensor for name, tensor in GEMMA.items()})
+    assert any(layer.format for layer in quantize_file(path, out, INT8).plan.layers)

@@ -49,7 +49,10 @@ def quantized(plan):
     return {layer.name for layer in plan.layers if layer.action == "quantize"}
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."], ids=["bare", "checkpoint"])
+INSIDE = {"t5": "text_encoders.t5xxl.transformer.", "clip": "text_encoders.clip_l.transformer."}
+
+
+@pytest.mark.parametrize("place", ["bare", "checkpoint"])
 @pytest.mark.parametrize(
     ("shapes", "family", "kept"),
     [
@@ -63,8 +66,9 @@ def quantized(plan):
     ids=["flux", "sd3", "t5", "clip"],
 )  # fmt: skip
 def test_a_family_is_recognised_and_its_preset_keeps_the_sensitive_layers(
-    shapes, family, kept, prefix
+    shapes, family, kept, place
 ):
+    prefix = "" if place == "bare" else INSIDE.get(family, "model.diffusion_model.")
     plan = make_plan(header(shapes, prefix), INT8)
     assert plan.family == family
     by_name = rows(plan)
