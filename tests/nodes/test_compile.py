@@ -26,30 +26,53 @@ CASES = [(wish, torch.bfloat16) for wish in WISHES]
 CASES += [(wish, torch.float32) for wish in ("float8_e4m3fn", "int8_blockwise")]
 
 
-@pytest.mark.parametrize(("wish", "dtype"), CASES, ids=str)
-def test_a_quantized_block_compiles_to_one_graph(
-    comfy, quantize, counters, monkeypatch, wish, dtype
-):
+@pytest.fixture
+def block(comfy, quantize, monkeypatch):
+    """`block(wish)` -> a block of the emoji model, and `arguments(tokens, dtype)` to call it with."""
     import comfy.ldm.flux.math
     from comfy.ldm.modules.attention import attention_pytorch
 
     # ComfyUI's attention for the CPU reads /proc/meminfo; this is the one that GPUs use.
     monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", attention_pytorch)
-    model, _ = quantize(comfy.sd.load_diffusion_model(str(EMOJI)), wish)
-    block = model.model.diffusion_model.single_blocks[0]
-    assert block.linear1.quant_format == wish.partition(":")[0]
-    generator = torch.Generator().manual_seed(1)
-    x, vec = (
-        torch.randn(shape, generator=generator).to(dtype) for shape in ((1, 24, 256), (1, 256))
-    )
-    ids = torch.zeros(1, 24, 3)
-    pe = model.model.diffusion_model.pe_embedder(ids)
+
+    def quantized(wish):
+        model, _ = quantize(comfy.sd.load_diffusion_model(str(EMOJI)), wish)
+        flux = model.model.diffusion_model
+
+        def arguments(tokens, dtype):
+            generator = torch.Generator().manual_seed(1)
+            shapes = (1, tokens, 256), (1, 256)
+            x, vec = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+            pe = flux.pe_embedder(torch.zeros(1, tokens, 3))
+            return tuple(tensor.clone() for tensor in (x, vec, pe))
+
+        return flux.single_blocks[0], arguments
+
+    return quantized
+
+
+@pytest.mark.parametrize(("wish", "dtype"), CASES, ids=str)
+def test_a_quantized_block_compiles_to_one_graph(block, counters, wish, dtype):
+    module, arguments = block(wish)
+    assert module.linear1.quant_format == wish.partition(":")[0]
     with torch.inference_mode(False), torch.no_grad():
-        arguments = tuple(tensor.clone() for tensor in (x, vec, pe))
-        wanted = block(*(tensor.clone() for tensor in arguments))
-        got = torch.compile(block, backend="aot_eager")(*(tensor.clone() for tensor in arguments))
+        wanted = module(*arguments(24, dtype))
+        got = torch.compile(module, backend="aot_eager")(*arguments(24, dtype))
     assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(
         got, wanted, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2
     )
+
+
+@pytest.mark.parametrize("wish", ["float8_e4m3fn", "int8_tensorwise:convrot=true", "bnb_nf4"])
+def test_pictures_of_other_sizes_need_one_graph_more_for_all(block, counters, wish):
+    module, arguments = block(wish)
+    compiled = torch.compile(module, backend="aot_eager")
+    with torch.inference_mode(False), torch.no_grad():
+        for tokens in (24, 96, 54, 200):
+            wanted = module(*arguments(tokens, torch.bfloat16))
+            got = compiled(*arguments(tokens, torch.bfloat16))
+            torch.testing.assert_close(got, wanted, rtol=2e-2, atol=1e-2)
+    assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
+    assert counters["stats"]["unique_graphs"] <= 2
