@@ -188,6 +188,11 @@ class Translation:
     decode: Callable[[Tensors], torch.Tensor] | None = None
     shape: tuple[int, ...] = ()
 
+    @property
+    def is_float(self) -> bool:
+        """Whether the layer is a plain weight."""
+        return self.format is None and self.decode is None
+
     def decoded(self, dtype: str, note: str) -> Translation:
         """The same layer as a float weight: canonical decoder, rounded once, `pre_quant_scale`
         multiplied in.
@@ -201,7 +206,7 @@ class Translation:
     def _as_float(
         self, dtype: str, note: str, rounded: Callable[[torch.Tensor], torch.Tensor]
     ) -> Translation:
-        if self.format is None and self.decode is None:
+        if self.is_float:
             return self
 
         def decode(tensors: Tensors) -> Tensors:

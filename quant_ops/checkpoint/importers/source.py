@@ -343,10 +343,26 @@ class ImportedSource:
         yield from dict.fromkeys(
             text for made in self.translations.values() for text in made.warnings
         )
+        decoded = [
+            base for base, made in self.translations.items() if self._loses_codes(base, made)
+        ]
+        if decoded and self.options.foreign_only:
+            yield (
+                f"{len(decoded)} layers are decoded from codes of other tools ('{decoded[0]}'): "
+                "what is quantized from them is rounded a second time"
+            )
         if not self.options.foreign_only:
             yield from (
                 f"'{spec.name}' dropped: it belongs to no weight" for spec in self.contents.orphans
             )
+
+    def _loses_codes(self, base: str, made: Translation) -> bool:
+        """Whether a matrix of codes becomes a float weight; those that are to be quantized again
+        are told elsewhere.
+        """
+        weight = self.contents.layers[base].weight
+        codes = weight.dtype not in FLOAT_DTYPES and len(weight.shape) == 2
+        return codes and made.is_float and base not in self.options.decoded
 
     def origins(self) -> dict[str, int]:
         """Dialect and what becomes of it -> number of layers; empty for a file in canonical
