@@ -1,8 +1,8 @@
 // Which format suits a model and a GPU: the advisor's list, the best first.
 
-import { el } from "./dom.mjs?v=b0062ce8";
-import { bytes } from "./text.mjs?v=b0062ce8";
-import { say, translated } from "./words.mjs?v=b0062ce8";
+import { el } from "./dom.mjs?v=cd4731b9";
+import { bytes } from "./text.mjs?v=cd4731b9";
+import { say, translated } from "./words.mjs?v=cd4731b9";
 
 /** What to take and why, and a row for every other way. */
 export function adviceView(advice) {

@@ -3,13 +3,13 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=b0062ce8";
-import { growAlone } from "./growth.mjs?v=b0062ce8";
-import { isPrimary } from "./layer_list.mjs?v=b0062ce8";
-import { Panel } from "./panel.mjs?v=b0062ce8";
-import { earlierOutput, settingsOf } from "./results.mjs?v=b0062ce8";
-import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=b0062ce8";
-import { say, useLanguage } from "./words.mjs?v=b0062ce8";
+import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=cd4731b9";
+import { growAlone } from "./growth.mjs?v=cd4731b9";
+import { isPrimary } from "./layer_list.mjs?v=cd4731b9";
+import { Panel } from "./panel.mjs?v=cd4731b9";
+import { earlierOutput, settingsOf } from "./results.mjs?v=cd4731b9";
+import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=cd4731b9";
+import { say, useLanguage } from "./words.mjs?v=cd4731b9";
 
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };
 const FILE = { height: 236, idle: "Run the workflow to write the file" };

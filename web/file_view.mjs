@@ -1,9 +1,9 @@
 // What is in a file: layers per format, tensors per type, and problems.
 
-import { el } from "./dom.mjs?v=b0062ce8";
-import { noteList } from "./plan_table.mjs?v=b0062ce8";
-import { bytes } from "./text.mjs?v=b0062ce8";
-import { say, translated } from "./words.mjs?v=b0062ce8";
+import { el } from "./dom.mjs?v=cd4731b9";
+import { noteList } from "./plan_table.mjs?v=cd4731b9";
+import { bytes } from "./text.mjs?v=cd4731b9";
+import { say, translated } from "./words.mjs?v=cd4731b9";
 
 /** One file that was looked into; with several files, under its name. */
 export function fileView(file, named) {

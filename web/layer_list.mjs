@@ -1,10 +1,10 @@
 // Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
 
-import { el, layerName } from "./dom.mjs?v=b0062ce8";
-import { errorOf } from "./report_view.mjs?v=b0062ce8";
-import { outliersOf } from "./outliers.mjs?v=b0062ce8";
-import { bytes } from "./text.mjs?v=b0062ce8";
-import { say, translated } from "./words.mjs?v=b0062ce8";
+import { el, layerName } from "./dom.mjs?v=cd4731b9";
+import { errorOf } from "./report_view.mjs?v=cd4731b9";
+import { outliersOf } from "./outliers.mjs?v=cd4731b9";
+import { bytes } from "./text.mjs?v=cd4731b9";
+import { say, translated } from "./words.mjs?v=cd4731b9";
 
 // how layers may be ordered: by name of the choice, what is compared; the first is the order of the file
 const ORDERS = {

@@ -1,15 +1,15 @@
 // The panel under a node of FewBits. It draws the JSON it is sent and knows no format by name.
 
-import { adviceView } from "./advice_view.mjs?v=b0062ce8";
-import { el } from "./dom.mjs?v=b0062ce8";
-import { fileView } from "./file_view.mjs?v=b0062ce8";
-import { LayerList } from "./layer_list.mjs?v=b0062ce8";
-import { noteList, planTable, warningList } from "./plan_table.mjs?v=b0062ce8";
-import { worstLayers } from "./report_view.mjs?v=b0062ce8";
-import { sizesView, targetView } from "./preview_view.mjs?v=b0062ce8";
-import { savedFile } from "./saved_file.mjs?v=b0062ce8";
-import { bytes, change, duration, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=b0062ce8";
-import { say, translated } from "./words.mjs?v=b0062ce8";
+import { adviceView } from "./advice_view.mjs?v=cd4731b9";
+import { el } from "./dom.mjs?v=cd4731b9";
+import { fileView } from "./file_view.mjs?v=cd4731b9";
+import { LayerList } from "./layer_list.mjs?v=cd4731b9";
+import { noteList, planTable, warningList } from "./plan_table.mjs?v=cd4731b9";
+import { worstLayers } from "./report_view.mjs?v=cd4731b9";
+import { sizesView, targetView } from "./preview_view.mjs?v=cd4731b9";
+import { savedFile } from "./saved_file.mjs?v=cd4731b9";
+import { bytes, change, duration, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=cd4731b9";
+import { say, translated } from "./words.mjs?v=cd4731b9";
 
 /**
  * `element` is what the node shows. Its `data-phase` goes idle -> planned -> running -> done; a run that ends early

@@ -1,9 +1,9 @@
 // What was given up: the measured error of the whole model and of its worst layers.
 
-import { el, layerName } from "./dom.mjs?v=b0062ce8";
-import { outliersOf } from "./outliers.mjs?v=b0062ce8";
-import { decibels, relL2 } from "./text.mjs?v=b0062ce8";
-import { say } from "./words.mjs?v=b0062ce8";
+import { el, layerName } from "./dom.mjs?v=cd4731b9";
+import { outliersOf } from "./outliers.mjs?v=cd4731b9";
+import { decibels, relL2 } from "./text.mjs?v=cd4731b9";
+import { say } from "./words.mjs?v=cd4731b9";
 
 /** The layers with the largest error; null when nothing was measured. */
 export function worstLayers(report) {

@@ -1,7 +1,7 @@
 // Where a file went, in words that find it again.
 
-import { el } from "./dom.mjs?v=b0062ce8";
-import { say } from "./words.mjs?v=b0062ce8";
+import { el } from "./dom.mjs?v=cd4731b9";
+import { say } from "./words.mjs?v=cd4731b9";
 
 const COPIED_MS = 1500;
 

@@ -1,6 +1,6 @@
 // Numbers for people: sizes in decimal units as file managers show them, fractions for errors, no locale surprises.
 
-import { say } from "./words.mjs?v=b0062ce8";
+import { say } from "./words.mjs?v=cd4731b9";
 
 const UNITS = [
   [1e9, "GB"],

@@ -1,6 +1,6 @@
 // What shall become of one layer, written where the graph keeps it: the node's own `keep`, or Layer Rules before it.
 
-import { widgetOf } from "./fitting.mjs?v=b0062ce8";
+import { widgetOf } from "./fitting.mjs?v=cd4731b9";
 
 export const KEEP = "keep";
 const RULES = "FewBitsLayerRules";

@@ -58,7 +58,7 @@ def new_page(chrome) -> Iterator[Callable[..., object]]:
     """`new_page(width, height, scale)` -> a page in a context of its own; `page.messages` collects its complaints."""
     contexts = []
 
-    def make(width: int = 1280, height: int = 900, scale: int = 1) -> object:
+    def make(width: int = 1280, height: int = 900, scale: float = 1) -> object:
         context = chrome.new_context(
             viewport={"width": width, "height": height}, device_scale_factor=scale
         )
@@ -100,7 +100,9 @@ def open_page(server, new_page) -> Iterator[Callable[..., object]]:
     """`open_page(renderer, theme)` -> ComfyUI's page, ready; the test then fails on any complaint that concerns us."""
     pages = []
 
-    def open_page(renderer: str, theme: str = "dark", language: str = "en", **size: int) -> object:
+    def open_page(
+        renderer: str, theme: str = "dark", language: str = "en", **size: float
+    ) -> object:
         settings = {
             "Comfy.TutorialCompleted": True,
             "Comfy.ColorPalette": theme,

@@ -15,7 +15,7 @@ CALIBRATED, NEAREST, ORIGINAL = 11, 12, 13  # its samplers
 @pytest.fixture(scope="module")
 def run(server):
     """The template, with every sampler's latent saved."""
-    path = PACK / "example_workflows" / "calibrate_and_quantize.json"
+    path = PACK / "example_workflows" / "Calibrate, then quantize.json"
     prompt = prompt_of(server, json.loads(path.read_text(encoding="utf-8")))
     for sampler in (CALIBRATED, NEAREST, ORIGINAL):
         prompt[f"latent {sampler}"] = {

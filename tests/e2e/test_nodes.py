@@ -387,7 +387,7 @@ def test_the_page_gets_help_translations_and_the_example_workflow(server):
 
 def test_the_example_workflow_runs_as_it_is(server, original):
     graph = json.loads(
-        (PACK / "example_workflows" / "quantize_int8_emoji.json").read_text(encoding="utf-8")
+        (PACK / "example_workflows" / "Quantize, sample and save.json").read_text(encoding="utf-8")
     )
     run = server.run(prompt_of(server, graph))
     assert ssim(picture(run), original) > SAME_PICTURE

@@ -299,7 +299,7 @@ def test_the_example_workflow_runs_as_it_is(server, embed, files, tmp_path):
     path.write_bytes(files("clip_l").read_bytes())
     server.add_model("text_encoders", path)
     graph = json.loads(
-        (PACK / "example_workflows" / "quantize_text_encoder.json").read_text(encoding="utf-8")
+        (PACK / "example_workflows" / "Quantize a text encoder.json").read_text(encoding="utf-8")
     )
     done = server.run(prompt_of(server, graph))
     assert done.status == "success", done.error

@@ -144,6 +144,8 @@ def test_every_template_has_a_thumbnail(nodes):
     folder = ROOT / "example_workflows"
     templates = sorted(path.stem for path in folder.glob("*.json"))
     assert templates and templates == sorted(path.stem for path in folder.glob("*.jpg"))
+    pictures = {path.read_bytes(): path.stem for path in folder.glob("*.jpg")}
+    assert sorted(pictures.values()) == templates  # no two are alike
 
 
 def node_definitions(language):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
+from .emoji import PACK
+
+TEMPLATES = PACK / "example_workflows"
 MUTED = 2  # the mode of a node that the page leaves out
 
 WIDGETS = {
@@ -11,6 +16,11 @@ WIDGETS = {
     "FLOAT",
     "BOOLEAN",
 }  # types that the page gives a widget; the others are sockets
+
+
+def graph_of(template: str) -> dict:
+    """A template of the pack, by its name."""
+    return json.loads((TEMPLATES / f"{template}.json").read_text(encoding="utf-8"))
 
 
 def prompt_of(server: object, graph: dict) -> dict:
