@@ -77,7 +77,8 @@ def main() -> None:
 def in_the_page(server: ComfyServer, template: str) -> Image.Image:
     """The nodes of a template after a run, without the page around them."""
     left, top, scale = IN_THE_PAGE[template]
-    server.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": True})
+    settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": True}
+    server.post("/settings", {**settings, "Comfy.Minimap.Visible": False})
     graph = graph_of(template)
     graph["nodes"] = [node for node in graph["nodes"] if node["type"] != "MarkdownNote"]
     with sync_playwright() as playwright:
@@ -94,7 +95,7 @@ def in_the_page(server: ComfyServer, template: str) -> Image.Image:
         )
         page.evaluate("app.queuePrompt(0)")
         page.wait_for_selector(".fewbits-panel[data-phase=done]", timeout=120_000)
-        page.wait_for_timeout(8000)  # until ComfyUI's own notes about the finished job are gone
+        page.wait_for_timeout(15_000)  # until ComfyUI's own notes about the finished job are gone
         picture = page.screenshot(clip={"x": BARS, "y": BARS, "width": WIDE, "height": HIGH})
         browser.close()
     return Image.open(io.BytesIO(picture)).convert("RGB").resize((WIDE // 2, HIGH // 2))

@@ -27,7 +27,7 @@ def said(words: str) -> str:
 
 
 def picture(page, name: str, **options: object) -> None:
-    page.mouse.move(600, 5)  # where nothing has a tooltip
+    page.mouse.move(30, 600)  # where nothing has a tooltip
     page.wait_for_timeout(1500)
     shot(page, name, **options)
     if readme.WRITE and not VERSION:
