@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from ..errors import visible
 from .report import megabytes
 
 WORST = 10  # tensors named in the text
+OUTLIER = 8.0  # x the median error of layers: what is rounded alike differs less
+LISTED = 5  # layers named that differ far more than the others
 CHUNK = 1 << 20  # elements in float64 at a time: 8 MB for each operand
 
 
@@ -98,6 +101,23 @@ def _sums(a: torch.Tensor, b: torch.Tensor) -> Sums:
     )
 
 
+def suspects(layers: dict[str, float]) -> list[str]:
+    """Layers whose weights differ far more than the others do."""
+    errors = [error for error in layers.values() if error > 0]
+    if not errors:
+        return []
+    limit = OUTLIER * statistics.median(errors)
+    found = [name for name, error in layers.items() if not error <= limit]
+    return sorted(found, key=lambda name: -layers[name])[:LISTED]
+
+
+def block_of(layer: str) -> str:
+    """`double_blocks.3.attn.qkv` -> `double_blocks.3`; the name itself without a number."""
+    parts = layer.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else layer
+
+
 @dataclass(frozen=True)
 class Difference:
     """One tensor of both files; `formats` says how each has it: format, dialect or dtype."""
@@ -143,6 +163,11 @@ class Comparison:
         found = [difference for difference in self.differences if not difference.identical]
         return sorted(found, key=lambda difference: difference.rank, reverse=True)
 
+    def suspects(self) -> list[str]:
+        """Weights that differ far more than the others do: broken, or rounded far more."""
+        weights = (each for each in self.differences if each.name.endswith(".weight"))
+        return suspects({each.name: each.sums.rel_l2 for each in weights})
+
     def totals(self) -> dict[tuple[str, str], tuple[int, Sums]]:
         """Formats of both files -> (tensors, sums over them)."""
         found: dict[tuple[str, str], tuple[int, Sums]] = {}
@@ -163,6 +188,7 @@ class Comparison:
             "identical": self.identical,
             "total": total.to_json(),
             "formats": rows,
+            "suspects": self.suspects(),
             "tensors": [difference.to_json() for difference in self.worst()],
             "reshaped": self.reshaped,
         }
@@ -182,6 +208,12 @@ class Comparison:
         yield f"{'stored as':<44} {'tensors':>7} {'rel_l2':>8} {'SQNR':>9} {'cosine':>9}"
         for formats, (count, sums) in self.totals().items():
             yield f"{' -> '.join(formats):<44} {count:>7} {_numbers(sums)}"
+        for name in self.suspects():
+            layer = name.removesuffix(".weight")
+            yield (
+                f"layer {layer} in block {block_of(layer)} differs more than {OUTLIER:.0f} x as "
+                "much as the median layer: broken, or rounded far more"
+            )
         yield "largest differences:"
         for difference in self.worst()[:WORST]:
             sums = difference.sums

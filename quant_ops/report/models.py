@@ -13,15 +13,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .comparison import Sums, measure
+from .comparison import LISTED, Sums, block_of, measure, suspects
 
 AMPLIFIED = 8  # x: the differences on the sheet
 CAPTION = 18  # pixels above each picture of the sheet
 METRICS = ("psnr", "ssim", "ms_ssim", "haarpsi")
 SMALLEST_MS_SSIM = 161  # pixels: five scales of 11
 BROKEN_COSINE = 0.5  # below this the final latents have little in common
-OUTLIER = 8.0  # x the median error of layers: what is rounded alike differs less
-LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -148,16 +146,6 @@ def picture_metrics(a: torch.Tensor, b: torch.Tensor) -> dict[str, float | None]
     }
 
 
-def suspects(layers: dict[str, float]) -> list[str]:
-    """Layers whose weights differ far more than the others do."""
-    errors = [error for error in layers.values() if error > 0]
-    if not errors:
-        return []
-    limit = OUTLIER * statistics.median(errors)
-    found = [name for name, error in layers.items() if not error <= limit]
-    return sorted(found, key=lambda name: -layers[name])[:LISTED]
-
-
 def _worst(layers: dict[str, float]) -> list[dict]:
     worst = sorted(layers, key=lambda name: -layers[name])[:LISTED]
     return [{"name": name, "rel_l2": layers[name]} for name in worst]
@@ -169,13 +157,6 @@ def _rank(row: dict) -> tuple:
         return (0, 0.0)
     decibels = row["final"]["snr_db"]["mean"]
     return (1, -decibels) if decibels is not None else (2, 0.0)
-
-
-def block_of(layer: str) -> str:
-    """`double_blocks.3.attn.qkv` -> `double_blocks.3`; the name itself without a number."""
-    parts = layer.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0] + 1]) if numbers else layer
 
 
 def _sentence(reference: Model, rows: list[dict]) -> str:

@@ -90,6 +90,25 @@ def test_a_layer_with_a_wrong_scale_is_named_first(model, tmp_path):
     assert worst.sums.rel_l2 == pytest.approx(7, rel=0.01) and second.sums.rel_l2 < 0.02
 
 
+def test_the_command_says_identical_ranks_and_names_the_block_of_a_broken_layer(model, tmp_path):
+    """16 bit against itself, INT8 rows, NF4 and INT8 with one scale x 8."""
+    int8, nf4, broken = (tmp_path / f"{name}.safetensors" for name in ("int8", "nf4", "broken"))
+    quantize_file(model, int8, Recipe(parse_wish("int8_tensorwise"), preset="none"))
+    quantize_file(model, nf4, Recipe(parse_wish("bnb_nf4"), preset="none"))
+    tensors = load_file(int8)
+    tensors["double_blocks.0.img_mlp.0.weight_scale"] *= 8
+    save_file(tensors, broken)
+    assert fewbits("compare", model, model).stdout.splitlines()[-1] == "identical"
+    runs = {path.stem: fewbits("compare", model, path) for path in (int8, nf4, broken)}
+    found = {path.stem: json.loads(fewbits("compare", model, path, "--json").stdout) for path in (int8, nf4, broken)}  # fmt: skip
+    errors = {name: data["total"]["rel_l2"] for name, data in found.items()}
+    assert sorted(errors, key=errors.get) == ["int8", "nf4", "broken"]
+    said = "layer double_blocks.0.img_mlp.0 in block double_blocks.0 differs more than 8 x"
+    assert [said in run.stdout for run in runs.values()] == [False, False, True]
+    assert found["broken"]["suspects"] == ["double_blocks.0.img_mlp.0.weight"]
+    assert found["int8"]["suspects"] == found["nf4"]["suspects"] == []
+
+
 def test_nan_and_infinity_are_counted_rank_first_and_spoil_no_number(tmp_path):
     a, b = random_tensors(SHAPES, torch.float32), random_tensors(SHAPES, torch.float32)
     a["b.weight"][0, 0] = b["b.weight"][0, 0] = torch.nan  # the same in both
