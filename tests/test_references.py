@@ -5,6 +5,7 @@ import subprocess
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -42,7 +43,7 @@ def anchors(page: Path) -> set[str]:
 def missing(page: Path, target: str) -> str | None:
     """What a reference to `path#anchor` beside `page` does not find."""
     path, _, anchor = target.partition("#")
-    file = (page.parent / path) if path else page
+    file = page.parent / unquote(path) if path else page
     if not file.exists():
         return f"{target}: no such file"
     if anchor and anchor not in anchors(file.resolve()):
