@@ -137,3 +137,41 @@ def test_what_stands_beside_stable_audios_model_is_never_quantized(prefix, prese
     plan = plan_of({prefix + name: shape for name, shape in inside.items()} | beside, preset=preset)
     assert f"{prefix}transformer.layers.0.self_attn.to_out" in quantized(plan)
     assert not [name for name in quantized(plan) if name.startswith("conditioner")]
+
+
+MUSIC = {
+    "model.embed_tokens_prefill.weight": (4096, 256),
+    "model.embed_tokens_audio.weight": (1024, 256),
+    "model.audio_extra_embedding.weight": (7168, 256),
+    "model.lm_head_pruned.weight": (1025, 256),
+    "model.layers.0.self_attn.q_norm.weight": (128,),
+    "model.layers.0.mlp.down_proj.weight": (256, 512),
+    "model.audio_decoder.projection.weight": (256, 256),
+    "model.audio_decoder.pos_embedding.weight": (16, 256),
+    "model.audio_decoder.audio_heads.0.weight": (1024, 256),
+    "model.audio_decoder.layers.0.mlp.down_proj.weight": (256, 512),
+}
+MERGED = {"model.layers.0.self_attn.qkv_proj.weight": (768, 256),
+          "model.layers.0.mlp.gate_up_proj.weight": (1024, 256)}  # fmt: skip
+APART = {
+    "model.layers.0.self_attn.k_proj.weight": (256, 256),
+    "model.layers.0.mlp.gate_proj.weight": (512, 256),
+}
+
+
+@pytest.mark.parametrize("more", [MERGED, APART], ids=["merged", "apart"])
+def test_the_tables_of_an_encoder_that_writes_sound_stay(more):
+    plan = plan_of({**MUSIC, **more})
+    assert plan.family == "minimax_music_text"
+    inside = {name.removesuffix(".weight") for name in MUSIC if "mlp" in name}
+    assert quantized(plan) == inside | {name.removesuffix(".weight") for name in more}
+
+
+def test_the_projection_beside_an_encoder_stays():
+    encoder = {
+        f"model.layers.0.{name}.weight": (64, 64)
+        for name in ("self_attn.k_proj", "mlp.gate_proj", "post_feedforward_layernorm")
+    }
+    projection = {"text_embedding_projection.video_aggregate_embed.weight": (256, 1024)}
+    plan = plan_of({**encoder, **projection})
+    assert not any(name.startswith("text_embedding") for name in quantized(plan))
