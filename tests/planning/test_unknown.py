@@ -175,3 +175,35 @@ def test_the_projection_beside_an_encoder_stays():
     projection = {"text_embedding_projection.video_aggregate_embed.weight": (256, 1024)}
     plan = plan_of({**encoder, **projection})
     assert not any(name.startswith("text_embedding") for name in quantized(plan))
+
+
+# Family -> what newer ComfyUI looks for, with what stands beside it; and what becomes quantized of it.
+NEWER = {
+    "qwen_image21": (
+        "txt_in.text_norm modulation.1 transformer_blocks.0.attn.norm_q img_in proj_out txt_in.in_layer norm_out.linear",
+        "transformer_blocks.0.img_mlp.gate_up transformer_blocks.0.attn.to_q",
+    ),
+    "kandinsky6": (
+        "audio_embeddings.in_layer visual_embeddings.in_layer visual_blocks.0.va_modulation.out_layer out_layer.out_layer "
+        "video_time_embeddings.out_layer video_text_embeddings.in_layer visual_token_type_embeddings",
+        "visual_blocks.0.videoT.feed_forward.in_layer visual_blocks.0.va_cross_attention.to_key",
+    ),
+    "yue2": (
+        "vae2llm llm2vae time_embedder.mlp.0 model.embed_tokens",
+        "model.layers.0.self_attn.qkv_proj model.layers.0.mlp.down_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", NEWER)
+def test_a_model_that_only_newer_comfyui_knows_is_planned_with_care(family):
+    kept, inside = (names.split() for names in NEWER[family])
+    matrix, vector = (128, 128), (128,)
+    shapes = {
+        f"{name}.weight": vector if ".norm_" in name or name.endswith("_norm") else matrix
+        for name in (*kept, *inside)
+    }
+    more = {"latent_pos_embed.pe": (1, 8, 128)} if family == "yue2" else {}
+    plan = plan_of({**shapes, **more})
+    assert plan.family == family
+    assert quantized(plan) == set(inside)
