@@ -502,6 +502,15 @@ def test_rules_that_a_person_wrote_options_for_are_not_added_to(page):
     assert page.evaluate("links(101)") == ["100:0 -> 0"]
 
 
+def test_the_filter_stays_readable_above_a_scrolled_list(page):
+    panel = quantize_node(page)
+    open_layers(page, panel, rule="primary")
+    panel.locator(".fewbits-layers li").last.scroll_into_view_if_needed()
+    seen = "(field) => { const box = field.getBoundingClientRect();" \
+           " return document.elementFromPoint(box.x + 9, box.y + box.height / 2) === field; }"  # fmt: skip
+    assert panel.get_by_label("Filter layers").evaluate(seen)
+
+
 def test_what_can_not_be_quantized_has_no_menu(page):
     panel = quantize_node(page)
     open_layers(page, panel, rule="", reason="not a linear layer")
