@@ -144,6 +144,12 @@ def verify(parser: argparse.ArgumentParser) -> None:
 def compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", type=Path, help=f"{SOURCE}; errors are relative to it")
     parser.add_argument("second", type=Path)
+    parser.add_argument(
+        "--plots",
+        type=Path,
+        metavar="FOLDER",
+        help="also draw error_by_depth.png and worst_layers.png there; needs matplotlib",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -58,6 +58,34 @@ def report_pictures(report: dict, theme: str = "light") -> dict[str, bytes]:
     }
 
 
+def comparison_pictures(tensors: list[dict], theme: str = "light") -> dict[str, bytes]:
+    """Name -> PNG of 1024 x 640 points: error by depth, the worst layers.
+
+    Args:
+        tensors: of a comparison, as JSON, in the order of the file.
+
+    Raises:
+        QuantError: matplotlib is missing, or no weight differs.
+    """
+    if problem := why_not_plots():
+        raise QuantError(problem)
+    rows = [
+        {
+            "name": row["name"].removesuffix(".weight"),
+            "format": row["second"],
+            "rel_l2": row["rel_l2"],
+        }
+        for row in tensors
+        if row["name"].endswith(".weight") and row["rel_l2"]
+    ]
+    if not rows:
+        raise QuantError("no weight of the two files differs, so there is nothing to draw")
+    return {
+        "error_by_depth": _drawn(lambda axes, ink: _by_depth(axes, rows, ink), theme),
+        "worst_layers": _drawn(lambda axes, ink: _worst(axes, rows, ink), theme),
+    }
+
+
 def placed(rows: list[dict]) -> list[Placed]:
     """Where each layer stands: `blocks.3.attn.qkv` is kind `blocks attn.qkv` in the block
     `blocks.3`.
@@ -109,7 +137,7 @@ def _by_depth(axes, rows: list[dict], ink: str) -> None:
     if errors and max(errors) > 5 * min(errors):
         axes.set_yscale("log")
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * max(errors, default=1.0))
     axes.xaxis.get_major_locator().set_params(integer=True)
     _titles(axes, "Weight error by depth", "block, in the order of the file", "rel_l2", ink)
     _legend(axes, ink)

@@ -109,6 +109,20 @@ def test_the_command_says_identical_ranks_and_names_the_block_of_a_broken_layer(
     assert found["int8"]["suspects"] == found["nf4"]["suspects"] == []
 
 
+def test_pictures_are_drawn_where_asked_and_of_nothing_refused(model, tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    folder = tmp_path / "plots"
+    folder.mkdir()
+    done = fewbits("compare", model, quantized(model, "bnb_nf4"), "--plots", folder)
+    assert done.returncode == 0, done.stderr
+    for name in ("error_by_depth.png", "worst_layers.png"):
+        assert Image.open(folder / name).size == (1024, 640)
+    same = fewbits("compare", model, model, "--plots", folder)
+    assert same.returncode == 2 and "nothing to draw" in same.stderr
+    missing = fewbits("compare", model, quantized(model, "bnb_nf4"), "--plots", tmp_path / "no")
+    assert missing.returncode == 2 and "no" in missing.stderr
+
+
 def test_nan_and_infinity_are_counted_rank_first_and_spoil_no_number(tmp_path):
     a, b = random_tensors(SHAPES, torch.float32), random_tensors(SHAPES, torch.float32)
     a["b.weight"][0, 0] = b["b.weight"][0, 0] = torch.nan  # the same in both
