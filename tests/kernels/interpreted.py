@@ -129,6 +129,8 @@ def cases() -> Iterator[tuple[str, object, tuple]]:
             yield f"absmax {levels.name} {name}", tile_absmax, (weight, geometry)
     for levels in (INT8, E4M3, E5M2, E2M1):  # integers and halves: sums are exact in any order
         for name, geometry in GEOMETRIES.items():
+            if name == "tile 256" and levels in (E5M2, E2M1):
+                continue  # 2 s each: two kinds of codes show the geometry
             shape = (256, 512) if "256" in name else (128, 192)
             weight = torch.randint(-8, 9, shape).bfloat16()
             scale = torch.ones(geometry.grid_shape(shape))
@@ -192,7 +194,7 @@ def cases() -> Iterator[tuple[str, object, tuple]]:
     for group in (4, 16, 64, 256, 1024):
         for kind, weight in weights(5, 1024):
             yield f"rotate {group} {kind}", rotate, (weight, group)
-    for n, k in ((1, 16), (17, 144), (64, 256)):
+    for n, k in ((1, 16), (17, 144), (9, 256)):
         for kind, weight in weights(n, k):
             weight = weight.float()
             weight[n // 2] = 1e4 * weight[n // 2].sign()  # ties between levels
