@@ -25,7 +25,7 @@ WIDTHS, WHY = "widths", "why"  # tables of families.toml that are no families
 DIFFUSION_PREFIXES, FEW = ("model.diffusion_model.", "net."), 5
 # What ComfyUI takes away before it recognises a model (`unet_prefix_from_state_dict`).
 READ_PREFIXES = (*DIFFUSION_PREFIXES, "model.model.", "model.")
-# Ends the names of text encoders inside checkpoints, and those that a CLIP has for its own.
+# Stands before the names of text encoders inside checkpoints, and inside a CLIP.
 INSIDE = ".transformer."
 # What other tools put before the names; anything else may be a part of the model (PiD has core).
 OTHER_TOOLS = (["transformer"], ["diffusion_model"], ["unet"])
@@ -285,7 +285,7 @@ def _why_no_encoder(parts: Iterable[Part]) -> str | None:
     text = [part for part in parts if part.family.kind == "text"]
     if not text or any(part.prefix == part.family.root for part in text):
         return None
-    if any(part.prefix.endswith(INSIDE) for part in text):
+    if any(INSIDE in f".{part.prefix}" for part in text):
         return None
     part = text[0]
     return (

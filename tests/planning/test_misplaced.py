@@ -139,7 +139,10 @@ def test_a_text_encoder_under_a_prefix_of_other_tools_is_refused_and_never_calle
     assert inspect_file(path).loads_in.endswith(UNKNOWN)
 
 
-@pytest.mark.parametrize("prefix", ["", "text_encoders.gemma2_2b.transformer."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "transformer.", "text_encoders.gemma2_2b.transformer.", "gemma.transformer.inner."],
+)
 def test_a_text_encoder_in_its_place_is_quantized(prefix, write, out):
     path = write({prefix + name: tensor for name, tensor in GEMMA.items()})
     assert any(layer.format for layer in quantize_file(path, out, INT8).plan.layers)
