@@ -11,7 +11,11 @@ SCALES = {
     "weight_scale": False, "weight_scale_2": False, "scale_weight": False, "absmax": False,
     "nested_absmax": False, "weight_s_rel": False, "weight_s_channel": False,
     "weight_codebook": True, "weight_correction": True, "nested_quant_map": True,
-    "quant_map": True, "pre_quant_scale": True,
+    "quant_map": True, "pre_quant_scale": True, "scales": False, "scaled_zeros": True,
+    "wscales": False, "wcscales": False, "wtscale": False, "wzeros": True, "smooth": False,
+    "smooth_factor": False, "lora_up": True, "lora_down": True, "proj_up": True, "proj_down": True,
+    "_scale": False, "_shift": True, "SCB": False, "weight_scale_inv": False,
+    "weight_global_scale": False, "weight_zeros": True,
 }  # fmt: skip
 # bitsandbytes rounds the absmax of a layer around their mean, to steps of up to 0.9 / 64 of the
 # largest: half a step below zero is where a block of zeros may come out.

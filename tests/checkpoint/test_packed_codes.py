@@ -229,6 +229,49 @@ def test_what_has_not_all_its_parts_is_refused_by_name(case, dice, write, out):
     assert not out.exists()
 
 
+BROKEN = {
+    "NaN": lambda scale: scale.fill_(float("nan")),
+    "infinite": lambda scale: scale.fill_(float("inf")),
+    "negative": lambda scale: scale.neg_(),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("tool", ["gptq", "integers", "blocks"])
+def test_scales_that_are_none_are_refused_and_found(tool, case, dice, write, out):
+    if tool == "gptq":
+        tensors, name = gptq(dice, 4, 7)[0], "scales"
+    elif tool == "integers":
+        name = "weight_scale"
+        tensors = {
+            "weight_packed": words_of(dice.integers(0, 16, (N, K)), 4),
+            name: torch.ones(N, 4),
+            "weight_shape": torch.tensor([N, K]),
+        }
+    else:
+        tensors, name = {"weight": torch.ones(200, 300).to(torch.float8_e4m3fn)}, "weight_scale_inv"
+        tensors[name] = torch.ones(2, 3)
+    BROKEN[case](tensors[name][0, :1])
+    path = write(tensors)
+    assert "scale-not-finite" in {finding.name for finding in verify_file(path).findings}
+    for door in (convert_file, repair_file):
+        with pytest.raises(CheckpointError, match=f"{name} has .* values; the file is damaged"):
+            door(path, out)
+
+
+def test_a_group_that_there_is_not_is_refused(dice, write, out):
+    tensors = {
+        "weight_packed": words_of(dice.integers(0, 16, (N, K)), 4),
+        "weight_scale": torch.ones(N, 4),
+        "weight_shape": torch.tensor([N, K]),
+        "weight_g_idx": torch.full((K,), 4, dtype=torch.int32),
+    }
+    path = write(tensors)
+    assert not verify_file(path).ok
+    with pytest.raises(CheckpointError, match="names a group beyond the 4"):
+        convert_file(path, out)
+
+
 # ---- quanto ----
 
 

@@ -328,10 +328,24 @@ def floating(
         weight = decode(tensors).reshape(shape)
         if "pre_quant_scale" in tensors:
             weight = weight * tensors["pre_quant_scale"].float()[None, :]
+        refuse_non_finite(layer.name, weight)
         return {"weight": weight.to(TORCH_DTYPES[dtype])}
 
     outputs = {"weight": (dtype, shape)}
     return Translation(dialect, outputs, translate, note, nibbles=nibbles, asked=asked)
+
+
+def refuse_non_finite(name: str, weight: torch.Tensor) -> None:
+    """
+    Raises:
+        CheckpointError: a decoded weight has NaN or infinite values.
+    """
+    broken = weight.numel() - int(torch.isfinite(weight).sum())
+    if broken:
+        raise CheckpointError(
+            f"layer '{name}' decodes to {broken} values that are no numbers; the file is damaged: "
+            "get a good copy"
+        )
 
 
 def _refuse_misfit(layer: StoredLayer, shape: tuple[int, ...]) -> None:

@@ -179,6 +179,8 @@ def _integers(layer: StoredLayer) -> Translation:
         group = torch.arange(k, device=codes.device) * groups // k
         if "weight_g_idx" in tensors:
             group = tensors["weight_g_idx"].long()
+            if int(group.min()) < 0 or int(group.max()) >= groups:
+                raise CheckpointError(f"weight_g_idx names a group beyond the {groups} there are")
         if ZERO in tensors:
             zeros = _unpacked(tensors[ZERO].t(), bits, n).t().float()
             codes -= zeros[:, group]

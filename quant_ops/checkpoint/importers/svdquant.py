@@ -39,7 +39,7 @@ import torch
 from ....kernels.codebook4 import E2M1
 from ...errors import CheckpointError
 from ...sources import TORCH_DTYPES
-from .base import ImportOptions, StoredLayer, Tensors, Translation
+from .base import ImportOptions, StoredLayer, Tensors, Translation, refuse_non_finite
 
 HALF = ("BF16", "F16")
 TILE, DEPTH = 128, 64  # rows and columns of a tile
@@ -112,6 +112,7 @@ def _translation(
 
     def convert(tensors: Tensors) -> Tensors:
         made = dict(zip(("weight", "bias"), decode(tensors), strict=True))
+        refuse_non_finite(layer.name, made["weight"])
         return {key: made[key].to(TORCH_DTYPES[outputs[key][0]]) for key in outputs}
 
     return Translation("svdquant", outputs, convert, note)

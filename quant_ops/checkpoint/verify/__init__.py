@@ -80,10 +80,12 @@ def _check_layer(
         canonical = made.convert(stored)
         if is_host_layer(layer):
             made.weight(canonical)
+    except (RuntimeError, IndexError) as error:  # tensors that torch cannot bring together
+        return None, [*found, UNREADABLE.at(base, str(error).splitlines()[0])]
     except CheckpointError as error:
         explained = any(finding.mistake in (*EXPLAINED, SCALE_LOST) for finding in found)
         return None, found if explained else [*found, UNREADABLE.at(base, str(error))]
-    found += scale_findings(layer, canonical)
+    found += scale_findings(layer, canonical, stored)
     rel_l2 = None
     weight = truth and _original(truth, base)
     if weight is not None:

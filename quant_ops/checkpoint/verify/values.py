@@ -11,6 +11,7 @@ from ..importers import StoredLayer, Translation
 from ..importers.base import FP8, FP8_SCALES, Tensors
 from ..importers.bitsandbytes import LOW_NIBBLE
 from ..importers.scaled import is_saturated
+from ..scales import scale_problem
 from .findings import ORIGINAL, REPAIR, Finding, Mistake
 
 # Codes reach 127 or 448, weights of models at most some hundreds: their scales stay below 10.
@@ -46,7 +47,11 @@ def _lowest_code(layer: StoredLayer, stored: Tensors, made: Translation) -> Iter
         yield f"{lowest} codes are {format.unused_code}"
 
 
-def _broken_scales(canonical: Tensors) -> Iterable[str]:
+def _broken_scales(canonical: Tensors, stored: Tensors) -> Iterable[str]:
+    problem = scale_problem(stored)
+    if problem:
+        yield problem
+        return
     scale = canonical.get("weight_scale_2", canonical.get("weight_scale", canonical.get("absmax")))
     if scale is not None and scale.is_floating_point() and scale.itemsize > 1:
         broken = int((~torch.isfinite(scale) | (scale < 0)).sum())
@@ -54,7 +59,7 @@ def _broken_scales(canonical: Tensors) -> Iterable[str]:
             yield f"{broken} scales are NaN, infinite or negative"
 
 
-def _implausible_scale(canonical: Tensors) -> Iterable[str]:
+def _implausible_scale(canonical: Tensors, stored: Tensors) -> Iterable[str]:
     scale = canonical.get("weight_scale")
     if scale is not None and scale.is_floating_point() and scale.itemsize > 1 and scale.numel():
         usual = float(scale.float().median())
@@ -100,7 +105,7 @@ def code_findings(layer: StoredLayer, stored: Tensors, made: Translation) -> lis
     return [finding for mistake in CODES for finding in mistake.findings(name, layer, stored, made)]
 
 
-def scale_findings(layer: StoredLayer, canonical: Tensors) -> list[Finding]:
-    """What the scales show in canonical form."""
+def scale_findings(layer: StoredLayer, canonical: Tensors, stored: Tensors) -> list[Finding]:
+    """What the scales show, as they are stored and in canonical form."""
     name = layer.name
-    return [finding for mistake in SCALES for finding in mistake.findings(name, canonical)]
+    return [finding for mistake in SCALES for finding in mistake.findings(name, canonical, stored)]
