@@ -20,7 +20,15 @@ from ..importers.source import ImportedSource, as_loadable, read_contents
 from .compared import COMPARED, Pair, compare
 from .findings import ORIGINAL, Finding, LayerCheck, Mistake, Verification
 from .stored import EXPLAINED, STORED, is_host_layer, layer_findings
-from .values import CODES, SCALE_LOST, SCALES, code_findings, scale_findings
+from .values import (
+    CODES,
+    SCALE_BROKEN,
+    SCALE_LOST,
+    SCALES,
+    code_findings,
+    scale_findings,
+    stored_scale_findings,
+)
 from .whole_file import METADATA_LOST, WHOLE_FILE, file_findings
 
 UNREADABLE = Mistake("unreadable", "the layer cannot be decoded", ORIGINAL)
@@ -77,15 +85,19 @@ def _check_layer(
         made = as_loadable(base, made)
         stored = {suffix: layer.read(suffix) for suffix in layer.specs}
         found += code_findings(layer, stored, made)
+        broken = stored_scale_findings(layer, stored)
+        found += broken
         canonical = made.convert(stored)
         if is_host_layer(layer):
             made.weight(canonical)
     except (RuntimeError, IndexError) as error:  # tensors that torch cannot bring together
         return None, [*found, UNREADABLE.at(base, str(error).splitlines()[0])]
     except CheckpointError as error:
-        explained = any(finding.mistake in (*EXPLAINED, SCALE_LOST) for finding in found)
+        explained = any(
+            finding.mistake in (*EXPLAINED, SCALE_LOST, SCALE_BROKEN) for finding in found
+        )
         return None, found if explained else [*found, UNREADABLE.at(base, str(error))]
-    found += scale_findings(layer, canonical, stored)
+    found += [] if broken else scale_findings(layer, canonical)
     rel_l2 = None
     weight = truth and _original(truth, base)
     if weight is not None:

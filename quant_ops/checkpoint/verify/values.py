@@ -88,8 +88,11 @@ CODES = (
         _lowest_code,
     ),
 )
+SCALE_BROKEN = Mistake(
+    "scale-not-finite", "a scale that is no positive number", ORIGINAL, _broken_scales
+)
 SCALES = (
-    Mistake("scale-not-finite", "a scale that is no positive number", ORIGINAL, _broken_scales),
+    SCALE_BROKEN,
     Mistake(
         "scale-implausible",
         "weights would be larger than any model's: the scale may be a reciprocal",
@@ -105,7 +108,12 @@ def code_findings(layer: StoredLayer, stored: Tensors, made: Translation) -> lis
     return [finding for mistake in CODES for finding in mistake.findings(name, layer, stored, made)]
 
 
-def scale_findings(layer: StoredLayer, canonical: Tensors, stored: Tensors) -> list[Finding]:
-    """What the scales show, as they are stored and in canonical form."""
+def stored_scale_findings(layer: StoredLayer, stored: Tensors) -> list[Finding]:
+    """What the scales show as they are stored."""
+    return SCALE_BROKEN.findings(layer.name, {}, stored)
+
+
+def scale_findings(layer: StoredLayer, canonical: Tensors) -> list[Finding]:
+    """What the scales show in canonical form."""
     name = layer.name
-    return [finding for mistake in SCALES for finding in mistake.findings(name, canonical, stored)]
+    return [finding for mistake in SCALES for finding in mistake.findings(name, canonical, {})]
