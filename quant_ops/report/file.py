@@ -83,9 +83,9 @@ def read_report(path: Path) -> dict:
         CheckpointError: not a report of FewBits.
     """
     refusal = CheckpointError(f"{path.name}: not a report of FewBits")
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST:
-        raise refusal
     try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST:
+            raise refusal
         data = json.loads(path.read_bytes().decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         raise refusal from None
