@@ -113,6 +113,7 @@ def test_every_node_that_quantizes_takes_a_recipe(comfy):
     assert {schema.node_id for schema in taking} == {
         *wanted,
         "FewBitsFitToSize",
+        "FewBitsFormatAdvisor",
         "FewBitsLayerRules",
         "FewBitsInspectFile",
     }

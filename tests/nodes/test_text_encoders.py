@@ -255,11 +255,11 @@ def test_a_file_that_is_gone_or_changed_leaves_the_weights_in_memory(
     assert relative_error(encode(new), encode(clip)) < limit("bnb_nf4")
 
 
-def test_a_table_that_only_its_module_tells_from_a_linear_layer_is_kept(clip, quantize_clip):
+def test_a_lookup_table_is_kept_without_a_preset_too(clip, quantize_clip):
     new, report = quantize_clip(clip, "float8_e4m3fn_rowwise", preset="none")
     kept = {layer.name: layer.reason for layer in report.plan.layers if layer.format is None}
     name = "clip_l.transformer.text_model.embeddings.position_embedding"
-    assert kept[name] == "a lookup table"
+    assert kept[name].startswith("lookup table")
     assert name.removeprefix("clip_l.transformer.") not in layers(new)
 
 
