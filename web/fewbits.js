@@ -32,7 +32,6 @@ const PANEL_WIDTH = 360; // a new node starts this wide; the user may make it na
 const MARGIN = 10; // ComfyUI's own distance between a node's border and a DOM widget
 const KEEP_HEIGHT = 72; // the field `keep` shows four patterns; the report takes the rest of a tall node
 const HISTORY = 64; // runs that are searched for an earlier result
-const UNFULFILLED = 422; // the answer to a wish that cannot be fulfilled, as JSON that says why
 const PAUSE_MS = 200; // a burst of changes is looked at once
 
 const panels = new WeakMap(); // node -> panel
@@ -90,7 +89,7 @@ async function fetched(route, asked) {
   const post = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(asked) };
   try {
     const answer = await api.fetchApi(route, asked && post);
-    return answer.ok || answer.status === UNFULFILLED ? await answer.json() : null;
+    return answer.ok ? await answer.json() : null;
   } catch {
     return null;
   }
@@ -244,7 +243,7 @@ const previewPlans = debounced(async () => {
     const settings = settingsOf(prompt, id);
     if (previewed.get(panel) === settings) continue;
     const answer = await fetched("/fewbits/plan", { prompt: ancestors(prompt, id), id });
-    if (!answer || !panel.waiting) continue;
+    if (!answer || answer.busy || !panel.waiting) continue;
     previewed.set(panel, settings);
     panel.showPreview(answer);
   }

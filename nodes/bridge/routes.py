@@ -6,7 +6,8 @@
 | `POST /fewbits/plan` | what a node of a graph would do, from headers; not while a prompt runs |
 | `GET /fewbits/running` | node id -> plan of the run at work, for a page that was reloaded |
 
-No route writes, and none takes a path: files are named as the loaders list them.
+No route writes, and none takes a path: files are named as the loaders list them. A wish that cannot
+be fulfilled, and a server at work, are answers too: a browser logs any other status as an error.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def add_routes(preview: Callable[[dict, str], dict]) -> None:
 
     async def plan(request: web.Request) -> web.Response:
         if server.prompt_queue.get_tasks_remaining():
-            return web.json_response({"busy": True}, status=409)
+            return web.json_response({"busy": True})
         try:
             asked = json.loads(await request.text())
             graph, node = asked["prompt"], str(asked["id"])
@@ -80,7 +81,7 @@ def add_routes(preview: Callable[[dict, str], dict]) -> None:
             loop = asyncio.get_running_loop()
             return web.json_response(await loop.run_in_executor(None, preview, graph, node))
         except (QuantError, OSError, TypeError, ValueError) as error:
-            return web.json_response({"error": str(error)}, status=422)
+            return web.json_response({"error": str(error)})
 
     server.routes.post("/fewbits/plan")(plan)
     server.routes.get("/fewbits/formats")(formats)
