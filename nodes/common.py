@@ -17,7 +17,7 @@ from comfy_api.latest import io
 from ..quant_ops.calibration import Calibration, Observer
 from ..quant_ops.doors import Conversion, Inspection
 from ..quant_ops.doors.advise import chosen_wish
-from ..quant_ops.errors import RecipeError
+from ..quant_ops.errors import QuantError, RecipeError, visible
 from ..quant_ops.formats import FORMATS, find_format, own_methods
 from ..quant_ops.methods import METHODS
 from ..quant_ops.planning.gpus import card_here
@@ -83,7 +83,14 @@ def _refusing_written(called: Callable[..., object]) -> Callable[..., object]:
         for item in cls.define_schema().inputs:
             if item.get_io_type() in OBJECTS:
                 _refuse_written(item, inputs, called.__name__ == "execute")
-        return called(cls, *args, **inputs)
+        try:
+            return called(cls, *args, **inputs)
+        except QuantError as error:  # what it quotes of the prompt may turn the page's text around
+            lines = str(error).split("\n")
+            if all(line.isprintable() for line in lines):
+                raise
+            text = "\n".join(map(visible, lines))
+            raise type(error)(text, error.option) from None
 
     return checked
 

@@ -203,3 +203,14 @@ def test_nodes_that_need_no_connection_are_asked_as_before(comfy):
 
     rules = connected(type("Asked", (FewBitsLayerRules,), {}))
     assert rules.execute(text="", recipe=None).args
+
+
+def test_an_error_of_a_node_shows_marks_that_turn_text_around_as_escapes(comfy):
+    from fewbits.nodes.common import connected
+    from fewbits.nodes.layer_rules import FewBitsLayerRules
+    from fewbits.quant_ops.errors import RecipeError
+
+    rules = connected(type("Asked", (FewBitsLayerRules,), {}))
+    with pytest.raises(RecipeError) as refused:
+        rules.execute(pattern="a", format="bnb_fp4", options="\u202egpj.exe")
+    assert "\\u202egpj.exe" in str(refused.value) and "\u202e" not in str(refused.value)
