@@ -68,21 +68,27 @@ def format_aliases(formats: Iterable[str]) -> list[str]:
 
 def connected(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """The node, which now refuses what a prompt has written in place of a connection: ComfyUI hands
-    that on as it is.
+    that on as it is. Its errors show marks that turn text around as escapes.
     """
+
+    @functools.cache
+    def sockets() -> list[io.Input]:  # a schema lists the model folders
+        return [item for item in node.define_schema().inputs if item.get_io_type() in OBJECTS]
+
     for name in ("check_lazy_status", "execute"):
         called = getattr(node, name).__func__
         if called is not getattr(io.ComfyNode, name).__func__:
-            setattr(node, name, classmethod(_refusing_written(called)))
+            setattr(node, name, classmethod(_refusing_written(called, sockets)))
     return node
 
 
-def _refusing_written(called: Callable[..., object]) -> Callable[..., object]:
+def _refusing_written(
+    called: Callable[..., object], sockets: Callable[[], list[io.Input]]
+) -> Callable[..., object]:
     @functools.wraps(called)
     def checked(cls: type[io.ComfyNode], *args: object, **inputs: object) -> object:
-        for item in cls.define_schema().inputs:
-            if item.get_io_type() in OBJECTS:
-                _refuse_written(item, inputs, called.__name__ == "execute")
+        for item in sockets():
+            _refuse_written(item, inputs, called.__name__ == "execute")
         try:
             return called(cls, *args, **inputs)
         except QuantError as error:  # what it quotes of the prompt may turn the page's text around
