@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from support.helpers import flux_shapes, random_tensors, sd3_shapes
+from support.stock import Stock
 
 SHAPES = {"sd3": sd3_shapes, "flux": flux_shapes}
 
@@ -27,6 +28,13 @@ def comfy(comfyui):
     fewbits.nodes.bridge.register()
     assert [reason for reason in fewbits.nodes.bridge.status().values() if reason] == []
     return comfy
+
+
+@pytest.fixture(scope="session")
+def stock(comfyui, tmp_path_factory):
+    """A ComfyUI without the pack, in a process of its own."""
+    with Stock(comfyui, tmp_path_factory.mktemp("stock")) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,6 @@ from fewbits.quant_ops.reference import decode_file
 from fewbits.quant_ops.report.report import Report
 from fewbits.quant_ops.spec import ModelPlan
 from support.model_classes import CONFIGS
-from support.stock import Stock
 from support.tiny_models import SMALL, Tiny, build, forward, recognised_as_small
 
 pytestmark = pytest.mark.slow  # a hundred classes, each converted, opened and run
@@ -69,12 +68,6 @@ def classes(comfy):
     import comfy.supported_models
 
     return {cls.__name__: cls for cls in comfy.supported_models.models}
-
-
-@pytest.fixture(scope="session")
-def stock(comfyui, tmp_path_factory):
-    with Stock(comfyui, tmp_path_factory.mktemp("stock")) as running:
-        yield running
 
 
 @dataclass

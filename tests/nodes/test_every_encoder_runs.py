@@ -22,7 +22,6 @@ from fewbits.quant_ops.reference import decode_file
 from fewbits.quant_ops.report.report import Report
 from fewbits.quant_ops.spec import ModelPlan, version_key
 from support.small_encoders import SMALL_ROWS, SmallEncoder, build, encode, load, small
-from support.stock import Stock
 from support.tiny_encoders import ROUTES, Route, parts_of
 
 pytestmark = pytest.mark.slow  # every kind converted, opened and run
@@ -48,12 +47,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         chosen = cases(metafunc.config.option.matrix)
         ids = [f"{route.name}-{wish}" for route, wish in chosen]
         metafunc.parametrize("case", chosen, ids=ids, indirect=True, scope="module")
-
-
-@pytest.fixture(scope="session")
-def stock(comfyui, tmp_path_factory):
-    with Stock(comfyui, tmp_path_factory.mktemp("stock")) as running:
-        yield running
 
 
 @dataclass

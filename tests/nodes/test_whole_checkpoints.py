@@ -9,7 +9,6 @@ from fewbits.quant_ops.errors import UnsupportedLayerError
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from support import dialects
 from support.helpers import clip_shapes, random_tensors, t5_shapes
-from support.stock import Stock
 from support.tiny_models import build, forward, recognised_as_small
 
 MODEL = "model.diffusion_model."
@@ -22,12 +21,6 @@ CASES = {
     "LTXV": ("text_encoders.t5xxl.transformer.", "vae.", "bnb_nf4"),
     "SDXL": ("text_encoders.other.transformer.", "first_stage_model.", "int8_blockwise"),
 }
-
-
-@pytest.fixture(scope="module")
-def stock(comfyui, tmp_path_factory):
-    with Stock(comfyui, tmp_path_factory.mktemp("stock")) as running:
-        yield running
 
 
 def under(prefix, tensors):
