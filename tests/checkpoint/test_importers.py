@@ -349,7 +349,13 @@ def test_torch_dtype_names_are_read():
 def test_unreadable_json_is_inferred_from_shapes_or_refused():
     stored, _ = native("int8_tensorwise")
     tensors = {**dialects.under("a", stored), "a.comfy_quant": torch.zeros(40, dtype=torch.uint8)}
-    assert one(tensors)[0].format == "int8_tensorwise"
+    with pytest.raises(CheckpointError, match="layer 'a'.*could have said .* rotated"):
+        imported(tensors)
+    made, _ = one(tensors, assume_convrot=16)
+    assert made.format == "int8_tensorwise" and made.options.convrot
+    stored, _ = native("float8_e4m3fn")
+    tensors = {**dialects.under("a", stored), "a.comfy_quant": torch.zeros(40, dtype=torch.uint8)}
+    assert one(tensors)[0].format == "float8_e4m3fn"
     stored, _ = native("nvfp4", torch.randn(32, 32))
     with pytest.raises(CheckpointError, match="layer 'a'.*order of scales and nibbles"):
         imported(

@@ -1,11 +1,13 @@
 """Foreign and fully packed files open in ComfyUI's own loaders and sample like the layers they hold."""
 
+import inspect
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from fewbits.kernels.packing import unswizzle_scales
-from fewbits.quant_ops.doors import convert_file
+from fewbits.quant_ops.doors import convert_file, inspect_file
 from support import dialects
 from support.helpers import flux_shapes, random_tensors, sd3_shapes
 
@@ -282,3 +284,52 @@ def test_a_foreign_model_saves_as_our_own_file(load, save, sample, comfy, tensor
     assert found.ok, found.to_text()
     assert {(layer.dialect, layer.format) for layer in found.layers} == {("comfy_quant", name)}
     assert torch.equal(sample(comfy.sd.load_diffusion_model(str(path))), sample(model))
+
+
+# ---- scaled FP8: what ComfyUI's own conversion reads, and what is said of it ----
+
+DIFFUSION = "model.diffusion_model."
+# Prefix of the layer and of the marker (None: there is none), name of the scale -> whether ComfyUI multiplies by it.
+SCALED = {
+    "marked": ("", "", "scale_weight", True),
+    "marked below a prefix": (DIFFUSION, DIFFUSION, "scale_weight", True),
+    "one marker for all of a checkpoint": (DIFFUSION, "", "scale_weight", True),
+    "not marked": ("", None, "scale_weight", False),
+    "not marked, scale of today": ("", None, "weight_scale", False),
+    "marked, scale of today": ("", "", "weight_scale", False),
+    "marked below a prefix of its own": ("unet.", "unet.", "scale_weight", False),
+}
+
+
+@pytest.fixture(params=SCALED)
+def scaled(request):
+    """(tensors of a diffusion model, whether ComfyUI multiplies by their scale)."""
+    prefix, marker, scale, read = SCALED[request.param]
+    codes = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    tensors = {f"{prefix}a.weight": codes, f"{prefix}a.{scale}": torch.tensor(0.5)}
+    if marker is not None:
+        tensors[f"{marker}scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
+    return tensors, read
+
+
+def test_comfyui_reads_scaled_fp8_below_its_marker_only(comfy, scaled):
+    tensors, read = scaled
+    convert = inspect.unwrap(comfy.utils.convert_old_quants)
+    whole, _ = convert(dict(tensors), "", metadata={})
+    inside = {name.removeprefix(DIFFUSION): tensor for name, tensor in whole.items()}
+    model, _ = convert(inside, "", metadata={})
+    assert any(name.endswith(".comfy_quant") for name in model) == read
+
+
+def test_scaled_fp8_is_said_to_open_in_stock_comfyui_where_that_reads_it(scaled, tmp_path):
+    tensors, read = scaled
+    save_file(tensors, tmp_path / "scaled.safetensors")
+    says = inspect_file(tmp_path / "scaled.safetensors").loads_in
+    assert says.startswith("loads in stock" if read else "needs FewBits")
+
+
+def test_a_marker_that_is_no_json_stops_stock_comfyui(tmp_path):
+    tensors, marker = dialects.native("float8_e4m3fn", torch.randn(64, 64))
+    broken = dialects.under("a", tensors, marker) | {"a.comfy_quant": dialects.json_tensor([1])}
+    save_file(broken, tmp_path / "broken.safetensors")
+    assert inspect_file(tmp_path / "broken.safetensors").loads_in.startswith("needs FewBits")

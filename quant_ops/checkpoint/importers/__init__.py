@@ -60,7 +60,7 @@ DIALECTS: tuple[Dialect, ...] = (
 
 def explained(layer: StoredLayer) -> bool:
     """Whether a layer's weight is no codes, or codes that some dialect claims."""
-    if layer.weight.dtype in FLOAT_DTYPES or layer.marker is not None or layer.unreadable:
+    if layer.weight.dtype in FLOAT_DTYPES or layer.marker is not None:
         return True
     return len(layer.weight.shape) < 2 or any(dialect.claims(layer) for dialect in DIALECTS)
 
@@ -77,7 +77,8 @@ def translate(layer: StoredLayer, options: ImportOptions) -> Translation | None:
         return dialect.translate(layer, options)
     if layer.unreadable and not options.foreign_only:
         raise CheckpointError(
-            f"comfy_quant is {layer.unreadable}, and the tensors alone do not tell the format"
+            f"comfy_quant cannot be read ({layer.unreadable}), and the tensors alone do not tell "
+            "the format; start from the original model"
         )
     return None
 

@@ -74,14 +74,10 @@ class FileFacts:
     # metadata of the converters that packed the low nibble first
     low_nibble_first: bool
 
-    def scope_of(self, name: str) -> int | None:
-        """Elements of the marker that owns a tensor, longest prefix first; None when no marker
-        does.
-        """
-        owner = max(
-            (prefix for prefix in self.scopes if name.startswith(prefix)), key=len, default=None
-        )
-        return None if owner is None else self.scopes[owner]
+    def scope_of(self, name: str) -> str | None:
+        """The prefix of the marker that owns a tensor, the longest; None when no marker does."""
+        owners = (prefix for prefix in self.scopes if name.startswith(prefix))
+        return max(owners, key=len, default=None)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@
 | `weight` I8, `scale_weight` or `weight_scale` | the same; label by the scale's shape against N |
 | INT8-Fast: JSON `convrot`, `per_row` without `format` | `format` added; `per_row` is only a hint |
 | no JSON: rotation recorded nowhere | unrotated, unless the user says otherwise |
+| unreadable JSON, which could have said rotated | refused, unless the user says the rotation |
 | `scale_input` | dropped: activations are scaled while running |
 """
 
 from __future__ import annotations
 
+from ...errors import CheckpointError
 from .base import ImportOptions, StoredLayer, Translation
 from .scaled import translate_scaled
 
@@ -21,7 +23,7 @@ class LegacyInt8:
         return layer.weight.dtype == "I8" and "scale_weight" in layer.specs and layer.marker is None
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
-        return translate_scaled("legacy-int8", layer, "codes kept")
+        return _said_by_the_user("legacy-int8", layer, options, note="codes kept")
 
 
 class Int8Fast:
@@ -53,10 +55,23 @@ class Int8WithoutJson:
         )
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
-        return translate_scaled(
-            "int8-without-json",
-            layer,
-            "JSON added",
-            convrot=options.assume_convrot,
-            asked=("assume_convrot",),
+        return _said_by_the_user("int8-without-json", layer, options, note="JSON added")
+
+
+def _said_by_the_user(
+    dialect: str, layer: StoredLayer, options: ImportOptions, note: str
+) -> Translation:
+    """Codes whose rotation stands nowhere.
+
+    Raises:
+        CheckpointError: it may have stood in JSON that cannot be read.
+    """
+    if layer.unreadable and options.assume_convrot is None:
+        raise CheckpointError(
+            f"comfy_quant cannot be read ({layer.unreadable}), and could have said that the INT8 "
+            "codes are rotated; say their rotation, or start from the original model",
+            option="assume_convrot",
         )
+    return translate_scaled(
+        dialect, layer, note, convrot=options.assume_convrot, asked=("assume_convrot",)
+    )

@@ -5,14 +5,17 @@ is refused.
 |---|---|
 | `weight` FP8, no scale anywhere | float8_e4m3fn or float8_e5m2 with scale 1.0 |
 | unreadable JSON, FP8 codes | by dtype and scale shape |
-| floating-point `weight` with JSON that names a format, no scale | the weight alone |
+| floating-point `weight`, JSON that names a format or is unreadable, no scale | the weight alone |
 | floating-point `weight` with `scale_weight` or `weight_scale` | the weight alone, bit for bit |
+| the same, and the weight holds codes as floats | refused |
 | `weight` U8 with block scales, no JSON | refused, unless the user says nvfp4 (bare_nvfp4.py) |
 
 ComfyUI itself reads the first as it is, and would cast the weight beside a `scale_weight` to FP8.
 """
 
 from __future__ import annotations
+
+import torch
 
 from ...errors import CheckpointError
 from ...formats.nvfp4 import Nvfp4
@@ -26,6 +29,7 @@ STRAY = (
     "scale_weight", "weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale",
     "scale_input", "output_scale", "SCB", "weight_format",
 )  # fmt: skip
+FP8_LARGEST = (448.0, 57344.0)  # e4m3fn, e5m2: scaled codes reach it, weights of models do not
 
 
 class PlainFp8:
@@ -58,10 +62,12 @@ class BlocksWithoutJson:
 
 
 class OrphanMarker:
-    """A float weight that its JSON calls quantized, and no scale: what a merge of files leaves."""
+    """A float weight beside JSON that calls it quantized, or that is none, and no scale: what a
+    merge of files leaves.
+    """
 
     def claims(self, layer: StoredLayer) -> bool:
-        named = bool(layer.said.get("format"))
+        named = bool(layer.said.get("format")) or layer.unreadable is not None
         scaled = layer.first("weight_scale", "scale_weight", "weight_s_rel", "absmax")
         return named and layer.weight.dtype in FLOAT_DTYPES and scaled is None
 
@@ -95,6 +101,8 @@ class DummyScale:
         )
 
         def keep(tensors: Tensors) -> Tensors:
+            if warnings:
+                _refuse_codes_as_floats(layer, tensors["weight"])
             return {"weight": tensors["weight"]}
 
         outputs = {"weight": (layer.weight.dtype, layer.weight.shape)}
@@ -105,4 +113,19 @@ class DummyScale:
             note="high precision: dummy scale dropped",
             warnings=warnings,
             stock="scale_weight" not in layer.specs,
+        )
+
+
+def _refuse_codes_as_floats(layer: StoredLayer, weight: torch.Tensor) -> None:
+    """
+    Raises:
+        CheckpointError: the weight holds codes, so the scale beside it is none to drop.
+    """
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    whole = largest > 1 and bool((weight == weight.round()).all())
+    if whole or largest in FP8_LARGEST:
+        what = "whole numbers only" if whole else f"values up to {largest:g}, as FP8 codes have,"
+        raise CheckpointError(
+            f"the weight is {layer.weight.dtype} and holds {what} with {stray_scales(layer)[0]} "
+            "beside it: these are codes; start from the original model"
         )

@@ -20,6 +20,10 @@ from .base import FP8, ImportOptions, StoredLayer, Translation
 from .scaled import translate_scaled
 
 PRECISE = 2  # elements of a marker that asks for full-precision matrix products
+# Where the loaders of comfy/sd.py look for a marker: at what they strip from a diffusion model, and
+# anywhere among the text encoders of a checkpoint.
+STRIPPED = ("model.diffusion_model.", "model.model.", "net.", "model.")
+INSIDE = ("text_encoders.", "cond_stage_model.", "conditioner.")
 
 
 class ScaledFp8:
@@ -33,12 +37,19 @@ class ScaledFp8:
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
         scope = layer.file.scope_of(layer.name)
-        precise = options.full_precision_mm or scope == PRECISE
+        precise = options.full_precision_mm or layer.file.scopes.get(scope) == PRECISE
         made = translate_scaled("scaled_fp8", layer, "codes kept", precise=precise)
-        # stock ComfyUI casts e5m2 to e4m3fn and takes any scale for one number
-        made = replace(made, stock=made.format == Float8E4M3.name)
         if scope is None:
             made = replace(
                 made, warnings=(*made.warnings, "scaled FP8 layers without a scaled_fp8 marker")
             )
-        return made
+        return replace(made, stock=_read_by_comfyui(layer, made, scope))
+
+
+def _read_by_comfyui(layer: StoredLayer, made: Translation, scope: str | None) -> bool:
+    """Whether stock ComfyUI multiplies by the scale: `convert_old_quants` looks below a marker that
+    stands where a loader asks for it, and for `scale_weight` only. It casts e5m2 to e4m3fn, and
+    takes any scale for one number.
+    """
+    asked = scope is not None and (scope in ("", *STRIPPED) or scope.startswith(INSIDE))
+    return asked and made.format == Float8E4M3.name and "weight_scale" not in layer.specs

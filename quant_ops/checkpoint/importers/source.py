@@ -378,7 +378,12 @@ class ImportedSource:
     @property
     def stock(self) -> bool:
         """Whether ComfyUI reads every layer rightly that is translated here."""
-        return all(made.stock for made in self.translations.values() if made.note)
+        layers = self.contents.layers
+        return all(
+            made.stock and not layers[base].unreadable
+            for base, made in self.translations.items()
+            if made.note
+        )
 
     @property
     def changes_nothing(self) -> bool:

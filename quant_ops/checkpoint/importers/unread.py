@@ -25,8 +25,8 @@ TOOLS = {
 AS_FLOATS = ("torchao", "HQQ")
 # Names of what belongs to codes: beside a weight of codes, such a tensor changes what they mean.
 COMPANION = re.compile(
-    r"(?i)scale(?!_shift)|zero|quant|codebook|absmax|outlier|g_idx|bitmask|smooth|lora_|svd_"
-    r"|(^|_)(zp|lut|scb)$"
+    r"(?i)scale(?!_shift)|zero|quant|codebook|absmax|outlier|offset|g_idx|bitmask|smooth|lora_|svd_"
+    r"|(^|_)(zp|lut|scb|s|min|max|shift|delta)$"
 )
 
 
