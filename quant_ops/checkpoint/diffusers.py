@@ -33,6 +33,9 @@ DIFFUSERS = "diffusers'"
 SHARED = "tables"  # the table of diffusers.toml that is no model
 HEAD = 64  # rows of a transformer block's width
 NAMED = 3  # tensors that one warning names
+# How much of a file ComfyUI may leave out for lack of a name. `time_embedding.cond_proj` of LCM is
+# .0001 of a UNet; the guidance of Chroma and the captions of FIBO are over .01 of them.
+LEFT_OUT = 0.001
 MARKER = ".comfy_quant"
 SCALE = "weight_scale"
 
@@ -183,17 +186,18 @@ class RenamedSource:
         self._tensors: dict[str, TensorSpec] = {}
         self._made: dict[str, dict] = {}
         self._whole: tuple[str, torch.Tensor | None] = ("", None)
-        left_out = []
+        left_out: list[TensorSpec] = []
         groups: dict[str, dict[int, tuple[str, Place, Piece]]] = {}
         for base, piece in self._pieces().items():
             place = names.place(base) or (Place(base) if names.others else None)
             if place is None:
-                left_out += [spec.name for spec in piece.values()]
+                left_out += piece.values()
                 continue
             group = groups.setdefault(place.target, {})
             if place.index in group:
                 raise self._refusal(place.target, f"two layers stand for it: '{base}' is one")
             group[place.index] = (base, place, piece)
+        self._refuse_another_model(left_out)
         for target, group in groups.items():
             self._put(target, [group[index] for index in sorted(group)])
         self.header = Header(self._tensors, self._metadata(), {}, tuple(self._warnings(left_out)))
@@ -405,16 +409,33 @@ class RenamedSource:
             kept[HEADER_KEY] = json.dumps({"format_version": "1.0", "layers": self._made})
         return kept
 
-    def _warnings(self, left_out: list[str]) -> Iterable[str]:
+    def _refuse_another_model(self, left_out: list[TensorSpec]) -> None:
+        """
+        Raises:
+            CheckpointError: too many layers have no place for the file to be such a model.
+        """
+        lost = [spec for spec in left_out if len(spec.shape) > 1]
+        whole = sum(spec.numel for spec in self.source.header.tensors.values())
+        if sum(spec.numel for spec in lost) > LEFT_OUT * whole:
+            raise CheckpointError(
+                f"{self.name}: {len(lost)} layers are none of {self._names.title} "
+                f"({_listed(lost)}): another model under such names, which ComfyUI does not know"
+            )
+
+    def _warnings(self, left_out: list[TensorSpec]) -> Iterable[str]:
         yield from self.source.header.warnings
         if left_out:
-            names = ", ".join(f"'{name}'" for name in left_out[:NAMED])
+            names = _listed(left_out)
             yield (
                 f"{len(left_out)} tensors are left out, as ComfyUI knows no place for them: {names}"
             )
 
     def _refusal(self, target: str, why: str) -> CheckpointError:
         return CheckpointError(f"{self.name}: layer '{target}' cannot be made: {why}")
+
+
+def _listed(specs: list[TensorSpec]) -> str:
+    return ", ".join(f"'{spec.name}'" for spec in specs[:NAMED])
 
 
 def _markers(source: TensorSource) -> dict[str, dict]:

@@ -4,8 +4,9 @@ recipes/*.toml.
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
@@ -52,8 +53,10 @@ class Family:
     that ComfyUI builds of torch's own modules, which take no codes. `root` begins the names of
     such models in files, below the prefix that ComfyUI takes away.
     `quantized_since` is the first ComfyUI that reads quantized layers of a family of kind "refuse":
-    such layers are copied, and nothing here makes them. `sizes` are the encoders of this family
-    that ComfyUI builds, by the rows of the tensor `width`.
+    such layers are copied, and nothing here makes them; `since` is the first that knows the model,
+    "" for one before 0.18.2. `sizes` are the encoders of this family
+    that ComfyUI builds, by the rows of the tensor `width`. `pattern` is found in most names of a
+    file that no keys explain.
     """
 
     name: str
@@ -71,8 +74,10 @@ class Family:
     plain: tuple[str, ...] = ()
     root: str = ""
     quantized_since: str = ""
+    since: str = ""
     width: str = ""
     sizes: tuple[tuple[int, str], ...] = ()
+    pattern: str = ""
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -204,7 +209,7 @@ def find_parts(tensors: Iterable[str] | Mapping[str, TensorSpec]) -> tuple[Part,
     A family matches under a prefix when all its keys exist there; the prefix is read off the first
     key, so nested checkpoints and bare files need no list of known prefixes. The first family that
     fits claims a prefix. Without shapes, a family's `size` is taken as given. Inside a model that
-    is recognised nothing is a file of another kind: its keys are the model's own.
+    is recognised nothing is a file of another kind, and no encoder where it has keys of its own.
     """
     specs = tensors if isinstance(tensors, Mapping) else dict.fromkeys(tensors)
     endings: dict[str, list[str]] = {}
@@ -219,12 +224,15 @@ def find_parts(tensors: Iterable[str] | Mapping[str, TensorSpec]) -> tuple[Part,
                 prefix = key[: -len(first)]
                 if prefix not in claimed and _fits(family, prefix, specs):
                     claimed[prefix] = family
+    if not claimed:
+        claimed.update(("", family) for family in families() if _named_so(family, specs))
     models = [prefix for prefix, family in claimed.items() if family.kind != "refuse"]
     parts = [
         Part(family, prefix)
         for prefix, family in claimed.items()
         if family.kind != "refuse" or not any(map(prefix.startswith, models))
     ]
+    parts = [part for part in parts if not any(_holds(model, part) for model in parts)]
     return tuple(sorted(parts, key=lambda part: (-len(part.prefix), part.family.name)))
 
 
@@ -307,6 +315,17 @@ def _stray(part: Part, names: list[str]) -> str | None:
     return next((name for name in outside if _child(name, "") in inside), None)
 
 
+def _holds(model: Part, part: Part) -> bool:
+    """Whether what looks like a text encoder is the language model inside a diffusion model: it
+    stands where that has keys of its own.
+    """
+    if model.family.kind != "diffusion" or part.family.kind != "text":
+        return False
+    inside = part.prefix != model.prefix and part.prefix.startswith(model.prefix)
+    own = {_child(key, "") for key in model.family.keys}
+    return inside and _child(part.prefix, model.prefix) in own
+
+
 def _child(name: str, prefix: str) -> str:
     """The first part of a name below a prefix."""
     return name[len(prefix) :].partition(".")[0]
@@ -319,6 +338,14 @@ def _fits(family: Family, prefix: str, specs: Mapping[str, TensorSpec | None]) -
         return False
     sized = ((specs.get(prefix + key), rows) for key, rows in family.size)
     return all(spec is None or spec.shape[:1] == (rows,) for spec, rows in sized)
+
+
+def _named_so(family: Family, names: Collection[str]) -> bool:
+    """Whether most names of a file are of this family's kind."""
+    if not family.pattern:
+        return False
+    kind = re.compile(family.pattern)
+    return 2 * sum(kind.search(name) is not None for name in names) > len(names)
 
 
 def _ending(key: str) -> str:

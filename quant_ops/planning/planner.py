@@ -197,6 +197,9 @@ class _Planner:
     def _since(self, layer: LayerPlan) -> Iterable[str]:
         """The first ComfyUI that reads a quantized layer's format, and its part."""
         yield _min_comfyui(layer)
+        owner = self._owner(layer.name)
+        if owner and owner.family.since:
+            yield owner.family.since
         for part in self.refused:
             if part.family.quantized_since and layer.name.startswith(part.prefix):
                 yield part.family.quantized_since

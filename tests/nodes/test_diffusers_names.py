@@ -199,6 +199,29 @@ def test_what_comfyui_leaves_out_is_left_out_with_a_warning(comfy):
     )
 
 
+# Layers of models whose other names in diffusers are Flux's.
+OTHER_MODELS = {
+    "Chroma": "distilled_guidance_layer.layers.0.linear_1.weight",
+    "FIBO": "caption_projection.0.linear.weight",
+    "LongCat-Image": "time_embed.timestep_embedder.linear_2.weight",
+}
+
+
+@pytest.mark.parametrize("model", OTHER_MODELS)
+def test_another_model_under_the_same_names_is_refused(comfy, tmp_path, model):
+    import comfy.utils
+
+    tensors = source_of("flux", maps(comfy.utils)["flux"])
+    path, out = tmp_path / "other.safetensors", tmp_path / "out.safetensors"
+    save_file({**tensors, OTHER_MODELS[model]: torch.randn(64, 64)}, path)
+    assert any("layers are none of Flux" in text for text in inspect_file(path).findings)
+    with pytest.raises(CheckpointError, match="1 layers are none of Flux .*another model"):
+        quantize_file(path, out, Recipe(parse_wish("int8_tensorwise")))
+    with pytest.raises(CheckpointError, match="1 layers are none of Flux .*another model"):
+        convert_file(path, out)
+    assert not out.exists()
+
+
 # ---- quantized pieces ----
 
 

@@ -4,6 +4,7 @@ The first table of docs/models.md comes from here: `FEWBITS_WRITE_TABLES=1 pytho
 writes it, and without that the page is compared.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from fewbits.quant_ops.formats import FORMATS
 from fewbits.quant_ops.planning.model_family import families, find_parts
 from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
-from fewbits.quant_ops.spec import Header, ModelPlan, TensorSpec
+from fewbits.quant_ops.spec import Header, ModelPlan, TensorSpec, version_key
 from support.harness import readme
 from support.model_classes import BY_METADATA, CONFIGS, NEWER, Built, build
 
@@ -140,6 +141,30 @@ def test_comfyui_recognises_the_file_as_the_same_model(built, wish, preset):
     plan = plan_of(built, wish, preset=preset)
     assert any(layer.format for layer in plan.layers)
     assert detected(built, plan.outputs) == before
+
+
+OLDER = [line.split("=", 1) for line in os.environ.get("FEWBITS_OLDER_COMFYUI", "").splitlines()]
+
+
+def test_a_family_is_as_old_as_the_oldest_of_its_classes(classes, comfyui):
+    """Older releases are read, not run: a class stands in their supported_models.py or does not."""
+    from comfyui_version import __version__
+
+    trees = {**dict(OLDER), __version__: str(comfyui)}
+    texts = {
+        version: (Path(tree) / "comfy" / "supported_models.py").read_text(encoding="utf-8")
+        for version, tree in trees.items()
+    }
+    first: dict[str, list[str]] = {}
+    for name in set(classes) & set(CONFIGS):
+        (part,) = find_parts(header_of(build(classes[name]).shapes).tensors)
+        having = (version for version, text in texts.items() if f"class {name}(" in text)
+        first.setdefault(part.family.name, []).append(min(having, key=version_key))
+    oldest = min(texts, key=version_key)
+    for family in families():
+        if family.name in first:
+            found = min(first[family.name], key=version_key)
+            assert (family.since or oldest) == found, family.name
 
 
 HEADER = ["class", "family", "preset", "quantized", "opens in stock ComfyUI"]

@@ -43,6 +43,25 @@ def test_a_lora_is_refused_however_many_layers_it_has(tmp_path, pair):
         quantize_file(tmp_path / "lora.safetensors", tmp_path / "out.safetensors", INT8)
 
 
+# How ComfyUI's adapters, and those of other tools, name the two sides of a layer.
+SIDES = [
+    ("to_q_lora.up.weight", "to_q_lora.down.weight"),
+    ("to_q.lora_linear_layer.up.weight", "to_q.lora_linear_layer.down.weight"),
+    ("processor.qkv_lora1.up.weight", "processor.qkv_lora1.down.weight"),
+    ("to_q.lora_B", "to_q.lora_A"),
+    ("to_q.lora_B.my_adapter.weight", "to_q.lora_A.my_adapter.weight"),
+]
+
+
+@pytest.mark.parametrize("sides", SIDES, ids=lambda sides: sides[0])
+def test_a_lora_is_told_by_most_of_its_names(sides):
+    names = [f"blocks.{at}.attn.{side}" for at in range(3) for side in sides]
+    alphas = [f"blocks.{at}.attn.alpha" for at in range(3)]
+    assert {part.family.name for part in find_parts(names + alphas)} == {"lora"}
+    model = [f"blocks.{at}.attn.to_{name}.weight" for at in range(9) for name in "qkv"]
+    assert not find_parts(names + model)
+
+
 def test_inside_a_model_the_same_names_are_the_models_own():
     """Tokenizers and embedders of some models are named like a VAE or an upscaler."""
     flux = next(family for family in families() if family.name == "flux")

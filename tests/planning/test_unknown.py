@@ -2,6 +2,7 @@
 
 import pytest
 
+from fewbits.quant_ops.planning.model_family import families, find_parts
 from fewbits.quant_ops.planning.planner import make_plan
 from fewbits.quant_ops.planning.recipe import Recipe, parse_rule, parse_wish
 from fewbits.quant_ops.spec import Header, TensorSpec
@@ -188,6 +189,16 @@ NEWER = {
         "video_time_embeddings.out_layer video_text_embeddings.in_layer visual_token_type_embeddings",
         "visual_blocks.0.videoT.feed_forward.in_layer visual_blocks.0.va_cross_attention.to_key",
     ),
+    "sensenova": (
+        "language_model.model.embed_tokens language_model.lm_head fm_modules.timestep_embedder.mlp.0 vision_model.x "
+        "fm_modules.vision_model_mot_gen.embeddings.patch_embedding language_model.model.layers.0.self_attn.q_norm",
+        "language_model.model.layers.0.self_attn.q_proj_mot_gen language_model.model.layers.0.self_attn.k_proj "
+        "language_model.model.layers.0.mlp.gate_proj",
+    ),
+    "prism": (
+        "video_dit_2.time_projection.1 audio_dit.text_embedding.0 video_dit.time_embedding.0 video_dit.head.head",
+        "fusion_blocks.0.a2v_conditioner.inner.q fusion_blocks.0.video_block.self_attn.q video_dit_2.blocks.0.ffn.0",
+    ),
     "yue2": (
         "vae2llm llm2vae time_embedder.mlp.0 model.embed_tokens",
         "model.layers.0.self_attn.qkv_proj model.layers.0.mlp.down_proj",
@@ -203,7 +214,25 @@ def test_a_model_that_only_newer_comfyui_knows_is_planned_with_care(family):
         f"{name}.weight": vector if ".norm_" in name or name.endswith("_norm") else matrix
         for name in (*kept, *inside)
     }
+    if family == "sensenova":
+        shapes["fm_modules.vision_model_mot_gen.embeddings.patch_embedding.weight"] = (
+            64,
+            3,
+            16,
+            16,
+        )
     more = {"latent_pos_embed.pe": (1, 8, 128)} if family == "yue2" else {}
     plan = plan_of({**shapes, **more})
     assert plan.family == family
     assert quantized(plan) == set(inside)
+    assert plan.min_comfyui == next(f.since for f in families() if f.name == family)
+
+
+def test_the_language_model_inside_a_diffusion_model_is_no_encoder_beside_it():
+    inside = {f"{name}.weight": (128, 128) for name in NEWER["sensenova"][1].split()}
+    keys = next(f.keys for f in families() if f.name == "sensenova")
+    for prefix in ("", "model.diffusion_model."):
+        names = {prefix + name for name in (*inside, *keys)}
+        assert [part.family.name for part in find_parts(names)] == ["sensenova"]
+    encoder = {f"text_encoders.t5xxl.transformer.{name}" for name in t5_shapes(2)}
+    assert [part.family.kind for part in find_parts({*names, *encoder})] == ["text", "diffusion"]
