@@ -15,7 +15,11 @@ def server(comfyui, tmp_path_factory):
     """ComfyUI with FewBits, the emoji nodes and the emoji model."""
     base = tmp_path_factory.mktemp("with_pack")
     with ComfyServer(
-        base, custom_nodes=[PACK, EMOJI_NODES], models=emoji_models(), tree=comfyui
+        base,
+        custom_nodes=[PACK, EMOJI_NODES],
+        models=emoji_models(),
+        tree=comfyui,
+        forked=True,
     ) as running:
         yield running
 
@@ -25,7 +29,11 @@ def stock(comfyui, tmp_path_factory):
     """ComfyUI without FewBits."""
     base = tmp_path_factory.mktemp("stock")
     with ComfyServer(
-        base, custom_nodes=[EMOJI_NODES], models=emoji_models(), tree=comfyui
+        base,
+        custom_nodes=[EMOJI_NODES],
+        models=emoji_models(),
+        tree=comfyui,
+        forked=True,
     ) as running:
         yield running
 

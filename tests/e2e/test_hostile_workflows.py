@@ -28,8 +28,8 @@ COMFYUIS = "Could not detect model type"  # its loader's word for a file that is
 def attacked(comfyui, tmp_path_factory):
     """A server of its own: nobody else's files are here."""
     base = tmp_path_factory.mktemp("outer") / "base"
-    models = emoji_models()
-    with ComfyServer(base, custom_nodes=[PACK, EMOJI_NODES], models=models, tree=comfyui) as server:
+    shared = {"models": emoji_models(), "tree": comfyui, "forked": True}
+    with ComfyServer(base, custom_nodes=[PACK, EMOJI_NODES], **shared) as server:
         generator = torch.Generator().manual_seed(0)
         tiny = {
             f"blocks.{number}.linear.weight": torch.randn(64, 64, generator=generator)

@@ -48,10 +48,8 @@ def test_a_server_killed_in_mid_conversion_leaves_no_result_and_can_go_on_afterw
         if message["type"] == "fewbits.progress":
             server.process.kill()
 
-    models = {"diffusion_models": [model]}
-    with ComfyServer(
-        tmp_path / "comfyui", custom_nodes=[PACK], models=models, tree=comfyui
-    ) as server:
+    shared = {"models": {"diffusion_models": [model]}, "tree": comfyui, "forked": True}
+    with ComfyServer(tmp_path / "comfyui", custom_nodes=[PACK], **shared) as server:
         with pytest.raises(RuntimeError, match="hung up"):
             server.run(workflow, on_message=kill)
         result = server.output / "result.safetensors"

@@ -75,15 +75,11 @@ def pinned(server, drawn):
 
 def both_ways(tree, folder, version, look):
     """`look` at a server with the pack, what that wrote to its log, and `look` at one without the pack."""
-    models = emoji_models()
-    with ComfyServer(
-        folder / "pack", custom_nodes=[PACK, EMOJI_NODES], models=models, tree=tree
-    ) as server:
+    shared = {"models": emoji_models(), "tree": tree, "forked": True}
+    with ComfyServer(folder / "pack", custom_nodes=[PACK, EMOJI_NODES], **shared) as server:
         assert server.stats["system"]["comfyui_version"] == version
         with_pack, problems = look(server), server.log_problems()
-    with ComfyServer(
-        folder / "stock", custom_nodes=[EMOJI_NODES], models=models, tree=tree
-    ) as server:
+    with ComfyServer(folder / "stock", custom_nodes=[EMOJI_NODES], **shared) as server:
         return with_pack, problems, look(server)
 
 

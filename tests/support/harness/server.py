@@ -20,6 +20,8 @@ from pathlib import Path
 
 import websocket
 
+from . import warm
+
 READY_SECONDS = 180  # the first start compiles bytecode; 15 s on two cores when that is done
 PORTS_TRIED = 5  # another program may take a free port before ComfyUI does
 # The slim environment leaves out the templates; ComfyUI says so in one block at every start.
@@ -85,6 +87,7 @@ class ComfyServer:
         arguments: more command-line flags.
         port: the port to prefer; another free one is taken if that is in use.
         threads: of torch; one draws the same pictures on every machine. 0: as many as torch likes.
+        forked: start in a fifth of the time where the system can (warm.py).
     """
 
     def __init__(
@@ -97,12 +100,14 @@ class ComfyServer:
         arguments: list[str] = (),
         port: int = 0,
         threads: int = 1,
+        forked: bool = False,
     ):
         self.base = Path(base)
         self.tree = Path(tree or os.environ["FEWBITS_COMFYUI"])
         self.arguments = list(arguments)
         self.port = port
         self.threads = threads
+        self.forked = forked and warm.POSSIBLE
         for name in ("models", "custom_nodes", "input", "output", "temp", "user"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         self.names = [self._place_nodes(Path(folder)) for folder in custom_nodes]
@@ -111,7 +116,7 @@ class ComfyServer:
             for file in files:
                 self.add_model(folder, Path(file))
         self.log_path = self.base / "server.log"
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen | warm.Started | None = None
 
     def _place_nodes(self, folder: Path) -> str:
         is_pack = (folder / "quant_ops").is_dir()
@@ -165,7 +170,7 @@ class ComfyServer:
     def command(self) -> list[str]:
         base, main = self.base, self.tree / "main.py"
         return [
-            sys.executable, "-s", str(main), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
+            str(main), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
             "--base-directory", str(base), "--temp-directory", str(base), "--user-directory", str(base / "user"),
             "--input-directory", str(base / "input"), "--output-directory", str(base / "output"),
             "--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes",
@@ -201,17 +206,9 @@ class ComfyServer:
         }  # fmt: skip
         if self.threads:
             variables["OMP_NUM_THREADS"] = str(self.threads)
-        windows = os.name == "nt"  # a group of its own: Ctrl-C is for us, and we stop the server
-        group = (
-            {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-            if windows
-            else {"start_new_session": True}
-        )
-        streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-        with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(
-                self.command(), cwd=self.base, env=variables, stdout=log, **streams, **group
-            )
+        about = {"environment": variables, "folder": self.base, "log": self.log_path}
+        start = warm.start if self.forked else start_alone
+        self.process = start(self.command(), **about)
 
     def _answers(self) -> bool:
         """Wait for the first answer; False if the port was taken meanwhile."""
@@ -335,6 +332,27 @@ class ComfyServer:
                 return history[prompt_id]
             time.sleep(0.05)
         raise RuntimeError(f"prompt {prompt_id} never entered the history")
+
+
+def start_alone(
+    command: list[str], *, environment: dict[str, str], folder: Path, log: Path
+) -> subprocess.Popen:
+    windows = os.name == "nt"  # a group of its own: Ctrl-C is for us, and we stop the server
+    group = (
+        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        if windows
+        else {"start_new_session": True}
+    )
+    streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+    with open(log, "wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-s", *command],
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            **streams,
+            **group,
+        )
 
 
 def free_port(preferred: int = 0) -> int:
