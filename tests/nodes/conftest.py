@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from support.harness.first_word import hasten
 from support.helpers import flux_shapes, random_tensors, sd3_shapes
 from support.stock import Stock
 
@@ -15,6 +16,7 @@ SHAPES = {"sd3": sd3_shapes, "flux": flux_shapes}
 @pytest.fixture(scope="session", autouse=True)
 def comfy(comfyui):
     """ComfyUI's package `comfy`, with FewBits registered."""
+    hasten()
     sys.path.insert(0, str(comfyui))
     import comfy.cli_args
 

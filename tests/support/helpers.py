@@ -101,10 +101,11 @@ def t5_shapes(layers: int = 12, hidden: int = 768, inner: int = 3072) -> dict[st
 
 
 def gated_t5_shapes(
-    *, d_model: int, d_ff: int, num_heads: int, num_layers: int
+    *, d_model: int, d_ff: int, num_heads: int, num_layers: int, vocab_size: int = 32128
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a T5 v1.1 encoder (T5-XXL is one), by the names of ComfyUI's config; heads are 64 wide."""
     shapes = t5_shapes(num_layers, d_model, d_ff)
+    shapes["shared.weight"] = (vocab_size, d_model)
     for name, shape in list(shapes.items()):
         if name.endswith(
             ("SelfAttention.q.weight", "SelfAttention.k.weight", "SelfAttention.v.weight")
