@@ -11,7 +11,8 @@ import urllib.request
 
 import pytest
 
-from support.harness import EMOJI_NODES, PACK, ComfyServer
+from support.harness import EMOJI_NODES, PACK, ComfyServer, warm
+from support.harness.server import start_alone
 from support.helpers import flux_shapes, tiny_checkpoint
 
 BIG = flux_shapes(hidden=1024)  # 120 MB: long enough to be killed in
@@ -90,3 +91,27 @@ def test_a_server_whose_tests_are_killed_ends_by_itself(tmp_path):
         while time.monotonic() < limit:
             urllib.request.urlopen(f"{address}/system_stats").read()
             time.sleep(0.2)
+
+
+SAYS_WHAT_IT_IS = """
+import os, sys
+print(__name__, sys.argv, sys.path[0], os.getcwd(), "torch" in sys.modules, sep="\\n")
+raise SystemExit(3)
+"""
+
+
+@pytest.mark.skipif(not warm.POSSIBLE, reason="every process starts alone here")
+def test_a_forked_program_runs_as_one_that_starts_alone_but_has_its_libraries(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(SAYS_WHAT_IT_IS, encoding="utf-8")
+    said = {}
+    for start in (start_alone, warm.start):
+        log = tmp_path / "log"
+        about = {"environment": ComfyServer(tmp_path).variables(), "folder": tmp_path, "log": log}
+        process = start([str(program), "--word"], **about)
+        assert process.wait(120) == 3
+        said[start] = log.read_text(encoding="utf-8").splitlines()
+    *alone, without = said[start_alone]
+    *forked, with_torch = said[warm.start]
+    assert alone == forked and (without, with_torch) == ("False", "True")
+    assert alone[0] == "__main__"

@@ -187,7 +187,8 @@ class ComfyServer:
                 return
         raise RuntimeError(f"no port for ComfyUI in {PORTS_TRIED} attempts:\n{self.log[-3000:]}")
 
-    def _spawn(self) -> None:
+    def variables(self) -> dict[str, str]:
+        """The environment of the process."""
         kept = (
             "PATH",
             "HOME",
@@ -206,7 +207,10 @@ class ComfyServer:
         }  # fmt: skip
         if self.threads:
             variables["OMP_NUM_THREADS"] = str(self.threads)
-        about = {"environment": variables, "folder": self.base, "log": self.log_path}
+        return variables
+
+    def _spawn(self) -> None:
+        about = {"environment": self.variables(), "folder": self.base, "log": self.log_path}
         start = warm.start if self.forked else start_alone
         self.process = start(self.command(), **about)
 
