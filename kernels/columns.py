@@ -1,5 +1,5 @@
-"""Columns of a weight under fixed scales, rounded one at a time: what methods need that choose each
-column's codes after the errors of the columns before it.
+"""Columns of a weight under fixed scales, rounded one after the other: what methods need that
+choose each column's codes after the errors of the columns before it.
 
 Everything is transposed: a column is one contiguous row of N values.
 """
@@ -7,11 +7,32 @@ Everything is transposed: a column is one contiguous row of N values.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
+from .dispatch import op
 from .levels import Levels
+from .triton import why_not_codes_of
+
+MOST_COLUMNS = 128  # that a kernel keeps the changes of in registers
+
+
+class Zeros(NamedTuple):
+    """Weights that keep their code, and decode to 0: both (columns, N), bool and uint8."""
+
+    mask: torch.Tensor
+    codes: torch.Tensor
+
+
+class Swept(NamedTuple):
+    """What a sweep chose, all (columns, N): `codes`, their bytes as uint8; `values`, float32, the
+    codes decoded; `change`, float32, from what a column was to its values.
+    """
+
+    codes: torch.Tensor
+    values: torch.Tensor
+    change: torch.Tensor
 
 
 class Columns(Protocol):
@@ -29,6 +50,107 @@ class Columns(Protocol):
             values: (N,) float32, the codes decoded.
         """
 
+    def sweep(
+        self,
+        state: torch.Tensor,
+        mixing: torch.Tensor,
+        before: torch.Tensor | None,
+        zeros: Zeros | None,
+    ) -> Swept:
+        """Round the columns in order; the change of each moves the state of the later ones.
+
+        Args:
+            state: (columns, N) float32, not changed. Without `before` what the columns should be;
+                else the slope of what is minimised along their values.
+            mixing: (columns, columns) float32; row i, times i's change, is added to each later
+                column's state. With `before` its diagonal is the slope's own slope.
+            before: (columns, N) float32, the values that the columns have; None where they have
+                none yet, and a change is the rounding error.
+            zeros: the weights that stay.
+        """
+
+
+def _swept(
+    columns: Columns,
+    state: torch.Tensor,
+    mixing: torch.Tensor,
+    before: torch.Tensor | None,
+    zeros: Zeros | None,
+) -> Swept:
+    state, change = state.clone(), torch.empty_like(state)
+    codes, values = torch.empty_like(state, dtype=torch.uint8), torch.empty_like(state)
+    for at in range(len(state)):
+        wanted = state[at] if before is None else before[at] - state[at] / mixing[at, at]
+        code, value = columns.nearest(at, wanted)
+        code = code.view(torch.uint8)
+        if zeros is not None:
+            code = torch.where(zeros.mask[at], zeros.codes[at], code)
+            value = value.masked_fill_(zeros.mask[at], 0.0)
+        codes[at], values[at] = code, value
+        torch.sub(value, wanted if before is None else before[at], out=change[at])
+        state[at + 1 :].addr_(mixing[at, at + 1 :], change[at])
+    return Swept(codes, values, change)
+
+
+@op
+def sweep_levels(
+    state: torch.Tensor,
+    mixing: torch.Tensor,
+    before: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    kept: torch.Tensor | None,
+    levels: Levels,
+    scale: torch.Tensor,
+) -> Swept:
+    """`Columns.sweep` of `LevelColumns`; a backend adds up in another order."""
+    zeros = None if zero is None else Zeros(zero, kept)
+    return _swept(LevelColumns(levels, scale), state, mixing, before, zeros)
+
+
+def _why_not_sweep_levels(state, mixing, before, zero, kept, levels, scale) -> str | None:
+    if levels.dtype == torch.float8_e5m2:
+        return f"no kernel rounds to {levels.name}"
+    return _why_not_so_many(state) or why_not_codes_of(state, levels.dtype)
+
+
+def _why_not_so_many(state: torch.Tensor) -> str | None:
+    if len(state) > MOST_COLUMNS:
+        return f"{len(state)} columns, at most {MOST_COLUMNS}"
+    return None
+
+
+@sweep_levels.backend("triton", _why_not_sweep_levels)
+def _sweep_levels(state, mixing, before, zero, kept, levels, scale):
+    from .triton import columns
+
+    return Swept(*columns.sweep_levels(state, mixing, before, zero, kept, levels, scale))
+
+
+@op
+def sweep_tables(
+    state: torch.Tensor,
+    mixing: torch.Tensor,
+    before: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    kept: torch.Tensor | None,
+    values: torch.Tensor,
+    unit: torch.Tensor,
+) -> Swept:
+    """`Columns.sweep` of `TableColumns`; a backend adds up in another order."""
+    zeros = None if zero is None else Zeros(zero, kept)
+    return _swept(TableColumns(values, unit), state, mixing, before, zeros)
+
+
+def _why_not_sweep_tables(state, mixing, before, zero, kept, values, unit) -> str | None:
+    return _why_not_so_many(state) or why_not_codes_of(state, torch.uint8)
+
+
+@sweep_tables.backend("triton", _why_not_sweep_tables)
+def _sweep_tables(state, mixing, before, zero, kept, values, unit):
+    from .triton import columns
+
+    return Swept(*columns.sweep_tables(state, mixing, before, zero, kept, values, unit))
+
 
 @dataclass(frozen=True)
 class LevelColumns:
@@ -45,6 +167,17 @@ class LevelColumns:
         codes = self.levels.round_(self.levels.normalise_(x.clone(), divisor)).to(self.levels.dtype)
         return codes, self.levels.widen(codes).mul_(scale)
 
+    def sweep(
+        self,
+        state: torch.Tensor,
+        mixing: torch.Tensor,
+        before: torch.Tensor | None,
+        zeros: Zeros | None,
+    ) -> Swept:
+        return sweep_levels(
+            state, mixing, before, *(zeros or (None, None)), self.levels, self.scale
+        )
+
 
 @dataclass(frozen=True)
 class TableColumns:
@@ -59,3 +192,12 @@ class TableColumns:
         table = self.values[column]
         codes = (table - x / self.unit).abs_().argmin(0, keepdim=True)
         return codes[0].to(torch.uint8), table.gather(0, codes)[0] * self.unit
+
+    def sweep(
+        self,
+        state: torch.Tensor,
+        mixing: torch.Tensor,
+        before: torch.Tensor | None,
+        zeros: Zeros | None,
+    ) -> Swept:
+        return sweep_tables(state, mixing, before, *(zeros or (None, None)), self.values, self.unit)

@@ -8,33 +8,34 @@ from collections.abc import Iterator
 
 import torch
 
-from ...kernels.columns import Columns
+from ...kernels.columns import MOST_COLUMNS, Columns, Zeros
 from ...kernels.scales import TINY
 from .base import Layer
 from .felt import Felt
 from .inputs import upper_root
 
-BLOCK = 128  # columns between two products with the whole rest
-
 
 class Rounding:
     """A weight being rounded, transposed and in the order of work: row i is column `felt.order[i]`.
 
-    It starts from the codes given, or from nearest's.
+    It starts from the codes given; without, `feed_back` finds the first ones.
     """
 
     def __init__(self, layer: Layer, felt: Felt, codes: torch.Tensor | None = None):
         self.layer, self.scale, self.order = layer, felt.scale, felt.order
         self.shape = tuple(felt.weight.shape)
-        self.weight = felt.weight.t()[self.order].contiguous()
+        self.weight = self._ordered(felt.weight)
         self.gram = felt.gram[self.order][:, self.order]
+        self.values = None if codes is None else self._ordered(layer.grid.decode(codes, self.scale))
         if codes is None:
-            codes = layer.grid.encode(felt.weight, felt.scale)
+            codes = layer.grid.encode(felt.weight, self.scale)
         self.dtype = codes.dtype
-        self.found = codes.view(torch.uint8).t()[self.order].contiguous()
-        self.values = layer.grid.decode(codes, felt.scale).t()[self.order].contiguous()
+        self.found = self._ordered(codes.view(torch.uint8))
         zero = self.weight.abs() < TINY  # zeros and padding keep their code
         self.zero = zero if bool(zero.any()) else None
+
+    def _ordered(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.t()[self.order].contiguous()
 
     def codes(self) -> torch.Tensor:
         """(N, K) codes in the columns' own order."""
@@ -42,21 +43,13 @@ class Rounding:
         result[self.order] = self.found
         return result.t().contiguous().view(self.dtype)
 
-    def _blocks(self) -> Iterator[tuple[slice, Columns]]:
-        for start in range(0, len(self.order), BLOCK):
+    def _blocks(self) -> Iterator[tuple[slice, Columns, Zeros | None]]:
+        for start in range(0, len(self.order), MOST_COLUMNS):
             self.layer.step()
-            part = slice(start, min(start + BLOCK, len(self.order)))
-            yield part, self.layer.grid.columns(self.scale, self.order[part], self.shape)
-
-    def _round(self, columns: Columns, part: slice, column: int, wanted: torch.Tensor) -> None:
-        """Take the codes nearest to what a column should be."""
-        at = part.start + column
-        codes, values = columns.nearest(column, wanted)
-        codes = codes.view(torch.uint8)
-        if self.zero is not None:
-            codes = torch.where(self.zero[at], self.found[at], codes)
-            values = values.masked_fill_(self.zero[at], 0.0)
-        self.found[at], self.values[at] = codes, values
+            part = slice(start, min(start + MOST_COLUMNS, len(self.order)))
+            columns = self.layer.grid.columns(self.scale, self.order[part], self.shape)
+            zeros = None if self.zero is None else Zeros(self.zero[part], self.found[part])
+            yield part, columns, zeros
 
     def feed_back(self) -> None:
         """Round each column; the later ones make its error good."""
@@ -67,18 +60,12 @@ class Rounding:
         inverse = torch.linalg.solve_triangular(
             root, torch.eye(size, device=root.device), upper=True
         )
-        share = inverse.mul_(root.diagonal()[:, None])  # row i: of i's error, minus, to each later
-        wanted = self.weight.clone()
-        for part, columns in self._blocks():
-            errors = torch.empty_like(wanted[part])
-            for column in range(part.stop - part.start):
-                at = part.start + column
-                self._round(columns, part, column, wanted[at])
-                torch.sub(wanted[at], self.values[at], out=errors[column])
-                wanted[at + 1 : part.stop].addr_(
-                    share[at, at + 1 : part.stop], errors[column], alpha=-1
-                )
-            wanted[part.stop :].addmm_(share[part, part.stop :].T, errors, alpha=-1)
+        share = inverse.mul_(root.diagonal()[:, None])  # row i: of i's error, to each later column
+        wanted, self.values = self.weight.clone(), torch.empty_like(self.weight)
+        for part, columns, zeros in self._blocks():
+            swept = columns.sweep(wanted[part], share[part, part], None, zeros)
+            self.found[part], self.values[part] = swept.codes, swept.values
+            wanted[part.stop :].addmm_(share[part, part.stop :].T, swept.change)
 
     def descend(self, passes: int) -> None:
         """Coordinate descent, until nothing changes or these passes are over."""
@@ -88,17 +75,11 @@ class Rounding:
 
     def _pass(self) -> bool:
         """Whether any code changed."""
-        gram = self.gram
-        slope = gram @ (self.values - self.weight)
-        changed = torch.zeros((), dtype=torch.bool, device=gram.device)
-        for part, columns in self._blocks():
-            before, local = self.values[part].clone(), slope[part].clone()
-            for column in range(part.stop - part.start):
-                at = part.start + column
-                was = before[column]
-                self._round(columns, part, column, was - local[column] / gram[at, at])
-                local.addr_(gram[part, at], self.values[at] - was)
-            moved = self.values[part] - before
-            changed |= moved.any()
-            slope.addmm_(gram[:, part], moved)
+        slope = self.gram @ (self.values - self.weight)
+        changed = torch.zeros((), dtype=torch.bool, device=slope.device)
+        for part, columns, zeros in self._blocks():
+            swept = columns.sweep(slope[part], self.gram[part, part], self.values[part], zeros)
+            changed |= swept.change.any()
+            self.found[part], self.values[part] = swept.codes, swept.values
+            slope.addmm_(self.gram[:, part], swept.change)
         return bool(changed)

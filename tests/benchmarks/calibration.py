@@ -44,6 +44,7 @@ FORMATS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--formats", default=FORMATS)
+    parser.add_argument("--method", default="gptq", choices=("gptq", "adaround"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--pictures", action="store_true")
     parser.add_argument("--encoder", metavar="FOLDER")

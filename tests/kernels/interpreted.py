@@ -27,12 +27,14 @@ from triton.runtime import interpreter
 from triton.runtime.jit import mangle_type
 
 from fewbits.kernels.codebook4 import E2M1, FP4, NF4, lowest_error, nearest_flat4
+from fewbits.kernels.columns import sweep_levels, sweep_tables
 from fewbits.kernels.dispatch import use_backend
 from fewbits.kernels.grids import deviation, nearest_codes, nearest_tiles, tile_errors
 from fewbits.kernels.hadamard import rotate
-from fewbits.kernels.levels import E4M3, E5M2, INT8
+from fewbits.kernels.levels import E4M3, E5M2, INT4, INT8
 from fewbits.kernels.packing import packed_nibbles
 from fewbits.kernels.scales import Geometry, tile_absmax
+from fewbits.kernels.triton import columns as _columns  # noqa: F401
 from fewbits.kernels.triton import encode, errors, hadamard, launch, quantize, search, tiles, w4a8  # noqa: F401
 from fewbits.kernels.w4a8 import (
     LEVELS,
@@ -214,6 +216,35 @@ def cases() -> Iterator[tuple[str, object, tuple]]:
     for order in (True, False):
         codes = torch.randint(0, 16, (5, 34), dtype=torch.uint8)
         yield f"pack {order}", packed_nibbles, (codes, order)
+    yield from sweeps()
+
+
+def sweeps() -> Iterator[tuple[str, object, tuple]]:
+    """Each column is moved by one other, so that no order of adding up matters."""
+    for size, n in ((1, 1), (24, 17), (128, 16)):
+        state = torch.randint(-40, 41, (size, n)) / 8 + torch.rand(size, n)
+        mixing = torch.eye(size) * 2
+        if size > 1:
+            mixing[torch.arange(size - 1), torch.arange(1, size)] = torch.tensor(
+                [1.0, -1.0]
+            ).repeat(size)[: size - 1]
+        zero = torch.rand(size, n) < 0.1
+        kept = torch.randint(0, 5, (size, n), dtype=torch.uint8)
+        before = torch.randint(-6, 7, (size, n)).float()
+        given = {
+            "feedback": (state, mixing, None, None, None),
+            "feedback, zeros": (state, mixing, None, zero, kept),
+            "descent": (state, mixing, before, zero, kept),
+        }
+        for name, tensors in given.items():
+            for levels in (INT8, INT4, E4M3, NF4, FP4, E2M1):
+                for wide in {1, n}:
+                    scale = torch.full((size, wide), 0.5)
+                    scale[size // 2] = 0.0
+                    case = f"sweep {levels.name} {size}x{n} {wide} {name}"
+                    yield case, sweep_levels, (*tensors, levels, scale)
+            tables = torch.randint(-127, 128, (size, 16, n)).float().sort(1).values
+            yield f"sweep tables {size}x{n} {name}", sweep_tables, (*tensors, tables, torch.ones(n))
 
 
 def same(got: object, expected: object) -> bool:

@@ -13,25 +13,24 @@ from fewbits.quant_ops.planning.recipe import Recipe, Wish
 from support.helpers import EMOJI
 
 
-def heavy_weight(n: int = 256, k: int = 320, seed: int = 0) -> torch.Tensor:
+def heavy_weight(n: int = 256, k: int = 320, seed: int = 0, device: str = "cpu") -> torch.Tensor:
     """(n, k) float32: one weight in a thousand is 4.5 times as large, and a tenth of the energy has rank 32.
 
     Its errors under nearest are those of the design's reference layer: fp8 .0265, int8 block 128 .022, nf4 .094.
     """
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(n, k, generator=generator)
-    weight = torch.where(torch.rand(n, k, generator=generator) < 1e-3, weight * 4.5, weight)
-    low_rank = (
-        torch.randn(n, 32, generator=generator) @ torch.randn(32, k, generator=generator) / 32**0.5
-    )
+    here = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    weight = torch.randn(n, k, **here)
+    weight = torch.where(torch.rand(n, k, **here) < 1e-3, weight * 4.5, weight)
+    low_rank = torch.randn(n, 32, **here) @ torch.randn(32, k, **here) / 32**0.5
     return (weight + 0.3 * low_rank) * 0.02
 
 
-def correlated_rows(k: int, rows: int = 2048, seed: int = 1) -> torch.Tensor:
+def correlated_rows(k: int, rows: int = 2048, seed: int = 1, device: str = "cpu") -> torch.Tensor:
     """(rows, k) float32 activations whose strength falls from 1 to e^-3 over random directions."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(k, k, generator=generator) * torch.linspace(0, 3, k).neg().exp()[:, None]
-    return torch.randn(rows, k, generator=generator) @ mix / k**0.5
+    here = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    strength = torch.linspace(0, 3, k, device=device).neg().exp()[:, None]
+    mix = torch.randn(k, k, **here) * strength
+    return torch.randn(rows, k, **here) @ mix / k**0.5
 
 
 def emoji_trainer(device: str = "cpu"):
