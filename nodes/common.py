@@ -479,9 +479,14 @@ def report_result(
     return io.NodeOutput(*values, json.dumps(data, indent=2), ui={"fewbits_report": [data]})
 
 
-def saved_result(*values: object, written: Path, text: str) -> io.NodeOutput:
-    """The outputs of a node that wrote a file without a report; for the page, where it is."""
-    data = {**host.whereabouts(written), "text": text}
+def saved_result(
+    *values: object, written: Path | None, text: str, **facts: object
+) -> io.NodeOutput:
+    """The outputs of a node that wrote a file without a report; for the page, where it is, and
+    further facts of this node.
+    """
+    where = host.whereabouts(written) if written else {}
+    data = {**where, "text": text, **facts}
     return io.NodeOutput(*values, ui={"fewbits_saved": [data]})
 
 

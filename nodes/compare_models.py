@@ -136,7 +136,7 @@ class FewBitsCompareModels(io.ComfyNode):
         scheduler: str = "simple",
         control: bool = False,
     ) -> io.NodeOutput:
-        run = host.Run(cls.hidden.unique_id, text=True)
+        run = host.Run(cls.hidden.unique_id)
         how = sampling.Settings(
             positive=positive,
             negative=negative,
@@ -153,7 +153,7 @@ class FewBitsCompareModels(io.ComfyNode):
         total = len(models) + control
         found = []
         for done, (name, model) in enumerate(models):
-            run.on_progress(done, total, f"model {name}")
+            run.on_progress(done, total, name)
             found.append(sampling.sampled(model, name, runs, how))
         again = None
         if control:
@@ -164,6 +164,7 @@ class FewBitsCompareModels(io.ComfyNode):
             compared.layers.update(sampling.layer_errors(model_a, model))
         run.on_progress(total, total, "")
         report = compare_models(found[0], found[1:], again)
-        run.say(report["sentence"])
         pictures = sheet(found[0], found[1:], again)[None]
-        return io.NodeOutput(pictures, report["sentence"], json.dumps(report, indent=2))
+        text = json.dumps(report, indent=2)
+        ui = {"fewbits_comparison": [report]}
+        return io.NodeOutput(pictures, report["sentence"], text, ui=ui)

@@ -8,7 +8,8 @@ from comfy_api.latest import io
 
 from ..quant_ops.calibration import Calibration, Observer
 from ..quant_ops.doors.fit import default_wishes, fit_file
-from ..quant_ops.planning.goal import error_goal, memory_goal, size_goal
+from ..quant_ops.errors import RecipeError
+from ..quant_ops.planning.goal import Goal, error_goal, memory_goal, size_goal
 from ..quant_ops.planning.recipe import Draft, draft_from_text, parse_wish, recipe_to_toml
 from .bridge import host
 from .common import (
@@ -24,6 +25,17 @@ from .common import (
 
 SIZE, MEMORY, ERROR = "file size", "GPU memory", "error"
 GOALS = {SIZE: size_goal, MEMORY: memory_goal, ERROR: lambda text, _: error_goal(text)}
+
+
+def goal_of(whole: int, target: str = "50%", goal: str = SIZE) -> Goal:
+    """What to fit a file of `whole` bytes to.
+
+    Raises:
+        RecipeError: not a size, or not an error.
+    """
+    if goal not in GOALS:
+        raise RecipeError(f"goal is {goal!r}; it may be {', '.join(GOALS)}")
+    return GOALS[goal](str(target), whole)
 
 
 class FewBitsFitToSize(io.ComfyNode):
@@ -108,10 +120,10 @@ class FewBitsFitToSize(io.ComfyNode):
         device: str = AUTO,
         calibration: Calibration | Observer | None = None,
     ) -> io.NodeOutput:
-        run = host.Run(cls.hidden.unique_id, text=True)
+        run = host.Run(cls.hidden.unique_id)
         found = fit_file(
             host.model_path(*host.split_choice(file)),
-            lambda whole: GOALS[goal](target, whole),
+            lambda whole: goal_of(whole, target, goal),
             recipe or Draft(),
             allowed=tuple(map(parse_wish, filter(None, map(str.strip, allow.splitlines())))),
             calibration=settled(calibration),
@@ -119,6 +131,6 @@ class FewBitsFitToSize(io.ComfyNode):
             on_progress=run.on_progress,
         )
         run.on_plan(found.plan)
-        run.say(found.to_text())
+        data = found.to_json()
         draft = draft_from_text(recipe_to_toml(found.recipe), "fit")
-        return io.NodeOutput(json.dumps(found.to_json(), indent=2), draft)
+        return io.NodeOutput(json.dumps(data, indent=2), draft, ui={"fewbits_fit": [data]})

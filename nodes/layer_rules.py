@@ -178,19 +178,15 @@ class FewBitsSaveRecipe(io.ComfyNode):
                     "recipe", display_name="recipe", tooltip="The recipe as TOML text."
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, report: str, filename: str = "", overwrite: bool = False) -> io.NodeOutput:
         text = recipe_of(report)
-        path = (
-            host.save_text(filename, ".toml", text, overwrite=overwrite) if filename.strip() else ""
-        )
-        if not path:
-            host.Run(cls.hidden.unique_id, text=True).say(text)
-            return io.NodeOutput("", text)
-        return saved_result(str(path), text, written=path, text="recipe")
+        path = None
+        if filename.strip():
+            path = host.save_text(filename, ".toml", text, overwrite=overwrite)
+        return saved_result(str(path or ""), text, written=path, text="recipe", recipe=text)
 
 
 def recipe_of(report: str) -> str:

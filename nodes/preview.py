@@ -16,6 +16,7 @@ from ..quant_ops.planning.recipe import Draft, Recipe, Wish
 from ..quant_ops.sources import TensorSource
 from .bridge import host
 from .common import advised_for, recipe_from
+from .fit_to_size import FewBitsFitToSize, goal_of
 from .format_advisor import FewBitsFormatAdvisor
 from .layer_rules import FewBitsLayerRules
 
@@ -40,6 +41,7 @@ RECIPE_INPUTS = (
     "convrot",
 )
 ADVICE_INPUTS = ("file", "gpu", "comfyui")
+GOAL_INPUTS = ("target", "goal")
 THROUGH = ("model", "clip")  # inputs through which a node hands on what it was given
 DEPTH = 64  # nodes between a loader and the node that is asked about
 
@@ -50,8 +52,8 @@ class NothingToShow(RecipeError):
 
 def preview(prompt: Mapping[str, dict], node_id: str) -> dict:
     """What the page shows of a node that has not run: `{"inspection": ...}` for one that looks into
-    a file, `{"advice": ...}` for the advisor, else `{"plan": ..., "sizes": format -> bytes,
-    "target": ...}`; `{}` where no file can be found from here.
+    a file, with `"asked": ...` for Fit to Size; `{"advice": ...}` for the advisor, else `{"plan":
+    ..., "sizes": format -> bytes, "target": ...}`; `{}` where no file can be found from here.
 
     Args:
         prompt: id -> class_type and inputs, as a page sends it; only values and links are read.
@@ -69,7 +71,9 @@ def preview(prompt: Mapping[str, dict], node_id: str) -> dict:
     except NothingToShow:
         return {}
     if "format" not in node["inputs"]:
-        return {"inspection": inspect_file(path).to_json()}
+        found = {"inspection": inspect_file(path).to_json()}
+        asked = _goal(node, path)
+        return {**found, "asked": asked} if asked else found
     try:
         recipe = _recipe(prompt, node["inputs"], path)
     except NothingToShow:
@@ -126,6 +130,21 @@ def _advice(prompt: Mapping[str, dict], inputs: dict) -> dict:
         wish["recipe"] = _draft(prompt, str(inputs["recipe"][0]), DEPTH)
     (advice,) = FewBitsFormatAdvisor.execute(**wish).ui["fewbits_advice"]
     return advice
+
+
+def _goal(node: dict, path: Path) -> dict | None:
+    """What a file is fitted to, in words and bytes; None for other nodes, and where a link says it.
+
+    Raises:
+        RecipeError: not a size, or not an error.
+    """
+    wish = {name: node["inputs"][name] for name in GOAL_INPUTS if name in node["inputs"]}
+    if node.get("class_type") != FewBitsFitToSize.__name__ or any(map(_is_link, wish.values())):
+        return None
+    with open_checkpoint(path) as source:
+        whole = sum(spec.nbytes for spec in source.header.tensors.values())
+    goal = goal_of(whole, **wish)
+    return {"said": goal.said, "bytes": goal.bytes}
 
 
 def _draft(prompt: Mapping[str, dict], node_id: str, depth: int) -> Draft:

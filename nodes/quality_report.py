@@ -13,8 +13,13 @@ from PIL import Image
 from ..quant_ops.errors import RecipeError
 from ..quant_ops.report.markdown import to_markdown
 from ..quant_ops.report.plots import THEMES, report_pictures
-from .bridge import host
 from .common import schema
+
+# What the page shows of a report: the node that made it shows the layers.
+SHOWN = (
+    "meaning", "patches", "family", "family_title", "loads_in", "requires_pack",
+    "bytes_before", "bytes_after", "rel_l2", "summary", "worst", "warnings",
+)  # fmt: skip
 
 
 class FewBitsQualityReport(io.ComfyNode):
@@ -51,7 +56,6 @@ class FewBitsQualityReport(io.ComfyNode):
                     "report", display_name="report", tooltip="The report as Markdown, to read."
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -59,8 +63,9 @@ class FewBitsQualityReport(io.ComfyNode):
         data = conversion_of(report)
         pictures = report_pictures(data, theme)
         text = to_markdown(data)
-        host.Run(cls.hidden.unique_id, text=True).say(data["meaning"])
-        return io.NodeOutput(torch.stack([_image(png) for png in pictures.values()]), text)
+        images = torch.stack([_image(png) for png in pictures.values()])
+        ui = {"fewbits_quality": [{name: data.get(name) for name in SHOWN}]}
+        return io.NodeOutput(images, text, ui=ui)
 
 
 def conversion_of(report: str) -> dict:

@@ -1,11 +1,22 @@
 // Which format suits a model and a GPU: the advisor's list, the best first.
 
-import { el } from "./dom.mjs?v=cd4731b9";
-import { bytes } from "./text.mjs?v=cd4731b9";
-import { say, translated } from "./words.mjs?v=cd4731b9";
+import { el } from "./dom.mjs?v=0b5dfaf4";
+import { bytes, familyOf } from "./text.mjs?v=0b5dfaf4";
+import { say, translated } from "./words.mjs?v=0b5dfaf4";
+
+export function adviceResult(advice) {
+  const [best] = advice.formats ?? [];
+  return {
+    figures: [[`${bytes(advice.bytes_before)} → ${bytes(best?.file_bytes)}`, advice.model]],
+    families: [familyOf(advice), advice.gpu?.name ?? say("No GPU here")],
+    opens: best ?? {},
+    parts: [adviceView(advice)],
+    line: say("Looked into the file"),
+  };
+}
 
 /** What to take and why, and a row for every other way. */
-export function adviceView(advice) {
+function adviceView(advice) {
   const [best] = advice.formats ?? [];
   const heads = [say("Format"), say("File"), say("Product"), "SSIM"];
   return el(

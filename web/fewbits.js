@@ -3,34 +3,49 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=cd4731b9";
-import { growAlone } from "./growth.mjs?v=cd4731b9";
-import { isPrimary } from "./layer_list.mjs?v=cd4731b9";
-import { Panel } from "./panel.mjs?v=cd4731b9";
-import { earlierOutput, settingsOf } from "./results.mjs?v=cd4731b9";
-import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=cd4731b9";
-import { say, useLanguage } from "./words.mjs?v=cd4731b9";
+import { adviceResult } from "./advice_view.mjs?v=0b5dfaf4";
+import { comparisonResult } from "./comparison_view.mjs?v=0b5dfaf4";
+import { fitResult } from "./fit_view.mjs?v=0b5dfaf4";
+import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=0b5dfaf4";
+import { growAlone } from "./growth.mjs?v=0b5dfaf4";
+import { isPrimary } from "./layer_list.mjs?v=0b5dfaf4";
+import { Panel } from "./panel.mjs?v=0b5dfaf4";
+import { qualityResult } from "./quality_view.mjs?v=0b5dfaf4";
+import { earlierOutput, settingsOf } from "./results.mjs?v=0b5dfaf4";
+import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=0b5dfaf4";
+import { say, useLanguage } from "./words.mjs?v=0b5dfaf4";
 
+// what the panel of a node says before and during a run, and how high it is
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };
 const FILE = { height: 236, idle: "Run the workflow to write the file" };
-const LOOK = { height: 236, idle: "Run the workflow to see what is inside" };
-const NOTE = { height: 120, idle: "Run the workflow to write the file", brief: true };
+const LOOK = { height: 236, idle: "Run the workflow to see what is inside", plans: false };
+const NOTE = { height: 120, idle: "Run the workflow to write the file", plans: false };
 const PANELS = {
+  FewBitsCompareModels: {
+    height: 300,
+    idle: "Run the workflow to compare the models",
+    work: "Sampling",
+    plans: false,
+    inBytes: false,
+  },
   FewBitsConvertFP8Scaled: FILE,
-  FewBitsFormatAdvisor: { ...WORK, idle: "Run the workflow to see what suits the GPU" },
-  FewBitsInspectFile: { ...WORK, idle: LOOK.idle },
+  FewBitsFitToSize: { ...WORK, idle: "Run the workflow to choose the formats", work: "Measuring" },
+  FewBitsFormatAdvisor: { ...WORK, idle: "Run the workflow to see what suits the GPU", plans: false },
+  FewBitsInspectFile: { ...LOOK, height: WORK.height },
   FewBitsLoadCheckpoint: LOOK,
   FewBitsLoadModel: LOOK,
   FewBitsLoadTextEncoder: LOOK,
+  FewBitsQualityReport: { height: 300, idle: "Run the workflow to draw the report", plans: false },
   FewBitsSaveCalibration: NOTE,
   FewBitsSaveComfyQuant: FILE,
-  FewBitsSaveRecipe: NOTE,
+  FewBitsSaveRecipe: { ...NOTE, idle: "Run the workflow to see the recipe" },
 };
 const OURS = /^FewBits/;
 const QUANTIZE_NODES = /^FewBitsQuantize/;
 const PANEL_WIDTH = 360; // a new node starts this wide; the user may make it narrower
 const MARGIN = 10; // ComfyUI's own distance between a node's border and a DOM widget
-const KEEP_HEIGHT = 72; // the field `keep` shows four patterns; the report takes the rest of a tall node
+// the fields show four patterns, and eight formats; the report takes the rest of a tall node
+const HIGHEST = { keep: 72, allow: 128 };
 const HISTORY = 64; // runs that are searched for an earlier result
 const PAUSE_MS = 200; // a burst of changes is looked at once
 
@@ -68,19 +83,25 @@ function nodeByLocator(locator) {
 }
 
 const panelOf = (node) => (node ? panels.get(node) : undefined);
-const RESULTS = ["fewbits_report", "fewbits_saved", "fewbits_advice", "fewbits_inspection"];
-const hasResult = (output) => RESULTS.some((name) => output?.[name]);
+// what a node sends -> how its panel shows that
+const RESULTS = {
+  fewbits_report: (panel, [report], reused) => panel.showReport(report, reused),
+  fewbits_saved: (panel, [saved]) => panel.showSaved(saved),
+  fewbits_advice: (panel, [advice]) => panel.showResult(adviceResult(advice)),
+  fewbits_fit: (panel, [found]) => panel.showResult(fitResult(found)),
+  fewbits_comparison: (panel, [report]) => panel.showResult(comparisonResult(report)),
+  fewbits_quality: (panel, [report]) => panel.showResult(qualityResult(report)),
+  fewbits_inspection: (panel, files) => panel.showInspection(files),
+};
+const resultIn = (output) => Object.keys(RESULTS).find((name) => output?.[name]?.length);
+const hasResult = (output) => Boolean(resultIn(output));
 
 function showOutput(panel, output, reused = false) {
-  if (!panel || !hasResult(output)) return false;
+  const name = resultIn(output);
+  if (!panel || !name) return false;
   active.delete(panel);
   shown.set(panel, output);
-  const [report] = output.fewbits_report ?? [];
-  const [saved] = output.fewbits_saved ?? [];
-  if (report) panel.showReport(report, reused);
-  else if (saved) panel.showSaved(saved);
-  else if (output.fewbits_advice) panel.showAdvice(output.fewbits_advice[0]);
-  else panel.showInspection(output.fewbits_inspection);
+  RESULTS[name](panel, output[name], reused);
   return true;
 }
 
@@ -106,7 +127,8 @@ async function currentPrompt() {
 
 function addPanel(node, options) {
   if (typeof node.addDOMWidget !== "function" || panels.has(node)) return;
-  const panel = new Panel({ ...options, idle: say(options.idle), wishes: takesWishes(node) ? wishesFor(node) : null });
+  const words = { idle: say(options.idle), work: say(options.work ?? "Quantizing") };
+  const panel = new Panel({ ...options, ...words, wishes: takesWishes(node) ? wishesFor(node) : null });
   const widget = node.addDOMWidget("fewbits_panel", "fewbits_panel", panel.element, {
     serialize: false, // not an input of the prompt
     hideInPanel: true, // not a parameter for the page's side panel
@@ -133,8 +155,10 @@ function addPanel(node, options) {
     removed?.apply(this, arguments);
     for (const kept of [active, results, troubled]) kept.delete(panel);
   };
-  const keep = widgetOf(node, "keep");
-  if (keep?.options) keep.options.getMaxHeight = () => KEEP_HEIGHT;
+  for (const [name, height] of Object.entries(HIGHEST)) {
+    const field = widgetOf(node, name);
+    if (field?.options) field.options.getMaxHeight = () => height;
+  }
 
   const size = node.computeSize?.();
   if (size) node.setSize?.([Math.max(node.size?.[0] ?? 0, PANEL_WIDTH), Math.max(node.size?.[1] ?? 0, size[1])]);
@@ -378,7 +402,7 @@ if (typeof app.registerExtension === "function") {
       const options = PANELS[name] ?? (QUANTIZE_NODES.test(name) ? WORK : null);
       if (!options) return;
       addPanel(node, options);
-      if (QUANTIZE_NODES.test(name)) keepFitting(node);
+      if (QUANTIZE_NODES.test(name) || takesWishes(node)) keepFitting(node);
       previewPlans();
     },
     loadedGraphNode(node) {

@@ -1,9 +1,9 @@
 // What is in a file: layers per format, tensors per type, and problems.
 
-import { el } from "./dom.mjs?v=cd4731b9";
-import { noteList } from "./plan_table.mjs?v=cd4731b9";
-import { bytes } from "./text.mjs?v=cd4731b9";
-import { say, translated } from "./words.mjs?v=cd4731b9";
+import { el } from "./dom.mjs?v=0b5dfaf4";
+import { noteList } from "./plan_table.mjs?v=0b5dfaf4";
+import { bytes } from "./text.mjs?v=0b5dfaf4";
+import { say, translated } from "./words.mjs?v=0b5dfaf4";
 
 /** One file that was looked into; with several files, under its name. */
 export function fileView(file, named) {

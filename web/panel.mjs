@@ -1,15 +1,15 @@
 // The panel under a node of FewBits. It draws the JSON it is sent and knows no format by name.
 
-import { adviceView } from "./advice_view.mjs?v=cd4731b9";
-import { el } from "./dom.mjs?v=cd4731b9";
-import { fileView } from "./file_view.mjs?v=cd4731b9";
-import { LayerList } from "./layer_list.mjs?v=cd4731b9";
-import { noteList, planTable, warningList } from "./plan_table.mjs?v=cd4731b9";
-import { worstLayers } from "./report_view.mjs?v=cd4731b9";
-import { sizesView, targetView } from "./preview_view.mjs?v=cd4731b9";
-import { savedFile } from "./saved_file.mjs?v=cd4731b9";
-import { bytes, change, duration, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=cd4731b9";
-import { say, translated } from "./words.mjs?v=cd4731b9";
+import { adviceResult } from "./advice_view.mjs?v=0b5dfaf4";
+import { el } from "./dom.mjs?v=0b5dfaf4";
+import { fileView } from "./file_view.mjs?v=0b5dfaf4";
+import { LayerList } from "./layer_list.mjs?v=0b5dfaf4";
+import { noteList, planTable, warningList } from "./plan_table.mjs?v=0b5dfaf4";
+import { meaningOf, worstLayers } from "./report_view.mjs?v=0b5dfaf4";
+import { sizesView, targetView } from "./preview_view.mjs?v=0b5dfaf4";
+import { recipeText, savedFile } from "./saved_file.mjs?v=0b5dfaf4";
+import { bytes, change, duration, familyOf, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=0b5dfaf4";
+import { say, translated } from "./words.mjs?v=0b5dfaf4";
 
 /**
  * `element` is what the node shows. Its `data-phase` goes idle -> planned -> running -> done; a run that ends early
@@ -21,8 +21,8 @@ import { say, translated } from "./words.mjs?v=cd4731b9";
 export class Panel {
   #progress = null;
   #line = "";
-  #size = metric(say("Size"));
-  #error = metric(say("Error"));
+  #size = metric();
+  #error = metric();
   #loads = el("p", { class: "fewbits-loads" });
   #bar = el("div", {
     class: "fewbits-bar",
@@ -37,13 +37,20 @@ export class Panel {
   #overview = el("div");
   #layers;
   #idle;
-  #brief;
+  #work;
+  #plans;
+  #inBytes;
 
-  /** `wishes`: what a layer of the list can be given, see LayerList; `brief`: for a node without sizes and layers. */
-  constructor({ height, idle, wishes = null, brief = false }) {
+  /**
+   * `idle`, `work`: what it says before and during a run; `wishes`: what a layer of the list can be given, see LayerList;
+   * `plans`: whether its first figures are those of a plan; `inBytes`: whether progress counts them.
+   */
+  constructor({ height, idle, work = say("Quantizing"), wishes = null, plans = true, inBytes = true }) {
     this.#layers = new LayerList(wishes);
     this.#idle = idle;
-    this.#brief = brief;
+    this.#work = work;
+    this.#plans = plans;
+    this.#inBytes = inBytes;
     this.height = height;
     this.element = el(
       "section",
@@ -69,7 +76,6 @@ export class Panel {
       ),
     );
     this.element.style.setProperty("--fewbits-height", `${height}px`);
-    this.element.toggleAttribute("data-brief", brief);
     this.reset();
   }
 
@@ -85,23 +91,29 @@ export class Panel {
   /** As before the first run. */
   reset() {
     this.#progress = null;
+    this.element.toggleAttribute("data-bare", !this.#plans);
     this.#size.show("–", say("Size before and after"));
     this.#error.show("–", say("Weight error (rel_l2)"));
     this.#loads.textContent = "";
-    this.#overview.replaceChildren(...(this.#brief ? [] : [planTable(null)]));
+    this.#overview.replaceChildren(...(this.#plans ? [planTable(null)] : []));
     this.#layers.show([]);
     this.#drawBar(0);
     this.#enter("idle", this.#idle);
   }
 
-  /** What a run would do, from headers: `{plan, sizes, target}`, `{inspection}`, `{advice}`, or `{error}`. */
-  showPreview({ plan, sizes, target, inspection, advice, error }) {
+  /**
+   * What a run would do, from headers: `{plan, sizes, target}`, `{inspection}` with what is `asked` of the file,
+   * `{advice}`, or `{error}`.
+   */
+  showPreview({ plan, sizes, target, inspection, asked, advice, error }) {
     if (advice) {
-      this.showAdvice(advice, false);
+      this.showResult(adviceResult(advice));
+      this.#drawBar(0);
+      this.#enter("preview", say("From the file's header"));
     } else if (inspection) {
       this.showInspection([inspection]);
       this.#drawBar(0);
-      this.#enter("preview", say("From the file's header"));
+      this.#enter("preview", asked ? askedFor(asked) : say("From the file's header"));
     } else if (plan) {
       this.#drawPlan(plan, sizesView(sizes), targetView(target));
       this.#error.show("–", say("Weight error (rel_l2)"));
@@ -124,12 +136,14 @@ export class Panel {
   /** Called about ten times a second: changes texts and one style property, makes no elements. */
   showProgress(progress) {
     this.#progress = progress;
-    const { layer, done, total, seconds } = progress;
+    const { done, total, seconds } = progress;
+    const layer = this.#inBytes ? progress.layer : `${this.#work} ${progress.layer}`;
     const share = percent(done, total);
     const finished = done >= total;
-    if (this.phase !== "running") this.#enter("running", say("Quantizing"));
+    if (this.phase !== "running") this.#enter("running", this.#work);
     this.#drawBar(share, layer);
-    const facts = [`${share}%`, rate(done, seconds), finished ? "" : timeLeft(progress.eta_seconds)];
+    const speed = this.#inBytes ? rate(done, seconds) : "";
+    const facts = [`${share}%`, speed, finished ? "" : timeLeft(progress.eta_seconds)];
     this.#drawLine(finished ? say("Finishing") : layer, facts.filter(Boolean).join(" · "));
   }
 
@@ -149,6 +163,7 @@ export class Panel {
     if (plan) this.showPlan(plan);
     const total = files.reduce((sum, file) => sum + (file.bytes ?? 0), 0);
     if (!plan) {
+      this.element.removeAttribute("data-bare");
       this.#size.show(bytes(total), files.map((file) => file.name).join(", "));
       this.#error.show("", "");
       this.#sayWhere(files.map(familyOf), files[0]);
@@ -160,23 +175,27 @@ export class Panel {
     this.#enter("done", plan ? say("Previewed, nothing was written") : say("Looked into the file"));
   }
 
-  /** What the advisor says of a file; `ran`: whether a run said it. */
-  showAdvice(advice, ran = true) {
-    const [best] = advice.formats ?? [];
-    this.#size.show(`${bytes(advice.bytes_before)} → ${bytes(best?.file_bytes)}`, advice.model);
-    this.#error.show("", "");
-    this.#sayWhere([familyOf(advice), advice.gpu?.name ?? say("No GPU here")], best ?? {});
-    this.#overview.replaceChildren(adviceView(advice));
-    this.#layers.show([]);
-    this.#drawBar(ran ? 100 : 0);
-    this.#enter(ran ? "done" : "preview", ran ? say("Looked into the file") : say("From the file's header"));
+  /**
+   * What is neither a plan nor a file, as a view of its own gives it: two `figures` with what they are, which model it is
+   * and what `opens` it, the `parts` below, the layers, and the line under the bar.
+   */
+  showResult({ figures = [], families = [], opens = {}, parts, layers = [], line }) {
+    const [first = ["", ""], second = ["", ""]] = figures;
+    this.element.removeAttribute("data-bare");
+    this.#size.show(...first);
+    this.#error.show(...second);
+    this.#sayWhere(families, opens);
+    this.#overview.replaceChildren(...parts.filter(Boolean));
+    this.#layers.show(layers);
+    this.#drawBar(100);
+    this.#enter("done", line);
   }
 
-  /** A file without a report: a recipe, a calibration. */
+  /** A file without a report: a calibration, or a recipe, which may also be only shown. */
   showSaved(saved) {
-    this.#overview.replaceChildren(...[savedFile(saved)].filter(Boolean));
+    this.#overview.replaceChildren(...[savedFile(saved), recipeText(saved.recipe)].filter(Boolean));
     this.#drawBar(100);
-    this.#enter("done", say("Saved"));
+    this.#enter("done", saved.output ? say("Saved") : say("Done"));
   }
 
   /** ComfyUI reuses an earlier result without running the node; an empty panel says why it is empty. */
@@ -215,9 +234,10 @@ export class Panel {
 
   #drawPlan(plan, measured = null, saved = null) {
     const { bytes_before: before, bytes_after: after } = plan;
+    this.element.removeAttribute("data-bare");
     this.#size.show(`${bytes(before)} → ${bytes(after)}`, change(before, after));
     this.#sayWhere([familyOf(plan)], plan);
-    const parts = [saved, planTable(plan), warningList(plan), measured];
+    const parts = [saved, meaningOf(plan), planTable(plan), warningList(plan), measured];
     this.#overview.replaceChildren(...parts.filter(Boolean));
     this.#layers.show(plan.layers ?? []);
   }
@@ -249,17 +269,18 @@ export class Panel {
   }
 }
 
-/** The family as people write it; a plan without one says so instead of "unknown". */
-function familyOf({ family_title, family }) {
-  return family === "unknown" ? say("Unknown family") : (family_title ?? family);
+/** `"Asked for: a file of at most 50% (6.80 MB)"`. */
+function askedFor({ said, bytes: size }) {
+  const goal = translated(said);
+  return say("Asked for: {goal}", { goal: size ? `${goal} (${bytes(size)})` : goal });
 }
 
 /** A number that matters, with a line that says what it is. */
-function metric(name) {
+function metric() {
   const value = el("strong", { class: "fewbits-value" });
   const label = el("span", { class: "fewbits-label" });
   return {
-    element: el("div", { class: "fewbits-metric", role: "group", "aria-label": name }, value, label),
+    element: el("div", { class: "fewbits-metric", role: "group" }, value, label),
     show(text, note) {
       value.textContent = text;
       label.textContent = note;

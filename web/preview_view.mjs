@@ -1,9 +1,9 @@
 // Before a run: where the file would go, and how large it would be in every format.
 
-import { el } from "./dom.mjs?v=cd4731b9";
-import { noteList } from "./plan_table.mjs?v=cd4731b9";
-import { bytes } from "./text.mjs?v=cd4731b9";
-import { say } from "./words.mjs?v=cd4731b9";
+import { el } from "./dom.mjs?v=0b5dfaf4";
+import { noteList } from "./plan_table.mjs?v=0b5dfaf4";
+import { bytes } from "./text.mjs?v=0b5dfaf4";
+import { say } from "./words.mjs?v=0b5dfaf4";
 
 /** The path that the file would get, and a warning where one lies there already; null without a target. */
 export function targetView(target) {

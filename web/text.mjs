@@ -1,6 +1,6 @@
-// Numbers for people: sizes in decimal units as file managers show them, fractions for errors, no locale surprises.
+// Numbers and names for people: sizes in decimal units as file managers show them, fractions for errors, no locale surprises.
 
-import { say } from "./words.mjs?v=cd4731b9";
+import { say } from "./words.mjs?v=0b5dfaf4";
 
 const UNITS = [
   [1e9, "GB"],
@@ -77,9 +77,15 @@ export function relL2(value) {
   return value < 0.00005 ? value.toExponential(0) : value.toFixed(4);
 }
 
-/** `null` means that nothing was lost. */
+/** `null` means that nothing was lost, `undefined` that nobody knows. */
 export function decibels(value) {
+  if (value === undefined) return "–";
   return isNumber(value) ? `${value.toFixed(1)} dB` : say("exact");
+}
+
+/** The family as people write it; a plan without one says so instead of "unknown". */
+export function familyOf({ family_title, family }) {
+  return family === "unknown" ? say("Unknown family") : (family_title ?? family);
 }
 
 /** `"loads in stock ComfyUI"` -> `"Loads in stock ComfyUI"`. */

@@ -1,6 +1,6 @@
 // Texts in the language of ComfyUI's page. English is the key; a text without a translation stays English.
 
-import { MESSAGES, TEXTS } from "./zh.mjs?v=cd4731b9";
+import { MESSAGES, TEXTS } from "./zh.mjs?v=0b5dfaf4";
 
 let language = () => "en";
 

@@ -309,14 +309,10 @@ PLANS: dict[str | None, dict] = {}
 class Run:
     """One execution of a node, as the user sees it: plan, progress bar, layer names. Its callbacks
     also cancel.
-
-    With `text`, the layer's name appears under the node: for nodes without a panel of ours, which
-    shows it already.
     """
 
-    def __init__(self, node_id: str | None, *, text: bool = False):
+    def __init__(self, node_id: str | None):
         self.node_id = node_id
-        self.text = text
         self.started = time.perf_counter()
         self._bar = comfy.utils.ProgressBar(1, node_id=node_id)
         self._sent = float("-inf")
@@ -350,8 +346,6 @@ class Run:
             "eta_seconds": eta,
         }
         self._send("fewbits.progress", progress)
-        if self.text:
-            self.say(f"{done * 100 // max(total, 1)} % {layer}")
 
     def _eta(self, now: float, done: int, total: int) -> float | None:
         """Seconds left at the speed since the first message; None while that is no measure."""
@@ -364,12 +358,6 @@ class Run:
         if now - since < ETA_SECONDS or gained < ETA_SHARE * total:
             return None
         return (now - since) * (total - done) / gained
-
-    def say(self, text: str) -> None:
-        """A line of text under the node."""
-        server = _listening_server()
-        if server is not None:
-            server.send_progress_text(text, self.node_id, server.client_id)
 
     def _send(self, event: str, data: dict) -> None:
         server = _listening_server()

@@ -20,6 +20,7 @@ from support.harness.page import (
     sizes,
     wait_for,
 )
+from support.harness.workflow import graph_of
 
 pytestmark = pytest.mark.browser
 
@@ -210,3 +211,55 @@ def test_the_quantized_model_draws_in_the_same_run(open_page):
         SCREENSHOTS / "quantize_node.png", optimize=True
     )
     assert picture.evaluate("(image) => image.naturalWidth") == 128
+
+
+PROOF = {  # ids of the templates that have them
+    "Fit to a size": {"FewBitsFitToSize": 1, "FewBitsQualityReport": 3},
+    "Compare models by figures": {"FewBitsCompareModels": 8},
+}
+VALUES = """(values) => {
+  for (const [id, name, value] of values) {
+    app.graph.getNodeById(id).widgets.find((widget) => widget.name === name).value = value;
+  }
+}"""
+QUICK = {"Compare models by figures": [[8, "seeds", 1], [8, "steps", 2]]}
+ALL = """() => {
+  const { nodes } = app.graph;
+  const right = Math.max(...nodes.map(({ pos, size }) => pos[0] + size[0]));
+  const bottom = Math.max(...nodes.map(({ pos, size }) => pos[1] + size[1]));
+  app.canvas.ds.scale = Math.min(1380 / (right + 40), 1000 / (bottom + 60));
+  app.canvas.ds.offset = [60, 90];
+  app.canvas.setDirty(true, true);
+}"""
+OF = "app.graph.getNodeById({})?.widgets?.find((w) => w.name === 'fewbits_panel')?.element"
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_what_proves_a_model_has_panels_like_all_others(open_page, renderer):
+    page = open_page(renderer, width=1500, height=1100)
+    for template, shown in PROOF.items():
+        page.evaluate(
+            "([graph, name]) => app.loadGraphData(graph, true, true, name)",
+            [graph_of(template), template],
+        )
+        page.evaluate(VALUES, QUICK.get(template, []))
+        page.evaluate(ALL)
+        run(page)
+        for node in shown.values():
+            page.wait_for_function(f"{OF.format(node)}?.dataset.phase === 'done'", timeout=240_000)
+        page.wait_for_function("app.graph.nodes.some((node) => node.imgs?.length)", timeout=60_000)
+        page.wait_for_timeout(1500)
+        for kind, node in shown.items():
+            panel = f"({OF.format(node)})"
+            assert page.evaluate(f"{panel}.querySelectorAll('.fewbits-worst tbody tr').length") >= 5
+            said = page.evaluate(
+                f"{panel}.querySelector('.fewbits-whole, .fewbits-advice').textContent"
+            )
+            assert said, kind
+            left_out = page.evaluate(f"[{panel}].map((e) => e.scrollWidth - e.clientWidth)")
+            assert left_out == [0], kind
+        shot(page, f"{renderer}_dark_{template.split()[0].lower()}")
+        page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
+        page.wait_for_timeout(1000)
+        shot(page, f"{renderer}_light_{template.split()[0].lower()}")
+        page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")

@@ -137,19 +137,16 @@ def test_auto_is_the_cpu_where_comfyui_has_no_cuda_and_cuda_is_refused_there(hos
 @pytest.fixture
 def server(monkeypatch):
     """Stands in for ComfyUI's server and keeps what is sent."""
-    sent, texts = [], []
+    sent = []
     instance = types.SimpleNamespace(
         client_id="the prompt's",
         send_sync=lambda event, data, sid: (
             sent.append((event, data)) if sid == "the prompt's" else None
         ),
-        send_progress_text=lambda text, node_id, sid: (
-            texts.append((text, node_id)) if sid == "the prompt's" else None
-        ),
     )
     module = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=instance))
     monkeypatch.setitem(sys.modules, "server", module)
-    return types.SimpleNamespace(sent=sent, texts=texts, instance=instance)
+    return types.SimpleNamespace(sent=sent, instance=instance)
 
 
 def test_progress_is_sent_at_most_ten_times_a_second_and_always_at_the_end(
@@ -157,7 +154,7 @@ def test_progress_is_sent_at_most_ten_times_a_second_and_always_at_the_end(
 ):
     clock = iter([i * 0.01 for i in range(1000)])
     monkeypatch.setattr(host.time, "perf_counter", lambda: next(clock))
-    run = host.Run("7", text=True)
+    run = host.Run("7")
     for done in range(100):
         run.on_progress(done, 100, f"layer{done}")
     run.on_progress(100, 100, "")
@@ -171,7 +168,6 @@ def test_progress_is_sent_at_most_ten_times_a_second_and_always_at_the_end(
         for data in progress
     )
     assert all(data["node_id"] == "7" for data in progress)
-    assert server.texts[0] == ("0 % layer0", "7") and server.texts[-1] == ("100 % ", "7")
 
 
 def test_the_time_left_is_said_when_it_can_be_known(host, server, monkeypatch):
@@ -210,15 +206,15 @@ def test_a_written_file_is_told_with_the_loader_that_lists_it(host, tmp_path):
 
 def test_a_prompt_that_nobody_watches_tells_nobody(host, server):
     server.instance.client_id = None
-    run = host.Run("7", text=True)
+    run = host.Run("7")
     run.on_plan(types.SimpleNamespace(to_json=dict))
     run.on_progress(1, 1, "layer")
-    assert server.sent == server.texts == []
+    assert server.sent == []
 
 
 def test_without_a_server_nothing_is_sent(host, monkeypatch):
     monkeypatch.delitem(sys.modules, "server", raising=False)
-    run = host.Run(None, text=True)
+    run = host.Run(None)
     run.on_plan(types.SimpleNamespace(to_json=dict))
     run.on_progress(0, 0, "layer")
     monkeypatch.setitem(

@@ -101,6 +101,15 @@ def test_a_recipe_that_cannot_be_encoded_leaves_the_old_one(run, tmp_path):
     assert os.listdir(tmp_path / "output" / "rules") == ["r.toml"]
 
 
+def test_a_recipe_without_a_name_is_shown_and_not_written(run, tmp_path):
+    from fewbits.nodes.layer_rules import FewBitsSaveRecipe
+
+    output = run(FewBitsSaveRecipe, report=json.dumps({"recipe": "version = 1"}))
+    assert output.args == ("", "version = 1")
+    assert output.ui == {"fewbits_saved": [{"text": "recipe", "recipe": "version = 1"}]}
+    assert not list((tmp_path / "output").rglob("*.toml"))
+
+
 def test_a_recipe_is_not_written_through_links(run, tmp_path):
     path, _ = save_recipe(run, "old").args
     os.link(path, tmp_path / "mine.toml")

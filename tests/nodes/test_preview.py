@@ -87,6 +87,31 @@ def test_the_advisor_advises_before_it_runs(flux):
     assert advice["gpu"]["name"].startswith("RTX 4090")
 
 
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ({}, "a file of at most 50%"),
+        ({"target": "1 kB"}, "a file of at most 1 kB"),
+        ({"target": "0.02", "goal": "error"}, "an error of at most 0.02"),
+    ],
+)
+def test_a_fit_says_what_it_was_asked_for(flux, wish, said):
+    file = "diffusion_models/flux.safetensors"
+    answer = preview({"3": node("FewBitsFitToSize", file=file, **wish)})
+    assert answer["inspection"]["family"] == "Flux.1" and answer["asked"]["said"] == said
+    whole = sum(size for _, size in answer["inspection"]["dtypes"].values())
+    assert answer["asked"]["bytes"] == {"50%": whole // 2, "1 kB": 1000}.get(said[18:])
+
+
+def test_a_size_that_is_none_is_refused_before_a_run(flux):
+    from fewbits.quant_ops.errors import RecipeError
+
+    file = "diffusion_models/flux.safetensors"
+    for wish in ({"target": "large"}, {"goal": "beauty"}):
+        with pytest.raises(RecipeError):
+            preview({"3": node("FewBitsFitToSize", file=file, **wish)})
+
+
 def test_what_the_page_may_set_are_the_inputs_own_values(comfy):
     from fewbits.nodes.bridge.routes import fitting_inputs
     from fewbits.nodes.quantize_file import FewBitsQuantizeFile

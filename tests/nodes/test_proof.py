@@ -68,7 +68,7 @@ def test_models_are_compared_ranked_and_the_broken_block_is_named(model, quantiz
 
     broken = "single_blocks.0.linear1"
     latent = {"samples": torch.zeros(1, 16, 8, 8)}
-    images, sentence, report = FewBitsCompareModels.execute(
+    output = FewBitsCompareModels.execute(
         model_a=model,
         model_b=quantized("bnb_nf4"),
         positive=conditioning,
@@ -80,8 +80,10 @@ def test_models_are_compared_ranked_and_the_broken_block_is_named(model, quantiz
         seeds=2,
         steps=2,
         control=True,
-    ).args
+    )
+    images, sentence, report = output.args
     found = json.loads(report)
+    assert json.loads(json.dumps(output.ui)) == {"fewbits_comparison": [found]}
     assert found["ranking"] == ["C", "B", "D"]
     b, c, d = found["models"]
     assert d["suspects"] == [broken], (d["worst_layers"], c["worst_layers"], b["worst_layers"])
@@ -120,8 +122,10 @@ def test_a_fit_is_a_recipe_for_quantize_file(host, model_file):
     place = folder_paths.get_folder_paths("diffusion_models")[0]
     model_file.rename(f"{place}/flux.safetensors")
     choice = "diffusion_models/flux.safetensors"
-    report, draft = FewBitsFitToSize.execute(choice, target="50%").args
+    output = FewBitsFitToSize.execute(choice, target="50%")
+    report, draft = output.args
     data = json.loads(report)
+    assert json.loads(json.dumps(output.ui)) == {"fewbits_fit": [data]}
     assert data["file_bytes"] <= data["fit"]["goal"]["bytes"]
     path, made = FewBitsQuantizeFile.execute(
         choice, format=draft.primary.format, recipe=draft, filename="diffusion_models/fit"
@@ -129,7 +133,10 @@ def test_a_fit_is_a_recipe_for_quantize_file(host, model_file):
     assert json.loads(made)["bytes_after"] == data["bytes_after"]
     assert Path(path).stat().st_size == data["file_bytes"]
     assert Path(path).with_name("fit.fewbits.json").is_file()
-    images, text = FewBitsQualityReport.execute(made, theme="light").args
+    drawn = FewBitsQualityReport.execute(made, theme="light")
+    images, text = drawn.args
+    (shown,) = drawn.ui["fewbits_quality"]
+    assert len(shown["worst"]) == 5 and shown["meaning"] and "layers" not in shown
     assert images.shape == (3, 640, 1024, 3) and float(images[:, 0, 0].min()) == 1.0
     assert text.startswith("# ") and "| layer |" in text
 

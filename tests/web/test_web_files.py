@@ -91,7 +91,7 @@ def test_every_text_of_the_page_is_there_in_chinese():
     used = set()
     for path in SCRIPTS:
         source = path.read_text(encoding="utf-8")
-        used |= set(re.findall(r'\b(?:say\(|idle: )"((?:[^"\\]|\\.)*)"', source))
+        used |= set(re.findall(r'\b(?:say\(|idle: |work: )"((?:[^"\\]|\\.)*)"', source))
     assert used - known == set()
     assert len(used) > 40
 
