@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import tomllib
@@ -28,12 +29,18 @@ ONLY_IN = {
 OUR_ROOMS = {"kernels", "quant_ops", "nodes", "fewbits"}
 
 
-def imports():
+@cache
+def nodes_of(text: str) -> list[ast.AST]:
+    """Every node of a file's syntax tree; most tests here ask for those of all files."""
+    return list(ast.walk(ast.parse(text)))
+
+
+def imports() -> Iterator[tuple]:
     """(file, room path imported relative to the root, or None; absolute top-level name, or None)"""
     for room in MAY_IMPORT:
         for path in (ROOT / room).rglob("*.py"):
             package = path.relative_to(ROOT).parent.parts
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for node in nodes_of(path.read_text(encoding="utf-8")):
                 if isinstance(node, ast.Import):
                     yield from ((path, None, alias.name.split(".")[0]) for alias in node.names)
                 elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -140,11 +147,11 @@ def pieces(names: set[str]) -> set[str]:
 
 def texts(path: Path) -> Iterator[ast.Constant]:
     """String constants of a file, docstrings excepted."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = nodes_of(path.read_text(encoding="utf-8"))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    bodies = (node.body for node in ast.walk(tree) if isinstance(node, documented) and node.body)
+    bodies = (node.body for node in nodes if isinstance(node, documented) and node.body)
     docstrings = {id(body[0].value) for body in bodies if isinstance(body[0], ast.Expr)}
-    for node in ast.walk(tree):
+    for node in nodes:
         text = isinstance(node, ast.Constant) and isinstance(node.value, str)
         if text and id(node) not in docstrings:
             yield node
@@ -177,7 +184,7 @@ def shipped() -> list[Path]:
 
 def nested(text: str, kinds: type | tuple[type, ...]) -> list[int]:
     """The lines where an expression of these kinds stands inside another one."""
-    outer = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+    outer = [node for node in nodes_of(text) if isinstance(node, kinds)]
     inner = [node for found in outer for node in ast.walk(found) if node is not found]
     return sorted({node.lineno for node in inner if isinstance(node, kinds)})
 
