@@ -17,6 +17,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_peers_compute_what_ours_does(kind):
     layer = gpu.layer(kind, 64, 256, "cpu")

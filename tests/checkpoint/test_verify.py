@@ -193,6 +193,7 @@ def test_a_wrong_file_header_is_found_and_rewritten(case, tmp_path):
     assert case.split()[0] in {finding.name for finding in done.fixed} and verify_file(fixed).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wish", ["float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_tensorwise:convrot=true",
                                   "int8_blockwise", "mxfp8", "nvfp4", "bnb_nf4", "bnb_fp4", "convrot_w4a4",
                                   "asym_w4a8_int8"])  # fmt: skip

@@ -122,6 +122,7 @@ def test_a_full_disk_is_noticed_before_the_first_byte(model, out, monkeypatch):
     assert os.listdir(out.parent) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_writing_names_the_tensor(model, out):
     """A real write error of the kernel: the process may not write files beyond 200 kB."""
     script = (

@@ -109,6 +109,7 @@ def test_the_command_says_identical_ranks_and_names_the_block_of_a_broken_layer(
     assert found["int8"]["suspects"] == found["nf4"]["suspects"] == []
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_where_asked_and_of_nothing_refused(model, tmp_path):
     Image = pytest.importorskip("PIL.Image")
     folder = tmp_path / "plots"

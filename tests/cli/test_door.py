@@ -138,6 +138,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
     model = tiny_checkpoint(tmp_path / "m.safetensors", SHAPES)
     script = (

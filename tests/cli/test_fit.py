@@ -51,6 +51,7 @@ def test_more_bytes_mean_less_error_and_the_users_own_rules_stand(model):
         assert kept.action == "keep"
 
 
+@pytest.mark.slow
 def test_an_error_is_kept_with_fewer_bytes_the_larger_it_is(model):
     found = [fit_file(model, lambda whole, e=e: error_goal(e)) for e in ("0.004", "2%")]
     assert found[0].error <= 0.004 and found[1].error <= 0.02

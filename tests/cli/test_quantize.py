@@ -37,6 +37,7 @@ def test_a_file_is_quantized_and_the_report_says_what_was_done(tmp_path):
     assert weights["img_in.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_the_status_and_the_line_of_a_refusal(tmp_path):
     """All other tests call the command in this process."""
     command = [
@@ -171,6 +172,7 @@ def test_a_wish_that_cannot_be_fulfilled_is_refused_before_work(tmp_path, argume
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_with_130_and_leaves_nothing(tmp_path):
     model = tiny_checkpoint(tmp_path / "m.safetensors")
     script = (

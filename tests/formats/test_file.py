@@ -142,6 +142,7 @@ def test_a_weight_that_is_not_finite_stops_the_run(case, value):
         quantize(MemorySource(tensors), MemorySink(), recipe(case))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CANONICAL)
 def test_the_emoji_model_as_a_file_decodes_by_the_reference(case, tmp_path):
     name, options = wish(case)

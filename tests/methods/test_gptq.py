@@ -27,6 +27,7 @@ def output_error(error, rows):
     return float((rows @ error.T).norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wish", FORMATS)
 def test_the_output_error_on_other_rows_falls(wish):
     """Measured: .28 (int8, one scale) to .75 (asym_w4a8_int8); one seed, rounding is exact."""
@@ -50,6 +51,7 @@ def test_zeros_keep_their_codes():
     assert not decoded[weight.abs() < TINY].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows",
     [

@@ -80,11 +80,17 @@ ADVERSARIAL = {
 }
 
 
+def marked(name):
+    """Two thirds of the time go to those that are shown activations."""
+    marks = pytest.mark.slow if get_method(name).needs_inputs else ()
+    return pytest.param(name, marks=marks)
+
+
 # Steps that show what the guard does; learning well is in the methods' own tests.
 FEW_STEPS = {"svd": {"num_iter": 8}, "adaround": {"num_iter": 20, "passes": 1}}
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", map(marked, sorted(METHODS)))
 @pytest.mark.parametrize("weight", ADVERSARIAL.values(), ids=ADVERSARIAL.keys())
 @pytest.mark.parametrize("text", FORMATS)
 def test_no_method_is_worse_than_nearest_and_zeros_stay_zero(text, weight, name):

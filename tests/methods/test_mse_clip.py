@@ -87,6 +87,7 @@ def flat_weight(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> torch.Te
     return weight.to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
 )

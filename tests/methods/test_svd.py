@@ -66,6 +66,7 @@ def test_the_promise_holds_on_heavy_tailed_layers(text, seed):
     assert output <= 1.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", FORMATS)
 def test_one_loop_serves_every_format(text):
     found = run(heavy_weight(), text, "svd")

@@ -53,6 +53,7 @@ def test_a_cancelled_run_keeps_what_was_seen(model, sample, calibrate, monkeypat
     assert not any(m._forward_pre_hooks for m in model.model.diffusion_model.modules())
 
 
+@pytest.mark.slow
 def test_the_graph_rounds_with_what_was_seen(comfy, model, sample, calibrate):
     from fewbits.nodes.bridge.model_io import quantize_model
     from fewbits.quant_ops.pipeline import ignore_progress
@@ -120,6 +121,7 @@ def test_a_clone_of_a_watched_text_encoder_is_watched_and_scheduled_texts_count_
     assert observer.finish().inputs[0].halves[0].count == 77
 
 
+@pytest.mark.slow
 def test_text_encoders_are_rounded_with_what_was_seen(clip, encode, watch_clip, quantize_clip):
     watched, observer = watch_clip(clip)
     texts = ["a red panda on a bicycle", "two blue whales", "an old town at night", "a green tea"]

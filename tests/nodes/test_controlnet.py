@@ -87,6 +87,7 @@ def control(comfy):
     return prepare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wish", ["int8_tensorwise", "float8_e4m3fn", "bnb_nf4", "int8_blockwise"])
 def test_a_control_lora_takes_the_decoded_weights_of_a_quantized_model(
     unet, quantize, control, wish

@@ -262,6 +262,7 @@ EXACT = {
 QKV = "double_blocks.0.img_attn.qkv"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wish", EXACT)
 def test_quantized_pieces_are_put_together_exactly(comfy, tmp_path, wish):
     tensors, decoded = pieces(wish)

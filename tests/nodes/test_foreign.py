@@ -79,6 +79,7 @@ DIALECTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 @pytest.mark.parametrize("case", DIALECTS)
 def test_the_stock_loader_opens_a_foreign_file(load, sample, tensors, case):

@@ -156,6 +156,7 @@ def small_sd3(comfy, small_clip, monkeypatch):
     monkeypatch.setattr(comfy.sd1_clip.SDClipModel, "__init__", __init__)
 
 
+@pytest.mark.slow
 def test_three_different_encoders_each_in_a_format_of_its_own(run, models, comfy, small_sd3):
     folder = models / "text_encoders"
     plain = {
@@ -266,6 +267,7 @@ def checkpoint(clip_format=None, model_format=None, vae=True):
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip_format", [None, "bnb_nf4", "float8_e4m3fn"])
 @pytest.mark.parametrize("model_format", [None, "int8_blockwise", "int8_tensorwise"])
 def test_a_checkpoint_gives_all_three_parts_whichever_is_quantized(

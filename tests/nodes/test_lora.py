@@ -5,6 +5,8 @@ import torch
 
 from support.helpers import EMOJI
 
+pytestmark = pytest.mark.slow  # two seconds each, on a model of 13 MB
+
 LORA = EMOJI.with_name("emoji_lora_blue.safetensors")
 WISHES = pytest.mark.parametrize(
     "wish", ["int8_tensorwise", "float8_e4m3fn", "bnb_nf4", "int8_blockwise"]

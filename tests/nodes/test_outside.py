@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from support.helpers import fewbits, random_tensors
 
+pytestmark = pytest.mark.slow  # whole models of ComfyUI's classes
+
 AUDIO = {"global_cond_dim": 1536, "project_cond_tokens": False, "num_heads": 2, "depth": 2, "embed_dim": 128,
          "cond_token_dim": 768}  # fmt: skip
 UNET = {"image_size": 32, "use_spatial_transformer": True, "legacy": False, "out_channels": 4, "model_channels": 320,

@@ -112,6 +112,7 @@ def test_a_model_is_identical_to_itself(model, conditioning):
     assert json.loads(report)["models"][0]["worst_layers"][0]["rel_l2"] == 0
 
 
+@pytest.mark.slow
 def test_a_fit_is_a_recipe_for_quantize_file(host, model_file):
     import folder_paths
 

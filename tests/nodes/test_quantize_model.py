@@ -80,6 +80,7 @@ def test_saving_what_comfyui_loaded_gives_the_same_file_again(
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wish", [*FORMATS, "int8_tensorwise:scaling=tensor", "int8_tensorwise:convrot=true"]
 )

@@ -6,6 +6,8 @@ from safetensors.torch import load_file, save_file
 
 from support.helpers import EMOJI, clip_shapes, random_tensors, sd3_shapes
 
+pytestmark = pytest.mark.slow  # models saved, opened and run
+
 WISHES = pytest.mark.parametrize(
     "wish", ["int8_tensorwise", "float8_e4m3fn", "bnb_nf4", "nvfp4", "int8_blockwise"]
 )

@@ -7,6 +7,8 @@ from safetensors.torch import load_file, save_file
 from fewbits.quant_ops.formats import FORMATS
 from support.helpers import clip_shapes, random_tensors
 
+pytestmark = pytest.mark.slow  # encoders quantized and run
+
 HERE = [
     name for name in FORMATS if name != "asym_w4a8_int8"
 ]  # this comfy-kitchen has no layout for it

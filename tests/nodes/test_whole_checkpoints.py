@@ -11,6 +11,8 @@ from support import dialects
 from support.helpers import clip_shapes, random_tensors, t5_shapes
 from support.tiny_models import build, forward, recognised_as_small
 
+pytestmark = pytest.mark.slow  # four seconds each
+
 MODEL = "model.diffusion_model."
 T5 = random_tensors(t5_shapes(1, 64, 128))
 VAE = random_tensors({"decoder.conv_in.weight": (32, 4, 3, 3), "encoder.conv_in.weight": (32, 3, 3, 3), "decoder.mid.attn_1.q.weight": (32, 32)})  # fmt: skip

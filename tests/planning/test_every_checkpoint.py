@@ -8,6 +8,8 @@ from fewbits.quant_ops.spec import Header, TensorSpec
 from support.helpers import clip_shapes, t5_shapes
 from support.model_classes import build
 
+pytestmark = pytest.mark.slow  # ComfyUI builds every one of them
+
 MODEL = "model.diffusion_model."
 WIDE = 1024  # of the encoder under OpenCLIP's names
 

@@ -128,6 +128,7 @@ def table_of(patterns, excluded):
     return {**dict.fromkeys(patterns, FP8), **({"_exclusions": excluded} if excluded else {})}
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(config_for_a_name(), st.randoms(use_true_random=False))
 def test_the_ranking_is_total_documented_and_independent_of_the_order_of_keys(
@@ -199,6 +200,7 @@ MODEL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fullmatch", [False, True], ids=["globs", "regular expressions"])
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())

@@ -12,6 +12,8 @@ from fewbits.quant_ops.spec import Header, ModelPlan, TensorSpec
 from support.model_classes import Built, build_with
 from support.model_variants import VARIANTS, WITHOUT
 
+pytestmark = pytest.mark.slow  # ComfyUI builds every one of them
+
 # Halved rows, one long column, and rows padded to 32.
 PACKED = [("nvfp4", "none"), ("bnb_nf4", "auto"), ("mxfp8", "none")]
 # Other classes that ComfyUI itself takes a variant for.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -100,6 +101,7 @@ def run(
     return Run(prepared.float(), grid, choice, len(steps))
 
 
+@cache
 def seen_by(columns: int, rows: int = 512) -> Inputs:
     """Two halves of correlated activations, as a calibration gives them."""
     x = correlated_rows(columns, rows) / (rows // 2) ** 0.5
