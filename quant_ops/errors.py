@@ -4,7 +4,6 @@ line.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 # Characters of a message: 100 problems of a layer-config fit.
@@ -61,6 +60,8 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     """The known name that a mistyped one is most like; None if it is like none."""
     if len(name) > LONGEST_NAME:
         return None
+    import difflib  # only where something is misspelt: --help does not wait for it
+
     return next(iter(difflib.get_close_matches(name, known, 1, 0.6)), None)
 
 

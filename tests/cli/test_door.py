@@ -17,18 +17,34 @@ from support.helpers import random_tensors, tiny_checkpoint
 
 SHAPES = {"a.weight": (64, 64), "b.weight": (64, 32)}
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
-HELP = (
-    "import sys\n"
-    "from fewbits.quant_ops.cli.__main__ import main as fewbits\n"
-    "from fewbits.quant_ops.compat import main as classic\n"
-    "from fewbits.quant_ops.cli.__main__ import COMMANDS\n"
-    "asked = [(fewbits, [name, '--help']) for name in COMMANDS]\n"
-    "asked += [(command, [flag]) for command in (fewbits, classic) for flag in ('--help', '--version')]\n"
-    "for command, arguments in asked:\n"
-    "    try: command(arguments)\n"
-    "    except SystemExit as left: assert left.code == 0\n"
-    "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
-)
+# Says on stderr which modules it took.
+ASKED = """
+import sys
+before = set(sys.modules)
+from {module} import main
+for arguments in {asked}:
+    try: main(arguments)
+    except SystemExit as left: assert left.code == 0
+print(*sorted(set(sys.modules) - before), file=sys.stderr)
+"""
+FEWBITS = "fewbits.quant_ops.cli.__main__"
+CLASSIC = "fewbits.quant_ops.compat"
+PARSING = {"fewbits", "quant_ops", "cli", "__main__", "arguments", "door", "errors", "version"}
+CLASSIC_PARSING = PARSING | {
+    "compat", "command", "flags", "options", "planning", "model_family", "spec",
+}  # fmt: skip
+HEAVY = {
+    "asyncio",
+    "ctypes",
+    "difflib",
+    "email",
+    "importlib.metadata",
+    "json",
+    "logging",
+    "numpy",
+    "socket",
+    "torch",
+}
 
 
 def python(script, **kwargs):
@@ -37,10 +53,40 @@ def python(script, **kwargs):
     )
 
 
-def test_help_and_version_of_both_commands_import_no_torch():
-    result = python(HELP)
+def taken(module, *asked):
+    """What a command prints, and the modules it takes for that."""
+    result = python(ASKED.format(module=module, asked=asked))
     assert result.returncode == 0, result.stderr
-    assert "verify" in result.stdout and "--input" in result.stdout
+    return result.stdout, set(result.stderr.split())
+
+
+def ours(modules):
+    """The last names of those that are FewBits' own."""
+    return {name.rpartition(".")[2] for name in modules if name.split(".")[0] == "fewbits"}
+
+
+def test_help_and_version_take_few_modules():
+    for flag, shown in (["--version"], "fewbits "), (["--help"], "verify"):
+        text, modules = taken(FEWBITS, flag)
+        assert shown in text
+        assert ours(modules) == PARSING
+        assert modules & HEAVY == set()
+
+
+def test_help_of_every_command_takes_no_more():
+    from fewbits.quant_ops.cli.__main__ import COMMANDS
+
+    text, modules = taken(FEWBITS, *([name, "--help"] for name in COMMANDS))
+    assert "--shapes-from" in text
+    assert ours(modules) == PARSING
+    assert modules & HEAVY == set()
+
+
+def test_help_and_version_of_the_classic_command_take_few_modules():
+    text, modules = taken(CLASSIC, ["--version"], ["--help"])
+    assert "--input" in text
+    assert ours(modules) == CLASSIC_PARSING
+    assert modules & (HEAVY - {"json", "logging"}) == set()
 
 
 def test_what_help_names_is_what_there_is():
