@@ -1,10 +1,10 @@
 // How far the pictures of other models are from those of the first, and which layers may be to blame.
 
-import { el } from "./dom.mjs?v=0b5dfaf4";
-import { noteList } from "./plan_table.mjs?v=0b5dfaf4";
-import { worstLayers } from "./report_view.mjs?v=0b5dfaf4";
-import { bytes, duration } from "./text.mjs?v=0b5dfaf4";
-import { say, translated } from "./words.mjs?v=0b5dfaf4";
+import { el } from "./dom.mjs?v=940ec515";
+import { noteList } from "./plan_table.mjs?v=940ec515";
+import { worstLayers } from "./report_view.mjs?v=940ec515";
+import { bytes, duration } from "./text.mjs?v=940ec515";
+import { say, translated } from "./words.mjs?v=940ec515";
 
 const WORST = 5;
 

@@ -3,17 +3,17 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { adviceResult } from "./advice_view.mjs?v=0b5dfaf4";
-import { comparisonResult } from "./comparison_view.mjs?v=0b5dfaf4";
-import { fitResult } from "./fit_view.mjs?v=0b5dfaf4";
-import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=0b5dfaf4";
-import { growAlone } from "./growth.mjs?v=0b5dfaf4";
-import { isPrimary } from "./layer_list.mjs?v=0b5dfaf4";
-import { Panel } from "./panel.mjs?v=0b5dfaf4";
-import { qualityResult } from "./quality_view.mjs?v=0b5dfaf4";
-import { earlierOutput, settingsOf } from "./results.mjs?v=0b5dfaf4";
-import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=0b5dfaf4";
-import { say, useLanguage } from "./words.mjs?v=0b5dfaf4";
+import { adviceResult } from "./advice_view.mjs?v=940ec515";
+import { comparisonResult } from "./comparison_view.mjs?v=940ec515";
+import { fitResult } from "./fit_view.mjs?v=940ec515";
+import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=940ec515";
+import { growAlone } from "./growth.mjs?v=940ec515";
+import { isPrimary } from "./layer_list.mjs?v=940ec515";
+import { Panel } from "./panel.mjs?v=940ec515";
+import { qualityResult } from "./quality_view.mjs?v=940ec515";
+import { earlierOutput, settingsOf } from "./results.mjs?v=940ec515";
+import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=940ec515";
+import { say, useLanguage } from "./words.mjs?v=940ec515";
 
 // what the panel of a node says before and during a run, and how high it is
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };

@@ -1,9 +1,9 @@
 // What is in a file: layers per format, tensors per type, and problems.
 
-import { el } from "./dom.mjs?v=0b5dfaf4";
-import { noteList } from "./plan_table.mjs?v=0b5dfaf4";
-import { bytes } from "./text.mjs?v=0b5dfaf4";
-import { say, translated } from "./words.mjs?v=0b5dfaf4";
+import { el } from "./dom.mjs?v=940ec515";
+import { noteList } from "./plan_table.mjs?v=940ec515";
+import { bytes } from "./text.mjs?v=940ec515";
+import { say, translatedError } from "./words.mjs?v=940ec515";
 
 /** One file that was looked into; with several files, under its name. */
 export function fileView(file, named) {
@@ -18,7 +18,7 @@ export function fileView(file, named) {
   ];
   const line = ([name, ...cells]) =>
     el("tr", {}, el("th", { scope: "row", title: name }, name), ...cells.map((cell) => el("td", {}, cell)));
-  const findings = (file.findings ?? []).map(translated);
+  const findings = (file.findings ?? []).map(translatedError);
   return el(
     "div",
     {},

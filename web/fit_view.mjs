@@ -1,10 +1,10 @@
 // What Fit to Size chose: how that meets what was asked for, and the layers that it cost most.
 
-import { el } from "./dom.mjs?v=0b5dfaf4";
-import { planTable, warningList } from "./plan_table.mjs?v=0b5dfaf4";
-import { worstLayers } from "./report_view.mjs?v=0b5dfaf4";
-import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=0b5dfaf4";
-import { say, translated } from "./words.mjs?v=0b5dfaf4";
+import { el } from "./dom.mjs?v=940ec515";
+import { planTable, warningList } from "./plan_table.mjs?v=940ec515";
+import { worstLayers } from "./report_view.mjs?v=940ec515";
+import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=940ec515";
+import { say, translated } from "./words.mjs?v=940ec515";
 
 const WORST = 5;
 

@@ -1,10 +1,10 @@
 // Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
 
-import { el, layerName } from "./dom.mjs?v=0b5dfaf4";
-import { errorOf } from "./report_view.mjs?v=0b5dfaf4";
-import { outliersOf } from "./outliers.mjs?v=0b5dfaf4";
-import { bytes } from "./text.mjs?v=0b5dfaf4";
-import { say, translated } from "./words.mjs?v=0b5dfaf4";
+import { el, layerName } from "./dom.mjs?v=940ec515";
+import { errorOf } from "./report_view.mjs?v=940ec515";
+import { outliersOf } from "./outliers.mjs?v=940ec515";
+import { bytes } from "./text.mjs?v=940ec515";
+import { say, translated } from "./words.mjs?v=940ec515";
 
 // how layers may be ordered: by name of the choice, what is compared; the first is the order of the file
 const ORDERS = {

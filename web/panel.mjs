@@ -1,15 +1,15 @@
 // The panel under a node of FewBits. It draws the JSON it is sent and knows no format by name.
 
-import { adviceResult } from "./advice_view.mjs?v=0b5dfaf4";
-import { el } from "./dom.mjs?v=0b5dfaf4";
-import { fileView } from "./file_view.mjs?v=0b5dfaf4";
-import { LayerList } from "./layer_list.mjs?v=0b5dfaf4";
-import { noteList, planTable, warningList } from "./plan_table.mjs?v=0b5dfaf4";
-import { meaningOf, worstLayers } from "./report_view.mjs?v=0b5dfaf4";
-import { sizesView, targetView } from "./preview_view.mjs?v=0b5dfaf4";
-import { recipeText, savedFile } from "./saved_file.mjs?v=0b5dfaf4";
-import { bytes, change, duration, familyOf, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=0b5dfaf4";
-import { say, translated } from "./words.mjs?v=0b5dfaf4";
+import { adviceResult } from "./advice_view.mjs?v=940ec515";
+import { el } from "./dom.mjs?v=940ec515";
+import { fileView } from "./file_view.mjs?v=940ec515";
+import { LayerList } from "./layer_list.mjs?v=940ec515";
+import { noteList, planTable, warningList } from "./plan_table.mjs?v=940ec515";
+import { meaningOf, worstLayers } from "./report_view.mjs?v=940ec515";
+import { sizesView, targetView } from "./preview_view.mjs?v=940ec515";
+import { recipeText, savedFile } from "./saved_file.mjs?v=940ec515";
+import { bytes, change, duration, familyOf, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=940ec515";
+import { say, translated, translatedError } from "./words.mjs?v=940ec515";
 
 /**
  * `element` is what the node shows. Its `data-phase` goes idle -> planned -> running -> done; a run that ends early
@@ -121,7 +121,7 @@ export class Panel {
       this.#enter("preview", say("Before running, from the file's header"));
     } else {
       this.reset();
-      if (error) this.#overview.prepend(noteList(say("Warnings"), [translated(error)]));
+      if (error) this.#overview.prepend(noteList(say("Warnings"), [translatedError(error)]));
     }
   }
 
@@ -215,7 +215,7 @@ export class Panel {
   }
 
   fail(message) {
-    const text = translated(String(message ?? "").trim());
+    const text = translatedError(String(message ?? "").trim());
     if (text) this.#overview.prepend(noteList(say("Error"), [text], "fewbits-error"));
     this.#enter("failed", say("Failed") + this.#position());
   }

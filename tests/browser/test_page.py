@@ -247,7 +247,10 @@ def test_what_proves_a_model_has_panels_like_all_others(open_page, renderer):
         run(page)
         for node in shown.values():
             page.wait_for_function(f"{OF.format(node)}?.dataset.phase === 'done'", timeout=240_000)
-        page.wait_for_function("app.graph.nodes.some((node) => node.imgs?.length)", timeout=60_000)
+        page.wait_for_function(
+            "Object.values(app.nodeOutputs).some((output) => output?.images?.length)",
+            timeout=60_000,
+        )
         page.wait_for_timeout(1500)
         for kind, node in shown.items():
             panel = f"({OF.format(node)})"
