@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ PLAIN = {
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 DECODED = "BF16"
-LLAMA_CPP = "token_embd.weight"  # every text encoder under llama.cpp's names has it
+# Names of llama.cpp: text encoders, and the vision and sound towers beside them (mmproj).
+LLAMA_CPP = re.compile(r"token_embd\.weight|((enc|dec|v|a)\.)?blk\.\d+\..*|mm\.\d+\.weight")
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,11 @@ class GgufSource:
         file = InputFile.found(self.path)
         self.files = (file,)
         found = read_gguf_header(self.path, file.state.st_size)
-        if LLAMA_CPP in found.tensors:
+        foreign = next(filter(LLAMA_CPP.fullmatch, found.tensors), None)
+        if foreign is not None:
             raise CheckpointError(
-                f"{self.name}: a text encoder under llama.cpp's names ('{LLAMA_CPP}'), which "
-                "ComfyUI does not know; start from its safetensors file"
+                f"{self.name}: a text encoder, or a part of one, under llama.cpp's names "
+                f"({shown(foreign)}), which ComfyUI does not know; start from its safetensors file"
             )
         self._stored = {name: self._place(name, entry) for name, entry in found.tensors.items()}
         self._refuse_outside(file.state.st_size)

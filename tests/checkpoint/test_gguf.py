@@ -91,9 +91,15 @@ def test_a_flattened_tensor_gets_its_own_shape_back(write, out):
 
 
 def test_what_cannot_be_read_is_refused_by_name(write, out, tmp_path, monkeypatch):
-    path, _ = write({"token_embd.weight": (WIDE, "Q8_0")})
-    with pytest.raises(CheckpointError, match="text encoder under llama.cpp's names"):
-        convert_file(path, out)
+    for name in (
+        "v.blk.0.attn_q.weight",
+        "mm.0.weight",
+        "enc.blk.0.ffn_up.weight",
+        "token_embd.weight",
+    ):
+        path, _ = write({name: (WIDE, "Q8_0")})
+        with pytest.raises(CheckpointError, match=f"under llama.cpp's names .'{name}'"):
+            convert_file(path, out)
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CheckpointError, match="broken.gguf: not a GGUF file, or damaged"):
