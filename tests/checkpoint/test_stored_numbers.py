@@ -108,7 +108,8 @@ def test_text_that_is_too_long_is_not_read():
             return super().read(name)
 
     long = torch.full((1 << 20,), 32, dtype=torch.uint8)
-    source = Counting({"a.weight": torch.zeros(4, 4), "a.comfy_quant": long})
+    codes = {"a.weight": torch.zeros(4, 4, dtype=torch.int8), "a.weight_scale": torch.ones(4, 1)}
+    source = Counting({**codes, "a.comfy_quant": long})
     with pytest.raises(CheckpointError, match="of 1048576 bytes; JSON of 65536 is read at most"):
         ImportedSource(source)
     assert "a.comfy_quant" not in source.asked

@@ -94,7 +94,7 @@ SHOWN = {
     "input-scale-wrong vector": changed(native("float8_e4m3fn"), input_scale=torch.ones(4)),
     "input-scale-wrong format": changed(native("int8_blockwise", WIDE, block_size=64), input_scale=torch.tensor(1.0)),
     "scale-not-float32": changed(native("int8_tensorwise"), weight_scale=lambda s: s.bfloat16()),
-    "json-unreadable": changed(native("int8_tensorwise"), comfy_quant=torch.zeros(30, dtype=torch.uint8)),
+    "json-unreadable": changed(native("float8_e4m3fn"), comfy_quant=torch.zeros(30, dtype=torch.uint8)),
     "dummy-scale": {"a.weight": WIDE.bfloat16(), "a.scale_weight": torch.ones(1), "scaled_fp8": MARKER},
     "scale-lost": full_range_without_scale(),
     "marker-prefixed": {**dialects.scaled_fp8("m.a", WIDE), "m.scaled_fp8": MARKER},

@@ -334,3 +334,6 @@ def test_a_marker_that_is_no_json_stops_stock_comfyui(tmp_path):
     broken = dialects.under("a", tensors, marker) | {"a.comfy_quant": dialects.json_tensor([1])}
     save_file(broken, tmp_path / "broken.safetensors")
     assert inspect_file(tmp_path / "broken.safetensors").loads_in.startswith("needs FewBits")
+    whole = dialects.under("a", tensors, marker)
+    save_file(whole, tmp_path / "header.safetensors", {"_quantization_metadata": "{oops"})
+    assert inspect_file(tmp_path / "header.safetensors").loads_in.startswith("needs FewBits")

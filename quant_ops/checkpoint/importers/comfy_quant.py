@@ -19,7 +19,7 @@ from ...formats import FORMATS, Format, FormatOptions, get_format
 from ...spec import FLOAT_DTYPES, ITEM_SIZES, TensorSpec
 from ..labels import is_scaled, labels
 from .base import ImportOptions, StoredLayer, Tensors, Translation, quantized
-from .scaled import translate_scaled
+from .scaled import rotates, translate_scaled
 
 NOT_READ = ("svdquant_w4a4",)
 
@@ -38,7 +38,7 @@ class ComfyQuant:
             format = get_format(name)
         except RecipeError as error:
             raise CheckpointError(str(error)) from None
-        if layer.said.get("convrot") and not _rotates(format):
+        if layer.said.get("convrot") and not rotates(name):
             raise CheckpointError(f"its JSON says rotated (convrot), and {name} never is")
         fitting = _fitting(format, layer)
         if fitting is None and is_scaled(name) and layer.weight.dtype in labels():
@@ -82,10 +82,6 @@ class ComfyQuant:
             if made.marker == layer.marker
             else replace(made, dialect="comfy_quant-completed", note="JSON completed")
         )
-
-
-def _rotates(format: Format) -> bool:
-    return "convrot_groupsize" in format.Options.names()
 
 
 def _fitting(

@@ -5,6 +5,7 @@
 | `weight` I8, `scale_weight` or `weight_scale` | the same; label by the scale's shape against N |
 | INT8-Fast: JSON `convrot`, `per_row` without `format` | `format` added; `per_row` is only a hint |
 | no JSON: rotation recorded nowhere | unrotated, unless the user says otherwise |
+| no JSON, and a flat scale as `convrot_w4a4` has it | refused |
 | unreadable JSON, which could have said rotated | refused, unless the user says the rotation |
 | `scale_input` | dropped: activations are scaled while running |
 """
@@ -12,6 +13,8 @@
 from __future__ import annotations
 
 from ...errors import CheckpointError
+from ...formats.convrot_w4a4 import ConvRotW4A4
+from ...formats.int8 import Int8Tensorwise
 from .base import ImportOptions, StoredLayer, Translation
 from .scaled import translate_scaled
 
@@ -55,6 +58,12 @@ class Int8WithoutJson:
         )
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation:
+        scale = layer.specs["weight_scale"].shape
+        if layer.marker is None and scale == layer.weight.shape[:1] and scale != (1,):
+            raise CheckpointError(
+                f"weight_scale is {list(scale)} and there is no JSON: {ConvRotW4A4.name} stores "
+                f"two codes a byte so, {Int8Tensorwise.name} may; start from the original model"
+            )
         return _said_by_the_user("int8-without-json", layer, options, note="JSON added")
 
 

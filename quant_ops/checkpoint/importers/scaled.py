@@ -85,6 +85,8 @@ def translate_scaled(
     options = resolved(label.format, {**label.options, PRECISE: precise})
     source = LayerInput(layer.matrix, None)
     if convrot is not None:
+        if not rotates(label.format):
+            raise CheckpointError(f"its JSON says rotated (convrot), and {label.format} never is")
         if label.geometry is not Arrangement.ROW:
             raise CheckpointError(
                 f"weight_scale is {list(scale_shape)}; rotated codes (convrot) need one scale per "
@@ -181,6 +183,11 @@ def _decode(codes: torch.Tensor, scale: torch.Tensor, label: Label) -> torch.Ten
     geometry = label.geometry.geometry(label.size)
     scale = scale.float().reshape(geometry.grid_shape(tuple(codes.shape)))
     return decode(codes, scale, levels_of(codes.dtype), geometry)
+
+
+def rotates(format: str) -> bool:
+    """Whether a format's codes can be rotated."""
+    return "convrot_groupsize" in get_format(format).Options.names()
 
 
 def levels_of(dtype: torch.dtype) -> Levels:

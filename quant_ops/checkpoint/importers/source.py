@@ -379,7 +379,7 @@ class ImportedSource:
     def stock(self) -> bool:
         """Whether ComfyUI reads every layer rightly that is translated here."""
         layers = self.contents.layers
-        return all(
+        return not self.contents.header_problem and all(
             made.stock and not layers[base].unreadable
             for base, made in self.translations.items()
             if made.note
@@ -391,6 +391,7 @@ class ImportedSource:
         return (
             not self.contents.scopes
             and not self.contents.missing_prefix
+            and not self.contents.header_problem
             and not self.translations
             and all(not self._is_cast(spec) for spec in self.contents.loose)
         )
