@@ -24,11 +24,13 @@ PROBED = 64  # values of an input that tell whether it was changed
 
 @dataclass(frozen=True)
 class _Seen:
-    """A tensor that a layer was given in this call, the number of its statistics, some values."""
+    """A tensor that a layer was given in this call, the number of its statistics, some values; no
+    values where nothing was learned from it.
+    """
 
     tensor: weakref.ref
     number: int
-    probe: torch.Tensor
+    probe: torch.Tensor | None
 
 
 def _probe(x: torch.Tensor) -> torch.Tensor:
@@ -121,11 +123,12 @@ class Observer:
             mine = (self._new(shape[1], capacity) if number is None else number, *shape)
             self.calibration.layers[name] = mine
         if number == mine[0]:  # the layer before it counted these rows
-            self._note_change(name, known.probe, x)
+            if known.probe is not None:
+                self._note_change(name, known.probe, x)
             return
-        self._seen[id(x)] = _Seen(weakref.ref(x), mine[0], _probe(x))
         generator = self._generator(x.device)
-        self.calibration.inputs[mine[0]].add(x, half, ROWS_A_CALL, generator)
+        looked = self.calibration.inputs[mine[0]].add(x, half, ROWS_A_CALL, generator)
+        self._seen[id(x)] = _Seen(weakref.ref(x), mine[0], _probe(x) if looked else None)
 
     def _note_change(self, name: str, before: torch.Tensor, x: torch.Tensor) -> None:
         changed = (before != _probe(x)).any()
@@ -144,7 +147,7 @@ class Observer:
     def finish(self) -> Calibration:
         """What was collected so far, on the CPU; collecting may go on."""
         for statistics in self.calibration.inputs:
-            statistics.map_tensors(lambda tensor: tensor.cpu())
+            statistics.finish()
         for name, changed in self._changed.items():
             if bool(changed):
                 self.calibration.layers.pop(name, None)

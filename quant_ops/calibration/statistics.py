@@ -5,7 +5,7 @@ Where K is small the mean of x^T x itself is kept; else rows of x, thinned out e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,10 +17,22 @@ from ..methods.inputs import Inputs
 RELATIVE_JITTER = 1e-6
 
 
+# Rows of one call that are looked at; more stand in for their neighbours. An image of 1024 x 1024
+# pixels has 4,096, and reading all of them is what watching would cost.
+ROWS_LOOKED_AT = 1024
+# Calls of which each half looks at all, where it keeps a gram; then at every other one, at every
+# fourth from twice as many on, and so forth. Rows are thinned out by what memory they take.
+CALLS_LOOKED_AT = 64
+# Elements of small inputs that wait for each other: adding them up takes as many launches as one.
+WAITING = 1 << 18
+
+
 @dataclass
 class Half:
     """One half of what was seen. `gram` (K, K) float32 is the sum of x^T x where it is kept; else
-    `rows` are bfloat16 rows, one batch a call, of every `stride`-th call.
+    `rows` are bfloat16 rows, one batch a call. Of the calls every `stride`-th is looked at, and
+    stands for the others; `count` are rows, those included. `lost` of them held NaN or Inf, on the
+    model's device, until `settle`.
     """
 
     count: int = 0
@@ -28,20 +40,16 @@ class Half:
     rows: list[torch.Tensor] = field(default_factory=list)
     calls: int = 0
     stride: int = 1
+    lost: torch.Tensor | None = None
 
     @property
     def held(self) -> int:
         return sum(len(batch) for batch in self.rows)
 
-    def chosen(
-        self, rows: torch.Tensor, each: int, generator: torch.Generator
-    ) -> torch.Tensor | None:
-        """At most `each` rows of every `stride`-th call, bfloat16; None for the other calls."""
+    def looks(self) -> bool:
+        """A call comes: whether to look at it."""
         self.calls += 1
-        if self.calls % self.stride:
-            return None
-        index = torch.randperm(len(rows), generator=generator, device=rows.device)[:each]
-        return rows[index].to(torch.bfloat16)
+        return self.calls % self.stride == 0
 
     def take(self, batch: torch.Tensor, capacity: int) -> None:
         """Keep a batch; when there are too many rows, every other batch goes."""
@@ -49,6 +57,15 @@ class Half:
         if self.held > capacity and len(self.rows) > 1:
             self.rows = self.rows[1::2]
             self.stride *= 2
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """Rows that are not added up yet, each for `weight` of those that were seen."""
+
+    part: Half
+    rows: torch.Tensor
+    weight: int
 
 
 @dataclass
@@ -59,7 +76,7 @@ class InputStatistics:
         size: K.
         capacity: rows that each half may keep; from 2 K on, the gram, as large, is kept instead.
 
-    `mean`, `square` and `largest` are sums of x and x^2 and the maximum of |x| by channel, float32
+    `total`, `square` and `largest` are sums of x and x^2 and the maximum of |x| by channel, float32
     of shape (K,); None before anything was seen. Rows with NaN or Inf are left out and counted in
     `damaged`.
     """
@@ -71,9 +88,8 @@ class InputStatistics:
     largest: torch.Tensor | None = None
     damaged: int = 0
     halves: tuple[Half, Half] = field(default_factory=lambda: (Half(), Half()))
-    _unsettled: list[tuple[Half, torch.Tensor, torch.Tensor | None]] = field(
-        default_factory=list, repr=False
-    )
+    _waiting: list[_Waiting] = field(default_factory=list, repr=False)
+    _kept: list[tuple[Half, torch.Tensor]] = field(default_factory=list, repr=False)
 
     @property
     def exact(self) -> bool:
@@ -84,50 +100,89 @@ class InputStatistics:
     def count(self) -> int:
         return sum(half.count for half in self.halves)
 
-    def add(self, x: torch.Tensor, half: int, each: int, generator: torch.Generator) -> None:
-        """Take in the rows of one call. Nothing here waits for a GPU: `settle` does, once.
+    def add(self, x: torch.Tensor, half: int, each: int, generator: torch.Generator) -> bool:
+        """Take in the rows of one call, or let it pass. Nothing here waits for a GPU.
 
         Args:
             x: (..., K) of any float dtype, on any device; not changed.
             half: 0 or 1: the part of the calibration it belongs to.
             each: rows of one call that may be kept, chosen by `generator`, which lives on x's
                 device.
+
+        Returns:
+            Whether it was looked at.
         """
-        rows = x.detach().reshape(-1, self.size)
-        if not len(rows):
-            return
-        wide = rows.float()
-        sound = wide.abs().amax(1).isfinite()
-        wide = torch.where(sound[:, None], wide, 0.0)
-        part = self.halves[half]
-        part.count += len(rows)
-        kept = None
-        self._add_moments(wide)
+        part, rows = self.halves[half], x.detach().reshape(-1, self.size)
+        if not len(rows) or not part.looks():
+            return False
+        step = max(len(rows) // ROWS_LOOKED_AT, 1)
+        rows = rows[part.calls % step :: step]
+        weight = step * part.stride
+        part.count += len(rows) * weight
         if self.exact:
-            gram = wide.T @ wide
-            part.gram = gram if part.gram is None else part.gram.to(gram.device).add_(gram)
+            if part.calls >= CALLS_LOOKED_AT * part.stride:
+                part.stride *= 2
         else:
-            kept = part.chosen(rows, each, generator)
-        self._unsettled.append((part, (~sound).sum(), kept))
+            index = torch.randperm(len(rows), generator=generator, device=rows.device)[:each]
+            self._kept.append((part, rows[index].to(torch.bfloat16)))
+        large = rows.numel() >= WAITING
+        self._waiting.append(_Waiting(part, rows if large else rows.clone(), weight))
+        if large or sum(waiting.rows.numel() for waiting in self._waiting) >= WAITING:
+            self._add_up()
+        return True
 
-    def settle(self) -> None:
-        """Bring what was added since to the CPU, without the rows that hold NaN or Inf."""
-        for part, damaged, kept in self._unsettled:
-            lost = int(damaged)
-            part.count -= lost
-            self.damaged += lost
-            if kept is not None:
-                batch = kept.cpu()
-                part.take(batch[batch.isfinite().all(1)] if lost else batch, self.capacity)
-        self._unsettled.clear()
+    def _add_up(self) -> None:
+        """What waits, by its half and weight."""
+        groups: dict[tuple[int, int], list[_Waiting]] = {}
+        for waiting in self._waiting:
+            groups.setdefault((id(waiting.part), waiting.weight), []).append(waiting)
+        self._waiting = []
+        for group in groups.values():
+            rows = [waiting.rows for waiting in group]
+            rows = torch.cat(rows) if len(rows) > 1 else rows[0]
+            self._add_rows(group[0].part, rows, group[0].weight)
 
-    def _add_moments(self, wide: torch.Tensor) -> None:
-        total, square, largest = wide.sum(0), wide.square().sum(0), wide.abs().amax(0)
+    def _add_rows(self, part: Half, rows: torch.Tensor, weight: int) -> None:
+        sound = torch.linalg.vector_norm(rows, torch.inf, dim=1).isfinite()
+        lost = (~sound).sum() * weight
+        part.lost = lost if part.lost is None else part.lost.to(lost.device) + lost
+        rows = torch.where(sound[:, None], rows, 0.0)
+        largest = torch.linalg.vector_norm(rows, torch.inf, dim=0).float()
+        if self.exact:
+            wide = rows.float()
+            gram = (wide.T @ wide).mul_(weight)
+            square = gram.diagonal().clone()
+            part.gram = gram if part.gram is None else gram + part.gram.to(gram.device)
+        else:
+            norm = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
+            square = norm.square_().mul_(weight)
+        total = rows.sum(0, dtype=torch.float32).mul_(weight)
         if self.total is not None:
             total += self.total.to(total.device)
             square += self.square.to(total.device)
             largest = torch.maximum(largest, self.largest.to(total.device))
         self.total, self.square, self.largest = total, square, largest
+
+    def settle(self) -> None:
+        """Bring rows that were kept to the CPU, without those that hold NaN or Inf."""
+        for part, batch in self._kept:
+            batch = batch.cpu()
+            part.take(batch[batch.isfinite().all(1)], self.capacity)
+        self._kept.clear()
+
+    def finish(self) -> None:
+        """Add up what waits, and bring everything to the CPU; more may be added."""
+        self.settle()
+        self._add_up()
+        for part in self.halves:
+            lost = int(part.lost or 0)
+            part.count -= lost
+            self.damaged += lost
+            part.lost = None
+            part.gram = None if part.gram is None else part.gram.cpu()
+        if self.total is not None:
+            moments = self.total, self.square, self.largest
+            self.total, self.square, self.largest = (moment.cpu() for moment in moments)
 
     def merge(self, other: InputStatistics) -> None:
         """Take in what another calibration saw of the same input, half by half.
@@ -184,15 +239,6 @@ class InputStatistics:
             return _gram_root(half.gram.to(device) / half.count)
         rows = torch.cat(half.rows).to(device, torch.float32)
         return rows.div_(len(rows) ** 0.5)
-
-    def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace every tensor: moved to the CPU when collecting ends."""
-        if self.total is not None:
-            self.total, self.square, self.largest = map(
-                change, (self.total, self.square, self.largest)
-            )
-        for half in self.halves:
-            half.gram = None if half.gram is None else change(half.gram)
 
 
 def _thinned(batches: list[torch.Tensor], capacity: int) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ from fewbits.quant_ops.calibration import (
     load_calibration,
     save_calibration,
 )
+from fewbits.quant_ops.calibration.statistics import CALLS_LOOKED_AT, ROWS_LOOKED_AT
 from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.errors import CheckpointError, RecipeError
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
@@ -97,6 +98,33 @@ def test_memory_stays_within_the_bound_however_much_is_seen():
     assert sum(half.held * 64 * 2 for half in kept) <= memory
     assert min(half.held for half in kept) >= 32
     assert all(half.stride > 1 for half in kept)
+
+
+def test_every_row_of_a_large_input_stands_for_its_neighbours():
+    x = rows(4 * ROWS_LOOKED_AT)
+    found = watched(Observer(MEGABYTE), Block(), x, x)
+    statistics = found.inputs[0]
+    assert statistics.count == 2 * len(x)
+    looked = x[1::4].T @ x[1::4] / ROWS_LOOKED_AT
+    first, second = found.inputs_of("q", SQUARE).halves
+    close(first.T @ first, looked)
+    torch.testing.assert_close(statistics.square, 8 * x[1::4].square().sum(0), rtol=1e-4, atol=0)
+
+
+def test_late_calls_are_looked_at_seldom_and_stand_for_the_others():
+    observer, model, looked = Observer(MEGABYTE), Block(), []
+    observer.start_run()
+    for call in range(8 * CALLS_LOOKED_AT):
+        with observer.watching(model):
+            model(rows(2, call))
+        half = observer.calibration.inputs[0].halves[call % 2]
+        looked.append(half.count)
+    found = observer.finish().inputs[0]
+    assert [half.stride for half in found.halves] == [8, 8]
+    assert found.count == 2 * 8 * CALLS_LOOKED_AT
+    quarter = 2 * CALLS_LOOKED_AT
+    assert looked[:quarter:2] == list(range(2, quarter + 1, 2))
+    assert len(set(looked[-quarter::2])) == CALLS_LOOKED_AT // 4 + 1
 
 
 def test_nothing_changes_and_no_hook_is_left():
