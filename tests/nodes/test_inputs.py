@@ -155,3 +155,61 @@ def test_quantize_file_takes_a_quantized_file_only_where_it_is_told_to(run, in_o
     report = json.loads(again.result[1])
     assert report["rounded_twice"]
     assert any("unknown without the original" in text for text in report["warnings"])
+
+
+# ---- the last look at what a node has written ----
+
+ROWS = "float8_e4m3fn_rowwise"
+
+
+@pytest.fixture
+def mislabelled(monkeypatch):
+    """A defect: rows are written under the tag of one scale, which ComfyUI reads in another way."""
+    from fewbits.quant_ops.formats import get_format
+
+    format = type(get_format(ROWS))
+    monkeypatch.setattr(format, "marker", lambda self, layer, options: {"format": "float8_e4m3fn"})
+
+
+def not_kept(folder, call):
+    from fewbits.quant_ops.errors import CheckpointError
+
+    with pytest.raises(
+        CheckpointError, match="finished file has .* problems.*(tag-says|names-mis)"
+    ):
+        call()
+    assert not [path.name for path in folder.iterdir() if "made" in path.name]
+    assert not list(folder.glob(".*"))
+
+
+def test_save_comfy_quant_keeps_no_file_that_has_a_problem(
+    run, in_output, comfy, quantize, request
+):
+    from fewbits.nodes.save import FewBitsSaveComfyQuant
+
+    model, _ = quantize(comfy.sd.load_diffusion_model(str(in_output)), ROWS)
+    request.getfixturevalue("mislabelled")
+    inputs = {"model": model, "filename": "diffusion_models/made"}
+    not_kept(in_output.parent, lambda: run(FewBitsSaveComfyQuant, **inputs))
+
+
+def test_convert_fp8_scaled_keeps_no_file_that_has_a_problem(run, in_output, monkeypatch):
+    from fewbits.nodes.convert_fp8_scaled import FewBitsConvertFP8Scaled
+    from fewbits.quant_ops.doors import problems
+
+    state = dialects.scaled_fp8("layer", torch.randn(32, 32)) | {"scaled_fp8": torch.zeros(0)}
+    save_file(state, in_output)
+    found = [problems.MISPLACED.at("", "a defect would lose the prefix")]
+    monkeypatch.setattr(problems, "problems", lambda source: found)
+    inputs = {"file": "diffusion_models/m.safetensors", "filename": "diffusion_models/made"}
+    not_kept(in_output.parent, lambda: run(FewBitsConvertFP8Scaled, **inputs))
+
+
+def test_quantize_file_keeps_no_file_that_has_a_problem(run, in_output, mislabelled):
+    from fewbits.nodes.quantize_file import FewBitsQuantizeFile
+
+    inputs = {"file": "diffusion_models/m.safetensors", "format": ROWS}
+    not_kept(
+        in_output.parent,
+        lambda: run(FewBitsQuantizeFile, **inputs, filename="diffusion_models/made"),
+    )

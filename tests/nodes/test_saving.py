@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fewbits.quant_ops.doors import inspect_file, verify_file
 from support.helpers import EMOJI, clip_shapes, random_tensors, sd3_shapes
 
 pytestmark = pytest.mark.slow  # models saved, opened and run
@@ -63,6 +64,7 @@ def test_a_saved_model_holds_the_same_bytes_and_samples_to_the_same_latent(
         )
     wanted = sample(model, 256)
     (path,) = saved("ModelSave", model, "diffusion_models/model")
+    assert verify_file(path).ok and inspect_file(path).findings == ()
     again = comfy.sd.load_diffusion_model(str(path))
     running = model.model.diffusion_model.state_dict()
     for name, tensor in again.model.diffusion_model.state_dict().items():
