@@ -1,8 +1,8 @@
 // Which format suits a model and a GPU: the advisor's list, the best first.
 
-import { el } from "./dom.mjs?v=940ec515";
-import { bytes, familyOf } from "./text.mjs?v=940ec515";
-import { say, translated } from "./words.mjs?v=940ec515";
+import { el } from "./dom.mjs?v=d0c3d4cb";
+import { bytes, familyOf } from "./text.mjs?v=d0c3d4cb";
+import { say, translated } from "./words.mjs?v=d0c3d4cb";
 
 export function adviceResult(advice) {
   const [best] = advice.formats ?? [];

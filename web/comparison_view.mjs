@@ -1,10 +1,10 @@
 // How far the pictures of other models are from those of the first, and which layers may be to blame.
 
-import { el } from "./dom.mjs?v=940ec515";
-import { noteList } from "./plan_table.mjs?v=940ec515";
-import { worstLayers } from "./report_view.mjs?v=940ec515";
-import { bytes, duration } from "./text.mjs?v=940ec515";
-import { say, translated } from "./words.mjs?v=940ec515";
+import { el } from "./dom.mjs?v=d0c3d4cb";
+import { noteList } from "./plan_table.mjs?v=d0c3d4cb";
+import { worstLayers } from "./report_view.mjs?v=d0c3d4cb";
+import { bytes, duration } from "./text.mjs?v=d0c3d4cb";
+import { say, translated } from "./words.mjs?v=d0c3d4cb";
 
 const WORST = 5;
 

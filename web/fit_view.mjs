@@ -1,10 +1,10 @@
 // What Fit to Size chose: how that meets what was asked for, and the layers that it cost most.
 
-import { el } from "./dom.mjs?v=940ec515";
-import { planTable, warningList } from "./plan_table.mjs?v=940ec515";
-import { worstLayers } from "./report_view.mjs?v=940ec515";
-import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=940ec515";
-import { say, translated } from "./words.mjs?v=940ec515";
+import { el } from "./dom.mjs?v=d0c3d4cb";
+import { planTable, warningList } from "./plan_table.mjs?v=d0c3d4cb";
+import { worstLayers } from "./report_view.mjs?v=d0c3d4cb";
+import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=d0c3d4cb";
+import { say, translated } from "./words.mjs?v=d0c3d4cb";
 
 const WORST = 5;
 

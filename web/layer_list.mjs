@@ -1,10 +1,10 @@
 // Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
 
-import { el, layerName } from "./dom.mjs?v=940ec515";
-import { errorOf } from "./report_view.mjs?v=940ec515";
-import { outliersOf } from "./outliers.mjs?v=940ec515";
-import { bytes } from "./text.mjs?v=940ec515";
-import { say, translated } from "./words.mjs?v=940ec515";
+import { el, layerName } from "./dom.mjs?v=d0c3d4cb";
+import { errorOf } from "./report_view.mjs?v=d0c3d4cb";
+import { outliersOf } from "./outliers.mjs?v=d0c3d4cb";
+import { bytes } from "./text.mjs?v=d0c3d4cb";
+import { say, translated } from "./words.mjs?v=d0c3d4cb";
 
 // how layers may be ordered: by name of the choice, what is compared; the first is the order of the file
 const ORDERS = {
@@ -36,12 +36,13 @@ export class LayerList {
   });
   #order = el("select", { class: "fewbits-order", "aria-label": say("Order of the layers") });
   #wishes = null;
+  #wanted = new Map(); // name of a layer -> what was chosen for it here
   #count = el("span", { class: "fewbits-count", role: "status" });
   #list = el("ul", { class: "fewbits-layers" });
 
   /** `wishes`: `choices()` that a layer has and `give(layer, choice)`; without it formats are only told. */
   constructor(wishes = null) {
-    this.#wishes = wishes;
+    this.#wishes = wishes && { choices: wishes.choices, give: (layer, format) => this.#give(wishes, layer, format) };
     this.#order.append(...Object.keys(ORDERS).map((name) => el("option", { value: name }, say(name))));
     this.#order.addEventListener("change", () => this.show(this.#layers));
     this.element = el(
@@ -70,11 +71,16 @@ export class LayerList {
     if (!this.element.open || this.#entries) return;
     const isOutlier = outliersOf(this.#layers);
     this.#entries = this.#sorted().map((layer) => ({
-      element: entry(layer, this.#wishes, isOutlier(layer)),
+      element: entry(layer, this.#wishes, isOutlier(layer), this.#wanted.get(layer.name)),
       text: [layer.name, layer.format, layer.action, layer.reason].join(" ").toLowerCase(),
     }));
     this.#list.replaceChildren(...this.#entries.map(({ element }) => element));
     this.#applyFilter();
+  }
+
+  #give(wishes, layer, format) {
+    this.#wanted.set(layer.name, format);
+    wishes.give(layer, format);
   }
 
   #sorted() {
@@ -112,7 +118,8 @@ function byDepth(layers) {
   return (layer) => places.get(layer.name);
 }
 
-function entry(layer, wishes, outlier) {
+/** `wanted`: what was chosen for the layer; another rule may count before that. */
+function entry(layer, wishes, outlier, wanted) {
   const shape = (layer.shape ?? []).join(" × ");
   const before = bytes(layer.bytes_before);
   const after = bytes(layer.bytes_after);
@@ -129,7 +136,17 @@ function entry(layer, wishes, outlier) {
     el("div", { class: "fewbits-layer" }, layerName(layer.name), errorOf(layer, outlier)),
     el("div", { class: "fewbits-facts" }, ...facts.map((fact) => el("span", {}, fact))),
     reason ? el("div", { class: "fewbits-reason" }, translated(reason)) : null,
+    isBeaten(layer, wanted ?? now, now) ? el("div", { class: "fewbits-beaten" }, beaten(layer, wanted)) : null,
   );
+}
+
+/** Whether a rule that counts first makes something else of a layer than what was chosen for it. */
+function isBeaten(layer, wanted, now) {
+  return wanted !== now && Boolean(layer.rule) && ![layer.name, "primary"].includes(layer.rule);
+}
+
+function beaten({ rule }, format) {
+  return say("{format} was chosen here, but rule '{rule}' counts first: change that rule", { format: say(format), rule });
 }
 
 /** A menu of what the layer may become. Its choices are made when it is opened: a large model has hundreds of layers. */

@@ -1,15 +1,15 @@
 // The panel under a node of FewBits. It draws the JSON it is sent and knows no format by name.
 
-import { adviceResult } from "./advice_view.mjs?v=940ec515";
-import { el } from "./dom.mjs?v=940ec515";
-import { fileView } from "./file_view.mjs?v=940ec515";
-import { LayerList } from "./layer_list.mjs?v=940ec515";
-import { noteList, planTable, warningList } from "./plan_table.mjs?v=940ec515";
-import { meaningOf, worstLayers } from "./report_view.mjs?v=940ec515";
-import { sizesView, targetView } from "./preview_view.mjs?v=940ec515";
-import { recipeText, savedFile } from "./saved_file.mjs?v=940ec515";
-import { bytes, change, duration, familyOf, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=940ec515";
-import { say, translated, translatedError } from "./words.mjs?v=940ec515";
+import { adviceResult } from "./advice_view.mjs?v=d0c3d4cb";
+import { el } from "./dom.mjs?v=d0c3d4cb";
+import { fileView } from "./file_view.mjs?v=d0c3d4cb";
+import { LayerList } from "./layer_list.mjs?v=d0c3d4cb";
+import { noteList, planTable, warningList } from "./plan_table.mjs?v=d0c3d4cb";
+import { meaningOf, worstLayers } from "./report_view.mjs?v=d0c3d4cb";
+import { sizesView, targetView } from "./preview_view.mjs?v=d0c3d4cb";
+import { recipeText, savedFile } from "./saved_file.mjs?v=d0c3d4cb";
+import { bytes, change, duration, familyOf, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=d0c3d4cb";
+import { say, translated, translatedError } from "./words.mjs?v=d0c3d4cb";
 
 /**
  * `element` is what the node shows. Its `data-phase` goes idle -> planned -> running -> done; a run that ends early

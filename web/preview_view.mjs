@@ -1,9 +1,9 @@
 // Before a run: where the file would go, and how large it would be in every format.
 
-import { el } from "./dom.mjs?v=940ec515";
-import { noteList } from "./plan_table.mjs?v=940ec515";
-import { bytes } from "./text.mjs?v=940ec515";
-import { say } from "./words.mjs?v=940ec515";
+import { el } from "./dom.mjs?v=d0c3d4cb";
+import { noteList } from "./plan_table.mjs?v=d0c3d4cb";
+import { bytes } from "./text.mjs?v=d0c3d4cb";
+import { say } from "./words.mjs?v=d0c3d4cb";
 
 /** The path that the file would get, and a warning where one lies there already; null without a target. */
 export function targetView(target) {

@@ -1,7 +1,7 @@
 // Where a file went, in words that find it again.
 
-import { el } from "./dom.mjs?v=940ec515";
-import { say } from "./words.mjs?v=940ec515";
+import { el } from "./dom.mjs?v=d0c3d4cb";
+import { say } from "./words.mjs?v=d0c3d4cb";
 
 const COPIED_MS = 1500;
 

@@ -55,6 +55,7 @@ export const TEXTS = {
   Sampling: "正在采样",
   "To write it, connect recipe to Quantize File": "要写入文件，请把配方连接到“量化文件”",
   none: "无",
+  "{format} was chosen here, but rule '{rule}' counts first: change that rule": "此处选择了 {format}，但规则“{rule}”优先：请修改那条规则",
   "{share}% below the limit": "比上限小 {share}%",
   Done: "完成",
   "Done in {time}": "完成，用时 {time}",

@@ -127,6 +127,23 @@ def test_a_layer_gets_another_format_from_rules_that_are_put_before_the_node(pag
     assert page.evaluate("overlapping()") == []
 
 
+def test_a_choice_that_another_rule_beats_says_which(page):
+    panel = quantize_node(page, keep="single_blocks.*")
+    open_layers(page, panel, rule="primary")
+    layer = "single_blocks.3.linear2"
+    give(panel, layer, "bnb_nf4")
+    give(panel, "single_blocks.5.linear2", "bnb_nf4")
+    assert panel.locator(".fewbits-beaten").count() == 0
+    rows = [
+        {**REPORT["layers"][3], "format": None, "action": "keep", "rule": "single_blocks.*"},
+        {**REPORT["layers"][5], "format": "bnb_nf4", "rule": "single_blocks.5.linear2"},
+    ]
+    finish(page, {**REPORT, "layers": rows})
+    assert panel.locator(".fewbits-beaten").all_text_contents() == [
+        "bnb_nf4 was chosen here, but rule 'single_blocks.*' counts first: change that rule"
+    ]
+
+
 def test_rules_that_a_person_wrote_options_for_are_not_added_to(page):
     panel = quantize_node(page)
     page.evaluate(
