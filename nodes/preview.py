@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
+
+from comfy_api.latest import io
 
 from ..quant_ops.checkpoint.importers.source import open_checkpoint
 from ..quant_ops.doors import inspect_file
@@ -15,7 +18,8 @@ from ..quant_ops.pipeline import plan_source
 from ..quant_ops.planning.recipe import Draft, Recipe, Wish
 from ..quant_ops.sources import TensorSource
 from .bridge import host
-from .common import advised_for, recipe_from
+from .bridge.model_io import name_for
+from .common import NONE, advised_for, recipe_from
 from .fit_to_size import FewBitsFitToSize, goal_of
 from .format_advisor import FewBitsFormatAdvisor
 from .layer_rules import FewBitsLayerRules
@@ -28,7 +32,11 @@ LOADERS = {
     "CheckpointLoaderSimple": (CHECKPOINTS, "ckpt_name"),
     "FewBitsLoadCheckpoint": (CHECKPOINTS, "file"),
     "CLIPLoader": (ENCODERS, "clip_name"),
+    "FewBitsLoadTextEncoder": (ENCODERS, "file"),
 }
+MORE_FILES = ("file2", "file3", "file4")  # of Load Text Encoder
+SAVES, CONVERTS = "FewBitsSaveComfyQuant", "FewBitsConvertFP8Scaled"
+QUANTIZES_ENCODERS = "FewBitsQuantizeTextEncoder"
 RECIPE_INPUTS = (
     "format",
     "scaling",
@@ -52,8 +60,9 @@ class NothingToShow(RecipeError):
 
 def preview(prompt: Mapping[str, dict], node_id: str) -> dict:
     """What the page shows of a node that has not run: `{"inspection": ...}` for one that looks into
-    a file, with `"asked": ...` for Fit to Size; `{"advice": ...}` for the advisor, else `{"plan":
-    ..., "sizes": format -> bytes, "target": ...}`; `{}` where no file can be found from here.
+    a file, or a list of them, with `"asked": ...` for Fit to Size; `{"advice": ...}` for the
+    advisor, else `{"plan": ..., "sizes": format -> bytes}`; `"target": ...` for one that writes;
+    `{}` where no file can be found from here.
 
     Args:
         prompt: id -> class_type and inputs, as a page sends it; only values and links are read.
@@ -63,32 +72,97 @@ def preview(prompt: Mapping[str, dict], node_id: str) -> dict:
     """
     try:
         node = _node(prompt, node_id)
-        if not node["inputs"].keys() & {"file", "format"}:
-            return {}  # it saves what it is given, and that is not the file it came from
-        path = host.model_path(*_source(prompt, node_id))
-        if node.get("class_type") == FewBitsFormatAdvisor.__name__:
-            return {"advice": _advice(prompt, node["inputs"])}
+        return _answer(prompt, node_id, node)
     except NothingToShow:
         return {}
+
+
+def _answer(prompt: Mapping[str, dict], node_id: str, node: dict) -> dict:
+    kind = node.get("class_type")
+    if kind == SAVES:
+        return _saving(prompt, node_id, node)
+    if not node["inputs"].keys() & {"file", "format"}:
+        return {}  # what it is given is not the file that it came from
+    if kind == FewBitsFormatAdvisor.__name__:
+        return {"advice": _advised(prompt, node["inputs"]).ui["fewbits_advice"][0]}
+    path = host.model_path(*_source(prompt, node_id))
     if "format" not in node["inputs"]:
-        found = {"inspection": inspect_file(path).to_json()}
-        asked = _goal(node, path)
-        return {**found, "asked": asked} if asked else found
-    try:
-        recipe = _recipe(prompt, node["inputs"], path)
-    except NothingToShow:
-        return {}
+        return _inspected(node, path)
+    recipe = _recipe(prompt, node["inputs"], path)
     again = node["inputs"].get("requantize") is True
     twice = layers_to_round_again(path, recipe) if again else frozenset()
     with open_checkpoint(path, decoded=twice) as source:
         plan = with_warning(plan_source(source, recipe), twice)
         sizes = {name: _bytes(source, recipe, name) for name in FORMATS}
     answer = {"plan": plan.to_json(), "sizes": {k: v for k, v in sizes.items() if v is not None}}
-    choice = node["inputs"].get("file")
-    if isinstance(choice, str):
-        name = str(node["inputs"].get("filename") or "").strip()
-        answer["target"] = host.planned(name or host.automatic_name(choice, recipe.mark))
+    if kind == QUANTIZES_ENCODERS:
+        return _of_encoder(answer, node["inputs"])
+    if isinstance(node["inputs"].get("file"), str):
+        answer["target"] = _target(node["inputs"], recipe.mark)
     return answer
+
+
+def _inspected(node: dict, path: Path) -> dict:
+    """What is inside, and for some nodes what they would make of it."""
+    kind, inputs = node.get("class_type"), node["inputs"]
+    found = {"inspection": inspect_file(path).to_json()}
+    more = [inputs[name] for name in MORE_FILES if inputs.get(name, NONE) != NONE]
+    if more:
+        others = (inspect_file(host.model_path(ENCODERS, str(name))) for name in more)
+        found["inspection"] = [found["inspection"], *(other.to_json() for other in others)]
+    if kind == CONVERTS:
+        found["target"] = _target(inputs, "comfy_quant")
+    if kind == FewBitsFitToSize.__name__:
+        found["asked"] = _goal(inputs, path)
+    return found
+
+
+def _of_encoder(answer: dict, inputs: dict) -> dict:
+    """Of a text encoder the totals: in a CLIP its layers have other names than in its file, so that
+    rules that name some decide about others.
+
+    Raises:
+        NothingToShow: there are such rules.
+    """
+    if inputs.get("keep") or inputs.get("recipe"):
+        raise NothingToShow("the rules name layers of the CLIP")
+    return {**answer, "plan": {**answer["plan"], "layers": [], "rules": []}}
+
+
+def _target(inputs: dict, mark: str) -> dict:
+    """Where a node that takes a file writes."""
+    name = str(inputs.get("filename") or "").strip()
+    return _planned(name or host.automatic_name(inputs["file"], mark), inputs)
+
+
+def _planned(name: str, inputs: dict) -> dict:
+    return {**host.planned(name), "overwrite": bool(inputs.get("overwrite"))}
+
+
+def _saving(prompt: Mapping[str, dict], node_id: str, node: dict) -> dict:
+    """Where Save comfy_quant writes: a name of its own comes from the node that quantizes."""
+    inputs = node["inputs"]
+    name = str(inputs.get("filename") or "").strip()
+    if name:
+        return {"target": _planned(name, inputs)}
+    maker = _quantizer(prompt, node_id)
+    path = host.model_path(*_source(prompt, maker))
+    with open_checkpoint(path) as source:
+        plan = plan_source(source, _recipe(prompt, _node(prompt, maker)["inputs"], path))
+    formats = Counter(layer.format for layer in plan.layers if layer.format)
+    return {"target": _planned(name_for(PurePath(source.name).stem, formats), inputs)}
+
+
+def _quantizer(prompt: Mapping[str, dict], node_id: str) -> str:
+    """The node before this one that quantizes its model."""
+    for _ in range(DEPTH):
+        link = _node(prompt, node_id)["inputs"].get("model")
+        if not _is_link(link):
+            break
+        node_id = str(link[0])
+        if "format" in _node(prompt, node_id)["inputs"]:
+            return node_id
+    raise NothingToShow("no node before this one quantizes")
 
 
 def _node(prompt: Mapping[str, dict], node_id: str) -> dict:
@@ -100,10 +174,12 @@ def _node(prompt: Mapping[str, dict], node_id: str) -> dict:
 
 def _source(prompt: Mapping[str, dict], node_id: str) -> tuple[str, str]:
     """(folder, name) of the file that a node is given, through nodes that hand a model on."""
-    for _ in range(DEPTH):
+    for depth in range(DEPTH):
         node = _node(prompt, node_id)
         inputs = node["inputs"]
         if node.get("class_type") in LOADERS:
+            if depth and any(inputs.get(name, NONE) != NONE for name in MORE_FILES):
+                raise NothingToShow("it comes from more than one file")
             folder, name = LOADERS[node["class_type"]]
             return folder, str(inputs.get(name, ""))
         if isinstance(inputs.get("file"), str):
@@ -124,22 +200,22 @@ def _recipe(prompt: Mapping[str, dict], inputs: dict, path: Path) -> Recipe:
     return recipe_from(choose=advised_for(lambda: open_checkpoint(path)), **wish)
 
 
-def _advice(prompt: Mapping[str, dict], inputs: dict) -> dict:
+def _advised(prompt: Mapping[str, dict], inputs: dict) -> io.NodeOutput:
+    """What Format Advisor gives, which reads headers only."""
     wish = {name: inputs[name] for name in ADVICE_INPUTS if isinstance(inputs.get(name), str)}
     if _is_link(inputs.get("recipe")):
         wish["recipe"] = _draft(prompt, str(inputs["recipe"][0]), DEPTH)
-    (advice,) = FewBitsFormatAdvisor.execute(**wish).ui["fewbits_advice"]
-    return advice
+    return FewBitsFormatAdvisor.execute(**wish)
 
 
-def _goal(node: dict, path: Path) -> dict | None:
-    """What a file is fitted to, in words and bytes; None for other nodes, and where a link says it.
+def _goal(inputs: dict, path: Path) -> dict | None:
+    """What a file is fitted to, in words and bytes; None where a link says it.
 
     Raises:
         RecipeError: not a size, or not an error.
     """
-    wish = {name: node["inputs"][name] for name in GOAL_INPUTS if name in node["inputs"]}
-    if node.get("class_type") != FewBitsFitToSize.__name__ or any(map(_is_link, wish.values())):
+    wish = {name: inputs[name] for name in GOAL_INPUTS if name in inputs}
+    if any(map(_is_link, wish.values())):
         return None
     with open_checkpoint(path) as source:
         whole = sum(spec.nbytes for spec in source.header.tensors.values())
@@ -148,8 +224,10 @@ def _goal(node: dict, path: Path) -> dict | None:
 
 
 def _draft(prompt: Mapping[str, dict], node_id: str, depth: int) -> Draft:
-    """The recipe of a chain of Layer Rules, whose inputs are all values."""
+    """The recipe of a chain of Layer Rules, whose inputs are all values, or of Format Advisor."""
     node = _node(prompt, node_id)
+    if node.get("class_type") == FewBitsFormatAdvisor.__name__ and depth:
+        return _advised(prompt, node["inputs"]).args[1]
     if node.get("class_type") != "FewBitsLayerRules" or not depth:
         raise NothingToShow("the recipe comes from a node that has to run first")
     inputs = dict(node["inputs"])

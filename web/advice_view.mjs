@@ -1,8 +1,8 @@
 // Which format suits a model and a GPU: the advisor's list, the best first.
 
-import { el } from "./dom.mjs?v=d0c3d4cb";
-import { bytes, familyOf } from "./text.mjs?v=d0c3d4cb";
-import { say, translated } from "./words.mjs?v=d0c3d4cb";
+import { el } from "./dom.mjs?v=a4645f6b";
+import { bytes, familyOf } from "./text.mjs?v=a4645f6b";
+import { say, translated } from "./words.mjs?v=a4645f6b";
 
 export function adviceResult(advice) {
   const [best] = advice.formats ?? [];

@@ -1,10 +1,10 @@
 // How far the pictures of other models are from those of the first, and which layers may be to blame.
 
-import { el } from "./dom.mjs?v=d0c3d4cb";
-import { noteList } from "./plan_table.mjs?v=d0c3d4cb";
-import { worstLayers } from "./report_view.mjs?v=d0c3d4cb";
-import { bytes, duration } from "./text.mjs?v=d0c3d4cb";
-import { say, translated } from "./words.mjs?v=d0c3d4cb";
+import { el } from "./dom.mjs?v=a4645f6b";
+import { noteList } from "./plan_table.mjs?v=a4645f6b";
+import { worstLayers } from "./report_view.mjs?v=a4645f6b";
+import { bytes, duration } from "./text.mjs?v=a4645f6b";
+import { say, translated } from "./words.mjs?v=a4645f6b";
 
 const WORST = 5;
 

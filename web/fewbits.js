@@ -3,17 +3,17 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { adviceResult } from "./advice_view.mjs?v=d0c3d4cb";
-import { comparisonResult } from "./comparison_view.mjs?v=d0c3d4cb";
-import { fitResult } from "./fit_view.mjs?v=d0c3d4cb";
-import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=d0c3d4cb";
-import { growAlone } from "./growth.mjs?v=d0c3d4cb";
-import { isPrimary } from "./layer_list.mjs?v=d0c3d4cb";
-import { Panel } from "./panel.mjs?v=d0c3d4cb";
-import { qualityResult } from "./quality_view.mjs?v=d0c3d4cb";
-import { earlierOutput, settingsOf } from "./results.mjs?v=d0c3d4cb";
-import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=d0c3d4cb";
-import { say, useLanguage } from "./words.mjs?v=d0c3d4cb";
+import { adviceResult } from "./advice_view.mjs?v=a4645f6b";
+import { comparisonResult } from "./comparison_view.mjs?v=a4645f6b";
+import { fitResult } from "./fit_view.mjs?v=a4645f6b";
+import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=a4645f6b";
+import { growAlone } from "./growth.mjs?v=a4645f6b";
+import { isPrimary } from "./layer_list.mjs?v=a4645f6b";
+import { Panel } from "./panel.mjs?v=a4645f6b";
+import { qualityResult } from "./quality_view.mjs?v=a4645f6b";
+import { earlierOutput, settingsOf } from "./results.mjs?v=a4645f6b";
+import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=a4645f6b";
+import { say, useLanguage } from "./words.mjs?v=a4645f6b";
 
 // what the panel of a node says before and during a run, and how high it is
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };

@@ -1,9 +1,9 @@
 // What is in a file: layers per format, tensors per type, and problems.
 
-import { el } from "./dom.mjs?v=d0c3d4cb";
-import { noteList } from "./plan_table.mjs?v=d0c3d4cb";
-import { bytes } from "./text.mjs?v=d0c3d4cb";
-import { say, translatedError } from "./words.mjs?v=d0c3d4cb";
+import { el } from "./dom.mjs?v=a4645f6b";
+import { noteList } from "./plan_table.mjs?v=a4645f6b";
+import { bytes } from "./text.mjs?v=a4645f6b";
+import { say, translatedError } from "./words.mjs?v=a4645f6b";
 
 /** One file that was looked into; with several files, under its name. */
 export function fileView(file, named) {

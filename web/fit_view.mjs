@@ -1,10 +1,10 @@
 // What Fit to Size chose: how that meets what was asked for, and the layers that it cost most.
 
-import { el } from "./dom.mjs?v=d0c3d4cb";
-import { planTable, warningList } from "./plan_table.mjs?v=d0c3d4cb";
-import { worstLayers } from "./report_view.mjs?v=d0c3d4cb";
-import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=d0c3d4cb";
-import { say, translated } from "./words.mjs?v=d0c3d4cb";
+import { el } from "./dom.mjs?v=a4645f6b";
+import { planTable, warningList } from "./plan_table.mjs?v=a4645f6b";
+import { worstLayers } from "./report_view.mjs?v=a4645f6b";
+import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=a4645f6b";
+import { say, translated } from "./words.mjs?v=a4645f6b";
 
 const WORST = 5;
 

@@ -1,10 +1,10 @@
 // Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
 
-import { el, layerName } from "./dom.mjs?v=d0c3d4cb";
-import { errorOf } from "./report_view.mjs?v=d0c3d4cb";
-import { outliersOf } from "./outliers.mjs?v=d0c3d4cb";
-import { bytes } from "./text.mjs?v=d0c3d4cb";
-import { say, translated } from "./words.mjs?v=d0c3d4cb";
+import { el, layerName } from "./dom.mjs?v=a4645f6b";
+import { errorOf } from "./report_view.mjs?v=a4645f6b";
+import { outliersOf } from "./outliers.mjs?v=a4645f6b";
+import { bytes } from "./text.mjs?v=a4645f6b";
+import { say, translated } from "./words.mjs?v=a4645f6b";
 
 // how layers may be ordered: by name of the choice, what is compared; the first is the order of the file
 const ORDERS = {

@@ -1,15 +1,15 @@
 // The panel under a node of FewBits. It draws the JSON it is sent and knows no format by name.
 
-import { adviceResult } from "./advice_view.mjs?v=d0c3d4cb";
-import { el } from "./dom.mjs?v=d0c3d4cb";
-import { fileView } from "./file_view.mjs?v=d0c3d4cb";
-import { LayerList } from "./layer_list.mjs?v=d0c3d4cb";
-import { noteList, planTable, warningList } from "./plan_table.mjs?v=d0c3d4cb";
-import { meaningOf, worstLayers } from "./report_view.mjs?v=d0c3d4cb";
-import { sizesView, targetView } from "./preview_view.mjs?v=d0c3d4cb";
-import { recipeText, savedFile } from "./saved_file.mjs?v=d0c3d4cb";
-import { bytes, change, duration, familyOf, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=d0c3d4cb";
-import { say, translated, translatedError } from "./words.mjs?v=d0c3d4cb";
+import { adviceResult } from "./advice_view.mjs?v=a4645f6b";
+import { el } from "./dom.mjs?v=a4645f6b";
+import { fileView } from "./file_view.mjs?v=a4645f6b";
+import { LayerList } from "./layer_list.mjs?v=a4645f6b";
+import { noteList, planTable, warningList } from "./plan_table.mjs?v=a4645f6b";
+import { meaningOf, worstLayers } from "./report_view.mjs?v=a4645f6b";
+import { sizesView, targetView } from "./preview_view.mjs?v=a4645f6b";
+import { recipeText, savedFile } from "./saved_file.mjs?v=a4645f6b";
+import { bytes, change, duration, familyOf, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=a4645f6b";
+import { say, translated, translatedError } from "./words.mjs?v=a4645f6b";
 
 /**
  * `element` is what the node shows. Its `data-phase` goes idle -> planned -> running -> done; a run that ends early
@@ -102,8 +102,8 @@ export class Panel {
   }
 
   /**
-   * What a run would do, from headers: `{plan, sizes, target}`, `{inspection}` with what is `asked` of the file,
-   * `{advice}`, or `{error}`.
+   * What a run would do, from headers: `{plan, sizes, target}`, `{inspection}`, of one file or more, with what is `asked`
+   * of it, `{advice}`, `{target}` alone, or `{error}`.
    */
   showPreview({ plan, sizes, target, inspection, asked, advice, error }) {
     if (advice) {
@@ -111,7 +111,8 @@ export class Panel {
       this.#drawBar(0);
       this.#enter("preview", say("From the file's header"));
     } else if (inspection) {
-      this.showInspection([inspection]);
+      this.showInspection([inspection].flat());
+      if (target) this.#overview.prepend(targetView(target));
       this.#drawBar(0);
       this.#enter("preview", asked ? askedFor(asked) : say("From the file's header"));
     } else if (plan) {
@@ -119,6 +120,10 @@ export class Panel {
       this.#error.show("–", say("Weight error (rel_l2)"));
       this.#drawBar(0);
       this.#enter("preview", say("Before running, from the file's header"));
+    } else if (target) {
+      this.reset();
+      this.#overview.replaceChildren(targetView(target));
+      this.#enter("preview", this.#idle);
     } else {
       this.reset();
       if (error) this.#overview.prepend(noteList(say("Warnings"), [translatedError(error)]));

@@ -1,16 +1,24 @@
 // Before a run: where the file would go, and how large it would be in every format.
 
-import { el } from "./dom.mjs?v=d0c3d4cb";
-import { noteList } from "./plan_table.mjs?v=d0c3d4cb";
-import { bytes } from "./text.mjs?v=d0c3d4cb";
-import { say } from "./words.mjs?v=d0c3d4cb";
+import { el } from "./dom.mjs?v=a4645f6b";
+import { noteList } from "./plan_table.mjs?v=a4645f6b";
+import { bytes } from "./text.mjs?v=a4645f6b";
+import { say } from "./words.mjs?v=a4645f6b";
 
 /** The path that the file would get, and a warning where one lies there already; null without a target. */
 export function targetView(target) {
   if (!target) return null;
   const path = el("div", { class: "fewbits-path" }, el("code", {}, target.path));
-  const taken = target.exists ? noteList(say("Warnings"), [say("This file exists: change the name or allow overwriting")]) : null;
-  return el("div", { class: "fewbits-saved" }, el("div", { class: "fewbits-label" }, say("Will be written to")), path, taken);
+  const replaces = target.exists && target.overwrite;
+  const taken = target.exists && !target.overwrite;
+  const what = replaces ? say("Will replace") : say("Will be written to");
+  return el(
+    "div",
+    { class: "fewbits-saved" },
+    el("div", { class: "fewbits-label" }, what),
+    path,
+    taken ? noteList(say("Warnings"), [say("This file exists: change the name or allow overwriting")]) : null,
+  );
 }
 
 /** Sizes of all formats, the smallest first, behind a disclosure; null when there are none. */

@@ -1,9 +1,9 @@
 // The pictures of a report are images of the graph; the panel says in words what they show.
 
-import { planTable, warningList } from "./plan_table.mjs?v=d0c3d4cb";
-import { meaningOf, worstLayers } from "./report_view.mjs?v=d0c3d4cb";
-import { bytes, change, familyOf, relL2 } from "./text.mjs?v=d0c3d4cb";
-import { say } from "./words.mjs?v=d0c3d4cb";
+import { planTable, warningList } from "./plan_table.mjs?v=a4645f6b";
+import { meaningOf, worstLayers } from "./report_view.mjs?v=a4645f6b";
+import { bytes, change, familyOf, relL2 } from "./text.mjs?v=a4645f6b";
+import { say } from "./words.mjs?v=a4645f6b";
 
 export function qualityResult(report) {
   const { bytes_before: before, bytes_after: after } = report;

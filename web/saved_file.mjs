@@ -1,7 +1,7 @@
 // Where a file went, in words that find it again.
 
-import { el } from "./dom.mjs?v=d0c3d4cb";
-import { say } from "./words.mjs?v=d0c3d4cb";
+import { el } from "./dom.mjs?v=a4645f6b";
+import { say } from "./words.mjs?v=a4645f6b";
 
 const COPIED_MS = 1500;
 

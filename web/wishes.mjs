@@ -1,6 +1,6 @@
 // What shall become of one layer, written where the graph keeps it: the node's own `keep`, or Layer Rules before it.
 
-import { widgetOf } from "./fitting.mjs?v=d0c3d4cb";
+import { widgetOf } from "./fitting.mjs?v=a4645f6b";
 
 export const KEEP = "keep";
 const RULES = "FewBitsLayerRules";

@@ -1,7 +1,7 @@
 // Texts in the language of ComfyUI's page. English is the key; a text without a translation stays English.
 
-import { MESSAGES, TEXTS } from "./zh.mjs?v=d0c3d4cb";
-import { ERRORS } from "./zh_errors.mjs?v=d0c3d4cb";
+import { MESSAGES, TEXTS } from "./zh.mjs?v=a4645f6b";
+import { ERRORS } from "./zh_errors.mjs?v=a4645f6b";
 
 let language = () => "en";
 

@@ -23,6 +23,7 @@ export const TEXTS = {
   "Size in every format": "各格式的大小",
   "This file exists: change the name or allow overwriting": "该文件已存在：请更改名称或允许覆盖",
   "Will be written to": "将写入",
+  "Will replace": "将替换",
   "In the file's order": "按文件顺序",
   "Largest error first": "误差从大到小",
   "Largest size first": "大小从大到小",

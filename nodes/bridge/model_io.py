@@ -349,6 +349,11 @@ def automatic_name(patcher: ModelPatcher) -> str:
             _marker(name.removesuffix(MARKER), source.read(name))["format"] for name in markers
         )
         stem = PurePath(source.name).stem if source.name != NAMELESS else "model"
+    return name_for(stem, formats)
+
+
+def name_for(stem: str, formats: Counter[str]) -> str:
+    """`automatic_name` for a file's stem, and how many layers have which format."""
     folder = host.output_folder("diffusion_models")
     if not formats:
         return f"{folder}/{stem}_saved"

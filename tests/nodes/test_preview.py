@@ -3,7 +3,7 @@
 import pytest
 from safetensors.torch import save_file
 
-from support.helpers import flux_shapes, random_tensors
+from support.helpers import clip_shapes, flux_shapes, random_tensors
 
 
 @pytest.fixture
@@ -56,9 +56,14 @@ def test_a_file_node_also_says_where_its_file_goes(flux, tmp_path):
     wish = {"file": "diffusion_models/flux.safetensors", "format": "nvfp4"}
     answer = preview({"3": node("FewBitsQuantizeFile", **wish)})
     path = "output/diffusion_models/flux_nvfp4.safetensors"
-    assert answer["target"] == {"path": path, "exists": False}
+    assert answer["target"] == {"path": path, "exists": False, "overwrite": False}
     (tmp_path / path).touch()
-    assert preview({"3": node("FewBitsQuantizeFile", **wish)})["target"]["exists"]
+    answer = preview({"3": node("FewBitsQuantizeFile", **wish, overwrite=True)})
+    assert answer["target"] == {"path": path, "exists": True, "overwrite": True}
+    converts = node("FewBitsConvertFP8Scaled", file="diffusion_models/flux.safetensors")
+    path = "output/diffusion_models/flux_comfy_quant.safetensors"
+    answer = preview({"3": converts})
+    assert answer["target"]["path"] == path and answer["inspection"]["family"] == "Flux.1"
 
 
 def test_a_file_that_is_quantized_already_is_planned_as_the_node_would_run_it(flux):
@@ -132,7 +137,69 @@ def test_a_loader_shows_what_is_inside(flux):
 def test_a_node_that_saves_does_not_show_the_original_for_its_result(flux):
     prompt = graph()
     prompt["4"] = node("FewBitsSaveComfyQuant", model=["3", 0], filename="")
+    assert list(preview(prompt, "4")) == ["target"]
+
+
+@pytest.mark.parametrize("rules", [(), ("single_blocks.*", "float8_e4m3fn")], ids=["one", "two"])
+def test_a_saved_file_gets_the_name_that_is_shown_before(flux, comfy, quantize, rules):
+    from fewbits.nodes.bridge.model_io import automatic_name
+    from fewbits.quant_ops.planning.recipe import Rule, Wish
+
+    prompt = graph()
+    prompt["4"] = node("FewBitsSaveComfyQuant", model=["3", 0], overwrite=True)
+    if rules:
+        prompt["5"] = node("FewBitsLayerRules", pattern=rules[0], format=rules[1])
+        prompt["3"]["inputs"]["recipe"] = ["5", 0]
+    shown = preview(prompt, "4")["target"]
+    made = (Rule(rules[0], Wish(rules[1])),) if rules else ()
+    model = comfy.sd.load_diffusion_model(str(flux))
+    quantized, _ = quantize(model, "bnb_nf4", rules=made)
+    assert shown["path"] == f"output/{automatic_name(quantized)}.safetensors"
+    prompt["4"]["inputs"]["filename"] = "a/b"
+    assert preview(prompt, "4")["target"]["path"] == "output/a/b.safetensors"
+
+
+def test_a_model_that_no_node_quantized_has_no_name_yet(flux):
+    prompt = {"1": node("UNETLoader", unet_name="flux.safetensors")}
+    prompt["4"] = node("FewBitsSaveComfyQuant", model=["1", 0], filename="")
     assert preview(prompt, "4") == {}
+
+
+def test_the_advisors_recipe_is_planned_before_it_runs(flux):
+    file = "diffusion_models/flux.safetensors"
+    prompt = {
+        "1": node("FewBitsFormatAdvisor", file=file, gpu="RTX 4090 24GB"),
+        "3": node("FewBitsQuantizeFile", file=file, format="nvfp4", recipe=["1", 1]),
+    }
+    best = preview(prompt, "1")["advice"]["best"]
+    formats = {row["format"] for row in preview(prompt)["plan"]["layers"] if row["format"]}
+    assert formats == {best.partition(":")[0]}
+
+
+@pytest.fixture
+def encoders(host, tmp_path):
+    for name in ("a", "b"):
+        path = tmp_path / "models" / "text_encoders" / f"{name}.safetensors"
+        save_file(random_tensors(clip_shapes()), path)
+    return path
+
+
+def test_text_encoders_show_what_is_inside_and_how_large_they_get(encoders):
+    loader = node("FewBitsLoadTextEncoder", file="a.safetensors", file2="none", type="flux")
+    prompt = {"1": loader, "3": node("FewBitsQuantizeTextEncoder", clip=["1", 0], format="bnb_nf4")}
+    assert preview(prompt, "1")["inspection"]["name"] == "a.safetensors"
+    answer = preview(prompt)
+    assert (
+        answer["plan"]["bytes_after"] == answer["sizes"]["bnb_nf4"] < answer["plan"]["bytes_before"]
+    )
+    assert answer["plan"]["layers"] == []  # a CLIP has other names for them
+    prompt["3"]["inputs"]["keep"] = "text_model.*"
+    assert preview(prompt) == {}
+    prompt["3"]["inputs"]["keep"], loader["inputs"]["file2"] = "", "b.safetensors"
+    assert [found["name"] for found in preview(prompt, "1")["inspection"]] == [
+        "a.safetensors", "b.safetensors"
+    ]  # fmt: skip
+    assert preview(prompt) == {}
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,18 @@ def test_the_plan_is_shown_before_a_run_and_again_when_a_setting_changes(page, p
     assert "is not a regular expression" in panel.locator(".fewbits-notes").inner_text()
 
 
+def test_a_file_that_may_be_replaced_is_no_warning_and_a_name_needs_no_plan(page, panel):
+    path = "output/diffusion_models/a_int8.safetensors"
+    target = {"path": path, "exists": True, "overwrite": True}
+    answer(page, "/fewbits/plan", {"target": target})
+    set_prompt(page, PROMPT)
+    send(page, "graphChanged", {})
+    wait_for(page, "dataset.phase === 'preview'")
+    assert panel.locator(".fewbits-saved").inner_text().split("\n") == ["Will replace", path]
+    assert panel.locator(".fewbits-notes").count() == 0
+    assert line(panel) == "Run the workflow to see the plan"
+
+
 def test_a_preview_gives_way_to_the_run(page, panel):
     answer(page, "/fewbits/plan", {"plan": PLAN, "sizes": {}})
     set_prompt(page, PROMPT)
