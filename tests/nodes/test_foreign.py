@@ -287,6 +287,26 @@ def test_a_foreign_model_saves_as_our_own_file(load, save, sample, comfy, tensor
     assert torch.equal(sample(comfy.sd.load_diffusion_model(str(path))), sample(model))
 
 
+def test_names_that_detection_changes_are_changed_in_what_is_loaded(comfy):
+    """As Kandinsky 6 of ComfyUI 0.38 does it with diffusers' names."""
+    from fewbits.nodes.bridge.seams.detection import _with_logical_shapes
+
+    packed, marker = dialects.native("nvfp4", torch.randn(32, 64))
+    state = dialects.under("old.a", packed, marker) | {"b.weight": torch.ones(2, 2)}
+    given = dict(state)
+
+    def detect(seen, prefix):
+        for name in [name for name in seen if name.startswith("old.")]:
+            seen[f"new.{name[4:]}"] = seen.pop(name)
+        seen["c"] = seen.pop("b.weight")
+        return tuple(seen["new.a.weight"].shape)
+
+    assert _with_logical_shapes(detect, state, "") == (32, 64)
+    assert set(state) == {f"new.{name[4:]}" for name in given if name[0] == "o"} | {"c"}
+    for name, tensor in state.items():
+        assert tensor is given["b.weight" if name == "c" else f"old.{name[4:]}"]
+
+
 # ---- scaled FP8: what ComfyUI's own conversion reads, and what is said of it ----
 
 DIFFUSION = "model.diffusion_model."

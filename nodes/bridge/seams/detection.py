@@ -10,7 +10,7 @@ Without it: a file whose first or last projection is packed is not recognised, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
 import comfy.model_detection
 import torch
@@ -58,14 +58,30 @@ def logical_weights(state_dict: Mapping) -> dict[str, torch.Tensor]:
     return stand_ins
 
 
-class LogicalShapes(Mapping):
-    """A state dict to look at, some of its weights replaced by stand-ins."""
+class LogicalShapes(MutableMapping):
+    """A state dict to look at, some of its weights replaced by stand-ins. What is renamed in it is
+    renamed in the state dict: the names of Kandinsky 6 are, while it is recognised.
+    """
 
-    def __init__(self, state_dict: Mapping, stand_ins: dict[str, torch.Tensor]):
+    def __init__(self, state_dict: MutableMapping, stand_ins: dict[str, torch.Tensor]):
         self._state_dict, self._stand_ins = state_dict, stand_ins
+        # by the identity of a stand-in: itself and what it stands for, until that is put back
+        self._taken: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self._stand_ins[key] if key in self._stand_ins else self._state_dict[key]
+
+    def __setitem__(self, key: str, tensor: torch.Tensor) -> None:
+        if id(tensor) in self._taken:
+            self._stand_ins[key] = tensor
+            _, tensor = self._taken.pop(id(tensor))
+        self._state_dict[key] = tensor
+
+    def __delitem__(self, key: str) -> None:
+        stored = self._state_dict.pop(key)
+        stand_in = self._stand_ins.pop(key, None)
+        if stand_in is not None:
+            self._taken[id(stand_in)] = (stand_in, stored)
 
     def __contains__(self, key: object) -> bool:
         return key in self._state_dict
