@@ -8,7 +8,7 @@ absmax).
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,6 +23,7 @@ from .grids import (
     deviation,
     encode,
     end_codes,
+    measured_codes,
     tile_errors,
     why_not_codes,
 )
@@ -227,6 +228,7 @@ def _levels(
         normalise_=normalise_,
         round_=lambda x: fast_codes(x, round_),
         widen=lambda codes: look_up(codes, values),
+        values=lambda rounded, codes, out: look_up(codes, values),
         dither_=lambda x, offset: dither_between_(x, offset, values),
         clear_zero_blocks=clear_zero_blocks,
         kernel=kernel,
@@ -370,8 +372,17 @@ class FlatGrid(Grid):
                 runs, self._runs(codes), self._scales(scale, runs), strict=True
             )
         ]
-        errors, signals, products, largest = zip(*found, strict=True)
-        return Deviation(sum(errors), sum(signals), sum(products), max(largest))
+        return _together(found)
+
+    def measured(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Deviation]:
+        if weight.device.type != "cpu":
+            return super().measured(weight)
+        scale, runs = self.scale(weight), self._runs(weight)
+        pairs = zip(runs, self._scales(scale, runs), strict=True)
+        codes, found = zip(
+            *(measured_codes(run, part, self.levels, ROWS) for run, part in pairs), strict=True
+        )
+        return _joined(codes).view(weight.shape), scale, _together(found)
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """(N, K) float32: table[code] * scale[flat index // group_size], the product rounded."""
@@ -417,7 +428,13 @@ class FlatGrid(Grid):
         return LevelColumns(self.levels, scale[group])
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+def _together(found: Iterable[Deviation]) -> Deviation:
+    """The Deviation of a weight from those of its parts."""
+    errors, signals, products, largest = zip(*found, strict=True)
+    return Deviation(sum(errors), sum(signals), sum(products), max(largest))
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0].view(-1) if len(parts) == 1 else torch.cat([part.view(-1) for part in parts])
 
 

@@ -13,14 +13,17 @@ import torch
 from .columns import Columns, LevelColumns
 from .dispatch import op
 from .levels import Levels, code_values
+from .memory import empty
 from .scales import CHUNK_ELEMENTS, TINY, Geometry, chunk_rows, scale_from_absmax
 from .triton import why_not_codes_of, why_not_double
 
+MEASURED_ELEMENTS = 1 << 18  # per chunk of weights that are measured too: 3 MB of float32
 
-def _row_chunks(geometry: Geometry, weight: torch.Tensor) -> int:
+
+def _row_chunks(geometry: Geometry, weight: torch.Tensor, elements: int = CHUNK_ELEMENTS) -> int:
     """Rows per chunk: a whole number of tiles."""
     step = geometry.rows or 1
-    return max(chunk_rows(CHUNK_ELEMENTS, weight.shape[1], weight.device) // step, 1) * step
+    return max(chunk_rows(elements, weight.shape[1], weight.device) // step, 1) * step
 
 
 def _spread(scale: torch.Tensor, geometry: Geometry, start: int, stop: int) -> torch.Tensor:
@@ -68,6 +71,43 @@ def nearest_codes(
             levels.dither_(x, torch.rand(x.shape, generator=generator, device=x.device).sub_(0.5))
         codes[start:stop].copy_(levels.round_(x))
     return codes
+
+
+def measured_codes(
+    weight: torch.Tensor, multiplier: torch.Tensor, levels: Levels, geometry: Geometry
+) -> tuple[torch.Tensor, Deviation]:
+    """What `ScaledGrid.encode` and `deviation` give, each chunk measured while a CPU's cache holds
+    it.
+
+    Args:
+        weight: (N, K) float tensor of a CPU, finite.
+        multiplier: `geometry.grid_shape` float32; 0 where a tile decodes to zeros.
+    """
+    n, k = weight.shape
+    codes = empty((n, k), levels.dtype, weight.device)
+    zero = multiplier == 0
+    scale = torch.where(zero, 1.0, multiplier)
+    unit = multiplier * levels.unit  # a power of two: exact
+    rows = _row_chunks(geometry, weight, MEASURED_ELEMENTS)
+    scratch = torch.empty((3, min(rows, n), k), dtype=torch.float32)
+    parts = torch.zeros((-(-n // rows), 5), dtype=torch.float32)
+    for start, sums in zip(range(0, n, rows), parts, strict=True):
+        stop = min(start + rows, n)
+        w, x, out = scratch[:, : stop - start]
+        w.copy_(weight[start:stop])
+        levels.normalise_(
+            geometry.tiles(w), _spread(scale, geometry, start, stop), geometry.tiles(x)
+        )
+        rounded = levels.round_(x)
+        part = codes[start:stop].copy_(rounded)
+        values = levels.values(rounded, part, out)
+        geometry.tiles(values).mul_(_spread(unit, geometry, start, stop))
+        deviate_(values.view(-1).sub_(w.view(-1)), w.view(-1), sums)
+    if levels.clear_zero_blocks:
+        _clear_zero_blocks_(codes, weight, scale, geometry)
+    if zero.any():
+        _blank_(codes, zero, geometry)
+    return codes, gathered(parts)
 
 
 def why_not_codes(weight: torch.Tensor, levels: Levels) -> str | None:
@@ -307,6 +347,11 @@ class Grid(Protocol):
     def deviation(self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale) -> Deviation:
         """How far stored codes are from the weight."""
 
+    def measured(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scale, Deviation]:
+        """(codes, scale) of `nearest`, and their `deviation`."""
+        codes, scale = self.nearest(weight)
+        return codes, scale, self.deviation(weight, codes, scale)
+
     def decode(self, codes: torch.Tensor, scale: Scale) -> torch.Tensor:
         """(N, K) float32 value of each code."""
 
@@ -373,6 +418,13 @@ class ScaledGrid(Grid):
 
     def deviation(self, weight: torch.Tensor, codes: torch.Tensor, scale: Scale) -> Deviation:
         return deviation(weight, codes, self.multiplier(scale), self.levels, self.geometry)
+
+    def measured(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scale, Deviation]:
+        if weight.device.type != "cpu":
+            return super().measured(weight)
+        scale = self.scale(weight)
+        codes, found = measured_codes(weight, self.multiplier(scale), self.levels, self.geometry)
+        return codes, scale, found
 
     def decode(self, codes: torch.Tensor, scale: Scale) -> torch.Tensor:
         """(N, K) float32: value(code) * multiplier, the product rounded."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 
 from .dispatch import op
+from .memory import empty
 from .scales import CHUNK_ELEMENTS, chunk_rows
 from .triton import why_not_triton
 
@@ -39,7 +40,7 @@ def pack_nibbles(codes: torch.Tensor, high_first: bool) -> torch.Tensor:
 def packed_nibbles(codes: torch.Tensor, high_first: bool) -> torch.Tensor:
     """What `pack_nibbles` returns."""
     n, k = codes.shape
-    packed = torch.empty((n, k // 2), dtype=torch.uint8, device=codes.device)
+    packed = empty((n, k // 2), torch.uint8, codes.device)
     rows = chunk_rows(CHUNK_ELEMENTS, k, codes.device)
     for start in range(0, n, rows):
         # Both codes of a byte in one int16, the even one in its low half (all supported machines

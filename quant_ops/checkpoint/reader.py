@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ...kernels.memory import pages
 from ..errors import CheckpointError
 from ..files import InputFile, read_text
 from ..sources import TORCH_DTYPES, TensorSource
@@ -98,7 +99,7 @@ class _ReadMemory:
                 reason = str(error)
                 logger.warning("no locked memory, so copies to the GPU take longer: %s", reason)
                 self._locked = 0
-        return mmap.mmap(-1, nbytes)
+        return pages(nbytes)
 
     def close(self) -> None:
         """Give the free blocks back; torch would keep locked ones."""

@@ -80,9 +80,11 @@ class Method(Configurable, ABC):
         return asdict(self.Options())
 
     @abstractmethod
-    def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, Objective | WeightError | None]:
-        """(codes, scale, objective), the first two as the grid defines them; no objective: nothing
-        to compare.
+    def quantize(
+        self, layer: Layer
+    ) -> tuple[torch.Tensor, Scale, Objective | WeightError | Deviation]:
+        """(codes, scale, objective), the first two as the grid defines them; a Deviation, that of
+        these codes: nothing to compare.
         """
 
 
@@ -114,9 +116,9 @@ def choose(method: Method, layer: Layer) -> Choice:
     if not weight.numel():
         return Choice(*grid.nearest(weight), NOTHING)
     codes, scale, objective = method.quantize(layer)
+    if isinstance(objective, Deviation):
+        return Choice(codes, scale, objective)
     deviation = grid.deviation(weight, codes, scale)
-    if objective is None:
-        return Choice(codes, scale, deviation)
     error = deviation.error
     # both as sums over regions: equal codes give equal numbers
     if isinstance(objective, WeightError):

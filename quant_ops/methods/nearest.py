@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.grids import Scale
+from ...kernels.grids import Deviation, Scale
 from .base import Layer, Method, register_method
 
 
@@ -12,8 +12,8 @@ class Nearest(Method):
     name = "nearest"
     in_passes = True
 
-    def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, None]:
-        return *layer.grid.nearest(layer.weight), None
+    def quantize(self, layer: Layer) -> tuple[torch.Tensor, Scale, Deviation]:
+        return layer.grid.measured(layer.weight)
 
 
 register_method(Nearest())

@@ -11,7 +11,8 @@ import torch
 from ...kernels.grids import Deviation
 from ..methods import Inputs
 
-COUNTED = 1 << 24  # codes looked at together: a mask of 16 MB
+COUNTED = 1 << 24  # codes looked at together on a GPU: a mask of 16 MB
+COUNTED_ON_CPU = 1 << 17  # in its cache, with their mask
 DROWNED = 1.0  # x a patch's change: rounding moved the weight more than the patch did
 
 
@@ -139,7 +140,7 @@ def saturated(codes: torch.Tensor, ends: tuple[int, ...]) -> int:
     """
     flat = codes.reshape(-1).view(torch.uint8)
     if flat.device.type == "cpu":
-        parts = (flat[start : start + COUNTED].numpy() for start in range(0, len(flat), COUNTED))
+        parts = (part.numpy() for part in flat.split(COUNTED_ON_CPU))
         return sum(int(np.count_nonzero(part == end)) for part in parts for end in ends)
     counts = [(part == end).sum() for part in flat.split(COUNTED) for end in ends]
     return int(torch.stack(counts).sum()) if counts else 0
