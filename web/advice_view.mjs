@@ -1,8 +1,8 @@
 // Which format suits a model and a GPU: the advisor's list, the best first.
 
-import { el } from "./dom.mjs?v=a4645f6b";
-import { bytes, familyOf } from "./text.mjs?v=a4645f6b";
-import { say, translated } from "./words.mjs?v=a4645f6b";
+import { el } from "./dom.mjs?v=26e8a383";
+import { bytes, familyOf } from "./text.mjs?v=26e8a383";
+import { say, translated } from "./words.mjs?v=26e8a383";
 
 export function adviceResult(advice) {
   const [best] = advice.formats ?? [];

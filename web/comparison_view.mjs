@@ -1,10 +1,10 @@
 // How far the pictures of other models are from those of the first, and which layers may be to blame.
 
-import { el } from "./dom.mjs?v=a4645f6b";
-import { noteList } from "./plan_table.mjs?v=a4645f6b";
-import { worstLayers } from "./report_view.mjs?v=a4645f6b";
-import { bytes, duration } from "./text.mjs?v=a4645f6b";
-import { say, translated } from "./words.mjs?v=a4645f6b";
+import { el } from "./dom.mjs?v=26e8a383";
+import { noteList } from "./plan_table.mjs?v=26e8a383";
+import { worstLayers } from "./report_view.mjs?v=26e8a383";
+import { bytes, duration } from "./text.mjs?v=26e8a383";
+import { say, translated } from "./words.mjs?v=26e8a383";
 
 const WORST = 5;
 

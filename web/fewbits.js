@@ -3,17 +3,17 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { adviceResult } from "./advice_view.mjs?v=a4645f6b";
-import { comparisonResult } from "./comparison_view.mjs?v=a4645f6b";
-import { fitResult } from "./fit_view.mjs?v=a4645f6b";
-import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=a4645f6b";
-import { growAlone } from "./growth.mjs?v=a4645f6b";
-import { isPrimary } from "./layer_list.mjs?v=a4645f6b";
-import { Panel } from "./panel.mjs?v=a4645f6b";
-import { qualityResult } from "./quality_view.mjs?v=a4645f6b";
-import { earlierOutput, settingsOf } from "./results.mjs?v=a4645f6b";
-import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=a4645f6b";
-import { say, useLanguage } from "./words.mjs?v=a4645f6b";
+import { adviceResult } from "./advice_view.mjs?v=26e8a383";
+import { comparisonResult } from "./comparison_view.mjs?v=26e8a383";
+import { fitResult } from "./fit_view.mjs?v=26e8a383";
+import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=26e8a383";
+import { growAlone } from "./growth.mjs?v=26e8a383";
+import { isPrimary } from "./layer_list.mjs?v=26e8a383";
+import { Panel } from "./panel.mjs?v=26e8a383";
+import { qualityResult } from "./quality_view.mjs?v=26e8a383";
+import { earlierOutput, settingsOf } from "./results.mjs?v=26e8a383";
+import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=26e8a383";
+import { say, useLanguage } from "./words.mjs?v=26e8a383";
 
 // what the panel of a node says before and during a run, and how high it is
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };
@@ -210,6 +210,14 @@ function watchSettings(node) {
   }
 }
 
+/** What stands in an empty field, in the language of the page. */
+function speakFields(node) {
+  for (const widget of node.widgets ?? []) {
+    const field = widget.inputEl ?? widget.element;
+    if (field?.placeholder) field.placeholder = say(field.placeholder);
+  }
+}
+
 /** Switch off the inputs that the node's format does not have, now and whenever the format changes. */
 async function keepFitting(node) {
   const format = widgetOf(node, "format");
@@ -399,6 +407,7 @@ if (typeof app.registerExtension === "function") {
       const name = node.comfyClass ?? "";
       if (!OURS.test(name)) return;
       watchSettings(node);
+      speakFields(node);
       const options = PANELS[name] ?? (QUANTIZE_NODES.test(name) ? WORK : null);
       if (!options) return;
       addPanel(node, options);

@@ -1,9 +1,9 @@
 // What is in a file: layers per format, tensors per type, and problems.
 
-import { el } from "./dom.mjs?v=a4645f6b";
-import { noteList } from "./plan_table.mjs?v=a4645f6b";
-import { bytes } from "./text.mjs?v=a4645f6b";
-import { say, translatedError } from "./words.mjs?v=a4645f6b";
+import { el } from "./dom.mjs?v=26e8a383";
+import { noteList } from "./plan_table.mjs?v=26e8a383";
+import { bytes } from "./text.mjs?v=26e8a383";
+import { say, translatedError } from "./words.mjs?v=26e8a383";
 
 /** One file that was looked into; with several files, under its name. */
 export function fileView(file, named) {

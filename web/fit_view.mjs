@@ -1,10 +1,10 @@
 // What Fit to Size chose: how that meets what was asked for, and the layers that it cost most.
 
-import { el } from "./dom.mjs?v=a4645f6b";
-import { planTable, warningList } from "./plan_table.mjs?v=a4645f6b";
-import { worstLayers } from "./report_view.mjs?v=a4645f6b";
-import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=a4645f6b";
-import { say, translated } from "./words.mjs?v=a4645f6b";
+import { el } from "./dom.mjs?v=26e8a383";
+import { planTable, warningList } from "./plan_table.mjs?v=26e8a383";
+import { worstLayers } from "./report_view.mjs?v=26e8a383";
+import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=26e8a383";
+import { say, translated } from "./words.mjs?v=26e8a383";
 
 const WORST = 5;
 

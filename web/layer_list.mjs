@@ -1,10 +1,10 @@
 // Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
 
-import { el, layerName } from "./dom.mjs?v=a4645f6b";
-import { errorOf } from "./report_view.mjs?v=a4645f6b";
-import { outliersOf } from "./outliers.mjs?v=a4645f6b";
-import { bytes } from "./text.mjs?v=a4645f6b";
-import { say, translated } from "./words.mjs?v=a4645f6b";
+import { el, layerName } from "./dom.mjs?v=26e8a383";
+import { errorOf } from "./report_view.mjs?v=26e8a383";
+import { outliersOf } from "./outliers.mjs?v=26e8a383";
+import { bytes } from "./text.mjs?v=26e8a383";
+import { say, translated } from "./words.mjs?v=26e8a383";
 
 // how layers may be ordered: by name of the choice, what is compared; the first is the order of the file
 const ORDERS = {

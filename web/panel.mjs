@@ -1,15 +1,15 @@
 // The panel under a node of FewBits. It draws the JSON it is sent and knows no format by name.
 
-import { adviceResult } from "./advice_view.mjs?v=a4645f6b";
-import { el } from "./dom.mjs?v=a4645f6b";
-import { fileView } from "./file_view.mjs?v=a4645f6b";
-import { LayerList } from "./layer_list.mjs?v=a4645f6b";
-import { noteList, planTable, warningList } from "./plan_table.mjs?v=a4645f6b";
-import { meaningOf, worstLayers } from "./report_view.mjs?v=a4645f6b";
-import { sizesView, targetView } from "./preview_view.mjs?v=a4645f6b";
-import { recipeText, savedFile } from "./saved_file.mjs?v=a4645f6b";
-import { bytes, change, duration, familyOf, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=a4645f6b";
-import { say, translated, translatedError } from "./words.mjs?v=a4645f6b";
+import { adviceResult } from "./advice_view.mjs?v=26e8a383";
+import { el } from "./dom.mjs?v=26e8a383";
+import { fileView } from "./file_view.mjs?v=26e8a383";
+import { LayerList } from "./layer_list.mjs?v=26e8a383";
+import { noteList, planTable, warningList } from "./plan_table.mjs?v=26e8a383";
+import { meaningOf, worstLayers } from "./report_view.mjs?v=26e8a383";
+import { sizesView, targetView } from "./preview_view.mjs?v=26e8a383";
+import { recipeText, savedFile } from "./saved_file.mjs?v=26e8a383";
+import { bytes, change, duration, familyOf, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=26e8a383";
+import { say, translated, translatedError } from "./words.mjs?v=26e8a383";
 
 /**
  * `element` is what the node shows. Its `data-phase` goes idle -> planned -> running -> done; a run that ends early
@@ -154,8 +154,11 @@ export class Panel {
 
   /** `reused`: ComfyUI answered from an earlier run of the same settings. */
   showReport(report, reused = false) {
-    this.#drawPlan(report, worstLayers(report), savedFile(report));
-    this.#error.show(relL2(report.rel_l2), say("Weight error (rel_l2)"));
+    const handedOn = onlyHandsOn(report);
+    const { meaning, patches, ...told } = report;
+    this.#drawPlan(handedOn ? told : report, worstLayers(report), savedFile(report));
+    if (handedOn) this.#error.show("–", say("Nothing is rounded here"));
+    else this.#error.show(relL2(report.rel_l2), say("Weight error (rel_l2)"));
     this.#drawBar(100);
     const values = { time: duration(report.seconds), device: report.device };
     const text = report.device ? say("Done in {time} on {device}", values) : say("Done in {time}", values);
@@ -272,6 +275,11 @@ export class Panel {
     this.#drawLine(line);
     this.#spoken.textContent = phase === "idle" ? "" : line;
   }
+}
+
+/** A node that saves what others quantized gives nothing up, and says nothing of what they did. */
+function onlyHandsOn({ layers = [] }) {
+  return layers.length > 0 && layers.every((layer) => layer.action !== "quantize");
 }
 
 /** `"Asked for: a file of at most 50% (6.80 MB)"`. */

@@ -1,9 +1,9 @@
 // Before a run: where the file would go, and how large it would be in every format.
 
-import { el } from "./dom.mjs?v=a4645f6b";
-import { noteList } from "./plan_table.mjs?v=a4645f6b";
-import { bytes } from "./text.mjs?v=a4645f6b";
-import { say } from "./words.mjs?v=a4645f6b";
+import { el } from "./dom.mjs?v=26e8a383";
+import { noteList } from "./plan_table.mjs?v=26e8a383";
+import { bytes } from "./text.mjs?v=26e8a383";
+import { say } from "./words.mjs?v=26e8a383";
 
 /** The path that the file would get, and a warning where one lies there already; null without a target. */
 export function targetView(target) {

@@ -39,6 +39,20 @@ def test_a_chinese_page_has_a_chinese_panel(page):
     assert "已存在于输出文件夹" in panel.inner_text()
 
 
+def test_empty_fields_speak_chinese_on_a_chinese_page(page):
+    page.evaluate("host.app.extensionManager = { setting: { get: () => 'zh' } }")
+    load(page)
+    page.evaluate(
+        """() => {
+          const element = document.createElement("textarea");
+          element.placeholder = "layers, one pattern a line";
+          addNode(12, host.app.rootGraph, "FewBitsLayerRules", [{ name: "pattern", value: "", element }]);
+        }"""
+    )
+    placeholder = "host.app.rootGraph.getNodeById(12).widgets[0].element.placeholder"
+    assert page.evaluate(placeholder) == "层，每行一个模式"
+
+
 PYTHON = (
     "rule 'img_mlp' matched nothing",
     "rule 'a.*' matches only tensors that cannot be quantized",

@@ -127,6 +127,21 @@ def test_text_from_a_file_is_never_markup(page, panel):
     assert bad in panel.inner_text()
 
 
+def test_a_node_that_saves_does_not_say_that_nothing_was_lost(page, panel):
+    layers = [{**row, "action": "keep"} for row in PLAN["layers"]]
+    saved = {
+        **PLAN,
+        "layers": layers,
+        "rel_l2": 0.0,
+        "meaning": "no weight has changed",
+        "worst": [],
+    }
+    finish(page, saved)
+    assert panel.locator(".fewbits-value").all_inner_texts()[1] == "–"
+    assert "Nothing is rounded here" in panel.inner_text()
+    assert "weight has changed" not in panel.inner_text()
+
+
 def test_an_almost_empty_report_still_draws(page, panel):
     finish(page, {})
     assert phase(panel) == "done"
