@@ -119,7 +119,7 @@ RELATIVES = {"t5xxl": "t5", "umt5": "t5", "zimage_refiner": "zimage", "distillat
 # Encoders whose ComfyUI classes are not built here, and diffusion families that test_every_class.py builds.
 NOT_BUILT = {
     "t5_small", "t5_old", "ace_step_1_5_text", "ace_step_1_5_lm", "t5_gemma", "jina_clip", "bert", "gpt_oss", "qwen35_text", "qwen3_vl_text", "gemma4",
-    "minimax_music", "minimax_music_text", "trellis2", "qwen_image21", "kandinsky6", "yue2", "sensenova", "prism",  # newer than the ComfyUI that the tests pin
+    "minimax_music", "minimax_music_text", "trellis2", "qwen_image21", "kandinsky6", "yue2", "sensenova", "prism", "ming_image_text", "yue2_text",  # newer than the ComfyUI that the tests pin
 }  # fmt: skip
 
 

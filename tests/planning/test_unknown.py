@@ -202,6 +202,16 @@ NEWER = {
         "language_model.model.layers.0.self_attn.q_proj_mot_gen language_model.model.layers.0.self_attn.k_proj "
         "language_model.model.layers.0.mlp.gate_proj",
     ),
+    "ming_image_text": (
+        "thinker.embed_tokens thinker.layers.1.mlp.image_gate.proj thinker.layers.1.mlp.gate.proj linear_proj.0 proj_in "
+        "vision.blocks.0.attn.qkv proj_out proj_directvlm.1",
+        "thinker.layers.0.attention.query_key_value thinker.layers.0.mlp.gate_proj thinker.layers.1.mlp.shared_experts.up_proj "
+        "connector.layers.0.self_attn.q_proj",
+    ),
+    "yue2_text": (
+        "model.embed_tokens model.lm_head",
+        "model.layers.0.self_attn.qkv_proj model.layers.0.mlp.gate_up_proj",
+    ),
     "prism": (
         "video_dit_2.time_projection.1 audio_dit.text_embedding.0 video_dit.time_embedding.0 video_dit.head.head",
         "fusion_blocks.0.a2v_conditioner.inner.q fusion_blocks.0.video_block.self_attn.q video_dit_2.blocks.0.ffn.0",
@@ -228,7 +238,11 @@ def test_a_model_that_only_newer_comfyui_knows_is_planned_with_care(family):
             16,
             16,
         )
-    more = {"latent_pos_embed.pe": (1, 8, 128)} if family == "yue2" else {}
+    beside = {
+        "yue2": {"latent_pos_embed.pe": (1, 8, 128)},
+        "yue2_text": {"yue2_tokenizer_json": (9,)},
+    }
+    more = beside.get(family, {})
     plan = plan_of({**shapes, **more})
     family = family.split()[0]
     assert plan.family == family
