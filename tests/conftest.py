@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from functools import cache
 from pathlib import Path
@@ -49,6 +50,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=[item for item in items if not runs[item]])
     items[:] = [item for item in items if runs[item]]
     items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """Ten thousand tests stay: no collection of garbage needs to look at them."""
+    gc.freeze()
 
 
 def names_of_marks(item: pytest.Item) -> set[str]:

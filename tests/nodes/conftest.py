@@ -1,5 +1,6 @@
 """ComfyUI in this process, on the CPU, with tiny models: what the nodes do, without a server."""
 
+import gc
 import sys
 
 import pytest
@@ -25,6 +26,7 @@ def comfy(comfyui):
     )
     import comfy.sd
 
+    gc.freeze()  # collecting MODELs, which are cycles, then takes half a second less
     import fewbits.nodes.bridge
 
     fewbits.nodes.bridge.register()
