@@ -148,6 +148,7 @@ class RuleUse:
     won: int
 
 
+SUPPORTED_COMFYUI = "0.18.0"  # and newer; pyproject.toml repeats it for the Comfy registry
 NOT_RECOGNISED = ", if ComfyUI knows this model: FewBits does not recognise it"
 
 
@@ -208,7 +209,8 @@ class ModelPlan:
         if not self.min_comfyui:
             label = "loads in stock ComfyUI (nothing is quantized)"
         elif self.requires_pack:
-            label = f"needs FewBits in ComfyUI >= {self.min_comfyui}"
+            least = max(self.min_comfyui, SUPPORTED_COMFYUI, key=version_key)
+            label = f"needs FewBits in ComfyUI >= {least}"
         else:
             label = f"loads in stock ComfyUI >= {self.min_comfyui}"
         return label if self.recognised else label + NOT_RECOGNISED

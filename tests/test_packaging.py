@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fewbits.quant_ops.spec import SUPPORTED_COMFYUI
 from fewbits.quant_ops.version import VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +36,7 @@ def test_the_package_list_is_the_tree():
 
 def test_versions_agree():
     assert f'version = "{VERSION}"' in PYPROJECT
+    assert f'requires-comfyui = ">={SUPPORTED_COMFYUI}"' in PYPROJECT
 
 
 def test_requirements_leave_torch_and_comfy_kitchen_to_comfyui():

@@ -102,7 +102,7 @@ def test_it_is_planned_converted_and_verified(file, model_file):
     assert 0.05 < found.worst()[0].rel_l2 < 0.2
     inspected = inspect_file(file)
     assert set(inspected.formats) == {"toy_rows"} and not inspected.findings
-    assert inspected.loads_in == "needs FewBits in ComfyUI >= 0.8.0"
+    assert inspected.loads_in == "needs FewBits in ComfyUI >= 0.18.0"
 
 
 def test_a_shape_that_it_does_not_take_is_kept_with_its_reason():
