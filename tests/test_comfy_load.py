@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from support.harness.server import start
+
 pytestmark = pytest.mark.slow  # processes that import ComfyUI
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +23,13 @@ def load(folder, name):
     spec.loader.exec_module(module)
     return module
 """
-HOST = "sys.argv = ['x', '--cpu']; sys.path.insert(0, {tree!r})\nimport comfy.options; comfy.options.enable_args_parsing()\nimport comfy.sd\n"
+HOST = """
+import sys
+sys.argv, sys.path[:0] = ["x", "--cpu"], {paths!r}
+import comfy.options
+comfy.options.enable_args_parsing()
+import comfy.sd
+"""
 OURS = {
     "float8_e4m3fn_rowwise",
     "float8_e4m3fn_blockwise",
@@ -49,6 +57,21 @@ def python(code):
         env=os.environ,
         timeout=120,
     )
+
+
+@pytest.fixture(scope="module")
+def hosted(comfyui, tmp_path_factory):
+    """`hosted(code)` -> (status, what it wrote) of a process that has ComfyUI imported; `folder` is the pack."""
+    folder = tmp_path_factory.mktemp("hosts")
+    paths = [str(comfyui), str(ROOT / "tests" / "import_shim")]
+
+    def run(code):
+        program, log = folder / "host.py", folder / "host.log"
+        program.write_text(HOST.format(paths=paths) + code, encoding="utf-8")
+        status = start([str(program)], folder=folder, log=log).wait(120)
+        return status, log.read_text(encoding="utf-8")
+
+    return run
 
 
 def test_without_comfyui_importing_the_folder_does_nothing(copy):
@@ -87,11 +110,11 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def loaded(copy, comfyui):
+def loaded(copy, hosted):
     """What a ComfyUI is like after it loaded the pack, and after a second copy came."""
-    result = python(HOST.format(tree=str(comfyui)) + LOAD_BY_PATH + f"folder = {copy!r}\n" + ASK)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    status, written = hosted(LOAD_BY_PATH + f"folder = {copy!r}\n" + ASK)
+    assert status == 0, written
+    return json.loads(written.splitlines()[-1])
 
 
 def test_under_comfyui_the_import_registers_formats_and_every_seam(loaded):
@@ -109,27 +132,17 @@ def test_two_copies_in_one_process_register_once(loaded):
     assert loaded["status of the second"] == {}
 
 
-def test_a_comfyui_without_comfy_kitchen_gets_a_reason_and_keeps_the_nodes(copy, comfyui):
-    code = (
-        HOST.format(tree=str(comfyui))
-        + "import comfy.quant_ops\ncomfy.quant_ops._CK_AVAILABLE = False\n"
-    )
-    code += (
-        LOAD_BY_PATH
-        + f"load({copy!r}, 'by_path')\nprint(sys.modules['by_path.nodes.bridge'].status()['quantization'])"
-    )
-    result = python(code)
-    assert "reinstall ComfyUI's requirements.txt" in result.stdout, result.stderr
+def test_a_comfyui_without_comfy_kitchen_gets_a_reason_and_keeps_the_nodes(copy, hosted):
+    code = "import comfy.quant_ops\ncomfy.quant_ops._CK_AVAILABLE = False\n" + LOAD_BY_PATH
+    code += f"load({copy!r}, 'by_path')\nprint(sys.modules['by_path.nodes.bridge'].status()['quantization'])"
+    status, written = hosted(code)
+    assert status == 0 and "reinstall ComfyUI's requirements.txt" in written.splitlines()[-1]
 
 
-def test_a_seam_that_breaks_takes_only_itself_away(copy, comfyui):
-    code = HOST.format(tree=str(comfyui)) + "import comfy.ops\ndel comfy.ops.mixed_precision_ops\n"
-    code += (
-        LOAD_BY_PATH
-        + f"load({copy!r}, 'by_path')\nstatus = sys.modules['by_path.nodes.bridge'].status()\nprint(status['layers'], status['formats'])"
-    )
-    result = python(code)
-    assert "AttributeError" in result.stdout and result.stdout.strip().endswith("None"), (
-        result.stderr
-    )
-    assert result.stderr.count("FewBits: seam") == 1
+def test_a_seam_that_breaks_takes_only_itself_away(copy, hosted):
+    code = "import comfy.ops\ndel comfy.ops.mixed_precision_ops\n" + LOAD_BY_PATH
+    code += f"load({copy!r}, 'by_path')\nstatus = sys.modules['by_path.nodes.bridge'].status()\nprint(status['layers'], status['formats'])"
+    status, written = hosted(code)
+    said = written.splitlines()[-1]
+    assert status == 0 and "AttributeError" in said and said.endswith("None"), written
+    assert written.count("FewBits: seam") == 1

@@ -64,6 +64,12 @@ def draw(server, loader, **more):
     return run
 
 
+@pytest.fixture(scope="module")
+def wanted(server, original):
+    """The picture of the checkpoint as it is."""
+    return draw(server, node("CheckpointLoaderSimple", ckpt_name=original.name)).images()[0]
+
+
 def converted(original, folder, model, clip):
     """The command's file: the model by the primary wish, the text encoder by a rule."""
     path = folder / "all_parts_quantized.safetensors"
@@ -78,14 +84,13 @@ def converted(original, folder, model, clip):
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_loaders_open_all_three_parts_and_draw_nearly_the_same(
-    server, original, tmp_path, case
+    server, original, wanted, tmp_path, case
 ):
     model, clip, least = CASES[case]
     path, report = converted(original, tmp_path, model, clip)
     quantized = {name for name in (model, clip) if name}
     assert {layer.format for layer in report.plan.layers if layer.format} == quantized
     server.add_model("checkpoints", path)
-    wanted = draw(server, node("CheckpointLoaderSimple", ckpt_name=original.name)).images()[0]
     (got,) = draw(server, node("CheckpointLoaderSimple", ckpt_name=path.name)).images()
     run = draw(server, node("FewBitsLoadCheckpoint", file=path.name))
     assert run.images()[0].tobytes() == got.tobytes()

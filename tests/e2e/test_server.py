@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 
 from support.harness import EMOJI_NODES, PACK, ComfyServer, warm
-from support.harness.server import start_alone
+from support.harness.server import start
 from support.helpers import flux_shapes, tiny_checkpoint
 
 BIG = flux_shapes(hidden=1024)  # 120 MB: long enough to be killed in
@@ -105,13 +105,12 @@ def test_a_forked_program_runs_as_one_that_starts_alone_but_has_its_libraries(tm
     program = tmp_path / "program.py"
     program.write_text(SAYS_WHAT_IT_IS, encoding="utf-8")
     said = {}
-    for start in (start_alone, warm.start):
+    for forked in (False, True):
         log = tmp_path / "log"
-        about = {"environment": ComfyServer(tmp_path).variables(), "folder": tmp_path, "log": log}
-        process = start([str(program), "--word"], **about)
+        process = start([str(program), "--word"], folder=tmp_path, log=log, forked=forked)
         assert process.wait(120) == 3
-        said[start] = log.read_text(encoding="utf-8").splitlines()
-    *alone, without = said[start_alone]
-    *forked, with_torch = said[warm.start]
+        said[forked] = log.read_text(encoding="utf-8").splitlines()
+    *alone, without = said[False]
+    *forked, with_torch = said[True]
     assert alone == forked and (without, with_torch) == ("False", "True")
     assert alone[0] == "__main__"

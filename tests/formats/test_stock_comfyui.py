@@ -1,8 +1,6 @@
 """Native formats in ComfyUI without the pack: every layer it loads is the one the reference decodes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.spec import version_key
+from support.harness.server import start
 from support.helpers import flux_shapes, tiny_checkpoint
 
 pytestmark = pytest.mark.slow  # a ComfyUI of its own loads ten files
@@ -75,9 +74,10 @@ def opened(comfyui, original, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("written")
     for label, wish in WISHES.items():
         quantize_file(original, folder / f"{label}.safetensors", Recipe(parse_wish(wish)))
-    command = [sys.executable, "-c", LOAD, str(comfyui), str(folder)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder)
-    assert run.returncode == 0, run.stderr[-2000:]
+    program, log = folder / "load.py", folder / "load.log"
+    program.write_text(LOAD, encoding="utf-8")
+    process = start([str(program), str(comfyui), str(folder)], folder=folder, log=log)
+    assert process.wait(600) == 0, log.read_text(encoding="utf-8")[-2000:]
     return folder
 
 

@@ -107,7 +107,7 @@ class ComfyServer:
         self.arguments = list(arguments)
         self.port = port
         self.threads = threads
-        self.forked = forked and warm.POSSIBLE
+        self.forked = forked
         for name in ("models", "custom_nodes", "input", "output", "temp", "user"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         self.names = [self._place_nodes(Path(folder)) for folder in custom_nodes]
@@ -187,32 +187,14 @@ class ComfyServer:
                 return
         raise RuntimeError(f"no port for ComfyUI in {PORTS_TRIED} attempts:\n{self.log[-3000:]}")
 
-    def variables(self) -> dict[str, str]:
-        """The environment of the process."""
-        kept = (
-            "PATH",
-            "HOME",
-            "LANG",
-            "TMPDIR",
-            "SYSTEMROOT",
-            "TEMP",
-            "USERPROFILE",
-            "PYTHONPYCACHEPREFIX",
-        )
-        variables = {name: os.environ[name] for name in kept if name in os.environ} | {
-            "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1",
-            "PYTHONNOUSERSITE": "1", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1",
-            # Waiting threads sleep: on a busy machine spinning ones took 40 times as long.
-            "OMP_WAIT_POLICY": "PASSIVE",
-        }  # fmt: skip
-        if self.threads:
-            variables["OMP_NUM_THREADS"] = str(self.threads)
-        return variables
-
     def _spawn(self) -> None:
-        about = {"environment": self.variables(), "folder": self.base, "log": self.log_path}
-        start = warm.start if self.forked else start_alone
-        self.process = start(self.command(), **about)
+        self.process = start(
+            self.command(),
+            folder=self.base,
+            log=self.log_path,
+            threads=self.threads,
+            forked=self.forked,
+        )
 
     def _answers(self) -> bool:
         """Wait for the first answer; False if the port was taken meanwhile."""
@@ -336,6 +318,36 @@ class ComfyServer:
                 return history[prompt_id]
             time.sleep(0.05)
         raise RuntimeError(f"prompt {prompt_id} never entered the history")
+
+
+def start(
+    command: list[str], *, folder: Path, log: Path, threads: int = 1, forked: bool = True
+) -> subprocess.Popen | warm.Started:
+    """Run a Python file with ComfyUI's libraries, in the environment of every server."""
+    run = warm.start if forked and warm.POSSIBLE else start_alone
+    return run(command, environment=variables(threads), folder=folder, log=log)
+
+
+def variables(threads: int) -> dict[str, str]:
+    kept = (
+        "PATH",
+        "HOME",
+        "LANG",
+        "TMPDIR",
+        "SYSTEMROOT",
+        "TEMP",
+        "USERPROFILE",
+        "PYTHONPYCACHEPREFIX",
+    )
+    chosen = {
+        "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1",
+        "PYTHONNOUSERSITE": "1", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1",
+        # Waiting threads sleep: on a busy machine spinning ones took 40 times as long.
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }  # fmt: skip
+    if threads:
+        chosen["OMP_NUM_THREADS"] = str(threads)
+    return {name: os.environ[name] for name in kept if name in os.environ} | chosen
 
 
 def start_alone(
