@@ -20,7 +20,7 @@ from .errors import CheckpointError, RecipeError, SourceError
 from .formats import get_format
 from .formats.base import marker_bytes
 from .methods import Choice, Inputs, Layer, choose, get_method, layer_generator
-from .planning.calibrated import calibrated
+from .planning.calibrated import calibrated, input_scale, with_input_scales
 from .planning.planner import make_plan, stored_markers_needed
 from .planning.recipe import Recipe
 from .report.layer import LayerResult, OutputError, output_error, retention, saturated
@@ -83,6 +83,7 @@ def quantize(
     *,
     device: torch.device | str = "cpu",
     calibration: Calibration | None = None,
+    input_scales: bool = False,
     on_plan: PlanFn | None = None,
     on_progress: ProgressFn = ignore_progress,
 ) -> Report:
@@ -93,6 +94,7 @@ def quantize(
         device: where codes are computed; equal sources and recipes give equal bytes on equal
             devices.
         calibration: what methods that need one work from.
+        input_scales: store the scale of each layer's inputs, where the format takes one.
         on_plan: receives the plan before any weight is read.
         on_progress: called before each layer and between its steps; whatever it raises cancels the
             run.
@@ -103,6 +105,8 @@ def quantize(
             name and count.
     """
     plan = calibrated(plan_source(source, recipe), calibration, source.name)
+    if input_scales:
+        plan = with_input_scales(plan, calibration, source.name)
     refuse_plain_copy(source.name, plan)
     if on_plan:
         on_plan(plan)
@@ -347,6 +351,9 @@ def _encoded(
         left = retention(before, weight, grid.decode(choice.codes, choice.scale))
     packed = format.pack(choice.codes, choice.scale, layer.options)
     outputs = {f"{layer.name}.{suffix}": tensor for suffix, tensor in packed.items()}
+    of_inputs = input_scale(layer, conditions.calibration)
+    if of_inputs is not None:
+        outputs[f"{layer.name}.input_scale"] = torch.tensor(of_inputs, dtype=torch.float32)
     if device.type == "cuda":
         # another thread copies the outputs, on a stream of its own
         torch.cuda.current_stream(device).synchronize()

@@ -80,6 +80,13 @@ class Calibration:
                 "calibration is damaged: make it again"
             ) from None
 
+    def largest_input(self, base: str, shape: tuple[int, int]) -> float | None:
+        """The largest magnitude that a layer (N, K) was given; None where nothing is known."""
+        if self.missing(base, shape):
+            return None
+        index, *_ = self._find(base, shape)
+        return float(self.inputs[index].largest.max())
+
     def _find(self, base: str, shape: tuple[int, int]) -> tuple[int, int, int] | None:
         """The entry of a layer, whatever its file puts before its name. Of text encoders that name
         their layers alike the one of this shape; None where that leaves two.

@@ -51,6 +51,11 @@ def quantize(parser: argparse.ArgumentParser) -> None:
         help="what the layers are given while the model runs, for gptq and adaround",
     )
     parser.add_argument(
+        "--input-scales",
+        action="store_true",
+        help="store the scales of inputs, from --calibration, where the format takes one",
+    )
+    parser.add_argument(
         "--device", default="auto", help="auto (cuda when there is one), cpu, cuda, cuda:1"
     )
     parser.add_argument(

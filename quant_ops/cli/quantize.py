@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
             requantize=args.requantize,
             device=device,
             calibration=calibration,
+            input_scales=args.input_scales,
             sidecar=not args.no_report,
             on_plan=None if args.quiet else print_warnings,
             on_progress=show,

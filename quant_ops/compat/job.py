@@ -355,7 +355,7 @@ def _input_scale_note(stated: Stated, wishes: list[Wish]) -> list[str]:
     if "input_scale" not in stated.get("refused", {}):
         return []
     names = (wish.format for wish in wishes)
-    needy = next((name for name in names if get_format(name).static_input), None)
+    needy = next((name for name in names if get_format(name).largest_input), None)
     if needy:
         raise RecipeError(
             f"--input_scale: {needy} quantizes activations with it, so it must be measured, and "

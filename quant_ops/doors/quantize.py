@@ -30,6 +30,7 @@ def quantize_file(
     verify: bool = False,
     device: torch.device | str = "cpu",
     calibration: Calibration | None = None,
+    input_scales: bool = False,
     requantize: bool = False,
     sidecar: bool = False,
     on_plan: PlanFn | None = None,
@@ -42,6 +43,8 @@ def quantize_file(
     opened again and checked before it appears under its name.
 
     Args:
+        input_scales: store the scale of each layer's inputs that the calibration knows, where the
+            format takes one; inputs are then not scaled while running.
         requantize: layers that are quantized in another format than the recipe's are decoded and
             quantized again, which rounds them twice; the report names them. Without it they are
             refused.
@@ -73,6 +76,7 @@ def quantize_file(
             recipe,
             device=device,
             calibration=calibration,
+            input_scales=input_scales,
             on_plan=tell,
             on_progress=on_progress,
         )

@@ -71,7 +71,8 @@ class Format(Configurable, ABC):
     embedding_min_comfyui: str | None = None
     # what a GPU must have for ComfyUI's own kernel, as in its `supports_fp8_compute`; None: nothing
     unit: str | None = None
-    static_input: bool = False  # whether an `input_scale` stored beside it is used
+    # the largest input that an `input_scale` of 1, stored beside it, lets through; 0: none is used
+    largest_input: float = 0.0
     method: str = "nearest"  # how codes are chosen where a wish names no method
     stores: str  # which weights share a scale, in words
     # the same where the shape of `weight_scale` shows it; such a format is known by shapes alone

@@ -17,7 +17,7 @@ class ScalarFP8(TiledFormat):
 
     native = True
     embedding_min_comfyui = "0.21.0"
-    unit, static_input = "fp8", True
+    unit = "fp8"
     arrangements = (Arrangement.TENSOR,)
 
     @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Float8E4M3(ScalarFP8):
 
     name, min_comfyui = "float8_e4m3fn", "0.4.0"
     short, called = "fp8", ("fp8_scaled",)
-    levels = E4M3
+    levels, largest_input = E4M3, E4M3.qmax
 
 
 class Float8E5M2(ScalarFP8):
@@ -64,7 +64,7 @@ class Float8E5M2(ScalarFP8):
     """
 
     name, min_comfyui = "float8_e5m2", "0.8.0"
-    levels = E5M2
+    levels, largest_input = E5M2, E5M2.qmax
 
     @dataclass(frozen=True)
     class Options(ScalarFP8.Options):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ...kernels.codebook4 import E2M1
 from ...kernels.dispatch import Op
+from ...kernels.levels import E4M3
 from ...kernels.nvfp4 import BLOCK, Nvfp4Grid, Nvfp4Scale
 from ...kernels.packing import pack_nibbles, swizzle_scales, unpack_nibbles, unswizzle_scales
 from ...kernels.runtime import linear_nvfp4
@@ -30,7 +32,7 @@ class Nvfp4(PaddedFormat):
     """
 
     name, min_comfyui = "nvfp4", "0.8.0"
-    unit, static_input = "nvfp4", True
+    unit, largest_input = "nvfp4", E4M3.qmax * E2M1.qmax
     stores = f"one scale per {BLOCK} weights of a row, in steps of one per tensor"
     block, codes_per_byte = BLOCK, 2
     weight_dtype, scale_dtype, aliases = "U8", "F8_E4M3", {"weight_scale": "U8"}

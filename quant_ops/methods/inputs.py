@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -77,11 +78,22 @@ def best_damping(inputs: Inputs, order: torch.Tensor) -> float:
         return ONE_HALF
     halves = [half[:, order] for half in inputs.halves]
     trials = [(half.T @ half, other) for half, other in zip(halves, reversed(halves))]
-    scores = {}
-    for damping in DAMPING:
-        scores[damping] = sum(_expected(gram, other, damping) for gram, other in trials)
+
+    @cache
+    def score(place: int) -> float:
+        return sum(_expected(gram, other, DAMPING[place]) for gram, other in trials)
+
     # Each half has half of the rows, and what rows leave uncertain falls with their number.
-    return min(scores, key=scores.get) / len(halves)
+    return DAMPING[_lowest(score, len(DAMPING))] / len(halves)
+
+
+def _lowest(score: Callable[[int], float], count: int) -> int:
+    """Where a score that falls and then rises is lowest, walking downhill from the middle."""
+    place = count // 2
+    for direction in (-1, 1):
+        while 0 <= place + direction < count and score(place + direction) < score(place):
+            place += direction
+    return place
 
 
 def _expected(gram: torch.Tensor, rows: torch.Tensor, damping: float) -> float:

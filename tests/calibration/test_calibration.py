@@ -14,6 +14,8 @@ from fewbits.quant_ops.calibration import (
     save_calibration,
 )
 from fewbits.quant_ops.calibration.statistics import CALLS_LOOKED_AT, ROWS_LOOKED_AT
+from fewbits.quant_ops.checkpoint.reader import FileSource
+from fewbits.quant_ops.checkpoint.verify import stored_findings
 from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.errors import CheckpointError, RecipeError
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
@@ -271,6 +273,43 @@ def test_layers_that_were_not_seen_are_rounded_without_and_the_plan_says_so(tmp_
     assert "nearest instead of gptq: not in the calibration" in methods["v"][1]
     gains = {result.name: result.against_nearest for result in report.results}
     assert gains["q"]["objective"] < 0.8 and gains["v"] is None
+
+
+@pytest.mark.parametrize(("format", "full"), [("float8_e4m3fn", 448), ("nvfp4", 2688)])
+def test_input_scales_are_stored_for_layers_that_were_seen(tmp_path, model_path, format, full):
+    x = rows(256)
+    found = watched(Observer(MEGABYTE), Block(), x)
+    recipe, target = Recipe(parse_wish(format), preset="none"), tmp_path / "out.safetensors"
+    report = quantize_file(
+        model_path, target, recipe, calibration=found, input_scales=True, verify=True
+    )
+    stored = load_file(target)
+    assert {name for name in stored if name.endswith("input_scale")} == {
+        "q.input_scale",
+        "k.input_scale",
+    }
+    assert stored["q.input_scale"].shape == ()
+    assert float(stored["q.input_scale"]) == pytest.approx(2 * float(x.abs().max()) / full)
+    assert report.plan.bytes_after == sum(tensor.nbytes for tensor in stored.values())
+    with FileSource(target) as source:
+        assert stored_findings(source) == []
+
+
+@pytest.mark.parametrize(
+    ("wish", "seen", "message"),
+    [
+        ("float8_e4m3fn", False, "input scales need a calibration"),
+        ("int8_tensorwise", True, "no layer takes an input scale"),
+        ("float8_e4m3fn:full_precision_matrix_mult=true", True, "no layer takes an input scale"),
+    ],
+    ids=["no calibration", "scaled while running", "full precision"],
+)
+def test_input_scales_that_nothing_would_use_are_refused(tmp_path, model_path, wish, seen, message):
+    found = watched(Observer(MEGABYTE), Block(), rows(256)) if seen else None
+    recipe, target = Recipe(parse_wish(wish), preset="none"), tmp_path / "out.safetensors"
+    with pytest.raises(RecipeError, match=message):
+        quantize_file(model_path, target, recipe, calibration=found, input_scales=True)
+    assert not target.exists()
 
 
 def test_without_a_calibration_or_with_another_models_nothing_is_written(tmp_path, model_path):

@@ -387,7 +387,7 @@ def input_scale_problem(layer: StoredLayer, suffix: str, format_name: str) -> st
 
     A scale equal to the weight's own is a copy, unless both are 1.0: old FP8 files mean that.
     """
-    if not get_format(format_name).static_input:
+    if not get_format(format_name).largest_input:
         return f"{format_name} scales its input while running"
     value = layer.number(suffix)
     if value is None:
