@@ -129,6 +129,38 @@ def test_late_calls_are_looked_at_seldom_and_stand_for_the_others():
     assert len(set(looked[-quarter::2])) == CALLS_LOOKED_AT // 4 + 1
 
 
+def stored_bytes(widths, memory):
+    """Of a calibration that is full: every layer with an input of its own."""
+    layers = {str(number): torch.nn.Linear(k, 64, device="meta") for number, k in enumerate(widths)}
+    capacity = Observer(memory)._capacity(layers)
+    found = Calibration()
+    for number, k in enumerate(widths):
+        statistics = InputStatistics(k, capacity, *torch.empty(3, k, device="meta"))
+        for half in statistics.halves:
+            if statistics.exact:
+                half.gram = torch.empty(k, k, device="meta")
+            else:
+                half.rows = [torch.empty(capacity, k, dtype=torch.bfloat16, device="meta")]
+        found.layers[str(number)] = (number, 64, k)
+        found.inputs.append(statistics)
+    return sum(tensor.nbytes for tensor in found.to_tensors()[0].values())
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [
+        19 * (8 * [3072] + 2 * [12288]) + 38 * (2 * [3072] + [15360]),
+        60 * (12 * [3072] + 2 * [12288]),
+        40 * (9 * [5120] + [13824]),
+    ],
+    ids=["Flux.1", "Qwen-Image", "Wan 14B"],
+)
+@pytest.mark.parametrize("gigabytes", [1, 2])
+def test_the_file_of_a_large_model_is_as_large_as_asked_for(widths, gigabytes):
+    size = stored_bytes(widths, gigabytes * 10**9)
+    assert 0.97 < size / (gigabytes * 10**9) < 1.04
+
+
 def test_nothing_changes_and_no_hook_is_left():
     model, x = Block(), rows(32)
     expected = model(x)
