@@ -61,8 +61,9 @@ def test_zeros_keep_their_codes():
         correlated_rows(K) * 1e-18,
         correlated_rows(K) * 1e15,
         correlated_rows(K) * (torch.arange(K) == 7),
+        torch.randn(64, K, generator=torch.Generator().manual_seed(5)).exp(),
     ],
-    ids=["rank one", "one row", "two rows", "tiny", "huge", "one channel"],
+    ids=["rank one", "one row", "two rows", "tiny", "huge", "one channel", "another distribution"],
 )
 @pytest.mark.parametrize("wish", ["int8_tensorwise", "bnb_nf4", "nvfp4"])
 def test_poor_statistics_never_make_it_worse_than_nearest(wish, rows):

@@ -73,11 +73,11 @@ def sample(comfy):
     """Two Euler steps from fixed noise: a MODEL -> latent."""
     import comfy.sample
 
-    def run(model, width=768):
+    def run(model, width=768, batch=1):
         generator = torch.Generator().manual_seed(1)
         context, pooled, noise = (
             torch.randn(shape, generator=generator)
-            for shape in ((1, 8, width), (1, width), (1, 16, 8, 8))
+            for shape in ((1, 8, width), (1, width), (batch, 16, 8, 8))
         )
         positive = [[context, {"pooled_output": pooled}]]
         return comfy.sample.sample(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from support.helpers import clip_shapes, random_tensors
+from support.helpers import EMOJI, clip_shapes, random_tensors
 
 
 @pytest.fixture
@@ -79,6 +79,45 @@ def test_a_quantized_model_can_be_watched(model, sample, calibrate, quantize):
     watched, observer = calibrate(small)
     assert torch.equal(sample(watched), sample(small))
     assert observer.finish().rows > 0
+
+
+@pytest.fixture
+def emoji_with_lora(comfy):
+    import comfy.utils
+
+    lora = comfy.utils.load_torch_file(str(EMOJI.with_name("emoji_lora_blue.safetensors")))
+    model = comfy.sd.load_diffusion_model(str(EMOJI))
+    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
+
+
+@pytest.mark.slow
+def test_a_batch_of_a_model_with_a_lora_is_watched(emoji_with_lora, sample, calibrate):
+    expected = sample(emoji_with_lora, 256, batch=2)
+    watched, observer = calibrate(emoji_with_lora)
+    assert torch.equal(sample(watched, 256, batch=2), expected)
+    assert observer.finish().rows == 2 * 2 * (16 + 8)  # steps, pictures, their tokens and words
+
+
+@pytest.mark.slow
+def test_a_model_whose_layers_come_when_they_are_used_is_watched(emoji_with_lora, calibrate):
+    """What --lowvram does on a GPU: weights and LoRA are brought per use."""
+    patcher, cpu = emoji_with_lora, torch.device("cpu")
+    generator = torch.Generator().manual_seed(1)
+    x, context, y = (
+        torch.randn(shape, generator=generator) for shape in ((1, 16, 8, 8), (1, 8, 256), (1, 256))
+    )
+    _, observer = calibrate(patcher)
+    patcher.patch_model(cpu, lowvram_model_memory=1)
+    try:
+        model = patcher.model.diffusion_model
+        assert any(getattr(module, "weight_function", ()) for module in model.modules())
+        expected = model(x, torch.ones(1), context, y)
+        with observer.watching(model):
+            assert torch.equal(model(x, torch.ones(1), context, y), expected)
+    finally:
+        patcher.unpatch_model(cpu)
+    assert observer.finish().rows == 16 + 8
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 @pytest.fixture
