@@ -263,6 +263,14 @@ def convrot_input(formats: list[str]) -> io.Combo.Input:
     )
 
 
+class WorksOnAFile(io.ComfyNode):
+    """A node that runs again when its file's content changed, or another of its inputs."""
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **others: object) -> tuple:
+        return host.wish_state(file, others)
+
+
 class TakesASwitch(io.ComfyNode):
     """Base of nodes with the input `convrot`. It was a switch before it had an auto: workflows and
     prompts that say true or false still mean on and off.

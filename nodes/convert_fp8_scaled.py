@@ -10,6 +10,7 @@ from ..quant_ops.checkpoint.importers import ImportOptions
 from ..quant_ops.doors import convert_file
 from .bridge import host
 from .common import (
+    WorksOnAFile,
     filename_input,
     full_precision_input,
     overwrite_input,
@@ -20,7 +21,7 @@ from .common import (
 )
 
 
-class FewBitsConvertFP8Scaled(io.ComfyNode):
+class FewBitsConvertFP8Scaled(WorksOnAFile):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -71,10 +72,6 @@ class FewBitsConvertFP8Scaled(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str, **others: object) -> tuple:
-        return host.wish_state(file, others)
 
     @classmethod
     def execute(

@@ -15,6 +15,7 @@ from .bridge import host
 from .common import (
     AUTO,
     RECIPE,
+    WorksOnAFile,
     calibration_input,
     device_input,
     recipe_input,
@@ -38,7 +39,7 @@ def goal_of(whole: int, target: str = "50%", goal: str = SIZE) -> Goal:
     return GOALS[goal](str(target), whole)
 
 
-class FewBitsFitToSize(io.ComfyNode):
+class FewBitsFitToSize(WorksOnAFile):
     @classmethod
     def define_schema(cls) -> io.Schema:
         defaults = "\n".join(wish.to_text() for wish in default_wishes())
@@ -104,10 +105,6 @@ class FewBitsFitToSize(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str, **others: object) -> tuple:
-        return host.wish_state(file, others)
 
     @classmethod
     def execute(

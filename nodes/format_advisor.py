@@ -11,12 +11,12 @@ from ..quant_ops.doors.advise import advise_file
 from ..quant_ops.planning.gpus import card_here, card_names, find_card
 from ..quant_ops.planning.recipe import Draft
 from .bridge import host
-from .common import RECIPE, recipe_input, schema, this_comfyui
+from .common import RECIPE, WorksOnAFile, recipe_input, schema, this_comfyui
 
 HERE = "this GPU"
 
 
-class FewBitsFormatAdvisor(io.ComfyNode):
+class FewBitsFormatAdvisor(WorksOnAFile):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -69,10 +69,6 @@ class FewBitsFormatAdvisor(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str, **others: object) -> tuple:
-        return host.wish_state(file, others)
 
     @classmethod
     def execute(

@@ -14,10 +14,19 @@ from ..quant_ops.pipeline import plan_source
 from ..quant_ops.planning.recipe import Draft, Recipe
 from ..quant_ops.report.report import layer_lines, plan_lines
 from .bridge import host
-from .common import AUTO, NONE, inspection_text, preset_input, recipe_from, recipe_input, schema
+from .common import (
+    AUTO,
+    NONE,
+    WorksOnAFile,
+    inspection_text,
+    preset_input,
+    recipe_from,
+    recipe_input,
+    schema,
+)
 
 
-class FewBitsInspectFile(io.ComfyNode):
+class FewBitsInspectFile(WorksOnAFile):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -70,10 +79,6 @@ class FewBitsInspectFile(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str, **others: object) -> tuple:
-        return host.wish_state(file, others)
 
     @classmethod
     def execute(

@@ -13,6 +13,7 @@ from .common import (
     AUTO,
     QUANTIZE_ALIASES,
     TakesASwitch,
+    WorksOnAFile,
     advised_for,
     calibration_input,
     device_input,
@@ -36,7 +37,7 @@ CHOICE = (
 )
 
 
-class FewBitsQuantizeFile(TakesASwitch):
+class FewBitsQuantizeFile(TakesASwitch, WorksOnAFile):
     @classmethod
     def define_schema(cls) -> io.Schema:
         shown, advanced = recipe_inputs(list(FORMATS), CHOICE, DEFAULT, auto=True)
@@ -75,10 +76,6 @@ class FewBitsQuantizeFile(TakesASwitch):
             outputs=[path_output(), report_output()],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str, **others: object) -> tuple:
-        return host.wish_state(file, others)
 
     @classmethod
     def execute(
