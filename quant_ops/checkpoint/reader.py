@@ -35,6 +35,8 @@ LOCKED = range(1 << 23, 1 << 28)
 READERS = 4
 # bytes per second; what is slower is a disk, and one whose heads move is read by one thread
 FAST = 1 << 30
+# Older diffusers put the variant last: model.safetensors.index.fp16.json.
+INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
 logger = logging.getLogger(__name__)
@@ -238,11 +240,11 @@ def _open(path: Path) -> io.FileIO:
 def _open_headers(path: Path) -> tuple[Header, tuple[InputFile, ...]]:
     """What is in a checkpoint, and the files that hold it, an index among them."""
     if os.path.isdir(path):
-        indexes = sorted(path.glob("*.safetensors.index.json"))
+        indexes = sorted(file for file in path.iterdir() if INDEX.search(file.name))
         if len(indexes) != 1:
             return _merge_shards(path, _shards_of_folder(path, len(indexes)))
         return _read_index(path, indexes[0])
-    if path.name.endswith(".index.json"):
+    if INDEX.search(path.name) or path.name.endswith(".index.json"):
         return _read_index(path, path)
     file = InputFile.found(path)
     number, total = _place(path)

@@ -105,6 +105,15 @@ def test_a_tensor_that_the_index_names_and_no_shard_holds_is_named(tmp_path):
         FileSource(index)
 
 
+def test_the_index_of_a_variant_may_say_so_last(tmp_path):
+    tensors = random_tensors({"a.weight": (32, 32), "b.weight": (16, 8)})
+    index = shards(tmp_path, tensors).rename(tmp_path / "model.safetensors.index.fp16.json")
+    (tmp_path / "pytorch_model.bin.index.json").write_text("{}")
+    for path in (index, tmp_path):
+        with FileSource(path) as source:
+            assert set(source.header.tensors) == set(tensors)
+
+
 def test_a_shard_outside_the_folder_is_refused(tmp_path):
     index = tmp_path / "x.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
