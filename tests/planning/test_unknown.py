@@ -258,3 +258,17 @@ def test_the_language_model_inside_a_diffusion_model_is_no_encoder_beside_it():
         assert [part.family.name for part in find_parts(names)] == ["sensenova"]
     encoder = {f"text_encoders.t5xxl.transformer.{name}" for name in t5_shapes(2)}
     assert [part.family.kind for part in find_parts({*names, *encoder})] == ["text", "diffusion"]
+
+
+# Models that ComfyUI does not know, and what they share with one that it does.
+RELATIVES = {
+    "Sana": "t_block.1 blocks.0.cross_attn.kv_linear attention_y_norm",
+    "Stable Cascade of diffusers": "clip_txt_mapper clf.1 down_blocks.0.0.channelwise.0 down_blocks.0.2.attention.to_q",
+    "Lumina 2 of diffusers": "time_caption_embed.timestep_embedder.linear_1 context_refiner.0.attn.to_q "
+    "layers.0.feed_forward.linear_1",
+}
+
+
+@pytest.mark.parametrize("model", RELATIVES)
+def test_a_relative_that_comfyui_does_not_know_is_not_taken_for_what_it_knows(model):
+    assert not find_parts([f"{name}.weight" for name in RELATIVES[model].split()])
