@@ -148,6 +148,14 @@ def test_every_template_has_a_thumbnail(nodes):
     assert sorted(pictures.values()) == templates  # no two are alike
 
 
+def test_no_note_of_a_template_has_code_in_it():
+    """ComfyUI's dark theme draws it dark blue on blue."""
+    for path in (ROOT / "example_workflows").glob("*.json"):
+        nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+        notes = [node["widgets_values"] for node in nodes if node["type"] == "MarkdownNote"]
+        assert notes and "`" not in str(notes), path.stem
+
+
 def node_definitions(language):
     return json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
 
