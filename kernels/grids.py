@@ -59,7 +59,7 @@ def nearest_codes(
 ) -> torch.Tensor:
     """`encode`, except that zero blocks keep the signs of their zeros."""
     n, k = weight.shape
-    codes = torch.empty((n, k), dtype=levels.dtype, device=weight.device)
+    codes = empty((n, k), levels.dtype, weight.device)
     rows = _row_chunks(geometry, weight)
     scratch = torch.empty((min(rows, n), k), dtype=torch.float32, device=weight.device)
     generator = torch.Generator(weight.device).manual_seed(seed) if seed else None

@@ -9,14 +9,13 @@ import mmap
 import os
 import re
 import time
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
 import torch
 
-from ...kernels.memory import pages
+from ...kernels.memory import Blocks
 from ..errors import CheckpointError
 from ..files import InputFile, read_text
 from ..sources import TORCH_DTYPES, TensorSource
@@ -76,52 +75,31 @@ def _refuse_long_text(nbytes: int) -> None:
         raise CheckpointError(f"of {nbytes} bytes; JSON of {MAX_JSON_BYTES} is read at most")
 
 
-class _ReadMemory:
-    """Memory for tensors that live shortly: a block is used again once the tensor on it is gone.
-
-    Fresh pages have to be cleared by the system: reading 1.8 GB from the page cache took 1.7 to 2.3
-    s into fresh memory and 0.45 s into used memory (one core, 4 KB pages). There are never more
-    blocks than tensors alive at once.
-
-    Args:
-        locked: size of every block, in memory that the system may not move: a GPU fetches from it
-            by itself.
+class _LockedBlocks(Blocks):
+    """Blocks of one size, in memory that the system may not move: a GPU fetches from it by
+    itself.
     """
 
-    def __init__(self, locked: int = 0) -> None:
-        self._free: list[mmap.mmap | memoryview] = []
-        self._locked = locked
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
 
     def _block(self, nbytes: int) -> mmap.mmap | memoryview:
-        if self._locked:
+        if self._size:
             try:
-                return tensor_bytes(torch.empty(self._locked, dtype=torch.uint8, pin_memory=True))
+                return tensor_bytes(torch.empty(self._size, dtype=torch.uint8, pin_memory=True))
             except RuntimeError as error:
                 # the error itself would keep the frames of its callers, and so tensors
                 reason = str(error)
                 logger.warning("no locked memory, so copies to the GPU take longer: %s", reason)
-                self._locked = 0
-        return pages(nbytes)
+                self._size = 0
+        return super()._block(nbytes)
 
     def close(self) -> None:
-        """Give the free blocks back; torch would keep locked ones."""
+        """Give the free blocks back; torch would keep them."""
         self._free.clear()
-        if self._locked and hasattr(torch._C, "_host_emptyCache"):
+        if self._size and hasattr(torch._C, "_host_emptyCache"):
             torch._C._host_emptyCache()
-
-    def tensor(self, nbytes: int) -> torch.Tensor:
-        """(nbytes,) uint8, contents undefined."""
-        free = sorted(self._free, key=len)  # a copy: tensors end in other threads
-        block = next((block for block in free if len(block) >= nbytes), None)
-        if block is not None:
-            self._free.remove(block)
-        else:
-            if free:
-                self._free.remove(free[-1])
-            block = self._block(nbytes)
-        owner = memoryview(block)  # what the tensor's storage holds; it dies with the storage
-        weakref.finalize(owner, self._free.append, block).atexit = False
-        return torch.frombuffer(owner, dtype=torch.uint8, count=nbytes)
 
 
 class FileSource:
@@ -147,9 +125,9 @@ class FileSource:
         self.name = self.path.name
         self.header, self.files = _open_headers(self.path)
         self._files: dict[tuple[Path, int], object] = {}
-        self._memory = _ReadMemory() if short_lived else None
+        self._memory = Blocks() if short_lived else None
         sizes = [spec.nbytes for spec in self.header.tensors.values() if spec.nbytes in LOCKED]
-        self._locked = _ReadMemory(max(sizes)) if short_lived and for_gpu and sizes else None
+        self._locked = _LockedBlocks(max(sizes)) if short_lived and for_gpu and sizes else None
         self._readers = ThreadPoolExecutor(READERS, "fewbits-readers") if self._locked else None
         self._fast = True  # as far as the last such tensor showed
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ...kernels.memory import used_again
 from ..calibration import Calibration
 from ..checkpoint.importers import ImportOptions
 from ..checkpoint.importers.source import ImportedSource, open_checkpoint
@@ -69,7 +70,10 @@ def quantize_file(
             on_plan(with_warning(plan, again))
 
     # the sink writes every tensor away
-    with open_checkpoint(source, short_lived=True, for_gpu=for_gpu, decoded=again) as opened:
+    with (
+        used_again(),
+        open_checkpoint(source, short_lived=True, for_gpu=for_gpu, decoded=again) as opened,
+    ):
         report = quantize(
             opened,
             sink,

@@ -12,7 +12,7 @@ from ...kernels.grids import Deviation
 from ..methods import Inputs
 
 COUNTED = 1 << 24  # codes looked at together on a GPU: a mask of 16 MB
-COUNTED_ON_CPU = 1 << 17  # in its cache, with their mask
+COUNTED_ON_CPU = 1 << 16  # in its cache, with their mask
 DROWNED = 1.0  # x a patch's change: rounding moved the weight more than the patch did
 
 

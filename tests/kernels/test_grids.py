@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from fewbits.kernels.codebook4 import E2M1, FP4, NF4, FlatGrid
 from fewbits.kernels.grids import TiledGrid, decode, encode
 from fewbits.kernels.levels import E4M3, E5M2, INT4, INT8
-from fewbits.kernels.scales import CHUNK_ELEMENTS, TINY, Geometry, scale_from_absmax
+from fewbits.kernels.mxfp8 import Mxfp8Grid
+from fewbits.kernels.nvfp4 import Nvfp4Grid
+from fewbits.kernels.scales import CHUNK_ELEMENTS, LONG, TINY, Geometry, scale_from_absmax
 from fewbits.quant_ops import reference
 from support.vectors import raw
 
@@ -129,3 +132,51 @@ def test_stochastic_rounding_is_seeded_and_gives_the_weight_on_average(levels):
         in_an_octave = 8 if levels is E4M3 else 4
         step = targets.abs().log2().floor().exp2() / in_an_octave
     assert ((decode(once, ones, levels, ROW).mean(1) - targets).abs() < 0.014 * step).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [LONG - 1, LONG, LONG + 1])
+def test_magnitudes_of_short_and_long_rows_are_those_of_float64(dtype, size):
+    rows = torch.randn((9, size), generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows[1], rows[2], rows[3] = -rows[1].abs(), rows[2].abs(), -0.0
+    rows[4, 5], rows[5, 6], rows[6, 7] = float("nan"), float("-inf"), -float("nan")
+    rows[7] = 0.0
+    rows[7, -1] = -torch.finfo(dtype).smallest_normal / 4  # a subnormal
+    found = ROW.absmax(rows)
+    assert found.dtype == torch.float32
+    expected = rows.double().abs().amax(1, keepdim=True)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+CASES = {
+    f"{levels.name} {name}": TiledGrid(levels, geometry)
+    for levels in (INT8, INT4, E4M3, E5M2, NF4, FP4, E2M1)
+    for name, geometry in {"tensor": TENSOR, "row": ROW, "tile": Geometry(16, 64)}.items()
+}
+CASES |= {"flat": FlatGrid(NF4, 64), "uneven": FlatGrid(FP4, 4096)}
+CASES |= {"mxfp8": Mxfp8Grid(), "nvfp4": Nvfp4Grid()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grid", CASES.values(), ids=CASES)
+def test_measuring_while_rounding_gives_the_codes_and_errors_of_one_after_the_other(grid, dtype):
+    weight = torch.randn((544, 1088), generator=torch.Generator().manual_seed(0))
+    weight[:16, :64] = -0.0  # a zero block of every geometry but whole rows
+    weight[16:32, 64:128] *= 1e-5  # so small that nvfp4 stores no scale for it
+    weight[32] = -0.0
+    weight = weight.to(dtype)
+    codes, scale, found = grid.measured(weight)
+    plain_codes, plain_scale = grid.nearest(weight)
+    assert raw(codes) == raw(plain_codes)
+    assert all(map(torch.equal, _tensors(scale), _tensors(plain_scale)))
+    expected = grid.deviation(weight, plain_codes, plain_scale)
+    # float32 sums of chunks of other sizes
+    assert found.error == pytest.approx(expected.error, rel=5e-5)
+    assert found.signal == pytest.approx(expected.signal, rel=5e-5)
+    assert found.product == pytest.approx(expected.product, abs=1e-6 * expected.signal)
+    assert found.largest == expected.largest
+
+
+def _tensors(scale) -> list[torch.Tensor]:
+    parts = [scale] if isinstance(scale, torch.Tensor) else list(scale)
+    return [part.view(torch.uint8) if part.itemsize == 1 else part for part in parts]
