@@ -84,7 +84,7 @@ def _answer(prompt: Mapping[str, dict], node_id: str, node: dict) -> dict:
     if not node["inputs"].keys() & {"file", "format"}:
         return {}  # what it is given is not the file that it came from
     if kind == FewBitsFormatAdvisor.__name__:
-        return {"advice": _advised(prompt, node["inputs"]).ui["fewbits_advice"][0]}
+        return {"advice": _advised(prompt, node["inputs"], DEPTH).ui["fewbits_advice"][0]}
     path = host.model_path(*_source(prompt, node_id))
     if "format" not in node["inputs"]:
         return _inspected(node, path)
@@ -200,11 +200,11 @@ def _recipe(prompt: Mapping[str, dict], inputs: dict, path: Path) -> Recipe:
     return recipe_from(choose=advised_for(lambda: open_checkpoint(path)), **wish)
 
 
-def _advised(prompt: Mapping[str, dict], inputs: dict) -> io.NodeOutput:
+def _advised(prompt: Mapping[str, dict], inputs: dict, depth: int) -> io.NodeOutput:
     """What Format Advisor gives, which reads headers only."""
     wish = {name: inputs[name] for name in ADVICE_INPUTS if isinstance(inputs.get(name), str)}
     if _is_link(inputs.get("recipe")):
-        wish["recipe"] = _draft(prompt, str(inputs["recipe"][0]), DEPTH)
+        wish["recipe"] = _draft(prompt, str(inputs["recipe"][0]), depth - 1)
     return FewBitsFormatAdvisor.execute(**wish)
 
 
@@ -227,7 +227,7 @@ def _draft(prompt: Mapping[str, dict], node_id: str, depth: int) -> Draft:
     """The recipe of a chain of Layer Rules, whose inputs are all values, or of Format Advisor."""
     node = _node(prompt, node_id)
     if node.get("class_type") == FewBitsFormatAdvisor.__name__ and depth:
-        return _advised(prompt, node["inputs"]).args[1]
+        return _advised(prompt, node["inputs"], depth).args[1]
     if node.get("class_type") != "FewBitsLayerRules" or not depth:
         raise NothingToShow("the recipe comes from a node that has to run first")
     inputs = dict(node["inputs"])

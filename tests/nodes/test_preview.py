@@ -176,6 +176,16 @@ def test_the_advisors_recipe_is_planned_before_it_runs(flux):
     assert formats == {best.partition(":")[0]}
 
 
+def test_a_recipe_that_goes_in_circles_shows_nothing(flux):
+    file = "diffusion_models/flux.safetensors"
+    prompt = {
+        "1": node("FewBitsFormatAdvisor", file=file, recipe=["2", 0]),
+        "2": node("FewBitsLayerRules", pattern="a", recipe=["1", 1]),
+        "3": node("FewBitsQuantizeFile", file=file, format="nvfp4", recipe=["1", 1]),
+    }
+    assert preview(prompt) == preview(prompt, "1") == {}
+
+
 @pytest.fixture
 def encoders(host, tmp_path):
     for name in ("a", "b"):
