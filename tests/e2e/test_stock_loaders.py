@@ -33,7 +33,7 @@ def quality(drawn, original):
 def test_the_stock_loader_opens_the_file_and_the_picture_is_as_good_as_stated(
     quality, written, label
 ):
-    """Two of the eight prompts whose means the table states; all of them when it is measured anew."""
+    """One of the eight prompts whose means the table states; all of them when it is measured anew."""
     megabytes, checked = round(written(label).stat().st_size / 1e6, 2), quality(label, CHECKED)
     measured = quality(label, PROMPTS) if WRITE else {}
     found = {"megabytes": megabytes, **measured, "checked": checked}
