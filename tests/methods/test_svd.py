@@ -89,7 +89,11 @@ def test_the_promise_holds_on_every_kind_of_layer_of_a_trained_model(text, activ
     int8 one scale .391, 1.0100, 1.013.
     """
     broken, layers = [], emoji_weights(parse_wish(text))
-    first = {name: weight for name, weight in layers.items() if "blocks.0." in name}
+    first = {
+        name: weight
+        for name, weight in layers.items()
+        if "blocks.0." in name and ".txt_" not in name  # img_ has the same kinds
+    }
     for name, weight in first.items():
         found, x = run(weight, text, "svd", name=name), activations[name]
         output = float((x @ found.error.T).norm() / (x @ found.error_nearest.T).norm())
@@ -101,7 +105,7 @@ def test_the_promise_holds_on_every_kind_of_layer_of_a_trained_model(text, activ
             broken.append(
                 (name, found.objective_ratio, found.weight_ratio, output, found.choice.verdict)
             )
-    assert len(layers) == 22 and len(first) == 13 and not broken
+    assert len(layers) == 22 and len(first) == 8 and not broken
 
 
 def with_outliers():
@@ -243,9 +247,12 @@ def test_each_option_of_a_schedule_changes_its_rates(schedule, changed):
     stated = {"lr_schedule": schedule, "lr_factor": 0.9}
     weaker = {**stated, **dict(list(changed.items())[:-1])}
     steps = [True, False, False, False, True, False, False, False, False]
-    rates = [[rate.update(improved) for improved in steps] for rate in map(
-        LearningRate, (SvdOptions(**weaker), SvdOptions(**stated, **changed)))]  # fmt: skip
-    assert rates[0] != rates[1]
+
+    def rates(**options):
+        rate = LearningRate(SvdOptions(**options))
+        return [rate.update(improved) for improved in steps]
+
+    assert rates(**weaker) != rates(**stated, **changed)
 
 
 def test_no_iterations_means_the_scale_search_alone():
