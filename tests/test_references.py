@@ -74,7 +74,7 @@ def test_every_link_of_a_page_leads_somewhere(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     local = [link for link in links if "://" not in link and not link.startswith("mailto:")]
-    assert [found for found in (missing(page, link) for link in local) if found] == []
+    assert [*filter(None, (missing(page, link) for link in local))] == []
 
 
 def test_every_page_that_code_names_exists():

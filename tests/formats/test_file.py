@@ -53,10 +53,13 @@ def test_every_planned_tensor_is_written_as_planned_and_layers_decode_to_the_wei
     measured = {result.name: result.rel_l2 for result in report.results}
     for base, marker in markers.items():
         assert json.loads(raw(sink.tensors[f"{base}.comfy_quant"])) == marker
+        prefix = f"{base}."
         own = {
-            name[len(base) + 1 :]: reference.Stored(spec.dtype, spec.shape, raw(sink.tensors[name]))
-            for name, spec in ((spec.name, spec) for spec in report.plan.outputs)
-            if name.startswith(f"{base}.")
+            spec.name.removeprefix(prefix): reference.Stored(
+                spec.dtype, spec.shape, raw(sink.tensors[spec.name])
+            )
+            for spec in report.plan.outputs
+            if spec.name.startswith(prefix)
         }
         truth = model()[f"{base}.weight"].float().numpy()
         decoded = reference.decode(marker, own)

@@ -87,6 +87,11 @@ def test_one_text_encoder_in_any_dialect(run, models, encode, case):
     assert 0 < error(encode(clip), wanted) < (0.48 if format == "bnb_nf4" else 0.11)
 
 
+def full_precision_flags(patcher):
+    layers = [layer for layer in patcher.model.modules() if getattr(layer, "layout_type", None)]
+    return [layer._full_precision_mm for layer in layers]
+
+
 def test_the_kernels_input_is_seen_in_the_report_and_outlives_a_reload(run, models, encode):
     from fewbits.nodes.bridge.compat import weight_only_path
 
@@ -98,11 +103,9 @@ def test_the_kernels_input_is_seen_in_the_report_and_outlives_a_reload(run, mode
         assert "12 layers  bnb_nf4: FewBits' kernel" in report
     factory, arguments = clip.patcher.cached_patcher_init
     again = factory(*arguments, disable_dynamic=True)
-    flags = [[m._full_precision_mm for m in p.model.modules() if hasattr(m, "layout_type") and m.layout_type]
-             for p in (clip.patcher, again)]  # fmt: skip
-    assert (
-        flags[0] == flags[1] and len(flags[0]) == 12 and any(flags[0]) == (not weight_only_path())
-    )
+    flags = full_precision_flags(clip.patcher)
+    assert flags == full_precision_flags(again)
+    assert len(flags) == 12 and any(flags) == (not weight_only_path())
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])

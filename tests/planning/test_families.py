@@ -180,12 +180,12 @@ def test_comfyui_recognises_the_packed_file_as_it_does_the_original(model, wish,
     plan = make_plan(header_of(shapes), Recipe(parse_wish(wish)))
     packed = {spec.name: spec.shape for spec in plan.outputs}
     assert packed != shapes
-    before, after = (
-        detect_unet_config(
-            {k: torch.empty(s, device="meta") for k, s in found.items()}, model.prefix
-        )
-        for found in (shapes, packed)
-    )
+
+    def detected(found):
+        empty = {name: torch.empty(shape, device="meta") for name, shape in found.items()}
+        return detect_unet_config(empty, model.prefix)
+
+    before, after = detected(shapes), detected(packed)
     assert before is not None and after == before
 
 
