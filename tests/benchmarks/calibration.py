@@ -1,6 +1,6 @@
-"""What a calibration is worth: output error of gptq x nearest's, on prompts that it never saw; and pictures.
+"""What a calibration is worth: output error of gptq (or --method) x nearest's, on prompts that it never saw; and pictures.
 
-    python tests/benchmarks/calibration.py [--formats bnb_nf4,...] [--device cuda] [--pictures | --encoder FOLDER]
+    python tests/benchmarks/calibration.py [--formats bnb_nf4,...] [--method adaround] [--device cuda] [--pictures | --encoder FOLDER]
 
 The emoji model; statistics from 32 prompts in two halves, errors on the activations of 32 others, 16 steps, cfg 3. Means
 over the layers, weighted by their parameters. Appends a row per format to results/calibration.csv. `--pictures` draws all
@@ -53,7 +53,8 @@ def main() -> None:
     for text in args.formats.split(","):
         started = time.perf_counter()
         wish = parse_wish(text)
-        row = {"format": text, **table.row(wish, seen, torch.device(args.device))}
+        row = {"of": "encoder" if args.encoder else "emoji", "format": text, "method": args.method}
+        row |= table.row(wish, seen, torch.device(args.device), args.method)
         row |= {"seconds": f"{time.perf_counter() - started:.0f}", "device": args.device}
         print(row, flush=True)
         record(table.file, row)
@@ -120,7 +121,9 @@ class HeldOut:
     def __init__(self, held: Calibration, weights: Callable[[Wish], dict[str, torch.Tensor]]):
         self.held, self.weights = held, weights
 
-    def row(self, wish: Wish, seen: Calibration, device: torch.device) -> dict[str, str]:
+    def row(
+        self, wish: Wish, seen: Calibration, device: torch.device, method: str
+    ) -> dict[str, str]:
         total, parameters, worst = 0.0, 0, 0.0
         for name, weight in self.weights(wish).items():
             weight = weight.to(device)
@@ -128,8 +131,8 @@ class HeldOut:
             calibrated, nearest = (
                 float(((error @ gram) * error).sum())
                 for error in (
-                    decoded(name, weight, wish, seen, method) - weight.float()
-                    for method in ("gptq", "nearest")
+                    decoded(name, weight, wish, seen, each) - weight.float()
+                    for each in (method, "nearest")
                 )
             )
             ratio = (calibrated / nearest) ** 0.5
@@ -164,14 +167,18 @@ class Pictures:
         )
         return latents, self.train.decode_all(self.decoder, latents)
 
-    def row(self, wish: Wish, seen: Calibration, device: torch.device) -> dict[str, str]:
-        found = {method: self.measured(wish, seen, method) for method in ("nearest", "gptq")}
-        (plain, _), (calibrated, _) = found["nearest"], found["gptq"]
-        shown = {"ratio": with_error(calibrated / plain.mean())}
-        for method, (distance, likeness) in found.items():
-            shown[f"{method} latent"] = with_error(distance)
-            shown[f"{method} ssim"] = with_error(likeness)
-        return shown
+    def row(
+        self, wish: Wish, seen: Calibration, device: torch.device, method: str
+    ) -> dict[str, str]:
+        plain, likeness = self.measured(wish, seen, "nearest")
+        distance, calibrated_likeness = self.measured(wish, seen, method)
+        return {
+            "ratio": with_error(distance / plain.mean()),
+            "nearest latent": with_error(plain),
+            "nearest ssim": with_error(likeness),
+            "calibrated latent": with_error(distance),
+            "calibrated ssim": with_error(calibrated_likeness),
+        }
 
     def measured(
         self, wish: Wish, seen: Calibration, method: str
