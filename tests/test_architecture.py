@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -104,6 +105,23 @@ def test_the_tables_name_rooms_that_exist():
 def test_an_extra_for_plots_exists_only_if_something_plots():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert ("plots" in extras["optional-dependencies"]) == ("matplotlib" in imported_names())
+
+
+# What ComfyUI alone brings, and with the extras what is named otherwise when imported.
+COMFYUIS = {*ONLY_IN, "aiohttp"}
+IMPORTED_AS = {"google-re2": "re2", "comfy-kitchen": "comfy_kitchen"}
+BROUGHT = {"PIL"}  # by both extras that draw
+
+
+def test_what_is_imported_is_required():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    stated = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    for wanted in extras["optional-dependencies"].values():
+        stated += wanted
+    names = [re.match(r"[\w-]+", line)[0] for line in stated]
+    required = {IMPORTED_AS.get(name, name) for name in names} | BROUGHT
+    foreign = imported_names() - set(sys.stdlib_module_names) - OUR_ROOMS - COMFYUIS
+    assert foreign - required == set()
 
 
 def test_foreign_modules_stay_in_their_room():
