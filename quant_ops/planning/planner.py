@@ -44,6 +44,9 @@ from .wish import Wish
 SMALLEST_SIDE = 16  # smaller layers gain nothing, and some kernels refuse them
 READS_WIDTH = "ComfyUI reads its width to recognise the model"
 TABLE = "lookup table, which ComfyUI reads only as it is"
+OUTSIDE = "stands beside the models that ComfyUI reads quantized in a checkpoint"
+# Where checkpoints keep text encoders: `text_encoder_key_prefix` of comfy/supported_models.py.
+ENCODERS = ("text_encoders.", "text_encoder.", "cond_stage_model.", "conditioner.embedders.")
 PLAIN = "stands beside the diffusion model, where ComfyUI reads no codes"
 MAYBE_TABLE = "could be a lookup table"
 # Names of lookup tables in published models, and how tall one is: the widest layer that multiplies
@@ -116,6 +119,7 @@ class _Planner:
         self.warnings: list[str] = list(header.warnings)
         self.maybe_tables: list[str] = []
         self.parts, self.main = parts, _main_parts(parts)
+        self.checkpoint = any(part.prefix.startswith(DIFFUSION_PREFIXES) for part in self.main)
         main = [(part.prefix, self._preset(part)) for part in self.main] or [
             ("", self._preset(None))
         ]
@@ -293,6 +297,8 @@ class _Planner:
             return TABLE
         if owner and any(matches(name, below) for name in owner.family.plain):
             return PLAIN
+        if owner is None and self.checkpoint and not base.startswith(ENCODERS):
+            return OUTSIDE
         return self.header.fixed.get(base)
 
     def _maybe_table(self, base: str, layer: LayerInput) -> bool:
