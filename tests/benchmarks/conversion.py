@@ -30,6 +30,7 @@ from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
 RESULTS = Path(__file__).parent / "results" / "conversion.csv"
 LIMITS = {"float8_e4m3fn": 5.0, "int8_tensorwise": 5.0, "bnb_nf4": 10.0}  # x cp, imports included
+START = "import fewbits.quant_ops.doors"  # with torch, which --help does without
 BLOCK = {  # one Flux double block and one single block at hidden 3072: 454 M parameters
     "double_blocks.{i}.img_attn.qkv": (9216, 3072), "double_blocks.{i}.img_attn.proj": (3072, 3072),
     "double_blocks.{i}.img_mlp.0": (12288, 3072), "double_blocks.{i}.img_mlp.2": (3072, 12288),
@@ -168,7 +169,7 @@ def bench_format(folder: Path, model: Path, name: str, repeats: int) -> dict:
             else _python_copy(model, copy)
         )
         copy.unlink()
-        starts.append(run_child(command("quantize", "--help")))
+        starts.append(run_child([sys.executable, "-c", START]))
         runs.append(run_child(command("quantize", model, "-o", out, "--format", name, "--quiet")))
         out.unlink()
     seconds, peaks, users, systems = zip(*runs[1:], strict=True)
