@@ -82,11 +82,11 @@ SCRATCH_FP8 = Row(
     "M=4608 .310 / .349, hopper .401 / .486",
 )
 GROUPS_128 = (
-    Row("scratch", since(513), millions(8),
-        why="M=1024 .100 / .099, hopper .104 / .138; M=4608 .298 / .333, hopper .441 / .535"),
-    Row("hopper", range(33, 513), millions(8),
-        why="M=64 .019 / .022, triton .022 / .024; M=256 .039 / .041, triton .046 / .050; "
-            "M=512 .059 / .075, triton .080 / .079; M=1024 .110 / .144, dequantize .132 / .127"),
+    Row("scratch", since(385), millions(8),
+        why="M=1024 .100 / .099, hopper .104 / .138; M=4608 .298 / .333, hopper .441 / .535; "
+            "M=512 .069 / .074, hopper .059 / .075, but a call takes 27 us of Python, hopper 103"),
+    Row("hopper", range(33, 385), millions(8),
+        why="M=64 .019 / .022, triton .022 / .024; M=256 .039 / .041, triton .046 / .050"),
     *FINE,
 )  # fmt: skip
 HOPPER = {
@@ -101,11 +101,11 @@ HOPPER = {
         DECODED,
     ),
     "int8 128": (
-        Row("hopper", range(65, 769), millions(8),
+        Row("hopper", range(65, 385), millions(8),
             why="M=64 .022 / .024, triton .020 / .022; M=256 .032 / .034, triton .035 / .039"),
-        Row("scratch", since(1024), millions(20),
+        Row("scratch", since(385), millions(20),
             why="12288x3072 M=1024 .090, hopper .088, triton .095; M=1536 .128 / .135, "
-                "hopper .128 / .186, triton .143 / .151"),
+                "hopper .128 / .186, triton .143 / .151; a call takes 27 us of Python, hopper 103"),
         Row("scratch", since(2049), millions(8),
             why="12288x3072 M=4608 .286, hopper .366, triton .405"),
         Row("hopper", since(2049), millions(8), why="M=4608 .40 / .41, triton .41 / .45"),
@@ -168,23 +168,28 @@ HOPPER = {
         DECODED,
     ),
     "int8 rotated": (
-        Row("hopper", since(33), millions(4),
-            why="M=256 .0217 / .0271, triton .0336 / .0389; M=1024 .066 / .064, "
-                "triton .070 / .095; M=4608 .263 / .299, triton .313 / .326"),
+        Row("hopper", ANY, millions(4),
+            why="M=256 .0217 / .0271, triton .0336 / .0389; M=1024 .066 / .064, triton "
+                ".070 / .095; M=4608 .263 / .299, triton .313 / .326; "
+                "M=1 takes 26 us of Python, cuda 66"),
         Row("cuda", up_to(32), why="as INT8 rows that are not rotated"),
         Row("triton", ANY, millions(2), why="as INT8 rows that are not rotated"),
         Row("triton", up_to(64), why=SMALL),
         DECODED,
     ),
     "e2m1": (
-        Row("scratch", since(256), millions(20),
-            why="M=256 .052 / .063, dequantize .059 / .068; M=1024 .097 / .097, "
+        Row("scratch", ANY, millions(20),
+            why="M=1 .047 / .051, dequantize .051 / .055; M=64 .045 / .050, dequantize "
+                ".052 / .056; M=256 .052 / .063, dequantize .059 / .068; M=1024 .097 / .097, "
                 "dequantize .130 / .127; M=4608 .290 / .322, dequantize .476 / .453"),
         Row("scratch", since(512), millions(8),
             why="3072x3072 M=256 .0221, dequantize .0191; M=512 .0223, dequantize .0237"),
         DECODED,
     ),
     "e4m3_mx": (
+        Row("scratch", ANY, millions(20),
+            why="M=1 .044 / .045, dequantize .054 / .057; M=64 .042 / .044, dequantize "
+                ".055 / .059"),
         Row("scratch", since(256), millions(8),
             why="M=256 .048 / .055, dequantize .062 / .072; M=1024 .093 / .090, "
                 "dequantize .131 / .128; M=4608 .290 / .315, dequantize .448 / .433"),

@@ -67,13 +67,12 @@ class Op:
 
         return register
 
-    def ready(self, *args: object) -> Callable:
-        """What runs for these inputs, as a function of the first and the last."""
-        name, body = self.choose(*args)
-        prepare = self.prepared.get(name)
-        found = prepare(*args) if prepare else None
-        between = args[1:-1]
-        return found or (lambda first, last: body(first, *between, last))
+    def ready(self, *args: object) -> Callable | None:
+        """What runs for these inputs, made ready as a function of the first and the last; None
+        where nothing can be made ready.
+        """
+        prepare = self.prepared.get(self.choose(*args)[0])
+        return prepare(*args) if prepare else None
 
     def choose(self, *args: object) -> tuple[str, Callable]:
         """(backend name, body) for these inputs.

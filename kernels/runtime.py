@@ -498,7 +498,8 @@ def _ready_scratch(x, n, kind, *stored, span=None):
     fits = not wide.why_not_shape(n, k, torch.int8, None, x.dtype)
     if span != cuda_rows.SPAN or cuda_rows.why_not_rows(x, k) or not gpu_of(x).wgmma or not fits:
         return None
-    return ready.scratch(x, getattr(cuda_rows, kind)(*stored), n, rotate=True)
+    given = tuple(part for part in stored if isinstance(part, torch.Tensor))
+    return ready.scratch(x, getattr(cuda_rows, kind)(*stored), n, given, rotate=True)
 
 
 def _ready_tiles_scratch(x, codes, scale, levels, geometry, bias):

@@ -7,6 +7,7 @@ same for other rotations and wherever this cannot run.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from ..codebook4 import constant
 from ..device import gpu_of
 from ..scales import Geometry
-from .compiler import Kernel, kernel
+from .compiler import Kernel, Launch, kernel
 from .skinny import aligned
 
 SOURCE = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
@@ -171,11 +172,19 @@ def make(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
 
 def launch(rows: Rows, codes: int, scales: int) -> None:
     """Make INT8 rows at two addresses."""
+    launch_of(rows)(codes, scales)
+
+
+def launch_of(rows: Rows) -> Callable[[int, int], None]:
+    """What makes INT8 rows at two addresses, those of the codes and of the scales."""
     tensor, k = rows.tensor, rows.k
     rotate, index = rows.stored != Stored.W4A8, tensor.device.index or 0
     entry = entry_of(rows.stored, k, tensor.dtype, rows.group, index, rotate=rotate)
-    read = (tensor, rows.scale, rows.whole, rows.levels)
-    pointers = [part.data_ptr() for part in read]
+    pointers = [part.data_ptr() for part in (tensor, rows.scale, rows.whole, rows.levels)]
     numbers = (rows.pitch, rows.across, rows.rows.bit_length() - 1)
-    threads = 32 * warps_for(k)
-    entry.launch((len(tensor), 1, 1), threads, ARGUMENTS, *pointers, codes, scales, *numbers)
+    start = Launch(entry, (len(tensor), 1, 1), 32 * warps_for(k))
+
+    def make(codes: int, scales: int) -> None:
+        start(ARGUMENTS.pack(*pointers, codes, scales, *numbers))
+
+    return make

@@ -3,14 +3,18 @@ only in here.
 """
 
 from .handlers import linear
-from .native import multiplies_native, product_of
+from .native import linear as linear_native
+from .native import multiplies_layout, multiplies_native, product_of
 from .pack import layout_name, register_layout
-from .product import Product, runs_alone
+from .product import HALVES, Product, runs_alone
 
 __all__ = [
+    "HALVES",
     "Product",
     "layout_name",
     "linear",
+    "linear_native",
+    "multiplies_layout",
     "multiplies_native",
     "product_of",
     "register_layout",

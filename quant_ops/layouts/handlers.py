@@ -60,7 +60,7 @@ def _product(
     if not (nobody_looks(x) and nobody_looks(qdata)):
         cls = weight.layout_cls
         return torch.ops.fewbits.linear(
-            x, list(cls.stored(qdata, params).values()), cls.__name__, *shape, bias
+            x, list(cls.stored(qdata, params).values()), cls.__name__, *shape, 0, bias
         )
     return own_product(weight, shape)(x, bias)
 

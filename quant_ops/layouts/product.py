@@ -29,24 +29,28 @@ class Product:
         self.bodies: dict[tuple, Callable] = {}
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        n, k = self.shape
-        rows = x if x.dim() == 2 else x.reshape(-1, k)
-        key = (len(rows), rows.dtype, bias is None)
+        key = (x.numel() // self.shape[1], x.dtype, bias is None)
         body = self.bodies.get(key)
         if body is None or is_forced():
-            body = self._body(key, rows, bias)
-        out = body(rows, bias)
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
+            body = self.body(x, bias)
+            if not is_forced():
+                if len(self.bodies) >= REMEMBERED:
+                    self.bodies.clear()
+                self.bodies[key] = body
+        return body(x, bias)
 
-    def _body(self, key: tuple, rows: torch.Tensor, bias: torch.Tensor | None) -> Callable:
-        if not isinstance(self.op, Op):
-            return lambda rows, bias: self.op(rows, *self.arguments, bias)
-        body = self.op.ready(rows, *self.arguments, bias)
-        if not is_forced():
-            if len(self.bodies) >= REMEMBERED:
-                self.bodies.clear()
-            self.bodies[key] = body
-        return body
+    def body(self, x: torch.Tensor, bias: torch.Tensor | None) -> Callable:
+        """What multiplies any x of so many rows and this dtype; one that was made ready knows
+        addresses alone, and has `keeps`.
+        """
+        rows = x.reshape(-1, self.shape[1])
+        ready = self.op.ready(rows, *self.arguments, bias) if isinstance(self.op, Op) else None
+        return ready or self._by_rows
+
+    def _by_rows(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        n, k = self.shape
+        out = self.op(x.reshape(-1, k), *self.arguments, bias)
+        return out.view(*x.shape[:-1], n)
 
 
 class Prepared:
@@ -76,13 +80,55 @@ def own_product(weight: QuantizedTensor, shape: tuple[int, int]) -> Product:
     return product
 
 
+# layout of comfy-kitchen's -> what makes a product of (layout, pieces, N, K, span)
+PRODUCTS: dict[str, Callable[[str, list[torch.Tensor], int, int, int], Product]] = {}
+# what multiplies pieces that lie at certain addresses: right as long as a call names them again
+_AT: dict[tuple, Callable] = {}
+MOST_AT = 16384  # a model has a few hundred layers, each a few numbers of rows
+
+
+def multiply_at(
+    x: torch.Tensor,
+    pieces: list[torch.Tensor],
+    layout: str,
+    n: int,
+    k: int,
+    span: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """x (..., K) @ W.T + bias of a weight whose tensor comes anew at each call, from a compiler or
+    from DynamicVRAM: what was made ready is found again by the addresses of its pieces.
+    """
+    key = (layout, n, k, span, x.numel() // k, x.dtype, bias is None)
+    key += tuple([(piece.data_ptr(), piece.numel()) for piece in pieces])
+    body = _AT.get(key)
+    if body is None or is_forced():
+        make = PRODUCTS.get(layout, _own_from)
+        body = make(layout, pieces, n, k, span).body(x, bias)
+        # one that keeps copies of pieces would outlive what they are copies of
+        if getattr(body, "keeps", None) == () and not is_forced():
+            if len(_AT) >= MOST_AT:
+                _AT.clear()
+            _AT[key] = body
+    return body(x, bias)
+
+
+def _own_from(layout: str, pieces: list[torch.Tensor], n: int, k: int, span: int) -> Product:
+    return LAYOUTS[layout].product(pieces, n, k)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is torch's own, not one that something traces with."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
 def nobody_looks(tensor: torch.Tensor) -> bool:
     """Whether nothing traces or counts ops, so that the op's body can be called without its 7 us of
     bookkeeping.
     """
     return (
         not torch.compiler.is_compiling()
-        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and is_plain(tensor)
         and not torch._C._len_torch_dispatch_stack()
     )
 
@@ -121,25 +167,52 @@ if not hasattr(torch.ops.fewbits, "dequantize"):
     ) -> torch.Tensor:
         return pieces[0].new_empty((n, k), dtype=dtype)
 
-    @torch.library.custom_op("fewbits::linear", mutates_args=())
+    _LIBRARY = torch.library.Library("fewbits", "FRAGMENT")
+    _LIBRARY.define(
+        "linear(Tensor x, Tensor[] pieces, str layout, int n, int k, int span, Tensor? bias)"
+        " -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+
+    @torch.library.impl(_LIBRARY, "linear", "CompositeExplicitAutograd")
     def _linear_op(
         x: torch.Tensor,
         pieces: list[torch.Tensor],
         layout: str,
         n: int,
         k: int,
+        span: int,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """x (..., K) @ W.T + bias from the stored pieces of W, in x's dtype."""
-        return LAYOUTS[layout].product(pieces, n, k)(x, bias)
+        return multiply_at(x, pieces, layout, n, k, span, bias)
 
-    @_linear_op.register_fake
+    @torch.library.register_fake("fewbits::linear", lib=_LIBRARY)
     def _linear_fake(
         x: torch.Tensor,
         pieces: list[torch.Tensor],
         layout: str,
         n: int,
         k: int,
+        span: int,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         return x.new_empty((*x.shape[:-1], n))
+
+    _LIBRARY.define(
+        "multiply(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+
+    @torch.library.impl(_LIBRARY, "multiply", "CompositeExplicitAutograd")
+    def _multiply_op(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x (..., K) @ W.T + bias; layouts say what it is for a quantized weight."""
+        return torch.nn.functional.linear(x, weight, bias)
+
+    @torch.library.register_fake("fewbits::multiply", lib=_LIBRARY)
+    def _multiply_fake(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))

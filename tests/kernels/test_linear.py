@@ -165,7 +165,7 @@ def test_hoppers_own_kernel_is_taken_where_it_was_faster():
     assert four_bit_decisions(hopper, 12288, 3072, rows) == [
         "cuda", "hopper", "hopper", "scratch", "scratch"]  # fmt: skip
     assert four_bit_decisions(hopper, 5120, 13824, (256, 257)) == ["hopper", "dequantize"]
-    tiles = decisions(hopper, INT8, Geometry(128, 128), rows=(64, 768, 1024, 4608))
+    tiles = decisions(hopper, INT8, Geometry(128, 128), rows=(64, 256, 512, 4608))
     assert [found.backend for found in tiles.values()] == ["triton", "hopper", "scratch", "scratch"]
     assert (
         decisions(hopper, INT8, Geometry(1, None), 1280, 1280, (256,))[256].backend == "dequantize"

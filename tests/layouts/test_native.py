@@ -31,7 +31,8 @@ def weight_of(name: str, shape: tuple[int, int] = (64, 512)) -> QuantizedTensor:
 @pytest.mark.parametrize("name", CASES)
 def test_our_product_is_that_of_the_decoded_weight_but_for_rounding_x(name):
     weight, x = weight_of(name), torch.randn(5, 512, dtype=torch.bfloat16)
-    op, arguments = native.LAYOUTS[weight._layout_cls][1](weight)
+    found = native.taken(weight)
+    op, arguments = found.call(found.pieces(weight), native.span_of(weight._params))
     got, bias = op(x, *arguments, None).float(), torch.randn(64).bfloat16()
     truth = x.float() @ weight.dequantize().float().t()
     error = (got - truth).norm() / truth.norm()
@@ -41,7 +42,7 @@ def test_our_product_is_that_of_the_decoded_weight_but_for_rounding_x(name):
 
 
 def test_padded_and_transposed_weights_stay_comfy_kitchens():
-    assert native._nvfp4(weight_of("nvfp4", (64, 520))) is None
+    assert native.taken(weight_of("nvfp4", (64, 520))) is None
     assert native.native_product(weight_of("int8 rows").t()) is None
 
 

@@ -76,3 +76,33 @@ def test_pictures_of_other_sizes_need_one_graph_more_for_all(block, counters, wi
             torch.testing.assert_close(got, wanted, rtol=2e-2, atol=1e-2)
     assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] <= 2
+
+
+NATIVE = ["int8_tensorwise", "int8_tensorwise:convrot=true", "float8_e4m3fn", "nvfp4", "mxfp8"]
+
+
+@pytest.mark.parametrize("wish", NATIVE)
+def test_where_we_multiply_a_native_layer_a_compiler_follows_our_op(
+    block, counters, wish, monkeypatch
+):
+    """As on a GPU that the table knows; here the op's eager body multiplies."""
+    from fewbits.nodes.bridge.seams import layers
+    from fewbits.quant_ops.layouts import product
+
+    module, arguments = block(wish)
+    monkeypatch.setattr(layers.OwnLinear, "_fewbits_is_ours", lambda layer, x: layer.layout_type)
+    multiplied, multiply = [], product.multiply_at
+    monkeypatch.setattr(
+        product, "multiply_at", lambda *args: multiplied.append(args[2]) or multiply(*args)
+    )
+    layers_here = [layer for layer in module.modules() if getattr(layer, "layout_type", None)]
+    compiled = torch.compile(module, backend="aot_eager")
+    with torch.inference_mode(False), torch.no_grad():
+        for tokens in (24, 96, 54):
+            wanted = module(*arguments(tokens, torch.float32))
+            multiplied.clear()
+            got = compiled(*arguments(tokens, torch.float32))
+            assert len(multiplied) == len(layers_here) > 1
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-2)
+    assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
+    assert counters["stats"]["unique_graphs"] <= 2

@@ -125,6 +125,33 @@ def encoder_names(comfy):
         assert calls(model.process_clip_state_dict_for_saving, "convert_text_enc_state_dict_v20")
 
 
+def low_rank(comfy):
+    """A patcher's patches are one dictionary by key, of which loading and unloading take what they
+    find; a saved weight is patched by one function.
+    """
+    from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
+    from comfy.weight_adapter.lora import LoRAAdapter
+
+    for owner in (ModelPatcher, ModelPatcherDynamic):
+        assert takes(owner.load, "device_to", "lowvram_model_memory", "force_patch_weights")
+        assert "self.patches" in inspect.getsource(inspect.unwrap(owner.load))
+    assert "weight_key in self.patches" in inspect.getsource(
+        inspect.unwrap(ModelPatcher.partially_unload)
+    )
+    assert takes(ModelPatcher.unpatch_model, "device_to", "unpatch_weights")
+    assert takes(ModelPatcher.model_state_dict_for_saving, "model", "prefix")
+    assert takes(ModelPatcher.patch_weight_to_device, "key", "device_to", "return_weight")
+    loaded = LoRAAdapter.load("x", {"x.lora_up.weight": torch.ones(4, 2), "x.lora_down.weight": torch.ones(2, 8)}, None, None)  # fmt: skip
+    assert loaded.name == "lora" and len(loaded.weights) == 6
+    model = torch.nn.Module()
+    model.part = torch.nn.Linear(8, 4)
+    patcher = ModelPatcher(model, "cpu", "cpu")
+    patcher.add_patches({"part.weight": loaded}, 0.5)
+    ((strength, adapter, of_model, offset, function),) = patcher.patches["part.weight"]
+    assert (strength, adapter, of_model, offset, function) == (0.5, loaded, 1.0, None, None)
+    assert patcher.weight_wrapper_patches == {}
+
+
 CONTRACTS = {
     function.__name__: function
     for function in (
@@ -137,6 +164,7 @@ CONTRACTS = {
         controlnet,
         encoder_names,
         control_lora,
+        low_rank,
     )
 }
 

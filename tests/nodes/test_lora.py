@@ -58,9 +58,10 @@ def test_stacked_loras_do_on_the_quantized_model_what_they_do_on_the_original(
     "memory, per_use", [(1, 18), (12_000_000, None)], ids=["nothing fits", "a part fits"]
 )
 def test_a_lora_in_low_vram_mode_is_applied_while_the_layer_runs(
-    original, quantize, with_lora, wish, memory, per_use
+    original, quantize, with_lora, wish, memory, per_use, monkeypatch
 ):
     """What --lowvram and --novram do on a GPU: layers that do not fit keep their codes and get the LoRA per use."""
+    monkeypatch.setenv("FEWBITS_LORA", "bake")
     quantized, _ = quantize(original, wish)
     patched = with_lora(quantized, 0.5, 0.5)
     x, context, y, t = (torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in _INPUTS)

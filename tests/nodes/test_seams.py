@@ -14,6 +14,7 @@ WRAPPED = {
     "merging": "comfy.model_patcher:ModelPatcher.get_key_patches",
     "controlnet": "comfy.controlnet:load_controlnet_state_dict",
     "control_lora": "comfy.controlnet:ControlLora.pre_run",
+    "low_rank": "comfy.model_patcher:ModelPatcher.load",
     "encoder_names": "comfy.diffusers_convert:convert_text_enc_state_dict_v20",
 }
 

@@ -16,6 +16,7 @@ from . import (
     foreign,
     formats,
     layers,
+    low_rank,
     merging,
     text_encoders,
 )
@@ -33,5 +34,6 @@ SEAMS: dict[str, Callable[[], None]] = {
         controlnet,
         control_lora,
         encoder_names,
+        low_rank,
     )
 }

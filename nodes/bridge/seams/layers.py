@@ -23,7 +23,15 @@ from ....quant_ops.checkpoint.reader import tensor_text
 from ....quant_ops.errors import CheckpointError, UnsupportedLayerError
 from ....quant_ops.formats import FORMATS, get_format
 from ....quant_ops.formats.base import is_precise
-from ....quant_ops.layouts import Product, linear, product_of, runs_alone
+from ....quant_ops.layouts import (
+    HALVES,
+    Product,
+    linear,
+    linear_native,
+    multiplies_layout,
+    product_of,
+    runs_alone,
+)
 from ....quant_ops.sources import spec_of
 from ....quant_ops.spec import LayerInput
 from ..compat import embedding_reads, weight_only_path
@@ -160,6 +168,8 @@ class OwnLinear(OwnFormats):
     # file's, but by us, or because this GPU has no units for ComfyUI's product
     _fewbits_rounds = False
     comfy_force_cast_weights = False  # ComfyUI sets it where a layer must be cast at each call
+    # what a LoRA adds to the output: seam `low_rank`
+    _fewbits_low_rank = None
     # what multiplies, as far as it is known: (weight, codes, product or None)
     _fewbits_ready: tuple = (None, None, None)
 
@@ -180,13 +190,16 @@ class OwnLinear(OwnFormats):
         self._fewbits_load_rest(state_dict, prefix, *others)
 
     def forward(self, input, *args, **kwargs):
-        # a compiler follows ComfyUI's own way, and ours inside it
-        compiling = torch.compiler.is_compiling()
-        product = None if compiling else self._fewbits_product(input)
-        if product is None:
-            return super().forward(input, *args, **kwargs)
-        _every_op()
-        return product(input, self._parameters.get("bias"))
+        low_rank = self._fewbits_low_rank
+        product = None if torch.compiler.is_compiling() else self._fewbits_product(input)
+        if product is not None:
+            _every_op()
+            out = product(input, self._parameters.get("bias"))
+        elif self._fewbits_is_ours(input):
+            out = self._fewbits_cast(input)
+        else:
+            out = super().forward(input, *args, **kwargs)
+        return out if low_rank is None else low_rank(input, out)
 
     def _fewbits_product(self, x: torch.Tensor) -> Product | None:
         """What multiplies x where nothing is to be cast, patched, traced or recorded; else None.
@@ -202,15 +215,43 @@ class OwnLinear(OwnFormats):
         if known is not weight or weight._qdata is not codes:
             product = product_of(weight)
             state["_fewbits_ready"] = (weight, weight._qdata, product)
-        if product is None or not runs_alone(x, product, bias):
+        if product is None or "_v" in state or not runs_alone(x, product, bias):
             return None
-        if self.weight_function or self.bias_function or "_v" in state:
-            return None
-        if self.comfy_force_cast_weights or (self._full_precision_mm and not self._fewbits_rounds):
-            return None
-        if parts.get("input_scale") is not None or parts.get("pre_quant_scale") is not None:
-            return None
-        return product
+        return product if self._fewbits_as_it_is() else None
+
+    def _fewbits_as_it_is(self) -> bool:
+        """Whether nothing changes weight, bias or input, and activations may be rounded."""
+        if self.weight_function or self.bias_function or self.comfy_force_cast_weights:
+            return False
+        if self._full_precision_mm and not self._fewbits_rounds:
+            return False
+        parts = self._parameters
+        return parts.get("input_scale") is None and parts.get("pre_quant_scale") is None
+
+    def _fewbits_is_ours(self, x: torch.Tensor) -> bool:
+        """Whether we multiply a weight in a layout of comfy-kitchen's that ComfyUI has still to
+        bring, or that a compiler follows.
+        """
+        layout = getattr(self, "layout_type", None)
+        return (
+            layout is not None
+            and self._fewbits_marker is None
+            and x.dtype in HALVES
+            and x.is_cuda
+            and not torch.is_grad_enabled()
+            and multiplies_layout(layout, x.device.index)
+            and self._fewbits_as_it_is()
+        )
+
+    def _fewbits_cast(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiplied by ComfyUI's way of bringing a weight, less its quantizing of the input."""
+        _every_op()
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            self, x, offloadable=True, compute_dtype=x.dtype, want_requant=True
+        )
+        out = linear_native(x, weight, bias)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return out
 
     def forward_comfy_cast_weights(self, input, *args, **kwargs):
         # ComfyUI's casts take 14 us to find that weight and bias are where the input is and nothing
