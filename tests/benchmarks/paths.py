@@ -41,7 +41,7 @@ def copies_of(wish: str, weight: torch.Tensor) -> list[tuple]:
     """(op, its arguments) of copies of a weight that exceed the cache together."""
     parsed = parse_wish(wish)
     format = get_format(parsed.format)
-    options = format.configure(parsed.options)
+    options = parsed.options
     layer = LayerInput(tuple(weight.shape), "BF16")
     stored = quantized_layer(format, weight, options)
     nbytes = sum(tensor.nbytes for tensor in stored.values())

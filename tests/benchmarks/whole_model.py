@@ -81,7 +81,8 @@ def quantized_layers(model: Model) -> int:
 def measure(wish: str, source: Path, plain: Model, args: argparse.Namespace) -> list[dict]:
     """One row per picture size."""
     path, device = source.with_name("quantized.safetensors"), torch.device("cuda")
-    quantize_file(source, path, Recipe(primary=parse_wish(wish)), device=device, overwrite=True)
+    path.unlink(missing_ok=True)  # two of them may not fit
+    quantize_file(source, path, Recipe(primary=parse_wish(wish)), device=device)
     model = load(path)
     layers, rows = quantized_layers(model), []
     for size in args.pixels:
