@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io as bytes_io
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
 from comfy_api.latest import io
 from PIL import Image
 
+from ..quant_ops.checkpoint.reader import FileSource
 from ..quant_ops.errors import RecipeError
+from ..quant_ops.report.histograms import histograms
 from ..quant_ops.report.markdown import to_markdown
-from ..quant_ops.report.plots import THEMES, report_pictures
+from ..quant_ops.report.plots import LAYERS, THEMES, histogram_picture, report_pictures
+from .bridge import host
 from .common import schema
 
 # What the page shows of a report: the node that made it shows the layers.
@@ -45,12 +49,19 @@ class FewBitsQualityReport(io.ComfyNode):
                     default="dark",
                     tooltip="Background of the pictures: dark as ComfyUI's page, or light.",
                 ),
+                io.String.Input(
+                    "path",
+                    force_input=True,
+                    optional=True,
+                    tooltip="The path of Quantize File: also draws the weights and codes of the "
+                    "layers with the largest error, which are read from the file.",
+                ),
             ],
             outputs=[
                 io.Image.Output(
                     "images",
                     display_name="images",
-                    tooltip="Three pictures of 1024 x 640, for Preview Image.",
+                    tooltip="Three pictures of 1024 x 640, with a path four, for Preview Image.",
                 ),
                 io.String.Output(
                     "report", display_name="report", tooltip="The report as Markdown, to read."
@@ -59,9 +70,11 @@ class FewBitsQualityReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, report: str, theme: str = "dark") -> io.NodeOutput:
+    def execute(cls, report: str, theme: str = "dark", path: str = "") -> io.NodeOutput:
         data = conversion_of(report)
         pictures = report_pictures(data, theme)
+        if path:
+            pictures["histograms"] = _histograms(host.written_file(path), data, theme)
         text = to_markdown(data)
         images = torch.stack([_image(png) for png in pictures.values()])
         ui = {"fewbits_quality": [{name: data.get(name) for name in SHOWN}]}
@@ -84,6 +97,13 @@ def conversion_of(report: str) -> dict:
             "Quantize File"
         )
     return data
+
+
+def _histograms(path: Path, data: dict, theme: str) -> bytes:
+    """Of the layers that the report calls worst, read from the file."""
+    with FileSource(path) as file:
+        layers = histograms([row["name"] for row in data["worst"][:LAYERS]], file)
+    return histogram_picture(layers, [path.name], theme)
 
 
 def _image(png: bytes) -> torch.Tensor:

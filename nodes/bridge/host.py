@@ -79,6 +79,20 @@ def model_path(folder: str, name: str) -> Path:
     return Path(path)
 
 
+def written_file(path: str) -> Path:
+    """The file that a node wrote, by its path.
+
+    Raises:
+        CheckpointError: no such file in ComfyUI's output or model folders.
+    """
+    if not is_within_any(_writable_roots(), path) or not os.path.isfile(path):
+        raise CheckpointError(
+            f"{os.path.basename(path)}: no such file in ComfyUI's output or model folders; connect "
+            "the path of Quantize File"
+        )
+    return Path(path)
+
+
 def text_encoder_types() -> list[str]:
     """Every type of text encoder that this ComfyUI knows: what its own loaders offer, else its list
     of types.

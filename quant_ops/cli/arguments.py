@@ -153,7 +153,11 @@ def compare(parser: argparse.ArgumentParser) -> None:
         "--plots",
         type=Path,
         metavar="FOLDER",
-        help="also draw error_by_depth.png and worst_layers.png there; needs matplotlib",
+        help="also draw error_by_depth.png, worst_layers.png and histograms.png there; needs "
+        "matplotlib",
+    )
+    parser.add_argument(
+        "--theme", choices=("dark", "light"), default="light", help="background of the pictures"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

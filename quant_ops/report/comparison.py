@@ -131,6 +131,10 @@ class Difference:
         return self.sums.error == 0 and self.sums.unlike == 0
 
     @property
+    def is_weight(self) -> bool:
+        return self.name.endswith(".weight")
+
+    @property
     def rank(self) -> tuple[int, float]:
         """Larger is worse: elements that no number measures come before all errors."""
         return self.sums.unlike, self.sums.rel_l2
@@ -165,7 +169,7 @@ class Comparison:
 
     def suspects(self) -> list[str]:
         """Weights that differ far more than the others do: broken, or rounded far more."""
-        weights = (each for each in self.differences if each.name.endswith(".weight"))
+        weights = (each for each in self.differences if each.is_weight)
         return suspects({each.name: each.sums.rel_l2 for each in weights})
 
     def totals(self) -> dict[tuple[str, str], tuple[int, Sums]]:

@@ -1,4 +1,5 @@
-"""Pictures of a report, by matplotlib, which is optional: error by depth, the worst layers, sizes.
+"""Pictures of a report, by matplotlib, which is optional: error by depth, the worst layers, sizes,
+histograms of layers.
 
 Colours are those of Okabe and Ito, which people with any colour vision tell apart; kinds of layers
 differ by their marks as well.
@@ -9,15 +10,20 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..errors import QuantError
+from .histograms import Histogram
 
 WIDTH, HEIGHT, DPI = 10.24, 6.4, 100  # inches: 1024 x 640; texts stay readable at half of it
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 MARKS = "osD^vPX"
 OTHER = "other layers"
 BARS = 12
+LAYERS = 3  # layers with histograms
 NAME_LENGTH = 34
 THEMES = {"light": ("#ffffff", "#222222", "#cccccc"), "dark": ("#1e1e1e", "#eeeeee", "#555555")}
 NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
@@ -86,6 +92,67 @@ def comparison_pictures(tensors: list[dict], theme: str = "light") -> dict[str, 
     }
 
 
+def histogram_picture(layers: list[Histogram], files: Sequence[str], theme: str = "light") -> bytes:
+    """PNG of 1024 x 640 points: weights above, codes below, a column for each of up to `LAYERS`
+    layers.
+
+    Args:
+        files: what to call those whose weights are drawn.
+
+    Raises:
+        QuantError: matplotlib is missing, or there is no layer.
+    """
+    if problem := why_not_plots():
+        raise QuantError(problem)
+    if not layers:
+        raise QuantError("the file has none of the layers, so there is nothing to draw")
+    figure, ink = _figure(theme)
+    shown = layers[:LAYERS]
+    grid = figure.subplots(2, len(shown), squeeze=False)
+    for axes in grid.flat:
+        _dressed(axes, theme, labels=12)
+        axes.locator_params(axis="x", nbins=4)
+        axes.locator_params(axis="y", nbins=4)
+    for (above, below), layer in zip(grid.T, shown, strict=True):
+        _weights(above, layer, files, ink)
+        _codes(below, layer, ink)
+    for row, what in zip(grid, ("weights, %", "codes, %"), strict=True):
+        row[0].set_ylabel(what, color=ink, fontsize=15)
+    figure.suptitle(
+        "Weights and codes of the layers with the largest error", color=ink, fontsize=18
+    )
+    _legend(grid[0, 0], ink)
+    return _png(figure)
+
+
+def _weights(axes, layer: Histogram, files: Sequence[str], ink: str) -> None:
+    for row, name, colour, width in zip(
+        layer.weights, files, _line_colours(len(files), ink), (4, 1.8), strict=False
+    ):
+        label = name if axes.get_subplotspec().is_first_col() else None
+        axes.stairs(100 * row, layer.edges, color=colour, linewidth=width, label=label)
+    axes.set_ylim(0)
+    axes.set_title(_short(layer.name, 26), color=ink, fontsize=13, loc="left")
+    axes.set_xlabel("weight", color=ink, fontsize=13)
+
+
+def _line_colours(count: int, ink: str) -> tuple[str, ...]:
+    return ("#999999", COLOURS[1])[-count:]
+
+
+def _codes(axes, layer: Histogram, ink: str) -> None:
+    if layer.codes is None:
+        axes.text(0.5, 0.5, f"no codes ({layer.format})", color=ink, fontsize=13, ha="center",
+                  transform=axes.transAxes)  # fmt: skip
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return
+    places = layer.lowest + np.arange(len(layer.codes))
+    axes.bar(places, 100 * layer.codes, width=0.9, color=COLOURS[5])
+    axes.set_title(layer.format, color=ink, fontsize=13, loc="left")
+    axes.set_xlabel("code, in the order of values", color=ink, fontsize=13)
+
+
 def placed(rows: list[dict]) -> list[Placed]:
     """Where each layer stands: `blocks.3.attn.qkv` is kind `blocks attn.qkv` in the block
     `blocks.3`.
@@ -103,22 +170,38 @@ def placed(rows: list[dict]) -> list[Placed]:
 
 
 def _drawn(draw, theme: str) -> bytes:
+    figure, ink = _figure(theme)
+    axes = figure.add_subplot()
+    _dressed(axes, theme, labels=14)
+    draw(axes, ink)
+    return _png(figure)
+
+
+def _figure(theme: str) -> tuple[object, str]:
+    """(an empty figure, the colour of its texts)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    paper, ink, faint = THEMES[theme]
+    paper, ink, _ = THEMES[theme]
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor=paper, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor=paper)
-    axes.tick_params(colors=ink, labelsize=14)
+    return figure, ink
+
+
+def _dressed(axes, theme: str, labels: int) -> None:
+    paper, ink, faint = THEMES[theme]
+    axes.set_facecolor(paper)
+    axes.tick_params(colors=ink, labelsize=labels)
     axes.grid(True, color=faint, linewidth=0.6, alpha=0.6)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(ink)
-    draw(axes, ink)
+
+
+def _png(figure) -> bytes:
     data = io.BytesIO()
-    figure.savefig(data, format="png", facecolor=paper)
+    figure.savefig(data, format="png", facecolor=figure.get_facecolor())
     return data.getvalue()
 
 
@@ -204,5 +287,5 @@ def _legend(axes, ink: str) -> None:
         text.set_color(ink)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= NAME_LENGTH else "…" + name[1 - NAME_LENGTH :]
+def _short(name: str, length: int = NAME_LENGTH) -> str:
+    return name if len(name) <= length else "…" + name[1 - length :]

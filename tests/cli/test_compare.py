@@ -116,7 +116,7 @@ def test_pictures_are_drawn_where_asked_and_of_nothing_refused(model, tmp_path):
     folder.mkdir()
     done = fewbits("compare", model, quantized(model, "bnb_nf4"), "--plots", folder)
     assert done.returncode == 0, done.stderr
-    for name in ("error_by_depth.png", "worst_layers.png"):
+    for name in ("error_by_depth.png", "worst_layers.png", "histograms.png"):
         assert Image.open(folder / name).size == (1024, 640)
     same = fewbits("compare", model, model, "--plots", folder)
     assert same.returncode == 2 and "nothing to draw" in same.stderr

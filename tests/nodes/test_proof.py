@@ -140,6 +140,19 @@ def test_a_fit_is_a_recipe_for_quantize_file(host, model_file):
     assert len(shown["worst"]) == 5 and shown["meaning"] and "layers" not in shown
     assert images.shape == (3, 640, 1024, 3) and float(images[:, 0, 0].min()) == 1.0
     assert text.startswith("# ") and "| layer |" in text
+    images, _ = FewBitsQualityReport.execute(made, theme="dark", path=path).args
+    assert images.shape == (4, 640, 1024, 3)
+
+
+def test_histograms_are_read_from_comfyuis_folders_only(comfy, tmp_path):
+    from fewbits.nodes.bridge.host import written_file
+    from fewbits.quant_ops.errors import CheckpointError
+
+    outside = tmp_path / "model.safetensors"
+    outside.write_bytes(b"0")
+    for path in (str(outside), "", "no such file", "../model.safetensors"):
+        with pytest.raises(CheckpointError, match="no such file in ComfyUI's"):
+            written_file(path)
 
 
 def test_pictures_are_made_of_reports_only(comfy):
