@@ -43,6 +43,20 @@ def _seed_input() -> io.Int.Input:
     )
 
 
+def _effects_input() -> io.Int.Input:
+    return io.Int.Input(
+        "effects",
+        default=0,
+        min=0,
+        max=64,
+        optional=True,
+        advanced=True,
+        tooltip="For Fit to Size: in so many runs, one step is evaluated again for each layer, to "
+        "see how far its errors reach the picture. 4 to 8 are enough; each takes as long as a "
+        "few hundred steps of a large model.",
+    )
+
+
 def _collecting_output() -> io.Output:
     return CALIBRATION.Output(
         "calibration",
@@ -51,10 +65,10 @@ def _collecting_output() -> io.Output:
     )
 
 
-def _observer(memory_gb: float, seed: int) -> Observer:
+def _observer(memory_gb: float, seed: int, effects: int = 0) -> Observer:
     if math.isnan(memory_gb):  # which ComfyUI's own limits let through
         raise RecipeError("memory_gb is not a number, allowed: 0.1 to 64")
-    return Observer(int(memory_gb * 1e9), seed)
+    return Observer(int(memory_gb * 1e9), seed, effects)
 
 
 class FewBitsCalibrate(io.ComfyNode):
@@ -74,6 +88,7 @@ class FewBitsCalibrate(io.ComfyNode):
                 ),
                 _memory_input(),
                 _seed_input(),
+                _effects_input(),
             ],
             outputs=[
                 io.Model.Output(
@@ -86,8 +101,10 @@ class FewBitsCalibrate(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: io.Model.Type, memory_gb: float = 1.0, seed: int = 0) -> io.NodeOutput:
-        observer = _observer(memory_gb, seed)
+    def execute(
+        cls, model: io.Model.Type, memory_gb: float = 1.0, seed: int = 0, effects: int = 0
+    ) -> io.NodeOutput:
+        observer = _observer(memory_gb, seed, effects)
         return io.NodeOutput(observe.observed(model, observer), observer)
 
 

@@ -10,7 +10,8 @@ One safetensors file. `<n>` numbers the distinct inputs, `<h>` is 0 or 1:
 | `input.<n>.<h>.rows` | BF16 (rows, K) | else some of its rows |
 
 Metadata: `fewbits.calibration` is JSON: `version` 1, `layers` {layer: [n, N, K]}, `inputs`
-[{"size", "capacity", "counts": [rows of half 0, of half 1], "damaged"}].
+[{"size", "capacity", "counts": [rows of half 0, of half 1], "damaged"}], and where effects were
+measured `effects` {layer: [effect, measurements]}.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ..files import InputFile
 from ..methods.inputs import Inputs
 from ..part import write_whole
 from ..strict_json import parse, shown
+from .effects import merged, read_effects
 from .statistics import Half, InputStatistics
 
 KEY = "fewbits.calibration"
@@ -43,12 +45,14 @@ ENCODER = ".transformer."
 
 @dataclass
 class Calibration:
-    """`layers` maps a layer's name to (which of `inputs`, N, K); `files` it was read from are never
-    an output.
+    """`layers` maps a layer's name to (which of `inputs`, N, K), `effects` to what its rounding
+    does to the prediction and how often that was measured (`effects.py`); `files` it was read from
+    are never an output.
     """
 
     layers: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     inputs: list[InputStatistics] = field(default_factory=list)
+    effects: dict[str, tuple[float, int]] = field(default_factory=dict)
     files: tuple[InputFile, ...] = field(default=(), compare=False)
 
     def missing(self, base: str, shape: tuple[int, int]) -> str | None:
@@ -87,12 +91,18 @@ class Calibration:
         index, *_ = self._find(base, shape)
         return float(self.inputs[index].largest.max())
 
+    def effect_of(self, base: str) -> float | None:
+        """Squared change of the prediction, relative, with this layer in NF4; None where that was
+        not measured.
+        """
+        found = self.effects.get(base) or self.effects.get(_plain(base))
+        return found and found[0]
+
     def _find(self, base: str, shape: tuple[int, int]) -> tuple[int, int, int] | None:
         """The entry of a layer, whatever its file puts before its name. Of text encoders that name
         their layers alike the one of this shape; None where that leaves two.
         """
-        plain = next((base[len(p) :] for p in PREFIXES if base.startswith(p)), base)
-        named = self.layers.get(base) or self.layers.get(plain)
+        named = self.layers.get(base) or self.layers.get(_plain(base))
         if named is not None:
             return named
         alike = [entry for name, entry in self.layers.items() if _tail(name) == _tail(base)]
@@ -130,6 +140,7 @@ class Calibration:
         """
         if not self.layers:
             self.layers, self.inputs = dict(other.layers), list(other.inputs)
+            self.effects = dict(other.effects)
             return
         if self.layers != other.layers or len(self.inputs) != len(other.inputs):
             raise CheckpointError("two calibrations of different models cannot be merged")
@@ -138,6 +149,7 @@ class Calibration:
                 mine.merge(theirs)
             except ValueError as error:
                 raise CheckpointError(f"two calibrations cannot be merged: {error}") from None
+        self.effects = merged(self.effects, other.effects)
 
     @property
     def rows(self) -> int:
@@ -150,10 +162,15 @@ class Calibration:
         for number, statistics in enumerate(self.inputs):
             tensors |= {f"input.{number}.{key}": value for key, value in _stored(statistics)}
         facts = [_facts(statistics) for statistics in self.inputs]
-        text = json.dumps(
-            {"version": VERSION, "layers": self.layers, "inputs": facts}, separators=(",", ":")
-        )
-        return tensors, {KEY: text}
+        table = {"version": VERSION, "layers": self.layers, "inputs": facts}
+        if self.effects:
+            table["effects"] = self.effects
+        return tensors, {KEY: json.dumps(table, separators=(",", ":"))}
+
+
+def _plain(name: str) -> str:
+    """The name without what a file or ComfyUI puts before it."""
+    return next((name[len(p) :] for p in PREFIXES if name.startswith(p)), name)
 
 
 def _tail(name: str) -> str:
@@ -230,7 +247,7 @@ def _read_table(source: FileSource, table: dict) -> Calibration:
         layers[name] = _whole(index), _whole(rows), _whole(size)
         if index >= len(inputs) or size != inputs[index].size:
             raise ValueError(f"layer {shown(name)} and inputs differ")
-    return Calibration(layers, inputs)
+    return Calibration(layers, inputs, read_effects(table.get("effects", {})))
 
 
 def _whole(value: object) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .calibration import Calibration
+from .effects import Again, Effects
 from .statistics import InputStatistics
 
 ROW_BYTES = 2  # bfloat16
@@ -51,11 +52,13 @@ class Observer:
 
     Args:
         memory: bytes that statistics may take, whatever the model.
-        seed: of the choice of rows.
+        seed: of the choice of rows, and of disturbances.
+        effects: how often the effects of all layers are measured.
     """
 
-    def __init__(self, memory: int, seed: int = 0):
+    def __init__(self, memory: int, seed: int = 0, effects: int = 0):
         self.memory, self.seed = memory, seed
+        self.effects = Effects(effects)
         self.calibration = Calibration()
         self.run = -1
         self._calls = 0
@@ -64,9 +67,10 @@ class Observer:
         self._changed: dict[str, torch.Tensor] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def start_run(self) -> None:
-        """A new sampling run begins."""
+    def start_run(self, steps: int = 0) -> None:
+        """A new sampling run begins, with so many calls whose effects can be measured."""
         self.run += 1
+        self.effects.start_run(steps)
 
     @contextlib.contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
@@ -89,6 +93,14 @@ class Observer:
             self._seen.clear()
             for statistics in self.calibration.inputs:
                 statistics.settle()
+
+    def measure(
+        self, model: torch.nn.Module, again: Again, result: torch.Tensor, size: float
+    ) -> None:
+        """How far errors of each layer reach `result`, by an evaluation `again` for each; see
+        `Effects`.
+        """
+        self.effects.measure(model, self.calibration.layers, again, result, size)
 
     def _half(self) -> int:
         if self.run <= 0:
@@ -151,6 +163,7 @@ class Observer:
         for name, changed in self._changed.items():
             if bool(changed):
                 self.calibration.layers.pop(name, None)
+        self.calibration.effects = self.effects.settled()
         return self.calibration
 
 

@@ -51,7 +51,7 @@ def least_error(layers: Sequence[Sequence[Option]], budget: int) -> list[int] | 
         An index per layer; None where even the smallest options do not fit.
     """
     chosen = [hull(options)[0] for options in layers]
-    left = budget - _bytes(layers, chosen)
+    left = budget - total_bytes(layers, chosen)
     if left < 0:
         return None
     steps = sorted(_steps(layers), key=lambda step: step.rank)
@@ -69,7 +69,9 @@ def least_error(layers: Sequence[Sequence[Option]], budget: int) -> list[int] | 
         return taken
     core = _around(steps, edge)
     filled = _filled(layers, taken, core, budget)
-    return min((taken, filled), key=lambda found: (_cost(layers, found), _bytes(layers, found)))
+    return min(
+        (taken, filled), key=lambda found: (total_cost(layers, found), total_bytes(layers, found))
+    )
 
 
 def fewest_bytes(layers: Sequence[Sequence[Option]], limit: float) -> list[int] | None:
@@ -79,18 +81,18 @@ def fewest_bytes(layers: Sequence[Sequence[Option]], limit: float) -> list[int] 
         An index per layer; None where even the best options have more error.
     """
     best = [hull(options)[-1] for options in layers]
-    if _cost(layers, best) > limit:
+    if total_cost(layers, best) > limit:
         return None
     smallest = [hull(options)[0] for options in layers]
-    low = _bytes(layers, smallest) - 1
-    high = _bytes(layers, best)
+    low = total_bytes(layers, smallest) - 1
+    high = total_bytes(layers, best)
     for _ in range(BISECTIONS):
         if high - low <= 1:
             break
         middle = (low + high) // 2
         found = least_error(layers, middle)
-        if found is not None and _cost(layers, found) <= limit:
-            best, high = found, _bytes(layers, found)
+        if found is not None and total_cost(layers, found) <= limit:
+            best, high = found, total_bytes(layers, found)
         else:
             low = middle
     return best
@@ -158,9 +160,9 @@ def _filled(
     return result
 
 
-def _bytes(layers: Sequence[Sequence[Option]], chosen: Sequence[int]) -> int:
+def total_bytes(layers: Sequence[Sequence[Option]], chosen: Sequence[int]) -> int:
     return sum(options[i].bytes for options, i in zip(layers, chosen, strict=True))
 
 
-def _cost(layers: Sequence[Sequence[Option]], chosen: Sequence[int]) -> float:
+def total_cost(layers: Sequence[Sequence[Option]], chosen: Sequence[int]) -> float:
     return math.fsum(options[i].cost for options, i in zip(layers, chosen, strict=True))

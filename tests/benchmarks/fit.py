@@ -26,8 +26,8 @@ sys.path[:0] = [str(HERE.parent / "import_shim"), str(HERE.parent)]
 
 import torch
 
-from calibration import watched
-from fewbits.quant_ops.calibration import save_calibration
+from fewbits.quant_ops.calibration import Calibration, Observer, save_calibration
+from fewbits.quant_ops.calibration.effects import energy
 from fewbits.quant_ops.checkpoint.importers.source import open_checkpoint
 from fewbits.quant_ops.cli.__main__ import main as fewbits
 from fewbits.quant_ops.doors import fit, quantize_file
@@ -118,8 +118,7 @@ class Bench:
     def fits(self) -> Iterator[dict]:
         if not self.seen.exists():
             prompts = self.denoiser.prompts[SEEN]
-            seen = watched(self.denoiser.train, self.denoiser.model, prompts, "cpu")
-            save_calibration(seen, self.seen)
+            save_calibration(watched(self.denoiser, prompts), self.seen)
         for target in TARGETS:
             for way, more in (("fit", ()), ("calibrated fit", ("--calibration", str(self.seen)))):
                 words = ["quantize", str(EMOJI), "-o", str(self.out), "--overwrite", "--quiet"]
@@ -133,6 +132,27 @@ class Bench:
             for way, chosen in others(candidates, scores, int(target / 100 * WHOLE)):
                 quantize_file(EMOJI, self.out, chosen, overwrite=True)
                 yield self.row(way, target)
+
+
+def watched(denoiser: Denoiser, prompts: list[str]) -> Calibration:
+    """As the Calibrate node watches it, with effects: runs of 4 prompts, 16 steps, cfg 3."""
+    model, observer = denoiser.model, Observer(10**9, effects=len(prompts))
+    observer.start_run()  # the first is dealt out call by call, and here runs are to be halves
+
+    @torch.no_grad()
+    def predicted(*point: torch.Tensor) -> torch.Tensor:
+        with observer.watching(model):
+            result = model(*point)
+        has_prompt = bool(point[2].any())
+        if has_prompt and observer.effects.is_due():
+            observer.measure(model, lambda: model(*point), result, energy(result))
+        return result
+
+    for start in range(0, len(prompts), 4):
+        observer.start_run(16)
+        given = denoiser.train.conditioning(prompts[start : start + 4], "cpu")
+        denoiser.train.sample(predicted, *given, 16, 3.0, 1 + start, "cpu")
+    return observer.finish()
 
 
 PARTS = {

@@ -1,14 +1,23 @@
 """`fewbits quantize --target-size`: the file fits, the recipe repeats it, and what cannot be is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fewbits.quant_ops.doors.fit import ROWS, _some_rows, fit_file
+from fewbits.quant_ops.doors.fit import (
+    ROWS,
+    Candidate,
+    Way,
+    _some_rows,
+    _with_effects,
+    fit_file,
+    least_error_or_uniform,
+)
 from fewbits.quant_ops.errors import RecipeError
 from fewbits.quant_ops.planning.goal import error_goal, memory_goal, size_goal
-from fewbits.quant_ops.planning.recipe import Draft, Rule
+from fewbits.quant_ops.planning.recipe import Draft, Rule, parse_wish
 from support.helpers import fewbits, tiny_checkpoint
 
 
@@ -91,3 +100,47 @@ def test_rows_are_blocks_spread_over_the_whole_layer():
     picked = _some_rows(tall)[:, 0]
     assert len(picked) == ROWS and picked[0] == 0 and picked[-1] == 10 * ROWS - 1
     assert len(_some_rows(tall[:1000])) == 1000
+
+
+def layers_of(*rows: tuple[float, float, bool]) -> list[Candidate]:
+    """Layers of 100 bytes with two formats, of 50 and of 25 bytes, by their errors."""
+    half, quarter = map(parse_wish, ("int8_tensorwise", "bnb_nf4"))
+    return [
+        Candidate(
+            name=str(number),
+            ways=(Way(None, 100), Way(half, 50, fine), Way(quarter, 25, coarse)),
+            kept_by_preset=kept,
+        )
+        for number, (fine, coarse, kept) in enumerate(rows)
+    ]
+
+
+def test_a_mix_is_taken_where_it_clearly_has_less_error():
+    layers = layers_of((0.01, 0.1, False), (0.01, 0.1, False), (0.01, 0.9, False))
+    assert least_error_or_uniform(layers, 100) == [2, 2, 1]
+
+
+def test_one_format_is_taken_where_a_mix_promises_hardly_less():
+    """150 bytes hold the half in each layer, with what a mix takes away from one for another."""
+    layers = layers_of((0.100, 0.101, False), (0.1, 0.2, False), (0.102, 0.2, False))
+    even = least_error_or_uniform(layers, 150)
+    assert even == [1, 1, 1]
+    spare = least_error_or_uniform(layers, 200)
+    assert spare == [1, 1, 0]  # what is left over goes to the layer with the largest error
+
+
+def test_what_one_format_leaves_over_makes_no_layer_worse():
+    layers = layers_of((0.1, 0.11, True), (0.1, 0.11, False), (0.1, 0.11, False))
+    for budget in range(75, 301):
+        found = least_error_or_uniform(layers, budget)
+        assert sum(layer.ways[i].bytes for layer, i in zip(layers, found)) <= budget
+    assert least_error_or_uniform(layers, 74) is None
+
+
+def test_effects_weigh_layers_and_their_median_those_that_were_not_measured():
+    first, second, third = layers_of(*[(0.01, 0.1, False)] * 3)
+    layers = [replace(first, reach=4.0), replace(second, reach=0.5), third]
+    weighed = _with_effects(layers)
+    assert [layer.factor for layer in weighed] == [4.0, 0.5, 2.25]
+    assert least_error_or_uniform(weighed, 125) == [1, 2, 1]
+    assert _with_effects([first, third]) == [first, third]

@@ -35,6 +35,37 @@ def test_a_watched_model_gives_the_same_bits_and_keeps_no_hook(model, sample, ca
     assert not any(m._forward_pre_hooks for m in model.model.diffusion_model.modules())
 
 
+def test_effects_are_measured_of_every_layer_and_change_no_bit(model, sample):
+    from fewbits.nodes.bridge.observe import observed
+    from fewbits.quant_ops.calibration import Observer
+
+    expected = sample(model)
+    observer = Observer(10**9, effects=1)
+    watched = observed(model, observer)
+    for _ in range(2):  # the second has nothing left to measure
+        assert torch.equal(sample(watched), expected)
+    found = observer.finish()
+    assert observer.effects.taken == 1
+    assert set(found.effects) == set(found.layers)
+    assert {count for _, count in found.effects.values()} == {1}
+    assert not any(m._forward_hooks for m in model.model.diffusion_model.modules())
+
+
+def test_the_prompts_part_of_a_batch_is_found_and_controls_are_not_used_up(comfy):
+    from fewbits.nodes.bridge.observe import _prompted, _with_own_control
+
+    x = torch.zeros(4, 3)
+    options = {"transformer_options": {"cond_or_uncond": [1, 0]}}
+    assert _prompted(x, x, options) == slice(2, 4)
+    assert _prompted(x, x, {}) == slice(0, 4)
+    assert _prompted(x, x, {"transformer_options": {"cond_or_uncond": [1]}}) is None
+    assert _prompted(x, (x, x), options) is None
+    given = {"control": {"input": [1, 2], "all": None}, "y": 3}
+    own = _with_own_control(given)
+    own["control"]["input"].pop()
+    assert given["control"]["input"] == [1, 2] and own["y"] == 3
+
+
 def test_a_cancelled_run_keeps_what_was_seen(model, sample, calibrate, monkeypatch):
     watched, observer = calibrate(model)
     calls = []

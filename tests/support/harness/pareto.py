@@ -13,7 +13,14 @@ from pathlib import Path
 from .emoji import ROOT
 
 RESULTS = ROOT / "tests" / "benchmarks" / "results" / "fit.csv"
-PICTURE = ROOT / "docs" / "images" / "fit.png"
+PICTURES = {
+    theme: ROOT / "docs" / "images" / f"fit{mark}.png"
+    for theme, mark in (("light", ""), ("dark", "_dark"))
+}
+THEMES = {  # paper, texts, names of formats, grid, uniform formats
+    "light": ("white", "black", "#444444", "#dddddd", "#777777"),
+    "dark": ("#0d1117", "#eeeeee", "#bbbbbb", "#30363d", "#999999"),
+}
 WAYS = {  # way -> what the picture calls it, colour, mark
     "calibrated fit": ("fit, calibrated", "#0072B2", "o"),
     "fit": ("fit, no calibration", "#56B4E9", "s"),
@@ -57,25 +64,25 @@ def frontier() -> list[dict]:
     return found
 
 
-def draw(path: Path = PICTURE) -> None:
+def draw(path: Path, theme: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.4), dpi=110, facecolor="white", layout="constrained")
+    paper, ink, soft, lines, plain = THEMES[theme]
+    figure = Figure(figsize=(9, 5.4), dpi=110, facecolor=paper, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(facecolor=paper)
+    axes.tick_params(colors=ink, labelsize=11)
     uniform = [row for row in rows() if row["way"] == "uniform"]
-    axes.plot(
-        *points(uniform), "x", color="#777777", markersize=6, label="one format for all layers"
-    )
+    axes.plot(*points(uniform), "x", color=plain, markersize=6, label="one format for all layers")
     best = frontier()
-    axes.step(*points(best), where="post", color="#777777", linewidth=1.2)
+    axes.step(*points(best), where="post", color=plain, linewidth=1.2)
     for row in uniform:
         if row["label"] in NAMED:
             name = row["label"].partition(", preset")[0].replace(",method=mse_clip", "")
             name = name.replace(":block_size=", ", ").replace(":convrot=true", ", ConvRot")
             axes.annotate(name, (row["share"], row["error"]), NAMED[row["label"]],
-                          textcoords="offset points", fontsize=9, color="#444444")  # fmt: skip
+                          textcoords="offset points", fontsize=9, color=soft)  # fmt: skip
     for way, (label, colour, mark) in WAYS.items():
         chosen = sorted((row for row in rows() if row["way"] == way), key=lambda row: row["share"])
         look = {"marker": mark, "color": colour, "markersize": 10, "linestyle": "none"}
@@ -84,15 +91,18 @@ def draw(path: Path = PICTURE) -> None:
     axes.set_xlim(24, 67)
     axes.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5], ["0.02", "0.05", "0.1", "0.2", "0.5"])
     axes.minorticks_off()
-    axes.set_xlabel("size of the file, % of bf16", fontsize=12)
-    axes.set_ylabel("error of the denoiser, relative", fontsize=12)
-    axes.set_title("A format for every layer against one for all", loc="left", fontsize=14)
-    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_xlabel("size of the file, % of bf16", fontsize=12, color=ink)
+    axes.set_ylabel("error of the denoiser, relative", fontsize=12, color=ink)
+    axes.set_title(
+        "A format for every layer against one for all", loc="left", fontsize=14, color=ink
+    )
+    axes.grid(True, color=lines, linewidth=0.6)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, fontsize=11)
-    figure.savefig(path, format="png", facecolor="white")
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(ink)
+    axes.legend(frameon=False, fontsize=11, labelcolor=ink)
+    figure.savefig(path, format="png", facecolor=paper)
 
 
 def points(found: list[dict]) -> tuple[list[float], list[float]]:
@@ -100,4 +110,5 @@ def points(found: list[dict]) -> tuple[list[float], list[float]]:
 
 
 if __name__ == "__main__":
-    draw()
+    for theme, path in PICTURES.items():
+        draw(path, theme)
