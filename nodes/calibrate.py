@@ -194,6 +194,8 @@ class FewBitsSaveCalibration(io.ComfyNode):
         target = host.output_path(filename, overwrite=overwrite)
         save_calibration(collected, target)
         text = f"{len(collected.layers)} layers, {collected.rows} rows seen"
+        if collected.effects:
+            text += f", effects of {len(collected.effects)} layers measured"
         return saved_result(collected, str(target), written=target, text=text)
 
 

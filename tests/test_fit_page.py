@@ -20,13 +20,24 @@ def test_a_fit_ends_within_one_percent_below_its_target(way, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_calibrated_fit_has_less_error_than_every_uniform_format_that_fits(target):
-    assert measured("calibrated fit", target)["error"] < pareto.best_uniform(target)["error"]
+@pytest.mark.parametrize("way", ["fit", "calibrated fit"])
+def test_a_fit_has_less_error_than_every_uniform_format_that_fits(way, target):
+    assert measured(way, target)["error"] < pareto.best_uniform(target)["error"]
 
 
-@pytest.mark.parametrize("target", [30, 40, 50])
-def test_without_a_calibration_it_has_less_up_to_half_the_size(target):
-    assert measured("fit", target)["error"] < pareto.best_uniform(target)["error"]
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_calibrated_fit_has_less_error_than_one_threshold_for_all_layers(target):
+    assert measured("calibrated fit", target)["error"] < measured("threshold", target)["error"]
+
+
+@pytest.mark.parametrize("target", [40, 50, 60])
+def test_a_calibrated_fit_has_less_error_than_scores_from_gradients(target):
+    assert measured("calibrated fit", target)["error"] < measured("gradient", target)["error"]
+
+
+def test_at_the_smallest_size_it_has_as_much_as_scores_from_gradients():
+    fit, gradient = measured("calibrated fit", 30)["error"], measured("gradient", 30)["error"]
+    assert fit == pytest.approx(gradient, rel=1e-3)
 
 
 def test_the_table_of_the_page_is_what_was_measured():

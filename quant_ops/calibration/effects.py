@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..formats import get_format
+from ..formats.bnb_4bit import BnbNF4
 from ..spec import LayerInput
 
-ROUNDED_TO = "bnb_nf4"
+ROUNDED_TO = BnbNF4()
 
 Again = Callable[[], torch.Tensor]
 Found = dict[str, tuple[float, int]]  # layer -> (its effect, how often that was measured)
@@ -111,8 +111,7 @@ def _rounded(layer: torch.nn.Module) -> Iterator[bool]:
 
 def rounding(weight: torch.Tensor) -> torch.Tensor:
     """What NF4 adds to a weight (N, K), or to some of its rows; float32."""
-    format = get_format(ROUNDED_TO)
-    grid = format.grid(LayerInput(tuple(weight.shape), "BF16"), format.Options())
+    grid = ROUNDED_TO.grid(LayerInput(tuple(weight.shape), "BF16"), ROUNDED_TO.Options())
     return grid.decode(*grid.nearest(weight)) - weight.float()
 
 

@@ -434,10 +434,11 @@ def _better_uniform(
     if not fitting:
         return None
     start = min(fitting, key=lambda chosen: total_cost(options, chosen))
-    better = []
+    better, narrowed = [], []
     for ways, at in zip(options, start, strict=True):
-        better.append([i for i, way in enumerate(ways) if way.cost <= ways[at].cost])
-    narrowed = [[ways[i] for i in kept] for ways, kept in zip(options, better, strict=True)]
+        kept = [i for i, way in enumerate(ways) if way.cost <= ways[at].cost]
+        better.append(kept)
+        narrowed.append([ways[i] for i in kept])
     found = least_error(narrowed, budget)
     return [kept[i] for kept, i in zip(better, found, strict=True)]
 

@@ -22,6 +22,7 @@ WIDTH, HEIGHT, DPI = 10.24, 6.4, 100  # inches: 1024 x 640; texts stay readable 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 MARKS = "osD^vPX"
 OTHER = "other layers"
+ERROR = "relative error (rel_l2)"
 BARS = 12
 LAYERS = 3  # layers with histograms
 NAME_LENGTH = 34
@@ -155,7 +156,7 @@ def _codes(axes, layer: Histogram, ink: str) -> None:
 
 def placed(rows: list[dict]) -> list[Placed]:
     """Where each layer stands: `blocks.3.attn.qkv` is kind `blocks attn.qkv` in the block
-    `blocks.3`.
+    `blocks.3`, `layers.3.experts.11.up` kind `layers experts.*.up` in the block `layers.3`.
     """
     blocks: dict[str, int] = {}
     found = []
@@ -164,7 +165,9 @@ def placed(rows: list[dict]) -> list[Placed]:
         block = row["name"][: number.end()] if number else row["name"]
         depth = blocks.setdefault(block, len(blocks))
         group = row["name"][: number.start()].rpartition(".")[2] if number else ""
-        rest = row["name"][number.end() :].strip(".") if number else "outside of blocks"
+        rest = "outside of blocks"
+        if number:
+            rest = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row["name"][number.end() :]).strip(".")
         found.append(Placed(row["name"], depth, f"{group} {rest}".strip(), row["rel_l2"]))
     return found
 
@@ -206,7 +209,8 @@ def _png(figure) -> bytes:
 
 
 def _by_depth(axes, rows: list[dict], ink: str) -> None:
-    layers = placed(rows)
+    every = placed(rows)
+    layers = _worst_of_kind(every)
     worst_of: dict[str, float] = {}
     for layer in layers:
         worst_of[layer.kind] = max(layer.error, worst_of.get(layer.kind, 0.0))
@@ -219,11 +223,25 @@ def _by_depth(axes, rows: list[dict], ink: str) -> None:
     errors = [layer.error for layer in layers if layer.error > 0]
     if errors and max(errors) > 5 * min(errors):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
         axes.set_ylim(0, 1.15 * max(errors, default=1.0))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _titles(axes, "Weight error by depth", "block, in the order of the file", "rel_l2", ink)
+    title = "Weight error by depth"
+    if len(layers) < len(every):
+        title += ", the worst of each kind in each block"
+    _titles(axes, title, "block, in the order of the file", ERROR, ink)
     _legend(axes, ink)
+
+
+def _worst_of_kind(layers: list[Placed]) -> list[Placed]:
+    """One layer of each kind in each block: of hundreds of experts the worst."""
+    found: dict[tuple[int, str], Placed] = {}
+    for layer in layers:
+        place = layer.depth, layer.kind
+        if place not in found or layer.error > found[place].error:
+            found[place] = layer
+    return list(found.values())
 
 
 def _marks(axes, layers: list[Placed], colour: str, mark: str, label: str) -> None:
@@ -250,7 +268,7 @@ def _worst(axes, rows: list[dict], ink: str) -> None:
     axes.set_yticks(range(len(worst)), [_short(row["name"]) for row in worst])
     axes.grid(False, axis="y")
     axes.margins(x=0.15)
-    _titles(axes, f"The {len(worst)} layers with the largest error", "rel_l2", "", ink)
+    _titles(axes, f"The {len(worst)} layers with the largest error", ERROR, "", ink)
     for format in formats:
         axes.barh(0, 0, color=COLOURS[formats.index(format) % len(COLOURS)], label=format)
     _legend(axes, ink)

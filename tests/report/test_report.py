@@ -1,5 +1,6 @@
 """The report of a conversion: what it measures, what it says, and the file beside the model."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.part import PartFile
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
+from fewbits.quant_ops.report import plots
 from fewbits.quant_ops.report.file import read_report, report_path, report_text
 from fewbits.quant_ops.report.layer import saturated
 from fewbits.quant_ops.report.markdown import to_markdown
@@ -168,3 +170,13 @@ def test_the_words_rest_on_the_table_of_the_documentation():
 )
 def test_errors_are_spoken_of_only_where_they_were_measured(error, said):
     assert said in in_words(error)
+
+
+def test_of_many_experts_the_worst_in_each_block_is_drawn():
+    rows = []
+    for block, expert in itertools.product(range(3), range(40)):
+        name = f"layers.{block}.moe.experts.{expert}.up"
+        rows.append({"name": name, "rel_l2": 0.01 * (expert + 1) + block})
+    found = plots._worst_of_kind(plots.placed(rows))
+    assert [layer.name for layer in found] == [f"layers.{b}.moe.experts.39.up" for b in range(3)]
+    assert {layer.kind for layer in found} == {"layers moe.experts.*.up"}
