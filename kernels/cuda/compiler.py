@@ -47,7 +47,9 @@ def why_not_compile() -> str | None:
     """Why nothing can be compiled here; None when it can."""
     if _nvrtc() is None:
         return f"NVRTC {torch.version.cuda} was not found beside torch"
-    return None if _driver() is not None else "the CUDA driver library was not found"
+    if _driver() is None:
+        return "the CUDA driver library was not found"
+    return None if hasattr(_driver(), LAUNCH) else "the CUDA driver is older than 11.8"
 
 
 def compile_cubin(source: str, architecture: str, options: tuple[str, ...] = ()) -> bytes:
@@ -142,7 +144,7 @@ def _launcher() -> ctypes._CFuncPtr:
     """cuLaunchKernelEx: its configuration is made once, where cuLaunchKernel takes eleven arguments
     at each call and 1.8 us longer.
     """
-    start = _driver()["cuLaunchKernelEx"]
+    start = _driver()[LAUNCH]
     start.argtypes = (
         ctypes.c_char_p,
         ctypes.c_void_p,
@@ -152,6 +154,7 @@ def _launcher() -> ctypes._CFuncPtr:
     return start
 
 
+LAUNCH = "cuLaunchKernelEx"
 ONE_POINTER = ctypes.c_char_p * 1  # to bytes, which it keeps alive
 CONFIGURATION = struct.Struct("7I4xQQI4x")  # CUlaunchConfig
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

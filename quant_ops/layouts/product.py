@@ -29,7 +29,10 @@ class Product:
         self.bodies: dict[tuple, Callable] = {}
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        key = (x.numel() // self.shape[1], x.dtype, bias is None)
+        k = self.shape[1]
+        if x.shape[-1] != k:
+            raise _misfit(x, *self.shape)
+        key = (x.numel() // k, x.dtype, bias is None)
         body = self.bodies.get(key)
         if body is None or is_forced():
             body = self.body(x, bias)
@@ -51,6 +54,11 @@ class Product:
         n, k = self.shape
         out = self.op(x.reshape(-1, k), *self.arguments, bias)
         return out.view(*x.shape[:-1], n)
+
+
+def _misfit(x: torch.Tensor, n: int, k: int) -> RuntimeError:
+    """What torch raises, for products that would read memory as rows of any length."""
+    return RuntimeError(f"x is {list(x.shape)}, its rows are not those of a weight of {n}x{k}")
 
 
 class Prepared:
@@ -99,6 +107,8 @@ def multiply_at(
     """x (..., K) @ W.T + bias of a weight whose tensor comes anew at each call, from a compiler or
     from DynamicVRAM: what was made ready is found again by the addresses of its pieces.
     """
+    if x.shape[-1] != k:
+        raise _misfit(x, n, k)
     key = (layout, n, k, span, x.numel() // k, x.dtype, bias is None)
     key += tuple([(piece.data_ptr(), piece.numel()) for piece in pieces])
     body = _AT.get(key)

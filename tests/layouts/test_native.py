@@ -61,3 +61,18 @@ def test_one_variable_switches_our_products_of_native_weights_off(monkeypatch):
     assert product_of(weight) is not None
     monkeypatch.setenv(native.OFF, "0")
     assert product_of(weight) is None
+
+
+def test_rows_of_another_length_are_refused_and_not_read_as_more_or_fewer():
+    """A product that was made ready knows addresses: it would read on."""
+    weight = weight_of("int8 rows")
+    found = native.taken(weight)
+    pieces = found.pieces(weight)
+    product = native.PRODUCTS[weight._layout_cls](weight._layout_cls, pieces, 64, 512, 0)
+    product(torch.randn(2, 512), None)
+    for multiply in (
+        lambda x: product(x, None),
+        lambda x: native.multiply_at(x, pieces, weight._layout_cls, 64, 512, 0, None),
+    ):
+        with pytest.raises(RuntimeError, match=r"x is \[4, 256\].*weight of 64x512"):
+            multiply(torch.randn(4, 256))

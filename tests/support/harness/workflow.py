@@ -33,8 +33,11 @@ def prompt_of(server: object, graph: dict) -> dict:
         info = server.object_info(item["type"])["input"]
         values = iter(item["widgets_values"])
         inputs = {slot["name"]: origins[slot["link"]] for slot in item["inputs"]}
-        for name, (kind, *_) in {**info.get("required", {}), **info.get("optional", {})}.items():
-            if name not in inputs and (isinstance(kind, list) or kind in WIDGETS):
+        declared = {**info.get("required", {}), **info.get("optional", {})}
+        for name, (kind, *options) in declared.items():
+            socket = bool(options) and options[0].get("forceInput", False)
+            widget = not socket and (isinstance(kind, list) or kind in WIDGETS)
+            if name not in inputs and widget:
                 inputs[name] = next(values)
                 if name == "seed":
                     next(values)  # "control after generate" belongs to the page alone
