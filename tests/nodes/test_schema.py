@@ -148,6 +148,24 @@ def test_every_template_has_a_thumbnail(nodes):
     assert sorted(pictures.values()) == templates  # no two are alike
 
 
+def test_every_template_has_a_value_for_each_widget_of_its_nodes(nodes):
+    """The page takes them in the order of the inputs: one too few, and a later one gets the wrong value."""
+    for path in (ROOT / "example_workflows").glob("*.json"):
+        for item in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+            if item["type"] in nodes:
+                node = nodes[item["type"]].define_schema()
+                linked = {slot["name"] for slot in item["inputs"]}
+                widgets = [
+                    value.id
+                    for value in node.inputs
+                    if hasattr(value, "default")
+                    and not getattr(value, "force_input", None)
+                    and value.id not in linked
+                ]
+                expected = len(widgets) + ("seed" in widgets)  # with what comes after each run
+                assert len(item["widgets_values"]) == expected, (path.name, item["type"], widgets)
+
+
 def test_no_note_of_a_template_has_code_in_it():
     """ComfyUI's dark theme draws it dark blue on blue."""
     for path in (ROOT / "example_workflows").glob("*.json"):
