@@ -63,44 +63,56 @@ class LowRank:
         return out
 
 
-def _factors(patch: tuple, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(down, up) of one of ComfyUI's patches, of the whole weight's shape; None where it is no LoRA
-    of two matrices.
-    """
-    strength, adapter, strength_model, offset, function = patch
+def _matrices(patch: tuple) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """(up, down, scale) of one of ComfyUI's patches; None where it is no LoRA of two matrices."""
+    strength, adapter, strength_model, _, function = patch
     parts = getattr(adapter, "weights", None)
     if getattr(adapter, "name", None) != "lora" or not isinstance(parts, tuple) or len(parts) != 6:
         return None
-    up, down, alpha, middle, magnitudes, reshaped = parts
-    others = (middle, magnitudes, reshaped, function)
-    if any(part is not None for part in others) or strength_model != 1.0:
+    up, down, alpha, *others = parts  # a middle matrix, magnitudes, another shape
+    if any(part is not None for part in (*others, function)) or strength_model != 1.0:
         return None
-    up, down = up.flatten(1).float(), down.flatten(1).float()
-    scale = strength if alpha is None else strength * alpha / down.shape[0]
-    rows, columns = (slice(size) for size in shape)
+    up, down = up.flatten(1), down.flatten(1)
+    return up, down, strength if alpha is None else strength * alpha / down.shape[0]
+
+
+def _part(patch: tuple, shape: torch.Size) -> tuple[slice, slice] | None:
+    """Rows and columns of the weight that a patch changes; None where it goes ComfyUI's way."""
+    matrices, offset = _matrices(patch), patch[3]
+    if matrices is None:
+        return None
+    part = [slice(0, size) for size in shape]
     if offset is not None:
         axis, first, size = offset
         if axis not in (0, 1):
             return None
-        part = slice(first, first + size)
-        rows, columns = (part, columns) if axis == 0 else (rows, part)
-    whole_up = up.new_zeros(shape[0], up.shape[1])
-    whole_down = down.new_zeros(down.shape[0], shape[1])
-    if whole_up[rows].shape != up.shape or whole_down[:, columns].shape != down.shape:
-        return None
-    whole_up[rows], whole_down[:, columns] = scale * up, down
-    return whole_down, whole_up
+        part[axis] = slice(first, first + size)
+    up, down, _ = matrices
+    height, width = (piece.stop - piece.start for piece in part)
+    fits = (up.shape[0], down.shape[1]) == (height, width) and up.shape[1] == down.shape[0]
+    inside = all(piece.stop <= size for piece, size in zip(part, shape, strict=True))
+    return tuple(part) if fits and inside else None
 
 
-def _low_rank(layer: OwnLinear, patches: list[tuple]) -> LowRank | None:
-    """All patches of a layer together; None where one of them is something else."""
-    shape = layer.weight.shape
-    active = [patch for patch in patches if patch[0] != 0 or patch[2] != 1.0]
-    pairs = [_factors(patch, shape) for patch in active]
-    if any(pair is None for pair in pairs):
+def _low_rank(
+    patches: list[tuple], shape: torch.Size, device: torch.device, dtype: torch.dtype
+) -> LowRank | None:
+    """All patches of a layer together; None where none does anything."""
+    active = [patch for patch in patches if patch[0] != 0]
+    ranks = [len(_matrices(patch)[1]) for patch in active]
+    if not ranks:
         return None
-    down = torch.cat([down for down, _ in pairs]) if pairs else torch.empty(0, shape[1])
-    up = torch.cat([up for _, up in pairs], 1) if pairs else torch.empty(shape[0], 0)
+    n, k = shape
+    down = torch.zeros(sum(ranks), k, device=device, dtype=dtype)
+    up = torch.zeros(n, sum(ranks), device=device, dtype=dtype)
+    first = 0
+    for patch, rank in zip(active, ranks, strict=True):
+        factor, inner, scale = _matrices(patch)
+        rows, columns = _part(patch, shape)
+        here = slice(first, first + rank)
+        down[here, columns] = inner.to(device, dtype)
+        up[rows, here] = (scale * factor.to(device, torch.float32)).to(dtype)
+        first += rank
     return LowRank(down, up)
 
 
@@ -110,21 +122,21 @@ def _quantized(patcher: model_patcher.ModelPatcher) -> Iterator[tuple[str, OwnLi
             yield f"{name}.weight", layer
 
 
-def _beside(patcher: model_patcher.ModelPatcher) -> dict[str, LowRank]:
-    """What of a patcher's patches runs beside, by the weight's key."""
+def _beside(patcher: model_patcher.ModelPatcher) -> set[str]:
+    """Keys of the weights whose patches run beside."""
     if os.environ.get(SETTING) == "bake" or not patcher.patches:
-        return {}
-    found = {}
-    for key, layer in _quantized(patcher):
-        patches = patcher.patches.get(key)
-        if not patches or not isinstance(layer.weight, QuantizedTensor):
-            continue
-        if key in patcher.weight_wrapper_patches:
-            continue
-        low_rank = _low_rank(layer, patches)
-        if low_rank is not None:
-            found[key] = low_rank
-    return found
+        return set()
+    return {
+        key
+        for key, layer in _quantized(patcher)
+        if isinstance(layer.weight, QuantizedTensor)
+        and key not in patcher.weight_wrapper_patches
+        and _all_fit(patcher.patches.get(key), layer.weight.shape)
+    }
+
+
+def _all_fit(patches: list[tuple] | None, shape: torch.Size) -> bool:
+    return bool(patches) and all(_part(patch, shape) is not None for patch in patches)
 
 
 @contextlib.contextmanager
@@ -147,17 +159,18 @@ def _load(
     *args: object,
     **kwargs: object,
 ) -> object:
-    beside = {} if force_patch_weights else _beside(patcher)
+    beside = set() if force_patch_weights else _beside(patcher)
     with _without(patcher, beside):
         result = original(
             patcher, device_to, lowvram_model_memory, force_patch_weights, *args, **kwargs
         )
     for key, layer in _quantized(patcher):
-        low_rank = beside.get(key)
-        if low_rank is not None:
-            device, dtype = device_to or layer.weight.device, layer.factory_kwargs["dtype"]
-            low_rank = LowRank(*(part.to(device, dtype) for part in (low_rank.down, low_rank.up)))
-        layer._fewbits_low_rank = low_rank if low_rank is None or low_rank.down.numel() else None
+        layer._fewbits_low_rank = None
+        if key in beside:
+            weight, dtype = layer.weight, layer.factory_kwargs["dtype"]
+            layer._fewbits_low_rank = _low_rank(
+                patcher.patches[key], weight.shape, device_to or weight.device, dtype
+            )
     return result
 
 
