@@ -32,13 +32,11 @@ sys.path[:0] = [
 from support import bench_layers as gpu
 import torch
 from linear import append
-from safetensors.torch import save_file
 
 from fewbits.quant_ops.bench import replayed
 from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from assets.emoji.comfy_nodes import encode
-from support.helpers import flux_shapes
 
 RESULTS = Path(__file__).parent / "results" / "blocks.csv"
 FORMATS = (
@@ -48,14 +46,14 @@ FORMATS = (
 )  # fmt: skip
 HIDDEN, PIXELS = 3072, (256, 1024)
 EMOJI, PROMPT, STEPS = Path(__file__).resolve().parents[1] / "assets" / "emoji", "panda", 8
-TOKENS, TEXT = 512, 4096  # of the prompt, and their width
+TOKENS = 512  # of the prompt
 
 
 @cache
 def inputs(pixels: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Noise, prompt, its summary, noise level and guidance; on the device before anything is timed: a copy waits."""
     generator = torch.Generator().manual_seed(pixels)
-    shapes = (1, 16, pixels // 8, pixels // 8), (1, TOKENS, TEXT), (1, 768)
+    shapes = (1, 16, pixels // 8, pixels // 8), (1, TOKENS, gpu.TEXT), (1, 768)
     drawn = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
     return *drawn, torch.full((1,), 0.7, device=device), torch.full((1,), 3.5, device=device)
 
@@ -98,20 +96,6 @@ class Model:
 
 
 PRODUCTS = torch.ops.aten.linear.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default
-
-
-def write_flux(path: Path, hidden: int, device: torch.device) -> None:
-    """One double and two single blocks of random weights, about as large as trained ones."""
-    shapes = {**flux_shapes(hidden, 1, 2), "txt_in.weight": (hidden, TEXT)}
-    generator = torch.Generator(device).manual_seed(hidden)
-    tensors = {}
-    for name, shape in shapes.items():
-        if len(shape) == 2:
-            value = torch.randn(shape, device=device, generator=generator) / shape[1] ** 0.5
-        else:
-            value = torch.full(shape, float("norm" in name), device=device)
-        tensors[name] = value.bfloat16().cpu()
-    save_file(tensors, path)
 
 
 def allocated() -> int:
@@ -253,7 +237,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(prefix="fewbits-bench-") as folder, torch.inference_mode():
         source, emoji = Path(folder) / "flux.safetensors", EMOJI / "emoji_flux.safetensors"
-        write_flux(source, args.hidden, device)
+        gpu.write_flux(source, (1, 2), args.hidden, device)
         plain, emoji_plain = load(source), here_and_on_cpu(emoji, device)
         print(
             f"emoji model in bf16, latents of the device to the CPU's: rel_l2 {rel_l2(*emoji_plain):.4f}",

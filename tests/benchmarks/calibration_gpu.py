@@ -29,7 +29,6 @@ sys.path[:0] = [
 
 import torch
 from linear import append, size
-from safetensors.torch import save_file
 from support import bench_layers as gpu
 from support.helpers import EMOJI, flux_shapes
 from support.layers import correlated_rows, heavy_weight
@@ -51,7 +50,6 @@ FORMATS = (
 OF_A_MODEL = ("int8_tensorwise:convrot=true", "bnb_nf4", "asym_w4a8_int8")
 SEEN, OTHERS = 4096, 2048  # rows
 DOUBLE, SINGLE, TIMES = 3, 6, 19 / 3  # so many blocks, and how often a whole Flux has them
-TEXT = 4096
 MEMORY = 10**9  # the node's default
 
 
@@ -129,20 +127,6 @@ def measure_layers(args: argparse.Namespace, device: torch.device) -> None:
         append(RESULTS / "calibration_layer.csv", [row])
 
 
-def write_blocks(path: Path, hidden: int, device: torch.device) -> None:
-    """Random weights, about as large as trained ones."""
-    shapes = {**flux_shapes(hidden, DOUBLE, SINGLE), "txt_in.weight": (hidden, TEXT)}
-    generator = torch.Generator(device).manual_seed(hidden)
-    tensors = {}
-    for name, shape in shapes.items():
-        if len(shape) == 2:
-            value = torch.randn(shape, device=device, generator=generator) / shape[1] ** 0.5
-        else:
-            value = torch.full(shape, float("norm" in name), device=device)
-        tensors[name] = value.bfloat16().cpu()
-    save_file(tensors, path)
-
-
 def drawn_calibration(hidden: int, device: torch.device) -> Calibration:
     """Every layer of the blocks, each with an input of its own; rows as the node keeps of 12B."""
     layers = {
@@ -168,7 +152,7 @@ def measure_models(args: argparse.Namespace, device: torch.device) -> None:
     calibration = drawn_calibration(args.hidden, device)
     with tempfile.TemporaryDirectory(prefix="fewbits-bench-") as folder:
         source, target = (Path(folder) / f"{name}.safetensors" for name in ("model", "small"))
-        write_blocks(source, args.hidden, device)
+        gpu.write_flux(source, (DOUBLE, SINGLE), args.hidden, device)
 
         def convert(text: str) -> None:
             recipe = Recipe(parse_wish(f"{text}{',' if ':' in text else ':'}method={args.method}"))
@@ -203,7 +187,7 @@ def measure_watching(args: argparse.Namespace, device: torch.device) -> None:
 
     with tempfile.TemporaryDirectory(prefix="fewbits-bench-") as folder, torch.inference_mode():
         path = Path(folder) / "model.safetensors"
-        write_blocks(path, args.hidden, device)
+        gpu.write_flux(path, (DOUBLE, SINGLE), args.hidden, device)
         blocks = load(path)
         for pixels in args.pixels:
             record_watching(

@@ -26,11 +26,9 @@ sys.path[:0] = [
 ]
 
 import torch
-from blocks import HIDDEN, TEXT, Model, load, rel_l2, timed
+from blocks import HIDDEN, Model, load, rel_l2, timed
 from linear import append
-from safetensors.torch import save_file
 from support import bench_layers as gpu
-from support.helpers import flux_shapes
 
 from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
@@ -44,20 +42,6 @@ FORMATS = (
 WAIT_CYCLES = 200_000_000  # the GPU waits .1 s: longer than Python takes
 PYTHON_TURNS = 4
 MOST_BLOCKS = 12  # whose launches the GPU holds while it waits
-
-
-def write_flux(path: Path, double: int, single: int, device: torch.device) -> None:
-    """Random weights, about as large as trained ones."""
-    shapes = {**flux_shapes(HIDDEN, double, single), "txt_in.weight": (HIDDEN, TEXT)}
-    generator = torch.Generator(device).manual_seed(HIDDEN)
-    tensors = {}
-    for name, shape in shapes.items():
-        if len(shape) == 2:
-            value = torch.randn(shape, device=device, generator=generator) / shape[1] ** 0.5
-        else:
-            value = torch.full(shape, float("norm" in name), device=device)
-        tensors[name] = value.bfloat16().cpu()
-    save_file(tensors, path)
 
 
 def python_ms(call: object, turns: int) -> float:
@@ -134,7 +118,7 @@ def main() -> None:
     print(off or "all seams installed", flush=True)
     with tempfile.TemporaryDirectory(prefix="fewbits-bench-") as folder, torch.inference_mode():
         source = Path(folder) / "flux.safetensors"
-        write_flux(source, args.double, args.single, torch.device("cuda"))
+        gpu.write_flux(source, (args.double, args.single), HIDDEN, "cuda")
         plain = load(source)
         for wish in args.formats.split(","):
             append(RESULTS, measure(wish, source, plain, args))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from fewbits.kernels import runtime
 from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid
@@ -16,6 +17,8 @@ from fewbits.kernels.levels import E4M3, INT8
 from fewbits.kernels.packing import pack_nibbles
 from fewbits.kernels.scales import Geometry
 from fewbits.quant_ops.bench import median_ms, replayed
+
+from .helpers import flux_shapes
 
 SHAPES = ((12288, 3072), (3072, 12288), (3072, 15360), (3072, 3072), (1280, 1280), (5120, 13824))
 ROWS = (1, 16, 64, 256, 1024, 4608)
@@ -124,3 +127,22 @@ def layer(name: str, n: int, k: int, device: str = "cuda") -> Layer:
     return Layer(
         plain, [codes.clone() for _ in range(copies)], [scale.clone() for _ in range(copies)]
     )
+
+
+TEXT = 4096  # width of a prompt
+
+
+def write_flux(
+    path: Path, blocks: tuple[int, int], hidden: int, device: torch.device | str
+) -> None:
+    """A file of so many double and single Flux blocks: random bf16 weights, about as large as trained ones."""
+    shapes = {**flux_shapes(hidden, *blocks), "txt_in.weight": (hidden, TEXT)}
+    generator = torch.Generator(device).manual_seed(hidden)
+    tensors = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2:
+            value = torch.randn(shape, device=device, generator=generator) / shape[1] ** 0.5
+        else:
+            value = torch.full(shape, float("norm" in name), device=device)
+        tensors[name] = value.bfloat16().cpu()
+    save_file(tensors, path)
