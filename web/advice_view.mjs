@@ -1,8 +1,8 @@
 // Which format suits a model and a GPU: the advisor's list, the best first.
 
-import { el } from "./dom.mjs?v=26e8a383";
-import { bytes, familyOf } from "./text.mjs?v=26e8a383";
-import { say, translated } from "./words.mjs?v=26e8a383";
+import { el } from "./dom.mjs?v=f848a1fb";
+import { bytes, familyOf } from "./text.mjs?v=f848a1fb";
+import { say, translated } from "./words.mjs?v=f848a1fb";
 
 export function adviceResult(advice) {
   const [best] = advice.formats ?? [];

@@ -1,10 +1,10 @@
 // How far the pictures of other models are from those of the first, and which layers may be to blame.
 
-import { el } from "./dom.mjs?v=26e8a383";
-import { noteList } from "./plan_table.mjs?v=26e8a383";
-import { worstLayers } from "./report_view.mjs?v=26e8a383";
-import { bytes, duration } from "./text.mjs?v=26e8a383";
-import { say, translated } from "./words.mjs?v=26e8a383";
+import { el } from "./dom.mjs?v=f848a1fb";
+import { noteList } from "./plan_table.mjs?v=f848a1fb";
+import { worstLayers } from "./report_view.mjs?v=f848a1fb";
+import { bytes, duration } from "./text.mjs?v=f848a1fb";
+import { say, translated } from "./words.mjs?v=f848a1fb";
 
 const WORST = 5;
 

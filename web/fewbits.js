@@ -3,17 +3,17 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { adviceResult } from "./advice_view.mjs?v=26e8a383";
-import { comparisonResult } from "./comparison_view.mjs?v=26e8a383";
-import { fitResult } from "./fit_view.mjs?v=26e8a383";
-import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=26e8a383";
-import { growAlone } from "./growth.mjs?v=26e8a383";
-import { isPrimary } from "./layer_list.mjs?v=26e8a383";
-import { Panel } from "./panel.mjs?v=26e8a383";
-import { qualityResult } from "./quality_view.mjs?v=26e8a383";
-import { earlierOutput, settingsOf } from "./results.mjs?v=26e8a383";
-import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=26e8a383";
-import { say, useLanguage } from "./words.mjs?v=26e8a383";
+import { adviceResult } from "./advice_view.mjs?v=f848a1fb";
+import { comparisonResult } from "./comparison_view.mjs?v=f848a1fb";
+import { fitResult } from "./fit_view.mjs?v=f848a1fb";
+import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=f848a1fb";
+import { growAlone } from "./growth.mjs?v=f848a1fb";
+import { isPrimary } from "./layer_list.mjs?v=f848a1fb";
+import { Panel } from "./panel.mjs?v=f848a1fb";
+import { qualityResult } from "./quality_view.mjs?v=f848a1fb";
+import { earlierOutput, settingsOf } from "./results.mjs?v=f848a1fb";
+import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=f848a1fb";
+import { say, useLanguage } from "./words.mjs?v=f848a1fb";
 
 // what the panel of a node says before and during a run, and how high it is
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };

@@ -1,9 +1,9 @@
 // What is in a file: layers per format, tensors per type, and problems.
 
-import { el } from "./dom.mjs?v=26e8a383";
-import { noteList } from "./plan_table.mjs?v=26e8a383";
-import { bytes } from "./text.mjs?v=26e8a383";
-import { say, translatedError } from "./words.mjs?v=26e8a383";
+import { el } from "./dom.mjs?v=f848a1fb";
+import { noteList } from "./plan_table.mjs?v=f848a1fb";
+import { bytes } from "./text.mjs?v=f848a1fb";
+import { say, translatedError } from "./words.mjs?v=f848a1fb";
 
 /** One file that was looked into; with several files, under its name. */
 export function fileView(file, named) {

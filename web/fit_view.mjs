@@ -1,10 +1,10 @@
 // What Fit to Size chose: how that meets what was asked for, and the layers that it cost most.
 
-import { el } from "./dom.mjs?v=26e8a383";
-import { planTable, warningList } from "./plan_table.mjs?v=26e8a383";
-import { worstLayers } from "./report_view.mjs?v=26e8a383";
-import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=26e8a383";
-import { say, translated } from "./words.mjs?v=26e8a383";
+import { el } from "./dom.mjs?v=f848a1fb";
+import { planTable, warningList } from "./plan_table.mjs?v=f848a1fb";
+import { worstLayers } from "./report_view.mjs?v=f848a1fb";
+import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=f848a1fb";
+import { say, translated } from "./words.mjs?v=f848a1fb";
 
 const WORST = 5;
 

@@ -1,10 +1,10 @@
 // Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
 
-import { el, layerName } from "./dom.mjs?v=26e8a383";
-import { errorOf } from "./report_view.mjs?v=26e8a383";
-import { outliersOf } from "./outliers.mjs?v=26e8a383";
-import { bytes } from "./text.mjs?v=26e8a383";
-import { say, translated } from "./words.mjs?v=26e8a383";
+import { el, layerName } from "./dom.mjs?v=f848a1fb";
+import { errorOf } from "./report_view.mjs?v=f848a1fb";
+import { outliersOf } from "./outliers.mjs?v=f848a1fb";
+import { bytes } from "./text.mjs?v=f848a1fb";
+import { say, translated } from "./words.mjs?v=f848a1fb";
 
 // how layers may be ordered: by name of the choice, what is compared; the first is the order of the file
 const ORDERS = {

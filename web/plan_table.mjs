@@ -1,8 +1,8 @@
 // The plan at a glance: layers and sizes per format, and what to read before trusting it.
 
-import { el } from "./dom.mjs?v=26e8a383";
-import { inUnit, unitFor } from "./text.mjs?v=26e8a383";
-import { say, translated } from "./words.mjs?v=26e8a383";
+import { el } from "./dom.mjs?v=f848a1fb";
+import { inUnit, unitFor } from "./text.mjs?v=f848a1fb";
+import { say, translated } from "./words.mjs?v=f848a1fb";
 
 /** One row per format and a total; all sizes in the unit that fits the total. Without a plan: the empty table. */
 export function planTable(plan) {

@@ -1,9 +1,9 @@
 // The pictures of a report are images of the graph; the panel says in words what they show.
 
-import { planTable, warningList } from "./plan_table.mjs?v=26e8a383";
-import { meaningOf, worstLayers } from "./report_view.mjs?v=26e8a383";
-import { bytes, change, familyOf, relL2 } from "./text.mjs?v=26e8a383";
-import { say } from "./words.mjs?v=26e8a383";
+import { planTable, warningList } from "./plan_table.mjs?v=f848a1fb";
+import { meaningOf, worstLayers } from "./report_view.mjs?v=f848a1fb";
+import { bytes, change, familyOf, relL2 } from "./text.mjs?v=f848a1fb";
+import { say } from "./words.mjs?v=f848a1fb";
 
 export function qualityResult(report) {
   const { bytes_before: before, bytes_after: after } = report;

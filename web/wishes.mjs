@@ -1,6 +1,6 @@
 // What shall become of one layer, written where the graph keeps it: the node's own `keep`, or Layer Rules before it.
 
-import { widgetOf } from "./fitting.mjs?v=26e8a383";
+import { widgetOf } from "./fitting.mjs?v=f848a1fb";
 
 export const KEEP = "keep";
 const RULES = "FewBitsLayerRules";

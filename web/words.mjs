@@ -1,7 +1,7 @@
 // Texts in the language of ComfyUI's page. English is the key; a text without a translation stays English.
 
-import { MESSAGES, TEXTS } from "./zh.mjs?v=26e8a383";
-import { ERRORS } from "./zh_errors.mjs?v=26e8a383";
+import { MESSAGES, TEXTS } from "./zh.mjs?v=f848a1fb";
+import { ERRORS } from "./zh_errors.mjs?v=f848a1fb";
 
 let language = () => "en";
 
