@@ -7,8 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewbits.quant_ops.checkpoint.importers.source import ImportedSource
-from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.doors import (
     convert_file,
     inspect_file,
@@ -169,14 +167,6 @@ def doors(path, out):
     }
 
 
-def decoded(path):
-    with (
-        FileSource(path) as file,
-        ImportedSource(file, retarget=lambda made: made.decoded("F32", "")) as opened,
-    ):
-        return opened.read("a.weight").float()
-
-
 @pytest.mark.parametrize("case", READ)
 def test_what_can_be_read_is_right_through_every_door(case, write, tmp_path):
     tensors, metadata, largest = READ[case]
@@ -187,7 +177,7 @@ def test_what_can_be_read_is_right_through_every_door(case, write, tmp_path):
     for name, door in doors(path, out).items():
         door()
         rounded = 0.01 if name == "quantize" else 0.002
-        assert float((decoded(out) - WIDE).norm() / WIDE.norm()) < largest + rounded, name
+        assert float((dialects.decoded(out) - WIDE).norm() / WIDE.norm()) < largest + rounded, name
         assert verify_file(out).ok and inspect_file(out).findings == (), name
 
 
@@ -269,7 +259,10 @@ def test_shards_of_quantized_layers_are_read_as_one_file(tmp_path):
     assert inspect_file(path).formats == {"float8_e4m3fn": 1, "bnb_nf4": 1}
     for door in doors(path, out).values():
         door()
-        assert float((decoded(out) - WIDE).norm() / WIDE.norm()) < 0.04 and verify_file(out).ok
+        assert (
+            float((dialects.decoded(out) - WIDE).norm() / WIDE.norm()) < 0.04
+            and verify_file(out).ok
+        )
 
 
 FLOATS = {"INT8": INT8.float(), "FP8": FP8.float(), "FP8 in bf16": FP8.bfloat16()}

@@ -1,11 +1,14 @@
-"""Files of other writers, built from a float weight or from golden codes: one function per dialect."""
+"""Files of other writers, built from a float weight or from golden codes: one function per dialect; and what ours read."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 
+from fewbits.quant_ops.checkpoint.importers.source import ImportedSource
+from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.sources import DTYPE_NAMES
 from fewbits.quant_ops.spec import LayerInput
@@ -162,3 +165,12 @@ def scaled_fp8(
         f"{base}.weight": stored["weight"],
         f"{base}.scale_weight": stored["weight_scale"].reshape(1),
     }
+
+
+def decoded(path: Path) -> torch.Tensor:
+    """Layer `a` of a file in float32, as our doors read it."""
+    with (
+        FileSource(path) as file,
+        ImportedSource(file, retarget=lambda made: made.decoded("F32", "")) as opened,
+    ):
+        return opened.read("a.weight").float()

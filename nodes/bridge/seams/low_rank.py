@@ -25,8 +25,6 @@ from .layers import OwnLinear
 from .wrap import wrap
 
 SETTING = "FEWBITS_LORA"  # `bake`: rounded into the weights, as ComfyUI does it
-
-
 SAVING = "model_state_dict_for_saving"
 
 
