@@ -106,3 +106,26 @@ def test_where_we_multiply_a_native_layer_a_compiler_follows_our_op(
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-2)
     assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("wish", ["bnb_nf4", "int8_tensorwise"])
+def test_a_lora_beside_a_product_is_compiled_with_it(block, counters, wish):
+    from fewbits.nodes.bridge.seams.low_rank import LowRank
+
+    module, arguments = block(wish)
+    layer = module.linear1
+    generator = torch.Generator().manual_seed(2)
+    shapes = (4, layer.in_features), (layer.out_features, 4)
+    compiled = torch.compile(module, backend="aot_eager")
+    with torch.inference_mode(False), torch.no_grad():
+        plain = module(*arguments(24, torch.float32))
+        layer._fewbits_low_rank = LowRank(
+            *(torch.randn(shape, generator=generator) / 16 for shape in shapes)
+        )
+        for tokens in (24, 96, 54):
+            wanted = module(*arguments(tokens, torch.float32))
+            got = compiled(*arguments(tokens, torch.float32))
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-2)
+        assert not torch.allclose(module(*arguments(24, torch.float32)), plain, atol=1e-2)
+    assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
+    assert counters["stats"]["unique_graphs"] <= 2
