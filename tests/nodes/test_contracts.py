@@ -1,9 +1,13 @@
 """What each seam relies on in ComfyUI: a change there fails the test of the seam that it breaks."""
 
+import ast
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
+
+ASKS = "get_plain_tensors("
 
 
 def calls(function, name):
@@ -127,7 +131,8 @@ def encoder_names(comfy):
 
 def low_rank(comfy):
     """A patcher's patches are one dictionary by key, of which loading and unloading take what they
-    find; a saved weight is patched by one function.
+    find; a saved weight is patched by one function; and one function alone multiplies by a
+    quantized weight without calling its layer.
     """
     from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
     from comfy.weight_adapter.lora import LoRAAdapter
@@ -150,6 +155,22 @@ def low_rank(comfy):
     ((strength, adapter, of_model, offset, function),) = patcher.patches["part.weight"]
     assert (strength, adapter, of_model, offset, function) == (0.5, loaded, 1.0, None, None)
     assert patcher.weight_wrapper_patches == {}
+    if hasattr(comfy.ops, "linear_input_act"):
+        assert takes(comfy.ops.linear_input_act, "linear", "x", "input_act")
+    assert products_of_codes(comfy) <= {"linear_input_act"}
+
+
+def products_of_codes(comfy):
+    """Functions in ComfyUI's files that ask a quantized weight for its plain tensors."""
+    found = set()
+    for path in Path(comfy.ops.__file__).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if ASKS not in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and ASKS in ast.get_source_segment(text, node):
+                found.add(node.name)
+    return found - {"get_plain_tensors"}  # a layout's own
 
 
 CONTRACTS = {

@@ -188,6 +188,36 @@ def test_a_saved_model_holds_its_lora(model, patched, wish, monkeypatch):
     patcher.unpatch_model(CPU)
 
 
+ACTIVATIONS = {
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "swiglu": lambda x: torch.nn.functional.silu(x[..., :256]) * x[..., 256:],
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("wish", ["int8_tensorwise", "int8_tensorwise:convrot=true", "bnb_nf4"])
+def test_a_layer_that_comfyui_multiplies_by_without_calling_it_has_its_lora(
+    model, patched, comfy, wish, activation
+):
+    fused = comfy.ops.linear_input_act
+    both = patched(model(wish), 1.0)
+    layer = layer_of(both)
+    x = random(3, 5, 512 if activation == "swiglu" else 256)
+    before = fused(layer, x, activation)
+    both.patch_model(CPU)
+    got, wanted = fused(layer, x, activation), layer(ACTIVATIONS[activation](x))
+    both.unpatch_model(CPU)
+    assert torch.equal(got, wanted)
+    assert (got - before).norm() > 0.01 * before.norm()
+
+
+def test_and_does_not_round_the_input_of_a_layer_that_asks_for_full_precision(model, comfy):
+    layer = layer_of(model("int8_tensorwise:full_precision_matrix_mult=true"))
+    x = random(3, 5, 256)
+    got = comfy.ops.linear_input_act(layer, x, "gelu_tanh")
+    assert torch.equal(got, layer(ACTIVATIONS["gelu_tanh"](x)))
+
+
 def test_gradients_pass_through_it(model, patched):
     patcher = patched(model("bnb_nf4"), 1.0)
     patcher.patch_model(CPU)

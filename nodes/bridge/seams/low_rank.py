@@ -1,8 +1,9 @@
 """Seam `low_rank`: a LoRA on a quantized layer runs beside its product: y + up(down(x)).
 
 Wraps: `ModelPatcher.load` and `ModelPatcherDynamic.load`, which are not shown the patches that run
-    beside; `partially_unload` and `unpatch_model`; and `model_state_dict_for_saving`, which rounds
-    them into what is saved.
+    beside; `partially_unload` and `unpatch_model`; `model_state_dict_for_saving`, which rounds
+    them into what is saved; and `comfy.ops.linear_input_act`, which multiplies by an INT8 weight
+    without calling its layer.
 Why: ComfyUI decodes a quantized weight, adds the LoRA and rounds the sum: seconds of loading and a
     second rounding, or that work at each call where memory is short. Beside the product a LoRA is
     exact, takes no loading and changes no weight. Other patches than LoRA's, those of layers with
@@ -17,6 +18,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 
+import comfy.ops
 import torch
 from comfy import model_patcher
 from comfy_kitchen.tensor import QuantizedTensor
@@ -26,6 +28,7 @@ from .wrap import wrap
 
 SETTING = "FEWBITS_LORA"  # `bake`: rounded into the weights, as ComfyUI does it
 SAVING = "model_state_dict_for_saving"
+FUSED = "linear_input_act"  # since 0.30, for the layers after an activation: Wan, LTX, MiniMax
 
 
 def install() -> None:
@@ -36,6 +39,33 @@ def install() -> None:
     wrap(model_patcher.ModelPatcher, "partially_unload", _partially_unload)
     wrap(model_patcher.ModelPatcher, "unpatch_model", _unpatch_model)
     wrap(model_patcher.ModelPatcher, SAVING, _for_saving)
+    if hasattr(comfy.ops, FUSED):
+        wrap(comfy.ops, FUSED, _called)
+
+
+class Called:
+    """A layer as `linear_input_act` takes one that it has to call."""
+
+    weight = None
+    _full_precision_mm = True
+
+    def __init__(self, layer: torch.nn.Module):
+        self._layer = layer
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._layer(x)
+
+
+def _called(
+    original: Callable, layer: torch.nn.Module, *args: object, **kwargs: object
+) -> torch.Tensor:
+    """A layer with something beside it is called; so is one whose input may not be rounded, which
+    ComfyUI up to 0.33 does not ask here.
+    """
+    beside = getattr(layer, "_fewbits_low_rank", None) is not None
+    if beside or getattr(layer, "_full_precision_mm", False):
+        layer = Called(layer)
+    return original(layer, *args, **kwargs)
 
 
 class LowRank:
