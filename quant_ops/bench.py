@@ -7,7 +7,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch.nn.functional import linear
@@ -19,6 +19,9 @@ from .spec import LayerInput
 
 ROWS = (1, 16, 256, 4096)  # rows of x: a time step, a short prompt, a small picture, a picture
 SHAPE = (12288, 3072)  # (N, K) of a Flux layer
+# On a CPU every format's rows of SHAPE take many minutes; these, all formats, 14 s on two cores.
+CPU_ROWS = ROWS[:3]
+CPU_SHAPE = (1024, 1024)
 CACHE_BYTES = 150e6  # copies of a weight are timed in turn until they exceed every GPU's cache
 
 # What a backend of `linear_tiles` and `linear_flat4` is called in a sentence.
@@ -177,6 +180,9 @@ def bench_linears(
 ) -> list[dict]:
     """Time one linear layer in bf16 and in every format.
 
+    Args:
+        on_row: is given each row as soon as it is measured.
+
     Returns:
         Per format and number of rows: N, K, M, format, `ms`, `bf16_ms`, `decoded_ms` (decode the
             weight, then bf16),
@@ -186,13 +192,15 @@ def bench_linears(
     weight = torch.randn(n, k, device=device, dtype=torch.bfloat16) / k**0.5
     plain = _copies(weight)
     inputs = {m: _x(m, k, device) for m in rows}
-    dense = {}
-    for m, x in inputs.items():
-        dense[m] = median_ms([partial(linear, x, w) for w in plain], device)
+
+    @cache
+    def dense(m: int) -> float:
+        return median_ms([partial(linear, inputs[m], w) for w in plain], device)
+
     results = []
     for name in FORMATS if formats is None else formats:
         for row in _bench_format(get_format(name), weight, inputs):
-            results.append({**row, "bf16_ms": dense[row["M"]]})
+            results.append({**row, "bf16_ms": dense(row["M"])})
             on_row(results[-1])
     return results
 

@@ -35,6 +35,8 @@ OWN_METHODS = "mse_clip for bnb_fp4, else nearest"
 TARGETS = ("comfy_quant", "bnb", "bf16")
 ROWS = (1, 16, 256, 4096)
 SHAPE = (12288, 3072)
+CPU_ROWS = (1, 16, 256)
+CPU_SHAPE = (1024, 1024)
 CLASSES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SOURCE = ".safetensors file, .safetensors.index.json, or folder of shards"
 
@@ -182,12 +184,10 @@ def bench(parser: argparse.ArgumentParser) -> None:
         "--rows",
         type=int,
         nargs="+",
-        help=f"rows of the input (default {' '.join(map(str, ROWS))})",
+        help=f"rows of the input (default {_usual(ROWS, CPU_ROWS, ' ')})",
     )
-    size = "x".join(map(str, SHAPE))
-    parser.add_argument(
-        "--size", default=size, metavar="NxK", help=f"the layer's weight (default {size})"
-    )
+    size = _usual(SHAPE, CPU_SHAPE, "x")
+    parser.add_argument("--size", metavar="NxK", help=f"the layer's weight (default {size})")
     parser.add_argument(
         "--reasons", action="store_true", help="only say which kernel runs; time nothing"
     )
@@ -201,6 +201,11 @@ def bench(parser: argparse.ArgumentParser) -> None:
         help=f"only say what runs on this class of GPU, here or not: {', '.join(CLASSES)}",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _usual(numbers: tuple[int, ...], on_a_cpu: tuple[int, ...], between: str) -> str:
+    said, cpu = between.join(map(str, numbers)), between.join(map(str, on_a_cpu))
+    return f"{said}; on a CPU {cpu}"
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:

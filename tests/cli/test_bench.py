@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fewbits.kernels.device import CLASSES
+from fewbits.quant_ops import bench
 from fewbits.quant_ops.bench import ROWS, WORDS, bench_linears, kernel_report
 from fewbits.quant_ops.formats import FORMATS
 from support.harness import kernel_tables, readme
@@ -50,6 +51,32 @@ def test_every_linear_is_timed_against_bf16_and_decoding():
     assert rows == seen and [(row["format"], row["M"]) for row in rows] == [
         ("int8_blockwise", 1), ("int8_blockwise", 3), ("bnb_nf4", 1), ("bnb_nf4", 3)]  # fmt: skip
     assert all(row["ms"] > 0 and row["bf16_ms"] > 0 and row["decoded_ms"] > 0 for row in rows)
+
+
+def test_a_row_is_given_before_the_next_is_measured(monkeypatch):
+    measured, at_row = [], []
+
+    def measure(calls, device):
+        measured.append(len(calls))
+        return 1.0
+
+    monkeypatch.setattr(bench, "median_ms", measure)
+
+    def given(row):
+        at_row.append(len(measured))
+
+    bench_linears(torch.device("cpu"), ["int8_blockwise"], (1, 2), (128, 128), on_row=given)
+    assert at_row == [3, 6]  # the codes, decoding first, bf16
+
+
+def test_on_a_cpu_the_command_measures_a_small_layer_and_says_so():
+    run = fewbits("bench", "--device", "cpu", "--format", "int8_blockwise", "--format", "nf4")
+    assert "weights of 1024x1024 in bf16" in run.stdout and "a small layer, for a CPU" in run.stdout
+    timed = [line.split() for line in run.stdout.splitlines() if "  eager PyTorch" in line]
+    assert [(row[0], row[1]) for row in timed] == [
+        (name, rows) for name in ("int8_blockwise", "bnb_nf4") for rows in ("1", "16", "256")
+    ]
+    assert run.stderr == ""  # progress is for terminals
 
 
 def test_the_command_prints_reasons_or_json():

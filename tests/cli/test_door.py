@@ -91,7 +91,7 @@ def test_help_and_version_of_the_classic_command_take_few_modules():
 
 def test_what_help_names_is_what_there_is():
     from fewbits.kernels.device import CLASSES
-    from fewbits.quant_ops.bench import ROWS, SHAPE
+    from fewbits.quant_ops.bench import CPU_ROWS, CPU_SHAPE, ROWS, SHAPE
     from fewbits.quant_ops.checkpoint.exporters import TARGETS
     from fewbits.quant_ops.cli import arguments
     from fewbits.quant_ops.cli.__main__ import COMMANDS
@@ -101,6 +101,7 @@ def test_what_help_names_is_what_there_is():
     tables = [
         (arguments.FORMATS, FORMATS), (arguments.METHODS, METHODS), (arguments.TARGETS, TARGETS),
         (arguments.CLASSES, CLASSES), (arguments.ROWS, ROWS), (arguments.SHAPE, SHAPE),
+        (arguments.CPU_ROWS, CPU_ROWS), (arguments.CPU_SHAPE, CPU_SHAPE),
         (arguments.SHORT_NAMES, short_names()), (arguments.ARGUMENTS, COMMANDS),
     ]  # fmt: skip
     for named, there in tables:
