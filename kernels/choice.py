@@ -253,7 +253,9 @@ def family(codes: Codes, geometry: Geometry | None = None) -> str:
     if geometry.cols is None:
         return f"{kind} row"
     size = "64" if geometry.cols < 128 else "128"
-    return f"{kind} group {size}" if geometry.rows == 1 else f"{kind} {size}"
+    if geometry.rows == 1:
+        return f"{kind} group {size}"
+    return f"{kind} {size}"
 
 
 def rows_for(name: str, m: int, n: int, k: int, gpu: Gpu) -> Iterator[Row]:

@@ -435,7 +435,9 @@ def _together(found: Iterable[Deviation]) -> Deviation:
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return parts[0].view(-1) if len(parts) == 1 else torch.cat([part.view(-1) for part in parts])
+    if len(parts) == 1:
+        return parts[0].view(-1)
+    return torch.cat([part.view(-1) for part in parts])
 
 
 @op

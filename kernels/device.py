@@ -35,7 +35,9 @@ class Gpu:
     @property
     def architecture(self) -> str:
         """What to compile for; what only Hopper has is behind a name of its own."""
-        return "sm_90a" if self.capability == (9, 0) else self.sm
+        if self.capability == (9, 0):
+            return "sm_90a"
+        return self.sm
 
     @property
     def float8(self) -> bool:
@@ -86,7 +88,9 @@ def gpu_of(tensor: torch.Tensor) -> Gpu | None:
     """The GPU a tensor lies on, inside `as_if` that of a tensor without storage; None elsewhere."""
     if tensor.device.type == "cuda":
         return gpu_at(tensor.device.index or 0)
-    return _ASSUMED[-1] if _ASSUMED and tensor.device.type == "meta" else None
+    if _ASSUMED and tensor.device.type == "meta":
+        return _ASSUMED[-1]
+    return None
 
 
 @contextlib.contextmanager
@@ -101,7 +105,9 @@ def as_if(gpu: Gpu) -> Iterator[None]:
 
 def assumed() -> Gpu | None:
     """The GPU of the innermost `as_if`."""
-    return _ASSUMED[-1] if _ASSUMED else None
+    if _ASSUMED:
+        return _ASSUMED[-1]
+    return None
 
 
 def why_not(tensor: torch.Tensor, least: tuple[int, int], amd: str) -> str | None:
@@ -118,4 +124,6 @@ def why_not(tensor: torch.Tensor, least: tuple[int, int], amd: str) -> str | Non
         return "tensor is empty"
     if gpu.amd:
         return f"AMD GPU: {amd}"
-    return f"{gpu.sm} is older than sm_{least[0]}{least[1]}" if gpu.capability < least else None
+    if gpu.capability < least:
+        return f"{gpu.sm} is older than sm_{least[0]}{least[1]}"
+    return None

@@ -72,7 +72,9 @@ class Op:
         where nothing can be made ready.
         """
         prepare = self.prepared.get(self.choose(*args)[0])
-        return prepare(*args) if prepare else None
+        if prepare:
+            return prepare(*args)
+        return None
 
     def choose(self, *args: object) -> tuple[str, Callable]:
         """(backend name, body) for these inputs.

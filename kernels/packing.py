@@ -20,7 +20,9 @@ def round_up(size: int, step: int) -> int:
 def pad_to(x: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     """(N, K) -> (rows, cols), new elements zero; the tensor itself when nothing is missing."""
     n, k = x.shape
-    return x if (n, k) == (rows, cols) else torch.nn.functional.pad(x, (0, cols - k, 0, rows - n))
+    if (n, k) == (rows, cols):
+        return x
+    return torch.nn.functional.pad(x, (0, cols - k, 0, rows - n))
 
 
 def pack_nibbles(codes: torch.Tensor, high_first: bool) -> torch.Tensor:

@@ -49,7 +49,9 @@ def why_not_rows(tensor: torch.Tensor, k: int, span: int | None) -> str | None:
         return f"K={k} is not divided by {SPANS[-1]}"
     if span not in SPANS or k % span:
         return f"K={k} is not rotated by {span}"
-    return f"K={k} > {MOST}" if k > MOST else None
+    if k > MOST:
+        return f"K={k} > {MOST}"
+    return None
 
 
 @lru_cache(4096)
@@ -116,7 +118,9 @@ def quantize_rotated(x: torch.Tensor, span: int) -> Rows:
 def why_not_floats(x: torch.Tensor) -> str | None:
     """Why no kernel rotates activations of this dtype; None when one does."""
     halves = x.dtype in (torch.float16, torch.bfloat16)
-    return None if halves else "float32 input: a kernel rotates 16-bit floats"
+    if halves:
+        return None
+    return "float32 input: a kernel rotates 16-bit floats"
 
 
 def _why_not_quantize(x: torch.Tensor, span: int) -> str | None:

@@ -168,7 +168,9 @@ def _linear_tiles_coded(x, codes, scale, levels, geometry, bias):
 
 
 def _why_not_library(x, *rest):
-    return "tensor is on cpu" if x.device.type == "cpu" else None
+    if x.device.type == "cpu":
+        return "tensor is on cpu"
+    return None
 
 
 def _int8_product(x_codes, x_scale, codes, scale, bias, dtype):
@@ -474,7 +476,9 @@ def _ready_tiles_hopper(x, codes, scale, levels, geometry, bias):
 
 
 def _ready_rotated_hopper(x, codes, scale, span, bias):
-    return _ready_rows(x, codes, scale, 1, True) if span == cuda_rows.SPAN else None
+    if span == cuda_rows.SPAN:
+        return _ready_rows(x, codes, scale, 1, True)
+    return None
 
 
 def _ready_tiles_skinny(x, codes, scale, levels, geometry, bias):

@@ -52,4 +52,6 @@ def linear(
         w_scale = scale.t() if geometry.rows == 1 else scale.expand(1, len(codes)).contiguous()
         return torch._scaled_mm(x_codes, codes.t(), x_scale, w_scale, bias=bias, out_dtype=x.dtype)
     out = torch._scaled_mm(x_codes, codes.t(), x_scale, scale.t(), out_dtype=x.dtype)
-    return out if bias is None else out.add_(bias)
+    if bias is None:
+        return out
+    return out.add_(bias)

@@ -294,7 +294,9 @@ def calibration_input() -> io.Input:
 
 def settled(calibration: Calibration | Observer | None) -> Calibration | None:
     """A calibration as it is now, also straight from a Calibrate node."""
-    return calibration.finish() if isinstance(calibration, Observer) else calibration
+    if isinstance(calibration, Observer):
+        return calibration.finish()
+    return calibration
 
 
 def kernels_input() -> io.Boolean.Input:
@@ -473,7 +475,9 @@ def this_comfyui() -> str | None:
 
 def _chosen(value: str) -> str | None:
     """What an input says; None where it leaves that open."""
-    return None if value == AUTO else value
+    if value == AUTO:
+        return None
+    return value
 
 
 def report_result(

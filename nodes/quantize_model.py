@@ -138,7 +138,9 @@ class QuantizeModel(TakesASwitch):
         """Refuse what cannot be fulfilled before the model is loaded."""
         cls.recipe(**wish)
         host.pick_device(device)
-        return ["model"] if model is None else []
+        if model is None:
+            return ["model"]
+        return []
 
     @classmethod
     def recipe(cls, choose: Callable[[Draft], Wish] | None = None, **wish: object) -> Recipe:

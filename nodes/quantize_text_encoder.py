@@ -85,7 +85,9 @@ class FewBitsQuantizeTextEncoder(TakesASwitch):
         """Refuse what cannot be fulfilled before the text encoders are loaded."""
         recipe_from(**wish)
         host.pick_device(device)
-        return ["clip"] if clip is None else []
+        if clip is None:
+            return ["clip"]
+        return []
 
     @classmethod
     def execute(

@@ -59,7 +59,9 @@ class FewBitsSaveComfyQuant(io.ComfyNode):
         """Refuse the name before the model is loaded and quantized."""
         if filename.strip():
             host.output_path(filename, overwrite=overwrite)
-        return ["model"] if model is None else []
+        if model is None:
+            return ["model"]
+        return []
 
     @classmethod
     def execute(

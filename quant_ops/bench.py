@@ -115,7 +115,9 @@ def _sentence(rows: dict[int, dict]) -> str:
     if last["backend"] in NATIVE or parts:
         return text
     reasons = [*last["why_not"].values(), last["why"]]
-    return f"{text}, because {reasons[0]}" if reasons[0] else text
+    if reasons[0]:
+        return f"{text}, because {reasons[0]}"
+    return text
 
 
 def reason_lines(report: dict) -> Iterator[str]:
@@ -241,7 +243,9 @@ def _backend(
     format: Format, x: torch.Tensor, stored: dict, layer: LayerInput, options: FormatOptions
 ) -> str:
     product = format.product(stored, layer, options)
-    return product[0].choose(x, *product[1], None)[0] if product else "decoded"
+    if product:
+        return product[0].choose(x, *product[1], None)[0]
+    return "decoded"
 
 
 def _x(m: int, k: int, device: torch.device) -> torch.Tensor:

@@ -73,7 +73,9 @@ def did_you_mean(name: object, known: Iterable[str], otherwise: str = "known") -
     guess = closest(str(name), names)
     if guess:
         return f", did you mean {guess!r}?"
-    return f"; {otherwise}: {', '.join(names) or 'none'}" if otherwise else ""
+    if otherwise:
+        return f"; {otherwise}: {', '.join(names) or 'none'}"
+    return ""
 
 
 def visible(text: str) -> str:

@@ -58,7 +58,9 @@ class Options:
         """
         if name in cls.choices:
             return tuple(cls.choices[name])
-        return (False, True) if name in cls.names() and cls.kind(name) is bool else ()
+        if name in cls.names() and cls.kind(name) is bool:
+            return (False, True)
+        return ()
 
     @classmethod
     def readable(cls, name: str) -> tuple:
@@ -95,7 +97,9 @@ class Options:
 
 def option_text(value: object) -> str:
     """A value as users write it: `true`, `auto`, `128`."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
 
 
 class Configurable:

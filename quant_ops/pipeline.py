@@ -412,7 +412,9 @@ def _same_bytes(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     not bytes.
     """
     renamed = tensor.itemsize == ITEM_SIZES[spec.dtype] == 1
-    return tensor.contiguous().view(TORCH_DTYPES[spec.dtype]) if renamed else tensor
+    if renamed:
+        return tensor.contiguous().view(TORCH_DTYPES[spec.dtype])
+    return tensor
 
 
 def _refuse_non_finite(file: str, key: str, weight: torch.Tensor) -> None:

@@ -33,7 +33,9 @@ def _small_float(byte: int, exponent_bits: int, mantissa_bits: int, nan_only: bo
     if exponent == top and nan_only and mantissa == (1 << mantissa_bits) - 1:
         return float("nan")
     if exponent == top and not nan_only:
-        return sign * float("inf") if mantissa == 0 else float("nan")
+        if mantissa == 0:
+            return sign * float("inf")
+        return float("nan")
     if exponent == 0:
         return sign * mantissa * 2.0 ** (1 - bias - mantissa_bits)
     return sign * (1 + mantissa / (1 << mantissa_bits)) * 2.0 ** (exponent - bias)
@@ -129,7 +131,9 @@ def _int8(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:
     weight, scale = _array(tensors["weight"]), _array(tensors["weight_scale"])
     assert scale.shape in ((), (len(weight), 1))
     decoded = weight.astype(np.float32) * scale
-    return rotate(decoded, marker["convrot_groupsize"]) if marker.get("convrot") else decoded
+    if marker.get("convrot"):
+        return rotate(decoded, marker["convrot_groupsize"])
+    return decoded
 
 
 def _w4a4(marker: dict, tensors: dict[str, Stored]) -> np.ndarray:

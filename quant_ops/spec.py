@@ -213,7 +213,9 @@ class ModelPlan:
             label = f"needs FewBits in ComfyUI >= {least}"
         else:
             label = f"loads in stock ComfyUI >= {self.min_comfyui}"
-        return label if self.recognised else label + NOT_RECOGNISED
+        if self.recognised:
+            return label
+        return label + NOT_RECOGNISED
 
     def to_json(self) -> dict:
         return {

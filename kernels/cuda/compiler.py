@@ -49,7 +49,9 @@ def why_not_compile() -> str | None:
         return f"NVRTC {torch.version.cuda} was not found beside torch"
     if _driver() is None:
         return "the CUDA driver library was not found"
-    return None if hasattr(_driver(), LAUNCH) else "the CUDA driver is older than 11.8"
+    if hasattr(_driver(), LAUNCH):
+        return None
+    return "the CUDA driver is older than 11.8"
 
 
 def compile_cubin(source: str, architecture: str, options: tuple[str, ...] = ()) -> bytes:
@@ -215,7 +217,9 @@ class Launch:
             configuration = CONFIGURATION.pack(*blocks, stream, 0, 0)
             self._configured = stream, configuration
         status = self._start(configuration, kernel.function, ONE_POINTER(packed), None)
-        return _check(status) if status else None
+        if status:
+            return _check(status)
+        return None
 
 
 @cache

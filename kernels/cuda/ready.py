@@ -29,7 +29,9 @@ def _place(m: int, k: int) -> tuple[int, int]:
 def _fits(x: torch.Tensor) -> torch.Tensor:
     """x as the kernels read it: contiguous, at an address that 16-byte loads can take."""
     x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
+    if x.data_ptr() % 16:
+        return x.clone()
+    return x
 
 
 def _made(needed: tuple[torch.Tensor, ...], given: tuple[torch.Tensor, ...]) -> tuple:

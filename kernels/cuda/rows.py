@@ -64,7 +64,9 @@ def why_not_rows(tensor: torch.Tensor, k: int) -> str | None:
     if k % SPAN or not 0 < k <= MOST:
         return f"K={k} is not made of {SPAN}s, up to {MOST}"
     gpu = gpu_of(tensor)
-    return None if gpu.capability >= (8, 0) else f"{gpu.sm} is older than sm_80"
+    if gpu.capability >= (8, 0):
+        return None
+    return f"{gpu.sm} is older than sm_80"
 
 
 def warps_for(k: int) -> int:
@@ -87,7 +89,9 @@ def options(
         "FLOAT8": int(float8),
     }
     flags = [f"-D{name}={value}" for name, value in defined.items()]
-    return (*flags, "-DBF16") if dtype == torch.bfloat16 else tuple(flags)
+    if dtype == torch.bfloat16:
+        return (*flags, "-DBF16")
+    return tuple(flags)
 
 
 @lru_cache(4096)

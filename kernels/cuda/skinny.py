@@ -75,7 +75,9 @@ def options(
 
 def _bits(codes: torch.dtype) -> int:
     """Of a code: two of 4 bits are packed in a byte."""
-    return 4 if codes == torch.uint8 else 8
+    if codes == torch.uint8:
+        return 4
+    return 8
 
 
 def _stage_codes(codes: torch.dtype) -> int:
@@ -90,7 +92,9 @@ def _even(codes: torch.dtype, group: int | None, k: int) -> bool:
 
 def _lane(group: int | None) -> int:
     """Consecutive codes of a lane."""
-    return 8 if group == 32 else 16
+    if group == 32:
+        return 8
+    return 16
 
 
 def shared_bytes(codes: torch.dtype, work: Work) -> int:
@@ -181,7 +185,9 @@ def _entry(
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous, at an address that 16-byte loads can take."""
     tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+    if tensor.data_ptr() % 16:
+        return tensor.clone()
+    return tensor
 
 
 def plan_for(

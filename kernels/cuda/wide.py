@@ -131,11 +131,15 @@ class Scaling(NamedTuple):
             return "4-bit"
         if not self.group:
             return "row"
-        return "tiles" if self.x_left else "groups"
+        if self.x_left:
+            return "tiles"
+        return "groups"
 
     def factors(self, m: int, n: int) -> tuple[int, int]:
         """Rows of the left and of the right factor."""
-        return (m, n) if self.x_left else (n, m)
+        if self.x_left:
+            return (m, n)
+        return (n, m)
 
 
 def shared_bytes(scaling: Scaling, tile: Tile) -> int:
@@ -263,7 +267,9 @@ map_of = lru_cache(4096)(encode_tensor_map)
 def why_not_device(tensor: torch.Tensor) -> str | None:
     """Why this GPU cannot run the kernel; None when it can."""
     gpu = gpu_of(tensor)
-    return None if gpu.wgmma else f"{gpu.sm} has no wgmma: sm_90 has"
+    if gpu.wgmma:
+        return None
+    return f"{gpu.sm} has no wgmma: sm_90 has"
 
 
 def why_not_shape(
@@ -279,7 +285,9 @@ def why_not_shape(
         fits = group % 64 == 0 and not group & (group - 1)
     else:
         fits = group in (None, 64, 128)
-    return None if fits and not k % (group or 1) else f"groups of {group} in K={k}"
+    if fits and not k % (group or 1):
+        return None
+    return f"groups of {group} in K={k}"
 
 
 def _in_columns(scale: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -315,7 +323,9 @@ NO_SHIFT = 31  # every row has the first scale
 def _shift(scaling: Scaling, n: int) -> int:
     if scaling.codes == Codes.FOUR_BIT:
         return scaling.group.bit_length() - 1
-    return scaling.rows.bit_length() - 1 if scaling.rows < n else NO_SHIFT
+    if scaling.rows < n:
+        return scaling.rows.bit_length() - 1
+    return NO_SHIFT
 
 
 @lru_cache(4096)

@@ -96,7 +96,9 @@ class ClipSource(PatchedWeights):
             found = [
                 (origin, name) for origin, name in found if same_values(origin.read(name), weight)
             ]
-        return Entry(key, *found[0]) if found else Entry(key)
+        if found:
+            return Entry(key, *found[0])
+        return Entry(key)
 
 
 def load_from_memory(
@@ -140,7 +142,9 @@ def load_files(paths: list[str], kind: str, *, on_cpu: bool, kernels: bool) -> c
             clip_type=getattr(comfy.sd.CLIPType, kind.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
             model_options=options,
         )
-    return with_kernels(clip) if kernels else clip
+    if kernels:
+        return with_kernels(clip)
+    return clip
 
 
 def load_checkpoint(

@@ -108,7 +108,9 @@ def text_encoder_types() -> list[str]:
 
 def _options(widget: tuple) -> list[str]:
     """The choices of an input, as old and new nodes state them."""
-    return widget[0] if isinstance(widget[0], (list, tuple)) else widget[1]["options"]
+    if isinstance(widget[0], (list, tuple)):
+        return widget[0]
+    return widget[1]["options"]
 
 
 def split_choice(choice: str) -> tuple[str, str]:
@@ -385,4 +387,6 @@ def _listening_server() -> object | None:
     There is none in tests, nor where ComfyUI is used as a library.
     """
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    return server if getattr(server, "client_id", None) is not None else None
+    if getattr(server, "client_id", None) is not None:
+        return server
+    return None

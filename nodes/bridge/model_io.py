@@ -101,11 +101,9 @@ class ModelSource(PatchedWeights):
                 return self._plain(entry)
             if key.endswith(MARKER):
                 return self._state[key]
-            return (
-                self._requantized(base)[key]
-                if self._patches(f"{base}.weight")
-                else self._state[key]
-            )
+            if self._patches(f"{base}.weight"):
+                return self._requantized(base)[key]
+            return self._state[key]
 
     def rebuild(self, sink: MemorySink) -> ModelPatcher:
         """The converted tensors as a new MODEL, with everything of the old one that is not a
@@ -228,7 +226,9 @@ class ModelSource(PatchedWeights):
 
     def _quantized_base(self, key: str) -> str | None:
         base, _, suffix = key.rpartition(".")
-        return base if base in self.quantized and suffix != "bias" else None
+        if base in self.quantized and suffix != "bias":
+            return base
+        return None
 
     def _rounded_again(self) -> tuple[str, ...]:
         layers = [base for base in self.quantized if self._patches(f"{base}.weight")]

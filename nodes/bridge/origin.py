@@ -74,7 +74,9 @@ class Naming:
         try:
             without = self._renamed(others)
         except (KeyError, StopIteration):  # it is asked for by name, or others are cut by its shape
-            return (short,) if short in made else ()
+            if short in made:
+                return (short,)
+            return ()
         return tuple(key for key in made if key not in without)
 
     def _renamed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

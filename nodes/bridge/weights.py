@@ -115,7 +115,9 @@ class PatchedWeights:
         return {base: why for base, why in found.items() if why}
 
     def _module(self, key: str | None) -> torch.nn.Module | None:
-        return None if key is None else self._modules.get(key.rpartition(".")[0])
+        if key is None:
+            return None
+        return self._modules.get(key.rpartition(".")[0])
 
     def _patches(self, key: str) -> list | None:
         return self.patcher.patches.get(self.PREFIX + key)
@@ -160,7 +162,9 @@ class PatchedWeights:
         weight, value = self._state[entry.key], self._value(entry)
         patches = self._patches(entry.key)
         if not patches:
-            return weight.clone() if value is weight else value
+            if value is weight:
+                return weight.clone()
+            return value
         key = self.PREFIX + entry.key
         return comfy.lora.calculate_weight(
             patches, value.to(self.device, torch.float32, copy=True), key
@@ -202,7 +206,9 @@ def why_plain(base: str, module: torch.nn.Module | None) -> str | None:
     castable = isinstance(module, comfy.ops.CastWeightBiasOp)
     if isinstance(module, torch.nn.Embedding):
         known = castable and EMBEDDING.fullmatch(base)
-        return None if known else "a lookup table"
+        if known:
+            return None
+        return "a lookup table"
     if castable and hasattr(module, "in_features"):
         return None
     return f"ComfyUI loads no {type(module).__name__} of this model quantized"

@@ -107,7 +107,9 @@ class Calibration:
             return named
         alike = [entry for name, entry in self.layers.items() if _tail(name) == _tail(base)]
         fitting = [entry for entry in alike if entry[1:] == tuple(shape)] or alike
-        return fitting[0] if len(fitting) == 1 else None
+        if len(fitting) == 1:
+            return fitting[0]
+        return None
 
     def refuse_another_model(self, shapes: Mapping[str, tuple[int, int]], name: str) -> None:
         """Check that it was made of a model like this one.

@@ -106,7 +106,9 @@ class Observer:
         if self.run <= 0:
             return self._calls % HALVES
         first, second = (len(runs - {self.run}) for runs in self._runs)
-        return self.run.bit_count() % HALVES if first == second else int(second < first)
+        if first == second:
+            return self.run.bit_count() % HALVES
+        return int(second < first)
 
     def _capacity(self, layers: dict[str, torch.nn.Linear]) -> int:
         """Rows that each half of each input may keep."""

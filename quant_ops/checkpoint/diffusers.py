@@ -167,7 +167,9 @@ def renamed(source: TensorSource) -> TensorSource:
         CheckpointError: pieces of a layer are missing, or cannot be put together exactly.
     """
     names = names_of(source.header.tensors)
-    return source if names is None else RenamedSource(source, names)
+    if names is None:
+        return source
+    return RenamedSource(source, names)
 
 
 Piece = dict[str, TensorSpec]  # the tensors of one layer of the file, by suffix
@@ -369,7 +371,9 @@ class RenamedSource:
             if swapped:
                 first, second = tensors[0].chunk(2)
                 return torch.cat([second, first])
-            return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            if len(tensors) == 1:
+                return tensors[0]
+            return torch.cat(tensors)
 
         return read
 
@@ -452,7 +456,9 @@ def _with_a_scale_a_row(format: Format) -> Format | None:
     """The format that holds the same codes with a scale per row; None where there is none."""
     known = labels().get(format.code_dtype, {})
     found = known.get(Arrangement.ROW) if known.get(Arrangement.TENSOR) == format.name else None
-    return get_format(found) if found else None
+    if found:
+        return get_format(found)
+    return None
 
 
 def _joined(specs: list[TensorSpec]) -> tuple[str, tuple[int, ...]]:

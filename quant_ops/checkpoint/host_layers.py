@@ -65,7 +65,9 @@ def _since(name: object) -> str | None:
     if name in HOST_FORMATS:
         return HOST_FORMATS[name]
     format = FORMATS.get(name) if isinstance(name, str) else None
-    return format.min_comfyui if format is not None and format.native else None
+    if format is not None and format.native:
+        return format.min_comfyui
+    return None
 
 
 def _asym_of_comfyui(marker: dict, specs: dict[str, TensorSpec]) -> bool:
@@ -89,7 +91,9 @@ def group_size(marker: dict) -> int:
     """
     default = ASYM_GROUP if marker.get("format") == ASYM else AWQ_GROUP
     size = stated_in(marker, "group_size", default)
-    return size if type(size) is int and size > 0 else 0
+    if type(size) is int and size > 0:
+        return size
+    return 0
 
 
 AWQ_GROUP = 64

@@ -51,7 +51,9 @@ class Label:
         if self.size is not None:
             return {"block_size": self.size}
         spelled = "scaling" in get_format(self.format).Options.names()
-        return {"scaling": self.geometry.value} if spelled else {}
+        if spelled:
+            return {"scaling": self.geometry.value}
+        return {}
 
 
 def label_of(
@@ -105,7 +107,9 @@ def _geometry(
     height, width = n // scale_shape[0], k // scale_shape[1]
     if height == 1 and width > 1:
         return GROUP, width
-    return (TILE, height) if height == width > 1 else (None, None)
+    if height == width > 1:
+        return (TILE, height)
+    return (None, None)
 
 
 def _allowed(known: dict[Arrangement, str], shape: tuple[int, int]) -> str:

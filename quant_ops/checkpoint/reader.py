@@ -237,7 +237,9 @@ def _open_headers(path: Path) -> tuple[Header, tuple[InputFile, ...]]:
 def _place(path: Path) -> tuple[int, int]:
     """`model-00002-of-00003.safetensors` -> (2, 3); (1, 1) for a file that is no shard."""
     found = SHARD.search(path.name)
-    return (int(found[1]), int(found[2])) if found else (1, 1)
+    if found:
+        return (int(found[1]), int(found[2]))
+    return (1, 1)
 
 
 def _shards_of_folder(folder: Path, indexes: int) -> list[Path]:

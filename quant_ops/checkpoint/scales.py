@@ -51,8 +51,12 @@ def _values(suffix: str, tensor: torch.Tensor, weight: torch.Tensor | None) -> t
             and weight is not None
             and DTYPE_NAMES.get(weight.dtype) == "F8_E4M3"
         )
-        return tensor.float().masked_fill_(tensor == E8M0_NAN, float("nan")) if exponents else None
-    return tensor.float() if tensor.is_floating_point() else None
+        if exponents:
+            return tensor.float().masked_fill_(tensor == E8M0_NAN, float("nan"))
+        return None
+    if tensor.is_floating_point():
+        return tensor.float()
+    return None
 
 
 def _broken(values: torch.Tensor, signed: bool, rounded: bool) -> str | None:

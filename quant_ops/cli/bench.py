@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> None:
 def _usual(device: torch.device | Gpu) -> tuple[tuple[int, ...], tuple[int, int]]:
     """Rows of the input and shape of the weight that are asked for by nobody."""
     on_cpu = isinstance(device, torch.device) and device.type == "cpu"
-    return (CPU_ROWS, CPU_SHAPE) if on_cpu else (ROWS, SHAPE)
+    if on_cpu:
+        return (CPU_ROWS, CPU_SHAPE)
+    return (ROWS, SHAPE)
 
 
 def _measured(device: torch.device, shape: tuple[int, int]) -> str:
@@ -106,4 +108,6 @@ def _shape(text: str) -> tuple[int, int]:
 def _device_name(device: torch.device | Gpu) -> str:
     if isinstance(device, Gpu):
         return f"{device.sm} (such as {device.name})"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(device)

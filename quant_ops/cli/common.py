@@ -43,7 +43,9 @@ def card_from(args: argparse.Namespace) -> Card | None:
     Raises:
         RecipeError: no such GPU.
     """
-    return find_card(args.gpu) if args.gpu else card_here()
+    if args.gpu:
+        return find_card(args.gpu)
+    return card_here()
 
 
 def draft_from(args: argparse.Namespace) -> Draft:
@@ -83,7 +85,9 @@ def _rule(flag: str, text: str) -> Rule:
         RecipeError: a malformed rule, saying which.
     """
     try:
-        return Rule(text, None) if flag == "--keep" else parse_rule(text)
+        if flag == "--keep":
+            return Rule(text, None)
+        return parse_rule(text)
     except RecipeError as error:
         raise RecipeError(f"argument {flag}: {error}") from None
 
@@ -115,4 +119,6 @@ def _chosen(args: argparse.Namespace, draft: Draft) -> Wish:
         raise RecipeError("--format auto chooses the scales too: leave --scaling out")
     with open_checkpoint(args.input) as source:
         wish = chosen_wish(source, card_from(args), draft, args.comfyui)
-    return replace(wish, method=args.method, method_options=()) if args.method else wish
+    if args.method:
+        return replace(wish, method=args.method, method_options=())
+    return wish

@@ -70,7 +70,9 @@ def run_command(name: str, work: Callable[[], int | None]) -> int:
 def with_flag(error: QuantError) -> str:
     """The error's text, and the flag that answers it."""
     flag = FLAGS.get(error.option)
-    return f"{error} ({flag})" if flag else str(error)
+    if flag:
+        return f"{error} ({flag})"
+    return str(error)
 
 
 def say(*lines: str) -> None:

@@ -25,7 +25,9 @@ def end_of(name: str, room: int) -> str:
     """The end of a name tells a layer from its neighbours; nothing where there is no room."""
     if len(name) <= room:
         return name
-    return f"…{name[len(name) - room + 1 :]}" if room > 1 else ""
+    if room > 1:
+        return f"…{name[len(name) - room + 1 :]}"
+    return ""
 
 
 @contextmanager

@@ -30,4 +30,4 @@ def run(args: argparse.Namespace) -> int:
     elif not args.quiet:
         say(done.to_text())
         say(str(output))
-    return 1 if done.left else 0
+    return int(bool(done.left))

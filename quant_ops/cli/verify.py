@@ -17,4 +17,4 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found.to_json(), indent=2))
     else:
         say(found.to_text())
-    return 0 if found.ok else 1
+    return int(not found.ok)

@@ -325,7 +325,9 @@ def _recipe_arguments(stated: Stated, recipe: Recipe) -> list[str]:
 
 def _option(flag: str, value: object) -> list[str]:
     """A flag with its value; nothing where there is none (an empty text, a seed of 0)."""
-    return [flag, str(value)] if value else []
+    if value:
+        return [flag, str(value)]
+    return []
 
 
 def _switches(fields: dict[str, object], *names: str) -> list[str]:

@@ -311,10 +311,14 @@ def _way(
 def _opens(plan: ModelPlan, version: tuple[int, ...] | None) -> str | None:
     """What opens the file there: ComfyUI alone, ComfyUI with FewBits, or nothing."""
     if version is None:
-        return "FewBits" if plan.requires_pack else "stock"
+        if plan.requires_pack:
+            return "FewBits"
+        return "stock"
     if not plan.requires_pack and version >= version_key(plan.min_comfyui):
         return "stock"
-    return "FewBits" if version >= version_key(oldest_comfyui()) else None
+    if version >= version_key(oldest_comfyui()):
+        return "FewBits"
+    return None
 
 
 def product_of(known: Known, card: Card | None, *, by_us: bool) -> Product:

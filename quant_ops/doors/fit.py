@@ -64,7 +64,9 @@ class Way:
 
     @property
     def label(self) -> str:
-        return self.wish.to_text() if self.wish else "keep"
+        if self.wish:
+            return self.wish.to_text()
+        return "keep"
 
 
 @dataclass(frozen=True)
@@ -309,7 +311,9 @@ def _reach(
     wide = rows.to(conditions.device).float()
     known = seen.inputs_of(name, shape, conditions.device)
     error = output_error(wide, wide + rounding(wide), known, seen=False)
-    return effect / error.relative**2 if error and error.relative else None
+    if error and error.relative:
+        return effect / error.relative**2
+    return None
 
 
 def _with_effects(layers: list[Candidate]) -> list[Candidate]:
@@ -330,7 +334,9 @@ def _is_open(layer: LayerPlan) -> bool:
 
 
 def _error(result: LayerResult) -> float:
-    return result.output.relative if result.output else result.rel_l2
+    if result.output:
+        return result.output.relative
+    return result.rel_l2
 
 
 def _some_rows(weight: torch.Tensor) -> torch.Tensor:
@@ -423,7 +429,9 @@ def least_error_or_uniform(layers: Sequence[Candidate], budget: int) -> list[int
     if mixed is None or uniform is None:
         return mixed or uniform
     clearly = total_cost(options, mixed) <= CLEARLY * total_cost(options, uniform)
-    return mixed if clearly else uniform
+    if clearly:
+        return mixed
+    return uniform
 
 
 def _better_uniform(
@@ -481,7 +489,9 @@ def _recipe(draft: Draft, layers: list[Candidate], ways: list[Way]) -> Recipe:
 
 def _exactly(name: str) -> str:
     """A pattern that matches one layer."""
-    return name if is_plain(name) else f"re:{re.escape(name)}"
+    if is_plain(name):
+        return name
+    return f"re:{re.escape(name)}"
 
 
 def _too_little(file: str, goal: Goal, layers: list[Candidate]) -> str:

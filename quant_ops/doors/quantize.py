@@ -87,7 +87,9 @@ def quantize_file(
     report = replace(
         report, plan=with_warning(report.plan, again), rounded_twice=tuple(sorted(again))
     )
-    return with_sidecar(report, Path(target), opened.name) if sidecar else report
+    if sidecar:
+        return with_sidecar(report, Path(target), opened.name)
+    return report
 
 
 def with_sidecar(report: Report, target: Path, source: str) -> Report:

@@ -107,7 +107,9 @@ class Format(Configurable, ABC):
 
     def meant_by(self, name: str) -> Mapping[str, object]:
         """The options that a user states by writing this name."""
-        return self.short_options if name == self.short else {}
+        if name == self.short:
+            return self.short_options
+        return {}
 
     def settled(
         self, layer: LayerInput, options: FormatOptions, *, looked_up: bool = False
@@ -214,7 +216,9 @@ class Format(Configurable, ABC):
         zero-padded version.
         """
         group = self.rotation(options)
-        return weight if group is None else rotate(weight, group)
+        if group is None:
+            return weight
+        return rotate(weight, group)
 
     @abstractmethod
     def grid(self, layer: LayerInput, options: FormatOptions) -> Grid:
@@ -328,7 +332,9 @@ def marker_bytes(marker: dict) -> bytes:
 def params_of(marker: dict) -> dict:
     """Where older writers state the options of a layer; empty where it is no object."""
     params = marker.get("params")
-    return params if isinstance(params, dict) else {}
+    if isinstance(params, dict):
+        return params
+    return {}
 
 
 def stated_in(marker: dict, name: str, default: object = None) -> object:
@@ -343,7 +349,9 @@ def is_precise(marker: dict) -> bool:
 
 def with_precision(marker: dict, options: FormatOptions) -> dict:
     """Append `full_precision_matrix_mult`, last and only when true."""
-    return {**marker, PRECISE: True} if options.full_precision_matrix_mult else marker
+    if options.full_precision_matrix_mult:
+        return {**marker, PRECISE: True}
+    return marker
 
 
 # How markers name the dtype a layer was made from; float64 is rounded to float32 before anything

@@ -47,14 +47,18 @@ class Bnb4Bit(Format):
         choices: ClassVar = {"block_size": (32, 64, 128, 256, 512, 1024, 2048, 4096)}
 
     def check(self, layer: LayerInput, options: FormatOptions) -> str | None:
-        return f"K={layer.shape[1]} is odd" if layer.shape[1] % 2 else None
+        if layer.shape[1] % 2:
+            return f"K={layer.shape[1]} is odd"
+        return None
 
     def fallback(self, layer: LayerInput, options: FormatOptions) -> Next:
         return INT8_ROW
 
     def notes(self, layer: LayerInput, options: FormatOptions) -> tuple[str, ...]:
         k, size = layer.shape[1], options.block_size
-        return (f"blocks of {size} straddle rows: K={k}, no fast kernel",) if k % size else ()
+        if k % size:
+            return (f"blocks of {size} straddle rows: K={k}, no fast kernel",)
+        return ()
 
     def steps(self, options: FormatOptions) -> tuple[int, int]:
         return 1, 2
@@ -95,7 +99,9 @@ class Bnb4Bit(Format):
                 f"nibble_order is {order!r}, {self.name} stores the high nibble first"
             )
         size = stated_in(marker, "group_size")
-        return {} if size is None else {"block_size": size}
+        if size is None:
+            return {}
+        return {"block_size": size}
 
     def grid(self, layer: LayerInput, options: FormatOptions) -> FlatGrid:
         return FlatGrid(self.levels, options.block_size)
@@ -137,7 +143,9 @@ class Bnb4Bit(Format):
         self, tensors: dict[str, torch.Tensor], layer: LayerInput, options: FormatOptions
     ) -> tuple[Op, tuple] | None:
         arguments = (tensors["weight"], tensors["absmax"], self.levels, options.block_size)
-        return None if options.full_precision_matrix_mult else (linear_flat4, arguments)
+        if options.full_precision_matrix_mult:
+            return None
+        return (linear_flat4, arguments)
 
 
 class BnbNF4(Bnb4Bit):

@@ -113,7 +113,9 @@ class Int8Tensorwise(TiledFormat):
 
     def check(self, layer: LayerInput, options: FormatOptions) -> str | None:
         group = self.rotation(options)
-        return None if group is None else refusal(layer, group)
+        if group is None:
+            return None
+        return refusal(layer, group)
 
     def fallback(self, layer: LayerInput, options: FormatOptions) -> Next:
         smaller = smaller_group(layer, options.convrot_groupsize)
@@ -121,7 +123,9 @@ class Int8Tensorwise(TiledFormat):
         return self.name, {**options.as_dict(), **rotated}
 
     def scale_shape(self, shape: tuple[int, int], options: FormatOptions) -> tuple[int, ...]:
-        return (shape[0], 1) if options.scaling == "row" else ()
+        if options.scaling == "row":
+            return (shape[0], 1)
+        return ()
 
     def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
         per_row = {"per_row": True} if options.scaling == "row" else {}

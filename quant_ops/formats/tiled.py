@@ -38,7 +38,9 @@ class TiledFormat(Format):
     @property
     def unused_code(self) -> int | None:
         """Of integers the one below -qmax: never written, so that every code has its opposite."""
-        return None if self.levels.dtype.is_floating_point else -int(self.levels.qmax) - 1
+        if self.levels.dtype.is_floating_point:
+            return None
+        return -int(self.levels.qmax) - 1
 
     @property
     def stores(self) -> str:
@@ -102,7 +104,9 @@ class TiledFormat(Format):
         scale = tensors["weight_scale"].reshape(geometry.grid_shape(tuple(codes.shape)))
         decoded = decode(codes, scale, self.levels, geometry)
         group = self.rotation(options)
-        return decoded if group is None else rotate(decoded, group)
+        if group is None:
+            return decoded
+        return rotate(decoded, group)
 
     def dequantize_to(
         self,

@@ -19,7 +19,9 @@ def _plain(value: object, dtype: torch.dtype) -> object:
     """A tensor in the input's dtype; a quantized one is dequantized straight to it."""
     if isinstance(value, QuantizedTensor):
         return value.to(dtype).dequantize()
-    return value.to(dtype) if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype)
+    return value
 
 
 def _is_own(value: object) -> bool:

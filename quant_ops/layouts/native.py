@@ -73,7 +73,9 @@ def _mxfp8_fits(codes: torch.Tensor, params: object, shape: Shape) -> bool:
 
 def span_of(params: object) -> int:
     """Columns that a weight was rotated in; 0 where it was not."""
-    return params.convrot_groupsize if getattr(params, "convrot", False) else 0
+    if getattr(params, "convrot", False):
+        return params.convrot_groupsize
+    return 0
 
 
 class Native(NamedTuple):
@@ -115,7 +117,9 @@ def product_of(weight: QuantizedTensor) -> Product | None:
     """
     if issubclass(weight.layout_cls, PackLayout):
         params = weight._params
-        return None if params.transposed else own_product(weight, tuple(params.orig_shape))
+        if params.transposed:
+            return None
+        return own_product(weight, tuple(params.orig_shape))
     return native_product(weight)
 
 
@@ -140,7 +144,9 @@ def taken(weight: QuantizedTensor) -> Native | None:
     found, params = LAYOUTS.get(weight._layout_cls), weight._params
     if found is None or getattr(params, "transposed", False):
         return None
-    return found if found.fits(weight._qdata, params, tuple(params.orig_shape)) else None
+    if found.fits(weight._qdata, params, tuple(params.orig_shape)):
+        return found
+    return None
 
 
 def native_product(weight: QuantizedTensor) -> Product | None:

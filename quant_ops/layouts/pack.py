@@ -208,16 +208,16 @@ def _make_layout(name: str, format: Format, options: FormatOptions) -> type[Pack
 
 def _pad(rows: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     missing = shape[0] - rows.shape[0], shape[1] - rows.shape[1]
-    return torch.nn.functional.pad(rows, (0, missing[1], 0, missing[0])) if any(missing) else rows
+    if any(missing):
+        return torch.nn.functional.pad(rows, (0, missing[1], 0, missing[0]))
+    return rows
 
 
 def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows by number; torch cannot index every 8-bit float type."""
-    return (
-        tensor.view(torch.uint8)[index].view(tensor.dtype)
-        if tensor.itemsize == 1
-        else tensor[index]
-    )
+    if tensor.itemsize == 1:
+        return tensor.view(torch.uint8)[index].view(tensor.dtype)
+    return tensor[index]
 
 
 def layout_name(format: Format, options: FormatOptions) -> str:

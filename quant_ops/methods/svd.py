@@ -146,7 +146,9 @@ def clipped_scale(layer: Layer) -> Scale:
     before = grid.decode(grid.encode(weight, plain), plain).sub_(weight)
     after = grid.decode(grid.encode(weight, searched), searched).sub_(weight)
     gains = after.norm() <= WORTH_A_SCALE * before.norm()
-    return searched if gains and worst_channel(after, before) <= WORST_CHANNEL else plain
+    if gains and worst_channel(after, before) <= WORST_CHANNEL:
+        return searched
+    return plain
 
 
 def worst_channel(error: torch.Tensor, before: torch.Tensor) -> float:

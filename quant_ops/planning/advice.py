@@ -76,7 +76,9 @@ class Speed:
         """0 is faster than 16 bit, 1 the same, 2 slower; None where nobody measured."""
         if self.ratio is None:
             return None
-        return 0 if self.ratio >= FASTER else 1 + (self.ratio < SLOWER)
+        if self.ratio >= FASTER:
+            return 0
+        return 1 + (self.ratio < SLOWER)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,9 @@ def _allowed(format: Format, option: str) -> type | tuple:
     """The type of an option's values, or the values where they are of several types."""
     values = format.Options.values(option)
     mixed = len(set(map(type, values))) > 1
-    return values if mixed else format.Options.kind(option)
+    if mixed:
+        return values
+    return format.Options.kind(option)
 
 
 class LayerConfigError(RecipeError):
@@ -145,7 +147,9 @@ def specificity(pattern: str, base: str, *, fullmatch: bool = False) -> tuple[in
     """(rank, literal length, wildcards) of a pattern for one layer; lower rank, more literal, fewer
     wildcards win.
     """
-    return (0, len(pattern), 0) if pattern == base else pattern_rank(pattern, fullmatch=fullmatch)
+    if pattern == base:
+        return (0, len(pattern), 0)
+    return pattern_rank(pattern, fullmatch=fullmatch)
 
 
 def pattern_rank(pattern: str, *, fullmatch: bool = False) -> tuple[int, int, int]:
@@ -470,7 +474,9 @@ def _leads_to(mode: str, format: Format, named: Format) -> bool:
 
 
 def _fits(value: object, kind: type | tuple) -> bool:
-    return value in kind if isinstance(kind, tuple) else type(value) is kind
+    if isinstance(kind, tuple):
+        return value in kind
+    return type(value) is kind
 
 
 def _wanted(name: str, kind: type | tuple, settings: dict) -> str:
@@ -482,7 +488,9 @@ def _wanted(name: str, kind: type | tuple, settings: dict) -> str:
     values = _values(name, settings.get("format"))
     if values:
         return f"one of {', '.join(map(str, values))}"
-    return "a format's name" if name == "format" else "text"
+    if name == "format":
+        return "a format's name"
+    return "text"
 
 
 def _values(name: str, format: object) -> list:
@@ -505,7 +513,9 @@ def _kind(value: object) -> str:
 
 
 def _setting(entry: Entry) -> dict:
-    return entry.wish.to_json() if entry.wish else {"skip": True}
+    if entry.wish:
+        return entry.wish.to_json()
+    return {"skip": True}
 
 
 def _table(entry: Entry) -> dict:

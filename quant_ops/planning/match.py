@@ -143,7 +143,9 @@ def looks_like_regex(pattern: str) -> bool:
 
 def shortened(text: str) -> str:
     """The text, or its beginning and an ellipsis."""
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    if len(text) <= SHOWN:
+        return text
+    return f"{text[:SHOWN]}..."
 
 
 def _glob(pattern: str) -> re.Pattern:

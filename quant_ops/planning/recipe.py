@@ -126,7 +126,9 @@ class Recipe:
         wishes += [entry.wish for entry in config.entries] if config else []
         primary = self.primary.format
         others = {wish.format for wish in wishes if wish} - {primary}
-        return f"{primary}_mixed" if others else primary
+        if others:
+            return f"{primary}_mixed"
+        return primary
 
     def to_json(self) -> dict:
         return {

@@ -42,7 +42,9 @@ class CompiledRule:
     def action(self) -> str:
         if self.drops:
             return "drop"
-        return "quantize" if self.wish else "keep"
+        if self.wish:
+            return "quantize"
+        return "keep"
 
     @property
     def users(self) -> bool:

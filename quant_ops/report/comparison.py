@@ -49,18 +49,24 @@ class Sums:
         """||b - a|| / ||a||; infinite where only b is not zero."""
         if self.error == 0:
             return 0.0
-        return math.sqrt(self.error / self.signal) if self.signal else math.inf
+        if self.signal:
+            return math.sqrt(self.error / self.signal)
+        return math.inf
 
     @property
     def sqnr_db(self) -> float | None:
         """Signal to error in dB; None when there is no error or no signal."""
-        return 10 * math.log10(self.signal / self.error) if self.error and self.signal else None
+        if self.error and self.signal:
+            return 10 * math.log10(self.signal / self.error)
+        return None
 
     @property
     def cosine(self) -> float | None:
         """Of the angle between a and b; None when either is zero."""
         norms = math.sqrt(self.signal) * math.sqrt(self.other)
-        return self.product / norms if norms else None
+        if norms:
+            return self.product / norms
+        return None
 
     def to_json(self) -> dict:
         return {
@@ -115,7 +121,9 @@ def block_of(layer: str) -> str:
     """`double_blocks.3.attn.qkv` -> `double_blocks.3`; the name itself without a number."""
     parts = layer.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0] + 1]) if numbers else layer
+    if numbers:
+        return ".".join(parts[: numbers[0] + 1])
+    return layer
 
 
 @dataclass(frozen=True)

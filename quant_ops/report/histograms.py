@@ -58,7 +58,9 @@ def _full_name(file: ImportedSource, name: str) -> str | None:
     if key in file.header.tensors:
         return name
     ends = [full for full in file.header.tensors if full.endswith(f".{key}")]
-    return ends[0].removesuffix(".weight") if len(ends) == 1 else None
+    if len(ends) == 1:
+        return ends[0].removesuffix(".weight")
+    return None
 
 
 def _histogram(name: str, own: Sequence[str], files: Sequence[ImportedSource]) -> Histogram:

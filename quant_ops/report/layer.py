@@ -78,7 +78,9 @@ class LayerResult:
     def rel_l2(self) -> float:
         """||dec - w|| / ||w||; 0 for an all-zero weight."""
         error, signal, *_ = self.deviation
-        return math.sqrt(error / signal) if signal else 0.0
+        if signal:
+            return math.sqrt(error / signal)
+        return 0.0
 
     @property
     def sqnr_db(self) -> float | None:
@@ -96,7 +98,9 @@ class LayerResult:
 
     @property
     def saturated_fraction(self) -> float:
-        return self.saturated / self.elements if self.elements else 0.0
+        if self.elements:
+            return self.saturated / self.elements
+        return 0.0
 
     @property
     def against_nearest(self) -> dict | None:
@@ -130,7 +134,9 @@ class LayerResult:
 
 def decibels(rel_l2: float | None) -> float | None:
     """Signal to noise of a relative error in dB; None where there is none."""
-    return -20.0 * math.log10(rel_l2) if rel_l2 else None
+    if rel_l2:
+        return -20.0 * math.log10(rel_l2)
+    return None
 
 
 def saturated(codes: torch.Tensor, ends: tuple[int, ...]) -> int:
@@ -143,7 +149,9 @@ def saturated(codes: torch.Tensor, ends: tuple[int, ...]) -> int:
         parts = (part.numpy() for part in flat.split(COUNTED_ON_CPU))
         return sum(int(np.count_nonzero(part == end)) for part in parts for end in ends)
     counts = [(part == end).sum() for part in flat.split(COUNTED) for end in ends]
-    return int(torch.stack(counts).sum()) if counts else 0
+    if counts:
+        return int(torch.stack(counts).sum())
+    return 0
 
 
 def output_error(
@@ -192,4 +200,6 @@ def retention(base: torch.Tensor, weight: torch.Tensor, decoded: torch.Tensor) -
 
 
 def _ratio(value: float, reference: float) -> float:
-    return value / reference if reference else 1.0
+    if reference:
+        return value / reference
+    return 1.0

@@ -80,11 +80,15 @@ def _layer_row(row: dict) -> list[str]:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    if value is None:
+        return "-"
+    return format(value, form)
 
 
 def _decibels(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} dB"
+    if value is None:
+        return "-"
+    return f"{value:.1f} dB"
 
 
 def _cell(text: object) -> str:

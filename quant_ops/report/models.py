@@ -108,7 +108,9 @@ def _step(samples: list[tuple[Sample, Sample]], index: int) -> dict:
 
 def _finite(a: torch.Tensor, b: torch.Tensor) -> Sums | None:
     """Sums over two latents; None where either is not finite."""
-    return measure(a, b) if bool(a.isfinite().all() & b.isfinite().all()) else None
+    if bool(a.isfinite().all() & b.isfinite().all()):
+        return measure(a, b)
+    return None
 
 
 def spread(values: Sequence[float | None]) -> dict:
@@ -156,7 +158,9 @@ def _rank(row: dict) -> tuple:
     if row["identical"]:
         return (0, 0.0)
     decibels = row["final"]["snr_db"]["mean"]
-    return (1, -decibels) if decibels is not None else (2, 0.0)
+    if decibels is not None:
+        return (1, -decibels)
+    return (2, 0.0)
 
 
 def _sentence(reference: Model, rows: list[dict]) -> str:
@@ -236,4 +240,6 @@ def _captioned(row: list[tuple[str, torch.Tensor]], width: int) -> torch.Tensor:
 
 def difference(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
     """AMPLIFIED x |b - a|, black where equal."""
-    return None if a is None or b is None else ((b - a).abs() * AMPLIFIED).clamp(0, 1)
+    if a is None or b is None:
+        return None
+    return ((b - a).abs() * AMPLIFIED).clamp(0, 1)

@@ -306,4 +306,6 @@ def _legend(axes, ink: str) -> None:
 
 
 def _short(name: str, length: int = NAME_LENGTH) -> str:
-    return name if len(name) <= length else "…" + name[1 - length :]
+    if len(name) <= length:
+        return name
+    return "…" + name[1 - length :]

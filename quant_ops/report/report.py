@@ -38,7 +38,9 @@ class Report:
         where none was measured.
         """
         results = [result for result in self.results if format in (None, result.format)]
-        return None if format and not results else _rel_l2(results)
+        if format and not results:
+            return None
+        return _rel_l2(results)
 
     def to_json(self) -> dict:
         plan = self.plan.to_json()
@@ -124,7 +126,9 @@ def _rel_l2(results: Iterable[LayerResult]) -> float:
     deviations = [result.deviation for result in results]
     signal = sum(deviation.signal for deviation in deviations)
     error = sum(deviation.error for deviation in deviations)
-    return math.sqrt(error / signal) if signal else 0.0
+    if signal:
+        return math.sqrt(error / signal)
+    return 0.0
 
 
 def plan_lines(plan: ModelPlan) -> list[str]:
@@ -163,4 +167,6 @@ def layer_lines(plan: ModelPlan) -> list[str]:
 
 def megabytes(count: int) -> str:
     """Bytes for people, decimal units as file managers show them."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.2f} MB"

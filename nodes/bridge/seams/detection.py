@@ -69,7 +69,9 @@ class LogicalShapes(MutableMapping):
         self._taken: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        return self._stand_ins[key] if key in self._stand_ins else self._state_dict[key]
+        if key in self._stand_ins:
+            return self._stand_ins[key]
+        return self._state_dict[key]
 
     def __setitem__(self, key: str, tensor: torch.Tensor) -> None:
         if id(tensor) in self._taken:

@@ -62,13 +62,17 @@ def _marker(state_dict: dict, prefix: str) -> dict | None:
         marker = parse_marker(prefix.rstrip("."), tensor_text(data))
     except CheckpointError:
         return None  # ComfyUI reports it in its own way
-    return marker if marker.get("format") in FORMATS else None
+    if marker.get("format") in FORMATS:
+        return marker
+    return None
 
 
 def _own_marker(state_dict: dict, prefix: str) -> dict | None:
     """The layer's marker if it names a format of ours."""
     marker = _marker(state_dict, prefix)
-    return marker if marker and marker["format"] in OWNED else None
+    if marker and marker["format"] in OWNED:
+        return marker
+    return None
 
 
 class OwnFormats:
@@ -144,7 +148,9 @@ class OwnFormats:
         return destination
 
     def _fewbits_convert(self, weight, inplace=False, **kwargs):
-        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+        if isinstance(weight, QuantizedTensor):
+            return weight.dequantize()
+        return weight
 
     def _fewbits_set(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
         # The LoRA's dtype may differ from the layer's; without .to() every later forward would
@@ -199,7 +205,9 @@ class OwnLinear(OwnFormats):
             out = self._fewbits_cast(input)
         else:
             out = super().forward(input, *args, **kwargs)
-        return out if low_rank is None else low_rank(input, out)
+        if low_rank is None:
+            return out
+        return low_rank(input, out)
 
     def _fewbits_product(self, x: torch.Tensor) -> Product | None:
         """What multiplies x where nothing is to be cast, patched, traced or recorded; else None.
@@ -217,7 +225,9 @@ class OwnLinear(OwnFormats):
             state["_fewbits_ready"] = (weight, weight._qdata, product)
         if product is None or "_v" in state or not runs_alone(x, product, bias):
             return None
-        return product if self._fewbits_as_it_is() else None
+        if self._fewbits_as_it_is():
+            return product
+        return None
 
     def _fewbits_as_it_is(self) -> bool:
         """Whether nothing changes weight, bias or input, and activations may be rounded."""
@@ -280,11 +290,9 @@ class OwnLinear(OwnFormats):
         return self._fewbits_convert(weight)
 
     def set_weight(self, *args, **kwargs):
-        return (
-            self._fewbits_set(*args, **kwargs)
-            if self._is_own()
-            else super().set_weight(*args, **kwargs)
-        )
+        if self._is_own():
+            return self._fewbits_set(*args, **kwargs)
+        return super().set_weight(*args, **kwargs)
 
 
 class OwnEmbedding(OwnFormats):

@@ -119,7 +119,9 @@ def _part(patch: tuple, shape: torch.Size) -> tuple[slice, slice] | None:
     height, width = (piece.stop - piece.start for piece in part)
     fits = (up.shape[0], down.shape[1]) == (height, width) and up.shape[1] == down.shape[0]
     inside = all(piece.stop <= size for piece, size in zip(part, shape, strict=True))
-    return tuple(part) if fits and inside else None
+    if fits and inside:
+        return tuple(part)
+    return None
 
 
 def _low_rank(

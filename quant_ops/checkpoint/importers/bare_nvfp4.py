@@ -86,7 +86,9 @@ def _order_of_scales(layer: StoredLayer, n: int, k: int) -> str:
             f"{list(plain)} or, padded, {list(swizzled)}"
         )
     if plain != swizzled:
-        return PLAIN if spec.shape == plain else SWIZZLED
+        if spec.shape == plain:
+            return PLAIN
+        return SWIZZLED
     stored = layer.read("weight_scale").cpu().view(torch.uint8)
     as_plain = _unexplained(stored)
     as_swizzled = _unexplained(unswizzle_scales(stored, n, k // BLOCK))

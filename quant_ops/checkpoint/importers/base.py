@@ -100,7 +100,9 @@ class StoredLayer:
 
     @property
     def marker(self) -> dict | None:
-        return self.tensor_marker if self.header_marker is None else self.header_marker
+        if self.header_marker is None:
+            return self.tensor_marker
+        return self.header_marker
 
     @cached_property
     def said(self) -> dict:
@@ -110,7 +112,9 @@ class StoredLayer:
         marker = self.marker or {}
         said = {**params_of(marker), **marker}
         name = said.get("format")
-        return {**said, "format": SPELLINGS[name]} if self.misspelled else said
+        if self.misspelled:
+            return {**said, "format": SPELLINGS[name]}
+        return said
 
     @property
     def misspelled(self) -> bool:
@@ -155,7 +159,9 @@ class StoredLayer:
 
     def number(self, suffix: str) -> float | None:
         """The value of a one-element tensor, None when it has another size."""
-        return float(self.read(suffix).float().item()) if self.specs[suffix].numel == 1 else None
+        if self.specs[suffix].numel == 1:
+            return float(self.read(suffix).float().item())
+        return None
 
 
 @dataclass(frozen=True)

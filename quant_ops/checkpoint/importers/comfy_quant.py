@@ -77,11 +77,9 @@ class ComfyQuant:
             return replace(
                 made, dialect="comfy_quant-in-header", note="JSON also beside the layer", stock=True
             )
-        return (
-            made
-            if made.marker == layer.marker
-            else replace(made, dialect="comfy_quant-completed", note="JSON completed")
-        )
+        if made.marker == layer.marker:
+            return made
+        return replace(made, dialect="comfy_quant-completed", note="JSON completed")
 
 
 def _fitting(

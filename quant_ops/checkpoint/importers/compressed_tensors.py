@@ -70,7 +70,9 @@ def _translated(layer: StoredLayer) -> Translation:
     if dtype == "U8" and ZERO not in layer.specs:
         for block, stored in grids.items():
             if scale.dtype == stored and scale.shape == (n, 2 * half // block):
-                return _nvfp4(layer) if block == NVFP4_BLOCK else _mxfp4(layer)
+                if block == NVFP4_BLOCK:
+                    return _nvfp4(layer)
+                return _mxfp4(layer)
     if dtype == "I32" and scale.dtype in FLOAT_DTYPES and "weight_shape" in layer.specs:
         return _integers(layer)
     raise _unread(layer)

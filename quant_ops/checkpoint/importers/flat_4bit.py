@@ -64,7 +64,9 @@ class Flat4Bit:
 
 
 def _note(order: str) -> str:
-    return "nibbles swapped" if order == "low" else "JSON completed"
+    if order == "low":
+        return "nibbles swapped"
+    return "JSON completed"
 
 
 def _kind(layer: StoredLayer) -> str | None:
@@ -72,7 +74,9 @@ def _kind(layer: StoredLayer) -> str | None:
     if layer.marker is None or not isinstance(name, str) or not name.startswith(PREFIX):
         return None
     kind = name.removeprefix(PREFIX)
-    return kind if kind in TABLES else None
+    if kind in TABLES:
+        return kind
+    return None
 
 
 def _is_ours(layer: StoredLayer) -> bool:

@@ -154,7 +154,9 @@ def _obstacle(
         return f"groups of {codes.group_size} are not written by any format"
     if len(codes.shape) != 2:
         return f"not 2-D {list(codes.shape)}"
-    return f"K={codes.shape[1]} is odd" if codes.shape[1] % 2 else None
+    if codes.shape[1] % 2:
+        return f"K={codes.shape[1]} is odd"
+    return None
 
 
 def _recoding(codes: Codes) -> tuple[int, ...] | None:
@@ -171,7 +173,9 @@ def _recoding(codes: Codes) -> tuple[int, ...] | None:
             return None
         # FP4 has two zeros: the negative half keeps the negative one
         found.append(close[-1] if index >= 8 else close[0])
-    return tuple(found) if sorted(found) == list(IDENTITY) else None
+    if sorted(found) == list(IDENTITY):
+        return tuple(found)
+    return None
 
 
 def decode_codes(tensors: Tensors, codes: Codes) -> torch.Tensor:
@@ -301,7 +305,9 @@ def finite(value: object, what: str) -> float:
 def stated_order(layer: StoredLayer) -> str | None:
     """The nibble order that the layer's JSON names; None for anything else in its place."""
     said = layer.said.get("nibble_order")
-    return ORDERS.get(said) if isinstance(said, str) else None
+    if isinstance(said, str):
+        return ORDERS.get(said)
+    return None
 
 
 def nibble_order(
@@ -350,7 +356,9 @@ def _parsed(text: str) -> dict:
         parsed = parse(text) if text else {}
     except ValueError:
         return {}
-    return parsed if isinstance(parsed, dict) else {}
+    if isinstance(parsed, dict):
+        return parsed
+    return {}
 
 
 def quant_state(layer: StoredLayer, suffix: str) -> tuple[str, dict]:
@@ -370,4 +378,6 @@ def quant_state(layer: StoredLayer, suffix: str) -> tuple[str, dict]:
 
 
 def source_dtype(name: object) -> str | None:
-    return dtype_from_json(name) if name else None
+    if name:
+        return dtype_from_json(name)
+    return None

@@ -60,7 +60,9 @@ def _bits(layer: StoredLayer) -> int | None:
     (rows, n), (groups, packed), wanted = shapes
     found = (bits for bits in BITS if packed * WORD == n * bits)
     bits = next(found, None)
-    return bits if rows and groups and wanted == (groups, n) else None
+    if rows and groups and wanted == (groups, n):
+        return bits
+    return None
 
 
 def _only_zero(layer: StoredLayer, bits: int) -> int:

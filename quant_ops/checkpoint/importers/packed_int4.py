@@ -46,7 +46,9 @@ def _awq_shape(layer: StoredLayer) -> tuple[int, int] | None:
         return None
     (k, packed), (groups, zeros_packed), (scale_groups, n) = shapes
     fits = packed == zeros_packed and packed * PACK == n and groups == scale_groups
-    return (n, k) if fits and groups and k % groups == 0 else None
+    if fits and groups and k % groups == 0:
+        return (n, k)
+    return None
 
 
 def decode_auto_awq(tensors: Tensors) -> torch.Tensor:

@@ -41,7 +41,9 @@ class PlainFp8:
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation | None:
         refuse_rivals(layer, layer.first(*FP8_SCALES))
         if layer.marker is None and layer.unreadable is None:
-            return None if options.foreign_only else translate_scaled("plain-fp8", layer, "")
+            if options.foreign_only:
+                return None
+            return translate_scaled("plain-fp8", layer, "")
         return translate_scaled(
             "comfy_quant-relabelled", layer, "format read off the shapes", precise=layer.precise
         )

@@ -72,7 +72,9 @@ def _rows(layer: StoredLayer) -> int:
     if scale is None or shift is None or scale.dtype not in FLOAT_DTYPES:
         return 0
     alike = scale.shape == shift.shape == (scale.numel, 1) and len(layer.weight.shape) == 2
-    return scale.numel if alike and shift.dtype in (*FLOAT_DTYPES, "I8") else 0
+    if alike and shift.dtype in (*FLOAT_DTYPES, "I8"):
+        return scale.numel
+    return 0
 
 
 def _shape(layer: StoredLayer, options: ImportOptions, count: int) -> tuple[int, int]:

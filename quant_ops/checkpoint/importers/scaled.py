@@ -210,7 +210,9 @@ def _odd_rank(dialect: str, layer: StoredLayer, scale: ScaleOf | None, note: str
     def decode_plain(tensors: Tensors) -> torch.Tensor:
         codes = tensors[layer.codes]
         values = levels_of(codes.dtype).widen(codes)
-        return values if scale is None else values * scale.read(tensors).float().reshape(())
+        if scale is None:
+            return values
+        return values * scale.read(tensors).float().reshape(())
 
     return floating(
         dialect,

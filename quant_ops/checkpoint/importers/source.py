@@ -434,7 +434,9 @@ class ImportedSource:
 def origins_of(source: TensorSource) -> dict[str, int]:
     """What a source itself decodes, such as the blocks of a GGUF file -> number of tensors."""
     origins = getattr(source, "origins", None)
-    return dict(origins()) if origins is not None else {}
+    if origins is not None:
+        return dict(origins())
+    return {}
 
 
 def as_loadable(base: str, made: Translation) -> Translation:
@@ -538,7 +540,9 @@ def imported(source: TensorSource, options: ImportOptions | None = None) -> Tens
     if not any(is_side(name) or spec.dtype in FP8 for name, spec in source.header.tensors.items()):
         return source
     made = ImportedSource(source, options)
-    return source if made.changes_nothing else made
+    if made.changes_nothing:
+        return source
+    return made
 
 
 def open_checkpoint(

@@ -90,7 +90,9 @@ class SvdQuant:
         modulation = "wzeros" in layer.specs
         if modulation != bool(role.parts):
             raise _misfit(layer)
-        return _modulation(layer, role) if modulation else _linear(layer, role)
+        if modulation:
+            return _modulation(layer, role)
+        return _linear(layer, role)
 
 
 def _misfit(layer: StoredLayer) -> CheckpointError:
@@ -149,7 +151,9 @@ def _linear(layer: StoredLayer, role: Role) -> Translation:
 
 
 def _dtype(layer: StoredLayer, smooth: str | None) -> str:
-    return layer.specs[smooth].dtype if smooth else "BF16"
+    if smooth:
+        return layer.specs[smooth].dtype
+    return "BF16"
 
 
 def _shape(layer: StoredLayer) -> tuple[tuple[int, int], bool]:
@@ -210,7 +214,9 @@ def in_order(stored: torch.Tensor, groups: int | None = None) -> torch.Tensor:
     """Numbers in the order of scales -> (N,), or (N, groups), float32."""
     tiles = stored.float().reshape(-1, groups or 1, 8, 4, 2, 2)
     rows = tiles.permute(0, 2, 4, 3, 5, 1).reshape(-1, groups or 1)
-    return rows.contiguous() if groups else rows.reshape(-1)
+    if groups:
+        return rows.contiguous()
+    return rows.reshape(-1)
 
 
 def _up(stored: torch.Tensor) -> torch.Tensor:

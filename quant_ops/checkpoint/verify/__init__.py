@@ -110,7 +110,9 @@ def _check_layer(
 def _original(truth: ImportedSource, base: str) -> torch.Tensor | None:
     spec = truth.header.tensors.get(f"{base}.weight")
     known = spec is not None and spec.dtype in FLOAT_DTYPES
-    return truth.read(spec.name).float() if known else None
+    if known:
+        return truth.read(spec.name).float()
+    return None
 
 
 __all__ = [

@@ -51,7 +51,9 @@ class Pair:
         """||weight - original|| / ||original||."""
         norm = float(self.original.norm())
         difference = float((weight - self.original).norm())
-        return difference / norm if norm else difference
+        if norm:
+            return difference / norm
+        return difference
 
 
 def compare(pair: Pair) -> tuple[float, list[Finding]]:
@@ -110,4 +112,6 @@ def _steps_lost(codes: torch.Tensor, decoded: torch.Tensor, weight: torch.Tensor
 
 def _clipping(pair: Pair) -> list[Finding]:
     clipped = pair.format.overflowing(pair.canonical, pair.original) if pair.format else 0
-    return [BLOCKS_CLIPPED.at(pair.name, f"{clipped} blocks")] if clipped else []
+    if clipped:
+        return [BLOCKS_CLIPPED.at(pair.name, f"{clipped} blocks")]
+    return []

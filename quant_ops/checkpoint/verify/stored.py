@@ -165,7 +165,9 @@ def _mislabelled(tag: str, label: Label) -> str:
         return "blocks"
     if tagged.code_dtype == "I8":
         return "int8"
-    return "group" if label.geometry is Arrangement.GROUP else "scalar"
+    if label.geometry is Arrangement.GROUP:
+        return "group"
+    return "scalar"
 
 
 # ---- scales ----
@@ -231,7 +233,9 @@ def _flat_size(layer: StoredLayer) -> int | None:
     """The group size of a 4-bit layer with absmax; None for any other layer."""
     name, size = layer.said.get("format"), layer.said.get("group_size")
     four_bit = isinstance(name, str) and name.startswith(PREFIX) and "absmax" in layer.specs
-    return size if four_bit and type(size) is int else None
+    if four_bit and type(size) is int:
+        return size
+    return None
 
 
 def _zero_layer(layer: StoredLayer) -> Problems:
