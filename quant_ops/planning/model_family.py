@@ -232,7 +232,7 @@ def find_parts(tensors: Iterable[str] | Mapping[str, TensorSpec]) -> tuple[Part,
         for prefix, family in claimed.items()
         if family.kind != "refuse" or not any(map(prefix.startswith, models))
     ]
-    held = [part for part in parts for model in parts if _holds(model, part)]
+    held = [part for part in parts for whole in parts if _holds(whole, part)]
     parts = [part for part in parts if part not in held]
     return tuple(sorted(parts, key=lambda part: (-len(part.prefix), part.family.name)))
 
@@ -261,7 +261,7 @@ def is_whole(part: Part, names: Iterable[str]) -> bool:
     return sum(name.startswith(part.prefix) for name in names) > FEW
 
 
-def why_misplaced(names: Iterable[str], parts: Iterable[Part]) -> str | None:
+def why_misplaced(names: Collection[str], parts: Iterable[Part]) -> str | None:
     """Why ComfyUI would not find the diffusion model of a file, or not all of it; None where it
     does. ComfyUI takes away one known prefix, and looks at what stood behind it only. From the file
     of a text encoder it takes none away.
@@ -272,15 +272,16 @@ def why_misplaced(names: Iterable[str], parts: Iterable[Part]) -> str | None:
         return _why_no_encoder(parts)
     read = ("", *READ_PREFIXES)
     found = [part for part in diffusion if part.prefix.removesuffix(part.family.root) in read]
-    foreign = [part for part in diffusion if part.prefix.split(".")[-2:-1] in OTHER_TOOLS]
-    if not found and foreign:
-        part = foreign[0]
+    named = [part for part in diffusion if part.prefix.split(".")[-2:-1] in OTHER_TOOLS]
+    wrapped = named or (diffusion if _hold_all(diffusion, names) else [])
+    if not found and wrapped:
+        part = wrapped[0]
         return (
             f"the names of the {part.family.title} model begin with '{part.prefix}', which ComfyUI "
             f"does not take away (it takes {', '.join(READ_PREFIXES)})"
         )
     for part in found:
-        stray = _stray(part, list(names))
+        stray = _stray(part, names)
         if stray is not None:
             return (
                 f"the {part.family.title} model lies under two prefixes: '{part.prefix}', and that "
@@ -297,13 +298,22 @@ def _why_no_encoder(parts: Iterable[Part]) -> str | None:
     if any(INSIDE in f".{part.prefix}" for part in text):
         return None
     part = text[0]
+    begin = f"begin with '{part.prefix}'" if part.prefix else "have no prefix"
     return (
-        f"the names of the {part.family.title} begin with '{part.prefix}', where ComfyUI finds it "
+        f"the names of the {part.family.title} {begin}, where ComfyUI finds it "
         f"{f'behind {part.family.root!r}' if part.family.root else 'without a prefix'} only"
     )
 
 
-def _stray(part: Part, names: list[str]) -> str | None:
+def _hold_all(parts: list[Part], names: Collection[str]) -> bool:
+    """Whether a file has next to nothing beside these parts: then their prefixes are no names of a
+    model's own parts.
+    """
+    prefixes = tuple(part.prefix for part in parts)
+    return sum(not name.startswith(prefixes) for name in names) <= FEW
+
+
+def _stray(part: Part, names: Collection[str]) -> str | None:
     """A tensor of a diffusion model that is not where the rest of it is."""
     home = part.prefix
     outside = [name for name in names if not (home and name.startswith(home))]
@@ -316,15 +326,17 @@ def _stray(part: Part, names: list[str]) -> str | None:
     return next((name for name in outside if _child(name, "") in inside), None)
 
 
-def _holds(model: Part, part: Part) -> bool:
-    """Whether what looks like a text encoder is the language model inside a diffusion model: it
-    stands where that has keys of its own.
+def _holds(whole: Part, part: Part) -> bool:
+    """Whether what looks like a text encoder is the language model inside another model: it stands
+    where that has keys of its own. What is inside a file of another kind is never one by itself.
     """
-    if model.family.kind != "diffusion" or part.family.kind != "text":
+    inside = part.prefix != whole.prefix and part.prefix.startswith(whole.prefix)
+    if inside and whole.family.kind == part.family.kind == "refuse":
+        return True
+    if whole.family.kind == "text" or part.family.kind != "text":
         return False
-    inside = part.prefix != model.prefix and part.prefix.startswith(model.prefix)
-    own = {_child(key, "") for key in model.family.keys}
-    return inside and _child(part.prefix, model.prefix) in own
+    own = {_child(key, "") for key in whole.family.keys}
+    return inside and _child(part.prefix, whole.prefix) in own
 
 
 def _child(name: str, prefix: str) -> str:

@@ -51,7 +51,14 @@ PLAIN = "stands beside the diffusion model, where ComfyUI reads no codes"
 MAYBE_TABLE = "could be a lookup table"
 # Names of lookup tables in published models, and how tall one is: the widest layer that multiplies
 # without a bias is 9 times as high as wide (Flux.2), the lowest vocabulary 18 times (Qwen 7B).
-TABLE_NAMES = ("part:*embed*", "part:*emb", "part:*embs", "part:*_token", "part:*_tokens")
+TABLE_NAMES = (
+    "part:*embed*",
+    "part:*embd*",
+    "part:*emb",
+    "part:*embs",
+    "part:*_token",
+    "part:*_tokens",
+)
 TABLE_NAMES += ("part:*table*", "part:*codebook*", "part:wte", "part:wpe", "part:shared")
 TABLE_RATIO, TABLE_ROWS = 16, 1000
 LISTED = 5  # layers named in one warning

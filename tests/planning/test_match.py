@@ -133,7 +133,7 @@ def test_without_the_package_names_and_globs_work_and_expressions_say_what_is_mi
     with pytest.raises(RecipeError, match="needs the package google-re2"):
         matches("re:a.c", "abc")
     match.matcher.cache_clear()
-    shapes = {f"m.{name}": shape for name, shape in flux_shapes(64).items()}
+    shapes = {f"model.{name}": shape for name, shape in flux_shapes(64).items()}
     header = Header({name: TensorSpec(name, "BF16", shape) for name, shape in shapes.items()})
     assert make_plan(header, Recipe(INT8)).layers
 

@@ -52,6 +52,10 @@ MIXED = {
 ELSEWHERE = {
     "a prefix of other tools": flux("transformer."),
     "a doubled prefix": flux(HOME * 2),
+    "a wrapper's prefix": flux("module."),
+    "a compiled model's prefix": flux(HOME + "_orig_mod."),
+    "only averaged weights": {**flux("ema."), "step": torch.zeros(1)},
+    "two models in one file": flux("high.") | flux("low."),
 }
 
 

@@ -62,6 +62,12 @@ def test_a_lora_is_told_by_most_of_its_names(sides):
     assert not find_parts(names + model)
 
 
+@pytest.mark.parametrize("ending", ["diff", "diff_b", "oft_diag"])
+def test_whole_differences_to_weights_are_a_lora_too(ending):
+    names = [f"diffusion_model.blocks.{at}.self_attn.q.{ending}" for at in range(9)]
+    assert {part.family.name for part in find_parts(names)} == {"lora"}
+
+
 def test_inside_a_model_the_same_names_are_the_models_own():
     """Tokenizers and embedders of some models are named like a VAE or an upscaler."""
     flux = next(family for family in families() if family.name == "flux")
@@ -82,3 +88,35 @@ def test_a_controlnet_that_copies_a_models_blocks_is_no_model():
     own = ["controlnet_blocks.0.weight", "controlnet_x_embedder.weight"]
     assert [part.family.name for part in find_parts(flux)] == ["diffusers_flux"]
     assert [part.family.name for part in find_parts(flux + own)] == ["controlnet"]
+
+
+MODELS = {family.keys: family for family in families() if family.kind == "diffusion"}
+CONTROLS = ["controlnet_blocks.0.weight", "input_hint_block.0.weight", "after_proj_list.18.bias"]
+
+
+@pytest.mark.parametrize("family", MODELS.values(), ids=lambda family: family.name)
+def test_a_controlnet_is_none_even_where_it_holds_all_names_of_a_model(family):
+    for name in CONTROLS:
+        extra = ["zero_convs.0.0.weight"] if name.startswith("input") else []
+        parts = find_parts([*family.keys, name, *extra])
+        assert [part.family.name for part in parts if not part.prefix] == ["controlnet"]
+
+
+def test_a_detectors_language_model_is_no_text_encoder():
+    detector = next(family for family in families() if family.name == "detector")
+    bert = [
+        "bert.encoder.layer.0.attention.self.query.weight",
+        "bert.embeddings.word_embeddings.weight",
+    ]
+    assert [part.family.name for part in find_parts([*detector.keys, *bert])] == ["detector"]
+    assert [part.family.name for part in find_parts(bert)] == ["bert"]
+
+
+def test_a_vae_of_diffusers_is_no_unet(tmp_path):
+    halves = [f"{half}.mid_block.resnets.0.norm1.weight" for half in ("encoder", "decoder")]
+    names = [*halves, "encoder.down_blocks.0.resnets.0.norm1.weight", "encoder.conv_in.weight"]
+    path = tmp_path / "vae.safetensors"
+    save_file({name: torch.ones(32, 32) for name in names}, path)
+    assert inspect_file(path).family == "VAE"
+    with pytest.raises(SourceError, match="this is a VAE file"):
+        quantize_file(path, tmp_path / "out.safetensors", INT8)

@@ -48,6 +48,7 @@ def test_a_text_encoder_alone_is_what_its_file_is_about():
         ("mask_tokens", (64, 64)),
         ("layers.0.pitch_table", (64, 64)),
         ("vq.codebook", (64, 64)),
+        ("token_embd", (64, 64)),
         ("layers.0.phonemes", (4096, 256)),
     ],
 )
