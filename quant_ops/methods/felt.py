@@ -33,7 +33,7 @@ class Felt:
         gram = inputs.gram
         self.grid, self.weight = layer.grid, layer.weight.float()
         self.order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-        self.gram = damped(gram, damping or best_damping(inputs, self.order))
+        self.gram = damped(gram, damping or best_damping(inputs))
         self.scale = felt_scale(layer, self.weight, self.gram.diagonal())
 
     def objective(self, codes: torch.Tensor, scale: Scale) -> float:

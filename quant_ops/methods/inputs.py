@@ -67,24 +67,28 @@ def upper_root(gram: torch.Tensor) -> torch.Tensor | None:
     return None if int(failed) else root.flip(0, 1)
 
 
-def best_damping(inputs: Inputs, order: torch.Tensor) -> float:
-    """The damping with which codes chosen on one half err least on the other.
+def best_damping(inputs: Inputs) -> float:
+    """The damping with which what one half knows tells most about the other.
 
-    No weight is needed. With feedback in this order, errors E of a row are D T: D what rounding
-    itself does to each column, white noise here, and T the unit triangular factor of the damped
-    gram's inverse. So the expected error on other rows X is proportional to ||X T^T||^2.
+    What makes rounding errors good is that a channel can be told from the others, so the score is
+    the error of each channel of one half, foretold from all its other ones as the damped other half
+    has it, summed over channels. No weight is needed, and no order.
     """
     if not all(inputs.counts):
         return ONE_HALF
-    halves = [half[:, order] for half in inputs.halves]
-    trials = [(half.T @ half, other) for half, other in zip(halves, reversed(halves))]
+    first, second = inputs.halves
+    shared = first @ second.T
+    trials = (
+        _Foretold(first, first @ first.T, shared, second),
+        _Foretold(second, second @ second.T, shared.T, first),
+    )
 
     @cache
     def score(place: int) -> float:
-        return sum(_expected(gram, other, DAMPING[place]) for gram, other in trials)
+        return sum(trial.error(DAMPING[place]) for trial in trials)
 
     # Each half has half of the rows, and what rows leave uncertain falls with their number.
-    return DAMPING[_lowest(score, len(DAMPING))] / len(halves)
+    return DAMPING[_lowest(score, len(DAMPING))] / len(trials)
 
 
 def _lowest(score: Callable[[int], float], count: int) -> int:
@@ -96,10 +100,29 @@ def _lowest(score: Callable[[int], float], count: int) -> int:
     return place
 
 
-def _expected(gram: torch.Tensor, rows: torch.Tensor, damping: float) -> float:
-    """||rows T^T||^2 over the energy of the rows; infinite where the gram is singular."""
-    root = upper_root(damped(gram, damping))
-    if root is None:
-        return float("inf")
-    image = torch.linalg.solve_triangular(root.T, rows, upper=False, left=False)
-    return float((image * root.diagonal()).square().sum() / rows.square().sum())
+@dataclass(frozen=True)
+class _Foretold:
+    """`others` foretold from `rows`, both (rows, K). It is about the inverse of
+    A = rows^T rows + d I, but costs no more than matrices of rows by rows:
+    A^-1 = (I - rows^T (rows rows^T + d I)^-1 rows) / d.
+    """
+
+    rows: torch.Tensor
+    inner: torch.Tensor  # rows rows^T
+    shared: torch.Tensor  # rows others^T
+    others: torch.Tensor
+
+    def error(self, damping: float) -> float:
+        """||others A^-1 / diag(A^-1)||^2 over the energy of the others; infinite where float32
+        finds A singular.
+        """
+        inner = self.inner.clone()
+        inner.diagonal().add_(damping * self.inner.trace() / self.rows.shape[1])
+        root, failed = torch.linalg.cholesky_ex(inner)
+        mine = torch.linalg.solve_triangular(root, self.rows, upper=False)
+        theirs = torch.linalg.solve_triangular(root, self.shared, upper=False)
+        # d times A^-1's diagonal; float32 tells no less than this from 0
+        alone = (1.0 - mine.square().sum(0)).clamp_(min=torch.finfo(torch.float32).eps)
+        missed = torch.addmm(self.others, theirs.T, mine, alpha=-1.0).div_(alone)
+        error = missed.square_().sum() / self.others.square().sum()
+        return float(torch.where(failed == 0, error, torch.inf))

@@ -52,30 +52,31 @@ class Rounding:
             yield part, columns, zeros
 
     def feed_back(self) -> None:
-        """Round each column; the later ones make its error good."""
+        """Round each column, wanting it where it makes the errors of those before it good.
+
+        With gram = U D U^T, U unit upper triangular, the objective of errors E is ||E U D^1/2||,
+        and (E U)_j is what rounding column j misses if it is wanted at w_j - sum_{i<j} E_i U_ij.
+        """
         root = upper_root(self.gram)
         if root is None:
             raise ValueError("the second moments of the inputs are not positive definite")
-        size = len(root)
-        inverse = torch.linalg.solve_triangular(
-            root, torch.eye(size, device=root.device), upper=True
-        )
-        share = inverse.mul_(root.diagonal()[:, None])  # row i: of i's error, to each later column
-        wanted, self.values = self.weight.clone(), torch.empty_like(self.weight)
+        unit = root.div_(root.diagonal().clone())
+        self.values = torch.empty_like(self.weight)
+        missed = torch.zeros_like(self.weight)
         for part, columns, zeros in self._blocks():
-            swept = columns.sweep(wanted[part], share[part, part], None, zeros)
+            swept = columns.sweep(missed[part], unit[part, part], self.weight[part], zeros)
             self.found[part], self.values[part] = swept.codes, swept.values
-            wanted[part.stop :].addmm_(share[part, part.stop :].T, swept.change)
+            missed[part.stop :].addmm_(unit[part, part.stop :].T, swept.change)
 
     def descend(self, passes: int) -> None:
         """Coordinate descent, until nothing changes or these passes are over."""
+        slope = self.gram @ (self.values - self.weight) if passes else None
         for _ in range(passes):
-            if not self._pass():
+            if not self._pass(slope):
                 return
 
-    def _pass(self) -> bool:
-        """Whether any code changed."""
-        slope = self.gram @ (self.values - self.weight)
+    def _pass(self, slope: torch.Tensor) -> bool:
+        """Whether any code changed; `slope`, of the objective along the values, is kept up."""
         changed = torch.zeros((), dtype=torch.bool, device=slope.device)
         for part, columns, zeros in self._blocks():
             swept = columns.sweep(slope[part], self.gram[part, part], self.values[part], zeros)
