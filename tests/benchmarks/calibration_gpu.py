@@ -2,8 +2,9 @@
 
     python3 dev.py bench calibration_gpu [layer] [model] [watch] [--formats bnb_nf4,nvfp4] [--method gptq]
 
-`layer`: one correlated layer, 3072 x 12288, 4096 rows seen in two halves; output error on 2048 other rows, x nearest's.
-`model`: a file of 3 double and 6 single Flux blocks, and a calibration as large as a 12B model's: the conversion, and
+`layer`: one correlated layer, 3072 x 12288, 4096 rows seen in two halves; output error on 2048 other rows, x nearest's,
+and in what the seconds are spent. Each kind of correlation in support/layers.py, all but the first in three formats; beside
+it a sketch of gptq: damping of a hundredth, no passes. `model`: a file of 3 double and 6 single Flux blocks, and a calibration as large as a 12B model's: the conversion, and
 6.33 times that, 19 and 38 blocks. `watch`: runs of 20 evaluations in ComfyUI, of those blocks and of the emoji model,
 watched and not watched in turns. Appends to results/calibration_<part>.csv. `--device cpu --size 256x1024 --hidden 256
 --evaluations 2` tries the script without a GPU.
@@ -31,13 +32,23 @@ import torch
 from linear import append, size
 from support import bench_layers as gpu
 from support.helpers import EMOJI, flux_shapes
-from support.layers import correlated_rows, heavy_weight
+from support.layers import KINDS, correlated_rows, heavy_weight
 
 from fewbits.quant_ops.calibration import Calibration, InputStatistics, Observer
 from fewbits.quant_ops.calibration.statistics import Half
 from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.formats import get_format
-from fewbits.quant_ops.methods import Inputs, Layer, choose, get_method, layer_generator
+from fewbits.quant_ops.methods import (
+    Choice,
+    Inputs,
+    Layer,
+    choose,
+    felt,
+    get_method,
+    layer_generator,
+    rounding,
+)
+from fewbits.quant_ops.methods.rounding import Rounding
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.spec import LayerInput
 
@@ -48,7 +59,20 @@ FORMATS = (
     "int8_lodewise", "bnb_nf4", "nvfp4", "mxfp8", "asym_w4a8_int8",
 )  # fmt: skip
 OF_A_MODEL = ("int8_tensorwise:convrot=true", "bnb_nf4", "asym_w4a8_int8")
-SEEN, OTHERS = 4096, 2048  # rows
+OF_OTHER_KINDS = ("float8_e4m3fn", "int8_blockwise", "bnb_nf4")
+SKETCH = {"damping": 0.01, "passes": 0}
+OTHERS = 2048  # rows; a third of the channels are seen
+# What the seconds of gptq are spent in; the gram is read as a property.
+STAGES = {
+    "gram": (Inputs, "gram"),
+    "damping": (felt, "best_damping"),
+    "scales": (felt, "felt_scale"),
+    "order": (Rounding, "__init__"),
+    "root": (rounding, "upper_root"),
+    "feedback": (Rounding, "feed_back"),
+    "passes": (Rounding, "descend"),
+    "errors": (felt.Felt, "objective"),
+}
 DOUBLE, SINGLE, TIMES = 3, 6, 19 / 3  # so many blocks, and how often a whole Flux has them
 MEMORY = 10**9  # the node's default
 
@@ -66,20 +90,48 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return now(device) - begin
 
 
+@contextlib.contextmanager
+def stopwatches(device: torch.device):
+    """Seconds of each of the STAGES, those of the root taken out of the feedback's."""
+    spent = dict.fromkeys(STAGES, 0.0)
+
+    def timed(stage: str, work: Callable) -> Callable:
+        def run(*args: object) -> object:
+            begin = now(device)
+            try:
+                return work(*args)
+            finally:
+                spent[stage] += now(device) - begin
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for stage, (owner, name) in STAGES.items():
+            work = vars(owner)[name]
+            is_property = isinstance(work, property)
+            watched = property(timed(stage, work.fget)) if is_property else timed(stage, work)
+            setattr(owner, name, watched)
+            stack.callback(setattr, owner, name, work)
+        yield spent
+    spent["feedback"] -= spent["root"]
+
+
 @dataclass(frozen=True)
 class Case:
     """A layer, what was seen of its inputs, and other rows of them."""
 
+    kind: str
     weight: torch.Tensor
     inputs: Inputs
     others: torch.Tensor
 
     @classmethod
-    def drawn(cls, n: int, k: int, device: torch.device) -> Case:
-        rows = correlated_rows(k, SEEN + OTHERS, device=device)
-        first, second = (half / len(half) ** 0.5 for half in rows[:SEEN].chunk(2))
-        inputs = Inputs((first, second), (SEEN // 2, SEEN // 2))
-        return cls(heavy_weight(n, k, device=device).bfloat16(), inputs, rows[SEEN:])
+    def drawn(cls, kind: str, n: int, k: int, device: torch.device) -> Case:
+        seen = k // 3
+        rows = correlated_rows(k, seen + OTHERS, device=device, kind=kind)
+        first, second = (half / len(half) ** 0.5 for half in rows[:seen].chunk(2))
+        inputs = Inputs((first, second), (len(first), len(second)))
+        return cls(kind, heavy_weight(n, k, device=device).bfloat16(), inputs, rows[seen:])
 
     def row(self, text: str, method: str, repeats: int) -> dict:
         """A format's seconds; the first run, which compiles kernels, apart."""
@@ -88,43 +140,61 @@ class Case:
         weight, others = (format.prepare(part, options) for part in (self.weight, self.others))
         inputs = self.inputs.map(lambda rows: format.prepare(rows, options))
         grid = format.grid(LayerInput(tuple(self.weight.shape), "BF16"), options)
-        chosen = get_method(method)
+        nearest = self.error(grid.decode(*grid.nearest(weight)), weight, others)
 
-        def run():
+        def run(method: str = method, **settings: object) -> Choice:
+            chosen = get_method(method)
             generator = layer_generator(0, "layer", device)
-            return choose(
-                chosen, Layer(weight, grid, chosen.configure({}), generator, inputs=inputs)
-            )
+            options = chosen.configure(settings)
+            return choose(chosen, Layer(weight, grid, options, generator, inputs=inputs))
 
-        first, *others_s = (seconds_of(run, device) for _ in range(repeats + 1))
-        choice = run()
-        own, nearest = (
-            float((others @ (grid.decode(*codes) - weight.float()).T).norm())
-            for codes in ((choice.codes, choice.scale), grid.nearest(weight))
-        )
+        def held_out(choice: Choice) -> float:
+            return self.error(grid.decode(choice.codes, choice.scale), weight, others) / nearest
+
+        first = seconds_of(run, device)
+        with stopwatches(device) as spent:
+            choice = run()
+        seconds = [seconds_of(run, device) for _ in range(repeats)]
         return {
+            "inputs": self.kind,
             "format": text,
             "method": method,
             "n": len(weight),
             "k": weight.shape[1],
-            "rows": SEEN,
-            "seconds": statistics.median(others_s),
+            "rows": sum(self.inputs.counts),
+            "seconds": statistics.median(seconds) if seconds else "",
             "first_s": first,
-            "held_out": own / nearest,
+            "held_out": held_out(choice),
+            "sketch": held_out(run("gptq", **SKETCH)),
+            "nearest": nearest / float((others @ weight.float().T).norm()),
             "verdict": choice.verdict,
+            **{f"{stage}_s": taken for stage, taken in spent.items()},
         }
+
+    @staticmethod
+    def error(decoded: torch.Tensor, weight: torch.Tensor, others: torch.Tensor) -> float:
+        return float((others @ (decoded - weight.float()).T).norm())
 
 
 def measure_layers(args: argparse.Namespace, device: torch.device) -> None:
-    case = Case.drawn(*args.size, device)
-    for text in args.formats or FORMATS:
-        row = case.row(text, args.method, args.repeats)
-        print(
-            f"{text:<32}{row['seconds']:8.3f} s (first {row['first_s']:.1f}), output error on other "
-            f"rows {row['held_out']:.3f} x nearest's {row['verdict']}",
-            flush=True,
-        )
-        append(RESULTS / "calibration_layer.csv", [row])
+    for kind in args.inputs:
+        main_kind = kind == args.inputs[0]
+        case = Case.drawn(kind, *args.size, device)
+        for text in args.formats or (FORMATS if main_kind else OF_OTHER_KINDS):
+            row = case.row(text, args.method, args.repeats if main_kind else 0)
+            show_layer(row)
+            append(RESULTS / "calibration_layer.csv", [row])
+
+
+def show_layer(row: dict) -> None:
+    seconds = f"{row['seconds']:.3f} s" if row["seconds"] else "       "
+    print(
+        f"{row['inputs']:<11}{row['format']:<29}{seconds} (first {row['first_s']:.1f}), output "
+        f"error on other rows {row['held_out']:.3f} x nearest's {row['nearest']:.4f}, sketch "
+        f"{row['sketch']:.3f} {row['verdict']}",
+        flush=True,
+    )
+    print("    " + ", ".join(f"{stage} {row[f'{stage}_s']:.3f}" for stage in STAGES), flush=True)
 
 
 def drawn_calibration(hidden: int, device: torch.device) -> Calibration:
@@ -251,6 +321,7 @@ def main() -> None:
     parser.add_argument("--formats", type=lambda text: text.split(","))
     parser.add_argument("--method", default="gptq", choices=("gptq", "adaround"))
     parser.add_argument("--size", type=size, default=(3072, 12288), help="of the layer, NxK")
+    parser.add_argument("--inputs", nargs="+", default=list(KINDS), choices=tuple(KINDS))
     parser.add_argument("--hidden", type=int, default=3072)
     parser.add_argument("--pixels", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--evaluations", type=int, default=20)

@@ -25,12 +25,45 @@ def heavy_weight(n: int = 256, k: int = 320, seed: int = 0, device: str = "cpu")
     return (weight + 0.3 * low_rank) * 0.02
 
 
-def correlated_rows(k: int, rows: int = 2048, seed: int = 1, device: str = "cpu") -> torch.Tensor:
-    """(rows, k) float32 activations whose strength falls from 1 to e^-3 over random directions."""
+def correlated_rows(
+    k: int, rows: int = 2048, seed: int = 1, device: str = "cpu", kind: str = "falling"
+) -> torch.Tensor:
+    """(rows, k) float32 activations, normal, of one of the KINDS of correlation."""
     here = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
-    strength = torch.linspace(0, 3, k, device=device).neg().exp()[:, None]
+    return KINDS[kind](k, rows, here)
+
+
+def _falling(k: int, rows: int, here: dict) -> torch.Tensor:
+    """Strength falls from 1 to e^-3 over random directions."""
+    strength = torch.linspace(0, 3, k, device=here["device"]).neg().exp()[:, None]
     mix = torch.randn(k, k, **here) * strength
     return torch.randn(rows, k, **here) @ mix / k**0.5
+
+
+def _factors(k: int, rows: int, here: dict) -> torch.Tensor:
+    """k / 48 directions that all channels share, and a noise of half their strength."""
+    shared = max(k // 48, 1)
+    mix = torch.randn(shared, k, **here) / shared**0.5
+    return torch.randn(rows, shared, **here) @ mix + 0.5 * torch.randn(rows, k, **here)
+
+
+def _power(k: int, rows: int, here: dict) -> torch.Tensor:
+    """The i-th of k random directions has a variance of i^-1.1."""
+    strength = torch.arange(1, k + 1, device=here["device"]).pow(-0.55)[:, None]
+    return torch.randn(rows, k, **here) @ (torch.randn(k, k, **here) * strength)
+
+
+def _neighbours(k: int, rows: int, here: dict) -> torch.Tensor:
+    """Each channel correlates .92 with the one before it."""
+    near = torch.randn(rows, k, **here)
+    place = torch.arange(k, device=here["device"])
+    apart = (place[None] - place[:, None]).float()
+    mix = torch.where(apart < 0, 0.0, 0.92**apart)
+    mix[1:] *= (1 - 0.92**2) ** 0.5
+    return near @ mix
+
+
+KINDS = {"factors": _factors, "power": _power, "neighbours": _neighbours, "falling": _falling}
 
 
 def emoji_trainer(device: str = "cpu"):
