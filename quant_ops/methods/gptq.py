@@ -3,7 +3,7 @@ made good by the columns still to come, as far as the layer's inputs have them i
 calibration; `felt` says what is minimised.
 
 Source: Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323; the same feedback from a factor
-of the gram, without its inverse: Chee, Cai, Kuleshov, De Sa 2023, arXiv:2307.13304. The passes after
+of the gram, not its inverse: Chee, Cai, Kuleshov, De Sa 2023, arXiv:2307.13304. The passes after
 it are coordinate descent on the same objective.
 """
 
