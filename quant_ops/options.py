@@ -80,7 +80,9 @@ class Options:
             raise RecipeError(f"{name} must be {kind.__name__}, got {value!r}")
         if allowed and value not in allowed:
             listed = ", ".join(map(option_text, allowed))
-            guess = did_you_mean(value, allowed, otherwise="") if kind is str else ""
+            guess = ""
+            if kind is str:
+                guess = did_you_mean(value, allowed, otherwise="")
             raise RecipeError(f"{name} must be one of {listed}; got {value!r}{guess}")
         low, high = cls.ranges.get(name, (value, value))
         if not low <= value <= high:
@@ -93,6 +95,11 @@ class Options:
         """The options that say something, for JSON and for printing: neither None nor False."""
         items = self.as_dict().items()
         return {name: value for name, value in items if value not in (None, False)}
+
+
+def stated(**facts: object) -> dict[str, object]:
+    """The facts that say something: neither None nor False nor empty."""
+    return {name: value for name, value in facts.items() if value}
 
 
 def option_text(value: object) -> str:

@@ -38,7 +38,7 @@ HUGE = 2.0**120  # |w| above this counts as Inf
 REASONS = 3  # why nothing is quantized, or layers moved: so many are named
 # Layers being written or waiting for it. Those of a GPU wait in its memory, and keep the disk busy
 # while a large one is read.
-WAITING, WAITING_ON_GPU = 1, 4
+MAY_WAIT = {False: 1, True: 4}
 
 # (done bytes, total bytes, layer name): called from the caller's thread before each layer and
 # between its steps, so that cancelling waits for a part of a layer only; may raise to cancel.
@@ -159,7 +159,7 @@ def _carry_out(
             if result:
                 results.append(result)
             from_gpu = conditions.device.type == "cuda" and layer.action == "quantize"
-            while len(writing) >= (WAITING_ON_GPU if from_gpu else WAITING):
+            while len(writing) >= MAY_WAIT[from_gpu]:
                 writing.popleft().result()
             writing.append(writes.submit(_write, sink, outputs))
             done += layer.bytes_before
@@ -192,9 +192,12 @@ def _with_moved(plan: ModelPlan, results: Iterable[LayerResult], device: torch.d
     names = [result.name for result in results if result.moved_to_cpu]
     if not names:
         return plan
+    listed = names[:REASONS]
+    if len(names) > REASONS:
+        listed.append("...")
     warning = (
         f"{len(names)} layers did not fit into the memory of {device} and were computed on the "
-        f"CPU: {', '.join(names[:REASONS])}{', ...' if len(names) > REASONS else ''}"
+        f"CPU: {', '.join(listed)}"
     )
     return replace(plan, warnings=(*plan.warnings, warning))
 
@@ -236,10 +239,10 @@ def _read_ahead(
             tensors[UNPATCHED] = source.unpatched(weight)
         return tensors
 
-    pending = reads.submit(fetch, wanted[0]) if wanted else None
-    for index, layer in enumerate(wanted):
-        tensors = pending.result()
-        pending = reads.submit(fetch, wanted[index + 1]) if index + 1 < len(wanted) else None
+    pending = [reads.submit(fetch, layer) for layer in wanted[:1]]
+    for index, layer in enumerate(wanted, 1):
+        tensors = pending.pop().result()
+        pending += [reads.submit(fetch, after) for after in wanted[index : index + 1]]
         yield layer, tensors
         del tensors
 

@@ -126,7 +126,9 @@ class InputStatistics:
             index = torch.randperm(len(rows), generator=generator, device=rows.device)[:each]
             self._kept.append((part, rows[index].to(torch.bfloat16)))
         large = rows.numel() >= WAITING
-        self._waiting.append(_Waiting(part, rows if large else rows.clone(), weight))
+        if not large:
+            rows = rows.clone()
+        self._waiting.append(_Waiting(part, rows, weight))
         if large or sum(waiting.rows.numel() for waiting in self._waiting) >= WAITING:
             self._add_up()
         return True

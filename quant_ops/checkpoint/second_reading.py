@@ -54,12 +54,13 @@ def _compare(base: str, marker: dict, stored: dict[str, Stored]) -> None:
     theirs = decode(marker, stored)
     ours = _ours(marker, stored)
     norm = float(np.linalg.norm(theirs))
-    same_shape = theirs.shape == ours.shape
-    difference = float(np.linalg.norm(theirs - ours)) if same_shape else np.inf
+    difference = np.inf
+    if theirs.shape == ours.shape:
+        difference = float(np.linalg.norm(theirs - ours))
     if not difference <= ALIKE * norm:
         raise CheckpointError(
             f"layer '{base}': the reference decoder reads other weights than ours (rel_l2 "
-            f"{difference / norm if norm else difference:.2g}); nothing is kept, please report it"
+            f"{difference / (norm or 1.0):.2g}); nothing is kept, please report it"
         )
 
 

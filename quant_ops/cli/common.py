@@ -56,7 +56,9 @@ def draft_from(args: argparse.Namespace) -> Draft:
     """
     if (args.gpu or args.comfyui) and args.format != AUTO and not getattr(args, "advise", False):
         raise RecipeError("--gpu and --comfyui are about --format auto and plan --advise")
-    base = draft_from_toml(args.recipe) if args.recipe else Draft()
+    base = Draft()
+    if args.recipe:
+        base = draft_from_toml(args.recipe)
     config = None
     if args.layer_config:
         if base.layer_config:
@@ -66,10 +68,13 @@ def draft_from(args: argparse.Namespace) -> Draft:
         config = load_layer_config(args.layer_config, fullmatch=args.fullmatch)
     elif args.fullmatch:
         raise RecipeError("--fullmatch is about the keys of --layer-config FILE, which is missing")
+    fallback = None
+    if args.fallback:
+        fallback = parse_wish(args.fallback)
     stated = Draft(
         None,
         tuple(_rule(flag, text) for flag, text in args.rules),
-        parse_wish(args.fallback) if args.fallback else None,
+        fallback,
         args.preset,
         seed=args.seed,
         layer_config=config,
@@ -104,13 +109,18 @@ def _primary(args: argparse.Namespace, draft: Draft) -> Wish:
     """--format, in which options may stand, with --scaling and --method."""
     if args.format == AUTO:
         return _chosen(args, draft)
-    separator = "," if ":" in args.format else ":"
-    options = [
-        f"{key}={value}"
-        for key, value in (("scaling", args.scaling), ("method", args.method))
-        if value
-    ]
-    return parse_wish(args.format + (separator + ",".join(options) if options else ""))
+    text = args.format
+    for key, value in (("scaling", args.scaling), ("method", args.method)):
+        if value:
+            text += f"{_between(text)}{key}={value}"
+    return parse_wish(text)
+
+
+def _between(text: str) -> str:
+    """What stands before one more option of a wish."""
+    if ":" in text:
+        return ","
+    return ":"
 
 
 def _chosen(args: argparse.Namespace, draft: Draft) -> Wish:

@@ -48,7 +48,7 @@ def _advise(args: argparse.Namespace) -> None:
         card_from(args),
         draft=draft,
         comfyui=args.comfyui,
-        bench=read_bench(args.bench) if args.bench else None,
+        bench=args.bench and read_bench(args.bench),
     )
     if args.json:
         print(json.dumps(found.to_json(), indent=2))

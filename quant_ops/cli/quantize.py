@@ -10,6 +10,7 @@ import torch
 from ..calibration import load_calibration
 from ..doors import quantize_file
 from ..errors import RecipeError
+from ..options import stated
 from .common import output_of, recipe_from
 from .door import say
 from .fit import fitted
@@ -19,14 +20,17 @@ from .progress import progress_bar
 
 def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
-    calibration = load_calibration(args.calibration) if args.calibration else None
+    calibration = args.calibration and load_calibration(args.calibration)
     quiet = args.quiet or args.json
     fit = fitted(args, device=device, calibration=calibration, quiet=quiet)
     if fit and not quiet:
         say(*fit.lines(), "")
-    recipe = fit.recipe if fit else recipe_from(args)
+    facts: dict = {}
+    if fit:
+        recipe, facts = fit.recipe, fit.to_json()
+    else:
+        recipe = recipe_from(args)
     if args.dry_run:
-        facts = fit.to_json() if fit else {}
         print_plan(args.input, recipe, as_json=args.json, requantize=args.requantize, facts=facts)
         return
     output = args.output or output_of(args.input, recipe.mark)
@@ -46,8 +50,8 @@ def run(args: argparse.Namespace) -> None:
             on_progress=show,
         )
     if args.json:
-        facts = {"fit": fit.to_json()["fit"]} if fit else {}
-        print(json.dumps({"output": str(output), **report.to_json(), **facts}, indent=2))
+        found = {"output": str(output), **report.to_json(), **stated(fit=facts.get("fit"))}
+        print(json.dumps(found, indent=2))
     elif not args.quiet:
         say(report.to_text())
         say(str(output))

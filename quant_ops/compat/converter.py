@@ -48,8 +48,9 @@ class LearnedRoundingConverter:
             "block_size": block_size,
             "backend": kernel_backend,
         }
-        learned = {} if optimizer == "original" else {"optimizer": optimizer}
-        self.wish = wish_of(stated, simple=no_learned_rounding, svd={**learned, **svd_options})
+        if optimizer != "original":
+            svd_options = {"optimizer": optimizer, **svd_options}
+        self.wish = wish_of(stated, simple=no_learned_rounding, svd=svd_options)
         self.seed, self.device = seed, torch.device(device)
 
     def convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -87,6 +88,8 @@ class LearnedRoundingConverter:
             ),
         )
         tensors = format.pack(chosen.codes, chosen.scale, options)
-        codes = tensors["weight"] if tensors["weight"].shape == weight.shape else chosen.codes
-        scale = tensors["weight_scale"] if "weight_scale" in tensors else tensors["absmax"]
+        codes = tensors["weight"]
+        if codes.shape != weight.shape:  # packed
+            codes = chosen.codes
+        scale = tensors.get("weight_scale", tensors.get("absmax"))
         return codes, scale, format.dequantize(tensors, layer, options)

@@ -97,8 +97,10 @@ class Int8Tensorwise(TiledFormat):
         if options.convrot != AUTO:
             return options
         rotated = options.scaling == "row" and not looked_up
-        group = (options.convrot_groupsize or LARGEST) if rotated else None
-        return replace(options, convrot=rotated, convrot_groupsize=group)
+        if not rotated:
+            return replace(options, convrot=False, convrot_groupsize=None)
+        group = options.convrot_groupsize or LARGEST
+        return replace(options, convrot=True, convrot_groupsize=group)
 
     def same_codes(self, options: FormatOptions, other: FormatOptions) -> bool:
         if AUTO in (options.convrot, other.convrot):
@@ -128,10 +130,12 @@ class Int8Tensorwise(TiledFormat):
         return ()
 
     def marker(self, layer: LayerInput, options: FormatOptions) -> dict:
-        per_row = {"per_row": True} if options.scaling == "row" else {}
-        group = options.convrot_groupsize
-        rotated = {"convrot": True, "convrot_groupsize": group} if options.convrot else {}
-        return with_precision({"format": self.name, **rotated, **per_row}, options)
+        marker = {"format": self.name}
+        if options.convrot:
+            marker |= {"convrot": True, "convrot_groupsize": options.convrot_groupsize}
+        if options.scaling == "row":
+            marker["per_row"] = True
+        return with_precision(marker, options)
 
     def stored_options(self, marker: dict, specs: dict[str, TensorSpec]) -> dict[str, object]:
         scale = specs.get("weight_scale")

@@ -31,6 +31,7 @@ from typing import TypeVar
 
 from ..errors import RecipeError
 from ..files import read_text
+from ..options import stated
 from ..spec import compact_json
 from ..strict_json import MAX_DEPTH, check
 from .layer_config import LayerConfig, parse_layer_config
@@ -90,12 +91,10 @@ class Rule:
         check_pattern(self.match)
 
     def to_json(self) -> dict:
-        judged = {"heuristics": True} if self.heuristics else {}
-        return {
-            "match": self.match,
-            **(self.wish.to_json() if self.wish else {"keep": True}),
-            **judged,
-        }
+        action = {"keep": True}
+        if self.wish:
+            action = self.wish.to_json()
+        return {"match": self.match, **action, **stated(heuristics=self.heuristics)}
 
     def to_text(self) -> str:
         """As `parse_rule` reads it."""
@@ -123,7 +122,8 @@ class Recipe:
         """What an automatic file name says: the format, and whether rules add others."""
         wishes = [rule.wish for rule in self.rules] + [self.fallback]
         config = self.layer_config
-        wishes += [entry.wish for entry in config.entries] if config else []
+        if config:
+            wishes += [entry.wish for entry in config.entries]
         primary = self.primary.format
         others = {wish.format for wish in wishes if wish} - {primary}
         if others:
@@ -187,11 +187,14 @@ class Draft:
         """
         if self.primary is None:
             raise RecipeError("a [primary] table with a format is required")
+        preset = "auto"
+        if self.preset is not None:
+            preset = self.preset
         return Recipe(
             primary=self.primary,
             rules=self.rules,
             fallback=self.fallback,
-            preset="auto" if self.preset is None else self.preset,
+            preset=preset,
             seed=self.seed or 0,
             layer_config=self.layer_config and self.layer_config.under(self.primary),
             heuristics=self.heuristics,
@@ -278,8 +281,8 @@ def draft_from_table(table: dict) -> Draft:
     return Draft(
         **wishes,
         rules=tuple(_rule(entry) for entry in typed("rule", table.get("rule", []), list)),
-        preset=typed("preset", table["preset"], str) if "preset" in table else None,
-        seed=typed("seed", table["seed"], int) if "seed" in table else None,
+        preset=_optional(table, "preset", str),
+        seed=_optional(table, "seed", int),
         layer_config=config,
         heuristics=typed("heuristics", table.get("heuristics", False), bool),
     )
@@ -319,6 +322,12 @@ def recipe_to_toml(recipe: Recipe) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _optional(table: dict, name: str, kind: type) -> object | None:
+    if name not in table:
+        return None
+    return typed(name, table[name], kind)
+
+
 def parse_rule(text: str) -> Rule:
     """`PATTERN=FORMAT[:option=value,...]` (the command line's --rule) -> Rule; FORMAT `keep`
     keeps.
@@ -338,11 +347,10 @@ def rule_from(pattern: str, action: str) -> Rule:
         if item not in ("", "heuristics=true", "heuristics=false")
     ]
     plain = ":".join(filter(None, [name, ",".join(kept)]))
-    return Rule(
-        pattern,
-        None if plain == "keep" else parse_wish(plain),
-        heuristics="heuristics=true" in action,
-    )
+    judged = "heuristics=true" in action
+    if plain == "keep":
+        return Rule(pattern, None, heuristics=judged)
+    return Rule(pattern, parse_wish(plain), heuristics=judged)
 
 
 def _rule(entry: dict) -> Rule:

@@ -166,8 +166,9 @@ class Tally:
     def _complaint(self, at: int, rule: CompiledRule) -> tuple[CompiledRule, str]:
         if not self._matched[at]:
             hint = rule.origin == "layer-config" and looks_like_regex(rule.pattern)
-            suffix = "; for regular expressions ask for fullmatch" if hint else ""
-            return rule, f"matched nothing{suffix}"
+            if hint:
+                return rule, "matched nothing; for regular expressions ask for fullmatch"
+            return rule, "matched nothing"
         if not self._candidates[at]:
             return rule, "matches only tensors that cannot be quantized"
         if not self._won[at] and rule.origin != "default":
@@ -255,7 +256,9 @@ def _layer_config_rules(
         return
     for ranked in config.ranked(names):
         entry = ranked.entry
-        label = f"layer-config {'_exclusions ' if entry.exclusion else ''}'{entry.pattern}'"
+        label = f"layer-config '{entry.pattern}'"
+        if entry.exclusion:
+            label = f"layer-config _exclusions '{entry.pattern}'"
         yield CompiledRule(label, ranked.match, entry.wish, origin="layer-config")
     if config.default:
         rule = CompiledRule(f"layer-config {DEFAULT}", EVERYTHING, config.default.wish)

@@ -61,11 +61,10 @@ class Wish:
             for name, value in self.options.stated().items()
             if unstated.get(name) != value
         }
-        method = {"method": self.method} if self.method != get_format(self.format).method else {}
-        items = [
-            f"{name}={option_text(value)}"
-            for name, value in (options | method | dict(self.method_options)).items()
-        ]
+        if self.method != get_format(self.format).method:
+            options["method"] = self.method
+        options |= dict(self.method_options)
+        items = [f"{name}={option_text(value)}" for name, value in options.items()]
         return ":".join(filter(None, [self.format, ",".join(items)]))
 
     def become(self, format: str, stated: Mapping[str, object]) -> Wish:

@@ -69,9 +69,12 @@ class Sums:
         return None
 
     def to_json(self) -> dict:
+        rel_l2 = None
+        if math.isfinite(self.rel_l2):
+            rel_l2 = self.rel_l2
         return {
             "elements": self.elements,
-            "rel_l2": self.rel_l2 if math.isfinite(self.rel_l2) else None,
+            "rel_l2": rel_l2,
             "sqnr_db": self.sqnr_db,
             "cosine": self.cosine,
             "largest_error": self.largest,
@@ -96,13 +99,16 @@ def _sums(a: torch.Tensor, b: torch.Tensor) -> Sums:
         unlike = int((~finite & ~same).sum())
         a, b = a[finite], b[finite]
     difference = b - a
+    largest = 0.0
+    if a.numel():
+        largest = float(difference.abs().max())
     return Sums(
         elements=elements,
         error=float(difference @ difference),
         signal=float(a @ a),
         other=float(b @ b),
         product=float(a @ b),
-        largest=float(difference.abs().max()) if a.numel() else 0.0,
+        largest=largest,
         unlike=unlike,
     )
 
@@ -229,22 +235,28 @@ class Comparison:
         yield "largest differences:"
         for difference in self.worst()[:WORST]:
             sums = difference.sums
-            unlike = f", {sums.unlike} elements not finite in one" if sums.unlike else ""
-            yield f"  {_numbers(sums)}  {difference.name}, at most {sums.largest:.3g}{unlike}"
+            line = f"  {_numbers(sums)}  {difference.name}, at most {sums.largest:.3g}"
+            if sums.unlike:
+                line += f", {sums.unlike} elements not finite in one"
+            yield line
         for name, missing in zip(self.names, self.only, strict=True):
             yield from _listed(f"only in {name}", missing)
         yield from _listed("of different shapes", self.reshaped)
 
 
 def _numbers(sums: Sums) -> str:
-    decibels = "-" if sums.sqnr_db is None else f"{sums.sqnr_db:.1f} dB"
-    cosine = "-" if sums.cosine is None else f"{sums.cosine:.6f}"
+    decibels, cosine = "-", "-"
+    if sums.sqnr_db is not None:
+        decibels = f"{sums.sqnr_db:.1f} dB"
+    if sums.cosine is not None:
+        cosine = f"{sums.cosine:.6f}"
     return f"{sums.rel_l2:>8.4f} {decibels:>9} {cosine:>9}"
 
 
 def _listed(what: str, names: Iterable[str]) -> Iterator[str]:
     names = list(names)
     if names:
-        rest = len(names) - WORST
-        more = f", and {rest} more" if rest > 0 else ""
-        yield f"{what}: {', '.join(names[:WORST])}{more}"
+        line = f"{what}: {', '.join(names[:WORST])}"
+        if len(names) > WORST:
+            line += f", and {len(names) - WORST} more"
+        yield line

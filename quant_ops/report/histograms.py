@@ -68,13 +68,17 @@ def _histogram(name: str, own: Sequence[str], files: Sequence[ImportedSource]) -
     for full, file in zip(own, files, strict=True):
         values = file.read(f"{full}.weight").float().reshape(-1)
         weights.append(values[values.isfinite()])
-    reach = SPREAD * float(weights[0].std(correction=0)) if len(weights[0]) else 0.0
-    edges = np.linspace(-(reach or 1.0), reach or 1.0, BINS + 1)
+    reach = 1.0
+    if len(weights[0]):
+        reach = SPREAD * float(weights[0].std(correction=0)) or 1.0
+    edges = np.linspace(-reach, reach, BINS + 1)
     rows = tuple(_shares(values, edges) for values in weights)
     last, full = files[-1], own[-1]
     made = last.canonical.get(full)
-    if made is None or made.format is None:
-        return Histogram(name, made.dialect if made else "as it is", edges, rows)
+    if made is None:
+        return Histogram(name, "as it is", edges, rows)
+    if made.format is None:
+        return Histogram(name, made.dialect, edges, rows)
     stored = last.contents.layers[full]
     tensors = made.convert({suffix: stored.read(suffix) for suffix in stored.specs})
     codes, lowest = _counted(get_format(made.format).codes(tensors))

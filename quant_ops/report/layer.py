@@ -10,6 +10,7 @@ import torch
 
 from ...kernels.grids import Deviation
 from ..methods import Inputs
+from ..options import stated
 
 COUNTED = 1 << 24  # codes looked at together on a GPU: a mask of 16 MB
 COUNTED_ON_CPU = 1 << 16  # in its cache, with their mask
@@ -78,9 +79,7 @@ class LayerResult:
     def rel_l2(self) -> float:
         """||dec - w|| / ||w||; 0 for an all-zero weight."""
         error, signal, *_ = self.deviation
-        if signal:
-            return math.sqrt(error / signal)
-        return 0.0
+        return relative(error, signal)
 
     @property
     def sqnr_db(self) -> float | None:
@@ -109,27 +108,39 @@ class LayerResult:
         """
         if self.objective is None:
             return None
+        stored = self.method
+        if self.verdict:
+            stored = "nearest"
         error = _ratio(self.deviation.error, self.squared_error_nearest)
         return {
             "rel_l2": math.sqrt(error),
             "objective": _ratio(self.objective, self.objective_nearest),
-            "stored": "nearest" if self.verdict else self.method,
+            "stored": stored,
             "verdict": self.verdict,
         }
 
     def to_json(self) -> dict:
         """What the report says of the layer beside its plan."""
-        output = self.output
-        return {
+        said = {
             "rel_l2": self.rel_l2,
             "sqnr_db": self.sqnr_db,
             "cosine": self.cosine,
             "saturated": self.saturated_fraction,
             "largest_error": self.deviation.largest,
-            **({"against_nearest": self.against_nearest} if self.against_nearest else {}),
-            **({"patch": self.retention.to_json()} if self.retention else {}),
-            **({"output_error": output.relative, "output_seen": output.seen} if output else {}),
+            **stated(against_nearest=self.against_nearest),
         }
+        if self.retention:
+            said["patch"] = self.retention.to_json()
+        if self.output:
+            said |= {"output_error": self.output.relative, "output_seen": self.output.seen}
+        return said
+
+
+def relative(error: float, signal: float) -> float:
+    """Relative error from two sums of squares; 0 where there is no signal."""
+    if signal:
+        return math.sqrt(error / signal)
+    return 0.0
 
 
 def decibels(rel_l2: float | None) -> float | None:
@@ -189,14 +200,12 @@ def retention(base: torch.Tensor, weight: torch.Tensor, decoded: torch.Tensor) -
         change += float((delta * delta).sum())
         error += float((noise * noise).sum())
         both += float((delta * noise).sum())
-    moved = change + 2 * both + error
     if not change > 0:
         return None
-    return Retention(
-        kept=1 + both / change,
-        noise=math.sqrt(error / change),
-        cosine=(change + both) / math.sqrt(change * moved) if moved > 0 else 0.0,
-    )
+    cosine, moved = 0.0, change + 2 * both + error
+    if moved > 0:
+        cosine = (change + both) / math.sqrt(change * moved)
+    return Retention(kept=1 + both / change, noise=math.sqrt(error / change), cosine=cosine)
 
 
 def _ratio(value: float, reference: float) -> float:

@@ -21,9 +21,12 @@ def _lines(report: dict) -> Iterator[str]:
     yield f"# {_cell(report.get('file') or report['family'])}"
     yield ""
     before, after = report["bytes_before"], report["bytes_after"]
-    share = f" ({100 * after / before:.1f} %)" if before else ""
-    source = f"{_cell(report['source'])}: " if report.get("source") else ""
-    yield f"{source}{megabytes(before)} → {megabytes(after)}{share}; {report['loads_in']}."
+    sizes = f"{megabytes(before)} → {megabytes(after)}"
+    if report.get("source"):
+        sizes = f"{_cell(report['source'])}: {sizes}"
+    if before:
+        sizes += f" ({100 * after / before:.1f} %)"
+    yield f"{sizes}; {report['loads_in']}."
     yield ""
     yield f"Weight error (rel_l2) {report['rel_l2']:.4f}: {report['meaning']}."
     yield ""
@@ -33,8 +36,9 @@ def _lines(report: dict) -> Iterator[str]:
     worst = sorted(measured, key=lambda row: row["rel_l2"], reverse=True)[:WORST]
     yield f"The worst {len(worst)} of {len(measured)} layers:"
     yield ""
-    outputs = any("output_error" in row for row in worst)
-    titles = (*LAYERS, "output error") if outputs else LAYERS
+    titles = LAYERS
+    if any("output_error" in row for row in worst):
+        titles = (*LAYERS, "output error")
     yield from _table(titles, (_layer_row(row)[: len(titles)] for row in worst))
     if patches := report.get("patches"):
         yield ""
@@ -65,7 +69,9 @@ def _format_row(row: dict) -> list[str]:
 
 def _layer_row(row: dict) -> list[str]:
     compared = row.get("against_nearest") or {}
-    seen = " (seen)" if row.get("output_seen") else ""
+    output = _number(row.get("output_error"), ".4f")
+    if row.get("output_seen"):
+        output += " (seen)"
     return [
         f"`{_cell(row['name'])}`",
         _cell(row["format"]),
@@ -75,7 +81,7 @@ def _layer_row(row: dict) -> list[str]:
         _number(row.get("saturated"), ".2%"),
         _number(row.get("largest_error"), ".3g"),
         _number(compared.get("rel_l2"), ".3f"),
-        _number(row.get("output_error"), ".4f") + seen,
+        output,
     ]
 
 

@@ -64,7 +64,7 @@ def compare_models(reference: Model, others: Sequence[Model], control: Model | N
     return {
         "reference": _cost(reference),
         "models": rows,
-        "control": _against(reference, control) if control else None,
+        "control": control and _against(reference, control),
         "ranking": [row["name"] for row in sorted(rows, key=_rank)],
         "metrics": why_not_metrics() or "piq",
         "sentence": _sentence(reference, rows),
@@ -118,7 +118,9 @@ def spread(values: Sequence[float | None]) -> dict:
     found = [value for value in values if value is not None]
     if not found:
         return {"mean": None, "error": None, "count": 0}
-    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
+    error = None
+    if len(found) > 1:
+        error = statistics.stdev(found) / math.sqrt(len(found))
     return {"mean": statistics.fmean(found), "error": error, "count": len(found)}
 
 
@@ -139,13 +141,17 @@ def picture_metrics(a: torch.Tensor, b: torch.Tensor) -> dict[str, float | None]
     import piq
 
     x, y = (part.float().clamp(0, 1).movedim(-1, 0)[None] for part in (b, a))
-    large = min(x.shape[-2:]) >= SMALLEST_MS_SSIM
-    return {
-        "psnr": None if torch.equal(x, y) else float(piq.psnr(x, y, data_range=1.0)),
+    found = {
+        "psnr": None,
         "ssim": float(piq.ssim(x, y, data_range=1.0)),
-        "ms_ssim": float(piq.multi_scale_ssim(x, y, data_range=1.0)) if large else None,
+        "ms_ssim": None,
         "haarpsi": float(piq.haarpsi(x, y, data_range=1.0)),
     }
+    if not torch.equal(x, y):
+        found["psnr"] = float(piq.psnr(x, y, data_range=1.0))
+    if min(x.shape[-2:]) >= SMALLEST_MS_SSIM:
+        found["ms_ssim"] = float(piq.multi_scale_ssim(x, y, data_range=1.0))
+    return found
 
 
 def _worst(layers: dict[str, float]) -> list[dict]:

@@ -130,8 +130,9 @@ def _weights(axes, layer: Histogram, files: Sequence[str], ink: str) -> None:
     for row, name, colour, width in zip(
         layer.weights, files, _line_colours(len(files), ink), (4, 1.8), strict=False
     ):
-        label = name if axes.get_subplotspec().is_first_col() else None
-        axes.stairs(100 * row, layer.edges, color=colour, linewidth=width, label=label)
+        drawn = axes.stairs(100 * row, layer.edges, color=colour, linewidth=width)
+        if axes.get_subplotspec().is_first_col():
+            drawn.set_label(name)
     axes.set_ylim(0)
     axes.set_title(_short(layer.name, 26), color=ink, fontsize=13, loc="left")
     axes.set_xlabel("weight", color=ink, fontsize=13)
@@ -161,10 +162,11 @@ def placed(rows: list[dict]) -> list[Placed]:
     blocks: dict[str, int] = {}
     found = []
     for row in rows:
-        number = NUMBER.search(row["name"])
-        block = row["name"][: number.end()] if number else row["name"]
+        block, group = row["name"], ""
+        if number := NUMBER.search(block):
+            group = block[: number.start()].rpartition(".")[2]
+            block = block[: number.end()]
         depth = blocks.setdefault(block, len(blocks))
-        group = row["name"][: number.start()].rpartition(".")[2] if number else ""
         rest = "outside of blocks"
         if number:
             rest = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row["name"][number.end() :]).strip(".")
@@ -245,9 +247,11 @@ def _worst_of_kind(layers: list[Placed]) -> list[Placed]:
 
 
 def _marks(axes, layers: list[Placed], colour: str, mark: str, label: str) -> None:
+    depths = [layer.depth for layer in layers]
+    errors = [layer.error for layer in layers]
     axes.plot(
-        [layer.depth for layer in layers],
-        [layer.error for layer in layers],
+        depths,
+        errors,
         linestyle="none",
         marker=mark,
         markersize=9,
@@ -276,10 +280,11 @@ def _worst(axes, rows: list[dict], ink: str) -> None:
 
 def _sizes(axes, report: dict, ink: str) -> None:
     rows = [row for row in report["summary"] if row["bytes_before"]][::-1]
+    labels = {"before": "before", "after": "after"}
     for at, row in enumerate(rows):
         before, after = row["bytes_before"] / 1e9, row["bytes_after"] / 1e9
-        axes.barh(at + 0.2, before, 0.38, color="#999999", label="before" if at == 0 else None)
-        axes.barh(at - 0.2, after, 0.38, color=COLOURS[0], label="after" if at == 0 else None)
+        axes.barh(at + 0.2, before, 0.38, color="#999999", label=labels.pop("before", None))
+        axes.barh(at - 0.2, after, 0.38, color=COLOURS[0], label=labels.pop("after", None))
         note = f" {after:.3g} GB"
         if row.get("rel_l2"):
             note += f", error {row['rel_l2']:.4f}"

@@ -4,15 +4,15 @@ text from it.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import visible
+from ..options import stated
 from ..spec import ModelPlan
 from ..version import VERSION
-from .layer import LayerResult, decibels
+from .layer import LayerResult, decibels, relative
 from .words import in_words, patches_in_words
 
 WORST = 5  # layers named in the text
@@ -44,14 +44,12 @@ class Report:
 
     def to_json(self) -> dict:
         plan = self.plan.to_json()
-        measured = {result.name: result for result in self.results}
+        measured = {result.name: result.to_json() for result in self.results}
         for row in plan["layers"]:
-            result = measured.get(row["name"])
-            row.update(result.to_json() if result else UNMEASURED)
+            row.update(measured.get(row["name"], UNMEASURED))
         for row in plan["summary"]:
             error = self.rel_l2(row["format"])
             row["rel_l2"], row["sqnr_db"] = error, decibels(error)
-        patches = self.patches()
         return {
             "fewbits": VERSION,
             **plan,
@@ -64,7 +62,7 @@ class Report:
             "seconds": self.seconds,
             "device": self.device,
             "rounded_twice": list(self.rounded_twice),
-            **({"patches": patches} if patches else {}),
+            **stated(patches=self.patches()),
         }
 
     def patches(self) -> dict | None:
@@ -116,19 +114,19 @@ class Report:
 
 
 def _worst_line(result: LayerResult) -> str:
-    output = result.output
-    note = f", of its outputs {output.relative:.4f}" if output else ""
-    return f"  {result.rel_l2:.4f}  {result.name}{note}"
+    line = f"  {result.rel_l2:.4f}  {result.name}"
+    if result.output:
+        line += f", of its outputs {result.output.relative:.4f}"
+    return line
 
 
 def _rel_l2(results: Iterable[LayerResult]) -> float:
     """Relative error of several weights together; 0 where they are all zero."""
-    deviations = [result.deviation for result in results]
-    signal = sum(deviation.signal for deviation in deviations)
-    error = sum(deviation.error for deviation in deviations)
-    if signal:
-        return math.sqrt(error / signal)
-    return 0.0
+    error, signal = 0.0, 0.0
+    for result in results:
+        error += result.deviation.error
+        signal += result.deviation.signal
+    return relative(error, signal)
 
 
 def plan_lines(plan: ModelPlan) -> list[str]:
@@ -160,8 +158,10 @@ def layer_lines(plan: ModelPlan) -> list[str]:
         "rules, in order; the first that matches a layer decides (decided / matched layers):",
     ]
     for rule in plan.rules:
-        unmatched = "" if rule.matched else "  (matched nothing)"
-        lines.append(f"{rule.won:>6} / {rule.matched:<6} {rule.action:<9} {rule.rule}{unmatched}")
+        line = f"{rule.won:>6} / {rule.matched:<6} {rule.action:<9} {rule.rule}"
+        if not rule.matched:
+            line += "  (matched nothing)"
+        lines.append(line)
     return [visible(line) for line in lines]
 
 

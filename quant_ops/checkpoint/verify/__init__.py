@@ -42,9 +42,10 @@ MISTAKES: dict[str, Mistake] = {
 def verify_source(source: TensorSource, original: TensorSource | None = None) -> Verification:
     """Check every layer of a source, one at a time; with the original also its error."""
     contents = read_contents(source)
-    truth = _decoded(original) if original else None
+    truth = None
     findings = file_findings(contents)
     if original is not None:
+        truth = _decoded(original)
         missing = sorted(set(original.header.metadata) - set(source.header.metadata))
         findings += [METADATA_LOST.at("", f"key '{key}'") for key in missing]
     checks = []
@@ -96,8 +97,11 @@ def _check_layer(
         explained = any(
             finding.mistake in (*EXPLAINED, SCALE_LOST, SCALE_BROKEN) for finding in found
         )
-        return None, found if explained else [*found, UNREADABLE.at(base, str(error))]
-    found += [] if broken else scale_findings(layer, canonical)
+        if not explained:
+            found.append(UNREADABLE.at(base, str(error)))
+        return None, found
+    if not broken:
+        found += scale_findings(layer, canonical)
     rel_l2 = None
     weight = truth and _original(truth, base)
     if weight is not None:

@@ -84,7 +84,9 @@ def _explained(pair: Pair, decoded: torch.Tensor, error: float) -> Finding:
             if other < WRONG:
                 what = f"rel_l2 {error:.2f}, un-rotated in groups of {group} {other:.2f}"
                 return ROTATION_UNSAID.at(pair.name, what)
-    mistake = BLOCK_SCALES if pair.format and pair.format.swizzled else FAR
+    mistake = FAR
+    if pair.format and pair.format.swizzled:
+        mistake = BLOCK_SCALES
     return mistake.at(pair.name, f"rel_l2 {error:.2f}")
 
 
@@ -111,7 +113,7 @@ def _steps_lost(codes: torch.Tensor, decoded: torch.Tensor, weight: torch.Tensor
 
 
 def _clipping(pair: Pair) -> list[Finding]:
-    clipped = pair.format.overflowing(pair.canonical, pair.original) if pair.format else 0
+    clipped = pair.format and pair.format.overflowing(pair.canonical, pair.original)
     if clipped:
         return [BLOCKS_CLIPPED.at(pair.name, f"{clipped} blocks")]
     return []
