@@ -173,7 +173,7 @@ def test_a_report_survives_a_change_of_tabs_and_an_error_shows_its_message(open_
 
 
 def test_the_quantized_model_draws_in_the_same_run(open_page):
-    """Also makes the README's picture (docs/images/quantize_node.png)."""
+    """Also makes a picture of docs/walk.md (docs/images/quantize_node.png)."""
     page = open_page("nodes2", width=1600, height=980, scale=2)
     workflow = emoji_workflow(lora=0.0)
     del workflow["3"]
