@@ -77,6 +77,8 @@ class Observer:
         """One call of the model; every hook is gone afterwards, however it ends."""
         layers = dict(_candidates(model))
         capacity = self._capacity(layers)
+        for statistics in self.calibration.inputs:
+            statistics.allow(capacity)
         half = self._half()
         self._calls += 1
         self._runs[half].add(self.run)
@@ -111,8 +113,15 @@ class Observer:
         return int(second < first)
 
     def _capacity(self, layers: dict[str, torch.nn.Linear]) -> int:
-        """Rows that each half of each input may keep."""
-        columns = sum(layer.in_features for layer in layers.values())
+        """Rows that each half of each input may keep. Layers that no call has reached yet count as
+        if they shared no input.
+        """
+        columns = sum(statistics.size for statistics in self.calibration.inputs)
+        columns += sum(
+            layer.in_features
+            for name, layer in layers.items()
+            if name not in self.calibration.layers
+        )
         return max(self.memory // (HALVES * ROW_BYTES * max(columns, 1)), ROWS_A_CALL)
 
     def _hook(self, name: str, layer: torch.nn.Linear, capacity: int, half: int):

@@ -96,6 +96,11 @@ class InputStatistics:
         """Whether the gram is kept, and not rows."""
         return self.capacity >= 2 * self.size  # float32 against bfloat16
 
+    def allow(self, capacity: int) -> None:
+        """Each half may keep more rows from now on; what began with rows goes on with rows."""
+        if not self.exact:
+            self.capacity = max(self.capacity, min(capacity, 2 * self.size - 1))
+
     @property
     def count(self) -> int:
         return sum(half.count for half in self.halves)

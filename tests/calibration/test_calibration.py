@@ -102,6 +102,26 @@ def test_memory_stays_within_the_bound_however_much_is_seen():
     assert all(half.stride > 1 for half in kept)
 
 
+def test_layers_that_share_an_input_count_once_against_the_memory():
+    """q and k share one, which the first call does not know yet: three inputs, then two."""
+    memory, found = 60_000, []
+    observer, model = Observer(memory), Block()
+    for seed in range(64):
+        watched(observer, model, rows(64, seed))
+        found.append({statistics.capacity for statistics in observer.calibration.inputs})
+    assert found == [{memory // (2 * 2 * 3 * 64)}] + 63 * [{memory // (2 * 2 * 2 * 64)}]
+    kept = [half for statistics in observer.calibration.inputs for half in statistics.halves]
+    assert memory / 2 < sum(half.held * 64 * 2 for half in kept) <= memory
+
+
+def test_what_began_with_rows_goes_on_with_rows():
+    statistics = InputStatistics(64, 100)
+    statistics.allow(1000)
+    assert statistics.capacity == 127 and not statistics.exact
+    statistics.allow(50)
+    assert statistics.capacity == 127
+
+
 def test_every_row_of_a_large_input_stands_for_its_neighbours():
     x = rows(4 * ROWS_LOOKED_AT)
     found = watched(Observer(MEGABYTE), Block(), x, x)
