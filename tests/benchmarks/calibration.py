@@ -6,7 +6,8 @@ The emoji model; statistics from 32 prompts in two halves, errors on the activat
 over the layers, weighted by their parameters. Appends a row per format to results/calibration.csv. `--pictures` draws all
 64 prompts instead, with decoded weights, and appends the distance of the final latents and the SSIM of the pictures, each
 with its standard error, to results/calibrated_pictures.csv. `--encoder FOLDER` measures the first table on a text encoder
-instead, a BERT as transformers stores it: the sentences of Python's own help pages, 512 seen and 512 others. Asserts nothing.
+instead, a BERT or an MPNet as transformers stores it: the sentences of Python's own help pages, 512 seen and 512 others;
+`--every 4` rounds every fourth block. Asserts nothing.
 """
 
 from __future__ import annotations
@@ -48,12 +49,19 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--pictures", action="store_true")
     parser.add_argument("--encoder", metavar="FOLDER")
+    parser.add_argument("--every", type=int, default=1, help="of the encoder's blocks")
     args = parser.parse_args()
-    table, seen = of_an_encoder(args.encoder) if args.encoder else of_the_emoji_model(args)
+    table, seen = (
+        of_an_encoder(args.encoder, args.every) if args.encoder else of_the_emoji_model(args)
+    )
     for text in args.formats.split(","):
         started = time.perf_counter()
         wish = parse_wish(text)
-        row = {"of": "encoder" if args.encoder else "emoji", "format": text, "method": args.method}
+        row = {
+            "of": Path(args.encoder).name if args.encoder else "emoji",
+            "format": text,
+            "method": args.method,
+        }
         row |= table.row(wish, seen, torch.device(args.device), args.method)
         row |= {"seconds": f"{time.perf_counter() - started:.0f}", "device": args.device}
         print(row, flush=True)
@@ -68,14 +76,15 @@ def of_the_emoji_model(args: argparse.Namespace) -> tuple[HeldOut | Pictures, Ca
     return table or HeldOut(watched(train, model, prompts[32:], args.device), emoji_weights), seen
 
 
-def of_an_encoder(folder: str) -> tuple[HeldOut, Calibration]:
-    from transformers import AutoTokenizer, BertModel
+def of_an_encoder(folder: str, every: int) -> tuple[HeldOut, Calibration]:
+    from transformers import AutoModel, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), BertModel.from_pretrained(folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
     weights = {
         name: module.weight.detach().bfloat16()
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.startswith("encoder")
+        if isinstance(module, torch.nn.Linear) and name.startswith("encoder.layer.")
+        if int(name.split(".")[2]) % every == 0
     }
     sentences = english()
 
