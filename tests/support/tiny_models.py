@@ -17,8 +17,9 @@ from unittest import mock
 
 import torch
 
-from support.model_classes import BESIDE, CONFIGS, FILE_PREFIX, diffusion_model_class
+from support.model_classes import BESIDE, CONFIGS, FILE_PREFIX, NEWER, diffusion_model_class
 
+STATED = CONFIGS | NEWER
 UNET = {
     "model_channels": 64, "num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [1, 1],
     "transformer_depth_middle": 1, "transformer_depth_output": [1, 1, 1, 1], "context_dim": 128,
@@ -128,7 +129,7 @@ SMALL = {
                          "decoder_in_channels": 48},
     "PixelDiTT2I": PIXELDIT,
     "PiD": {**PIXELDIT, "lq_hidden_dim": 64, "lq_num_res_blocks": 1},
-    **dict.fromkeys((name for name in CONFIGS if name.startswith("WAN")), WAN),
+    **dict.fromkeys((name for name in STATED if name.startswith("WAN")), WAN),
     "WAN21_Vace": {**WAN, "vace_layers": 2}, "WAN22_Animate": {**WAN, "num_layers": 6, "motion_encoder_dim": 128},
     "WAN22_S2V": {**WAN, "audio_dim": 128, "audio_inject_layers": [0]},
     "WAN22_WanDancer": {**WAN, "audio_inject_layers": [0]},
@@ -136,6 +137,7 @@ SMALL = {
     "Hunyuan3Dv2mini": {"hidden_size": 256, "num_heads": 2, "context_in_dim": 128, "depth_single_blocks": 1},
     "Hunyuan3Dv2_1": {"hidden_size": 256, "context_dim": 128, "depth": 3, "num_heads": 2, "num_moe_layers": 1,
                       "num_experts": 2},
+    "Trellis2": {"resolution": 16, "num_blocks": 1, "model_channels": 128, "cond_channels": 128, "num_heads": 2},
     "TripoSplat": {"q_token_length": 16, "model_channels": 256, "cond_channels": 128, "num_blocks": 2,
                    "num_refiner_blocks": 1},
     "HiDream": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "caption_channels": [128, 128],
@@ -186,6 +188,7 @@ SHOWN = {
 METADATA = {
     "WAN21_CausalAR_T2V": {"config": json.dumps({"transformer": {"causal_ar": True}})},
     "WAN21_FlowRVS": {"config": json.dumps({"transformer": {"model_type": "flow_rvs"}})},
+    "WAN_Animate2": {"config": json.dumps({"transformer": {"model_type": "animate2"}})},
 }
 # Weights beside the diffusion model's that ComfyUI does not do without.
 SECONDS = {"embedder.embedding.0.weights": (128,), "embedder.embedding.1.weight": (768, 257),
@@ -236,7 +239,7 @@ def build(name: str) -> Tiny:
     import comfy.supported_models
 
     cls = getattr(comfy.supported_models, name)
-    made = cls({**CONFIGS[name], **cls.unet_config, "dtype": torch.bfloat16})
+    made = cls({**STATED[name], **cls.unet_config, "dtype": torch.bfloat16})
     beside = {**BESIDE.get(name, {}), **AROUND.get(name, {})}
     unet = diffusion_model_class(made, beside)
     config = {**made.unet_config, **SMALL[name]}
@@ -312,8 +315,8 @@ def recognised_as_small(name: str) -> Iterator[list]:
     import comfy.supported_models
 
     cls = getattr(comfy.supported_models, name)
-    stated = {**CONFIGS[name], **cls.unet_config, **SMALL[name]}
-    small = {key: stated[key] for key in (*CONFIGS[name], *SMALL[name])}
+    stated = {**STATED[name], **cls.unet_config, **SMALL[name]}
+    small = {key: stated[key] for key in (*STATED[name], *SMALL[name])}
     shown = {key: cls.unet_config[key] for key in SHOWN.get(name, ()) if key in cls.unet_config}
     original, seen = detection.model_config_from_unet_config, []
 
@@ -438,7 +441,7 @@ def hunyuan_video(say: Inputs) -> dict:
 def wan(say: Inputs) -> dict:
     kind = say.model_type
     made = video(say, say.in_dim, say.text_dim, frames=3 if kind == "wandancer" else 2)
-    if kind in ("i2v", "camera", "animate", "scail", "scail2", "wandancer"):
+    if kind in ("i2v", "camera", "animate", "animate2", "scail", "scail2", "wandancer"):
         made["clip_fea"] = say.tensor(1, 5, 1280)
     if kind == "vace":
         made |= {"vace_context": say.tensor(1, 1, say.vace_in_dim, 2, 8, 8), "vace_strength": [1.0]}
@@ -585,6 +588,11 @@ CALLS: dict[str, Callable[[Inputs], dict | tuple]] = {
         **video(say, 16, say.txt_in_dim),
         "condition": say.tensor(1, 17, 2, 8, 8),
         "transformer_options": {"cond_or_uncond": [0]},
+    },
+    "Trellis2": lambda say: {
+        **image(say, 8, say.cond_channels),
+        "x": say.tensor(1, 8, 16, 16, 16),
+        "embeds": say.tensor(1, TOKENS, say.cond_channels),
     },
     "LatentSeqMMFlowModel": lambda say: {
         "x": [say.tensor(1, 16, 16), say.tensor(1, 1, 5)],
