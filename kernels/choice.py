@@ -232,11 +232,8 @@ OTHER = {
     "w4a8": (DECODED,),
     "int8 128": _blocks(2),
     "fp8 128": _blocks(2),
-    **{
-        f"{codes} {scales}": _blocks(10)
-        for codes in ("int8", "fp8")
-        for scales in ("64", "group 128", "group 64")
-    },
+    **dict.fromkeys(("int8 64", "int8 group 128", "int8 group 64"), _blocks(10)),
+    **dict.fromkeys(("fp8 64", "fp8 group 128", "fp8 group 64"), _blocks(10)),
     "4-bit": (
         Row("cuda", up_to(32), range(2 * MILLION, 60 * MILLION + 1), why=_SKINNY.why),
         _SKINNY,

@@ -18,7 +18,7 @@ from ..quant_ops.calibration import Calibration, Observer
 from ..quant_ops.doors import Conversion, Inspection
 from ..quant_ops.doors.advise import chosen_wish
 from ..quant_ops.errors import QuantError, RecipeError, visible
-from ..quant_ops.formats import FORMATS, find_format, own_methods
+from ..quant_ops.formats import FORMATS, find_format, option_values, own_methods
 from ..quant_ops.methods import METHODS
 from ..quant_ops.planning.gpus import card_here
 from ..quant_ops.planning.model_family import preset_names
@@ -518,5 +518,4 @@ def inspection_text(*inspections: Inspection, kernels: Iterable[str] = ()) -> st
 
 def _values(formats: list[str], option: str) -> list:
     """Allowed values of an option over several formats."""
-    values = (value for name in formats for value in FORMATS[name].Options.values(option))
-    return list(dict.fromkeys(values))
+    return list(option_values(option, formats))

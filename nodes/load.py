@@ -7,6 +7,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..quant_ops.doors import Inspection, inspect_file
+from ..quant_ops.options import as_json
 from .bridge import clip_io, host, model_io
 from .bridge.kernels import kernel_lines
 from .common import NONE, inspection_text, kernels_input, schema
@@ -36,9 +37,7 @@ def contents_output() -> io.String.Output:
 def loaded(*values: object, inspections: list[Inspection], kernels: list[str]) -> io.NodeOutput:
     """A loader's outputs, the report last."""
     text = inspection_text(*inspections, kernels=kernels)
-    return io.NodeOutput(
-        *values, text, ui={"fewbits_inspection": [found.to_json() for found in inspections]}
-    )
+    return io.NodeOutput(*values, text, ui={"fewbits_inspection": as_json(inspections)})
 
 
 class FewBitsLoadModel(io.ComfyNode):
@@ -183,6 +182,7 @@ class FewBitsLoadCheckpoint(io.ComfyNode):
         path = host.model_path(CHECKPOINTS, file)
         found = inspect_file(path)
         model, clip, vae = clip_io.load_checkpoint(str(path), kernels=quantized_kernels)
-        parts = [model.model] if clip is None else [model.model, clip.cond_stage_model]
-        kernels = [line for part in parts for line in kernel_lines(part)]
+        kernels = kernel_lines(model.model)
+        if clip is not None:
+            kernels += kernel_lines(clip.cond_stage_model)
         return loaded(model, clip, vae, inspections=[found], kernels=kernels)

@@ -4,13 +4,19 @@ allowed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from .errors import RecipeError, did_you_mean
+
+
+class Said(Protocol):
+    """Something that a report says as JSON."""
+
+    def to_json(self) -> dict: ...
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,11 @@ class Options:
 def stated(**facts: object) -> dict[str, object]:
     """The facts that say something: neither None nor False nor empty."""
     return {name: value for name, value in facts.items() if value}
+
+
+def as_json(items: Iterable[Said]) -> list[dict]:
+    """What each item says of itself."""
+    return [item.to_json() for item in items]
 
 
 def option_text(value: object) -> str:

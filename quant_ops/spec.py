@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 from .options import Options
@@ -176,7 +177,7 @@ class ModelPlan:
         """All tensors to write, in file order: widest element first, then name (as the safetensors
         library does).
         """
-        specs = [spec for layer in self.layers for spec in layer.outputs]
+        specs = chain(*(layer.outputs for layer in self.layers))
         return tuple(sorted(specs, key=lambda spec: (-ITEM_SIZES[spec.dtype], spec.name)))
 
     @property
@@ -229,7 +230,7 @@ class ModelPlan:
             "bytes_after": self.bytes_after,
             "summary": self.summary(),
             "layers": [layer.to_json() for layer in self.layers if layer.is_layer],
-            "rules": [vars(rule) for rule in self.rules],
+            "rules": list(map(vars, self.rules)),
             "recipe": self.recipe,
             "unmatched": list(self.unmatched),
             "warnings": list(self.warnings),

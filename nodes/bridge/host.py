@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import comfy.model_management
@@ -41,9 +42,10 @@ DEVICE_NAMES = {
     "prn",
     "aux",
     "nul",
-    *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)),
+    *map("com{}".format, range(1, 10)),
+    *map("lpt{}".format, range(1, 10)),
 }
-FORBIDDEN = set('<>:"|?*') | {chr(code) for code in range(32)}
+FORBIDDEN = {*'<>:"|?*', *map(chr, range(32))}
 
 
 def calibration_files() -> list[str]:
@@ -62,7 +64,10 @@ def model_files(folder: str) -> list[str]:
 
 def all_model_files() -> list[str]:
     """`folder/name` of every file that can be quantized or inspected."""
-    return [f"{folder}/{name}" for folder in MODEL_FOLDERS for name in model_files(folder)]
+    found = []
+    for folder in MODEL_FOLDERS:
+        found += [f"{folder}/{name}" for name in model_files(folder)]
+    return found
 
 
 def model_path(folder: str, name: str) -> Path:
@@ -102,7 +107,7 @@ def text_encoder_types() -> list[str]:
     offered = [
         nodes[name].INPUT_TYPES()["required"]["type"] for name in TYPED_LOADERS if name in nodes
     ]
-    found = dict.fromkeys(value for widget in offered for value in _options(widget))
+    found = dict.fromkeys(chain(*map(_options, offered)))
     return list(found) or [member.name.lower() for member in comfy.sd.CLIPType]
 
 
@@ -291,10 +296,8 @@ def is_within_any(directories: list[str], target: str | os.PathLike) -> bool:
 
 def _writable_roots() -> list[str]:
     """The output folder; and the model folders, because people link those into it."""
-    return [
-        folder_paths.get_output_directory(),
-        *(p for f in MODEL_FOLDERS for p in folder_paths.get_folder_paths(f)),
-    ]
+    models = map(folder_paths.get_folder_paths, MODEL_FOLDERS)
+    return [folder_paths.get_output_directory(), *chain(*models)]
 
 
 def _unsafe(part: str) -> bool:

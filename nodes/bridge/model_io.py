@@ -159,7 +159,7 @@ class ModelSource(PatchedWeights):
                 # ComfyUI may recognise the model by it, or make its parts of it again
                 entries[tensor.short] = Entry(None, self._origin, tensor.name)
                 covered.update(tensor.parts)
-        parts = {key for tensor in stored for key in tensor.parts}
+        parts = set().union(*(tensor.parts for tensor in stored))
         for key in self._state:
             base = self._quantized_base(key)
             if key in covered:

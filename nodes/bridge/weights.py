@@ -9,6 +9,7 @@ import types
 import uuid
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import comfy.lora
@@ -73,7 +74,7 @@ class PatchedWeights:
         """
         loaders = getattr(self.patcher, "cached_patcher_init", None)
         named = tuple(InputFile(path) for path in _paths_in(loaders))
-        return (*(file for origin in self._origins for file in origin.files), *named)
+        return (*chain(*(origin.files for origin in self._origins)), *named)
 
     def __enter__(self) -> PatchedWeights:
         return self

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -255,7 +256,7 @@ class RenamedSource:
                 )
             self._put_codes(target, bases, pieces)
             return
-        suffixes = dict.fromkeys(suffix for piece in pieces for suffix in piece)
+        suffixes = dict.fromkeys(chain(*pieces))
         for suffix in suffixes:
             if place.columns:
                 self._put_columns(target, suffix, pieces)
@@ -328,7 +329,7 @@ class RenamedSource:
         rows = sum(layer.shape[0] for layer in layers)
         layer = LayerInput((rows, layers[0].shape[1]), layers[0].dtype)
         wanted = format.tensor_specs(layer, chosen)
-        others = {suffix for piece in pieces for suffix in piece} - {*wanted, "bias"}
+        others = set().union(*pieces) - {*wanted, "bias"}
         for suffix in ("bias", *wanted, *sorted(others)):
             if suffix == "bias" and not any("bias" in piece for piece in pieces):
                 continue

@@ -8,6 +8,7 @@ import json
 from ..checkpoint.reader import FileSource
 from ..doors import compare_files
 from ..errors import CheckpointError
+from ..options import as_json
 from ..part import write_whole
 from ..report.comparison import Comparison
 from ..report.histograms import histograms
@@ -33,7 +34,7 @@ def _draw(args: argparse.Namespace, found: Comparison) -> None:
     Raises:
         QuantError: nothing to draw with or of, or a folder that takes no files.
     """
-    pictures = comparison_pictures([each.to_json() for each in found.differences], args.theme)
+    pictures = comparison_pictures(as_json(found.differences), args.theme)
     worst = [each.name.removesuffix(".weight") for each in found.worst() if each.is_weight]
     with FileSource(args.first) as first, FileSource(args.second) as second:
         layers = histograms(worst[:LAYERS], first, second)

@@ -77,7 +77,7 @@ def with_flag(error: QuantError) -> str:
 
 def say(*lines: str) -> None:
     """Print lines; characters that a terminal obeys are spelled out."""
-    print("\n".join(visible(line) for text in lines for line in text.split("\n")))
+    print("\n".join(map(visible, "\n".join(lines).split("\n"))))
 
 
 def warn(text: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from itertools import chain
 
 from ..cli.__main__ import run_words
 from ..cli.door import warn
@@ -61,7 +62,7 @@ def parse(argv: list[str]) -> dict[str, object]:
     known, rest = parser.parse_known_args(argv)
     if rest:
         name = rest[0].split("=")[0]
-        spelled = [dashed(spelling) for flag in FLAGS for spelling in flag.spellings]
+        spelled = list(map(dashed, chain(*(flag.spellings for flag in FLAGS))))
         guess = closest(dashed(name), spelled) if name.startswith("--") else None
         hint = f", did you mean {guess}?" if guess else "; see --help"
         raise RecipeError(f"unknown argument {rest[0]}{hint}")

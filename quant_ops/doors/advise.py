@@ -12,6 +12,7 @@ from ...kernels.choice import beats_kitchen
 from ..bench import NATIVE, WORDS, kernel_report
 from ..checkpoint.importers.source import open_checkpoint
 from ..errors import QuantError, RecipeError, visible
+from ..options import as_json
 from ..pipeline import plan_source
 from ..planning.advice import Bench, Known, Speed, known_ways, oldest_comfyui
 from ..planning.goal import FOR_THE_REST
@@ -139,7 +140,7 @@ class Advice:
             "gpu": gpu,
             "comfyui": self.comfyui,
             "best": self.best.wish.to_text(),
-            "formats": [way.to_json() for way in self.ways],
+            "formats": as_json(self.ways),
         }
 
     def to_text(self) -> str:

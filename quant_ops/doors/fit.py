@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -453,7 +454,8 @@ def _better_uniform(
 
 def _uniform(layers: Sequence[Candidate]) -> Iterator[list[int]]:
     """Every format for all layers, and for all but those that the model's preset would keep."""
-    wishes = dict.fromkeys(way.wish for layer in layers for way in layer.ways)
+    ways = chain(*(layer.ways for layer in layers))
+    wishes = dict.fromkeys(way.wish for way in ways)
     for wish in wishes:
         everywhere = [layer.index_of(wish) for layer in layers]
         yield everywhere

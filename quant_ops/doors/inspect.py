@@ -5,6 +5,7 @@ only.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 
 from ..checkpoint.diffusers import names_of
@@ -123,7 +124,7 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
             bytes=sum(file.stat().st_size for file in files),
             tensors=len(header.tensors),
             family=", ".join(titles) or "unknown",
-            formats={name: formats.count(name) for name in dict.fromkeys(formats)},
+            formats=dict(Counter(formats)),
             dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1][1])),
             loads_in=_loads_in(source, plan),
             metadata=dict(header.metadata),

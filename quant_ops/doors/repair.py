@@ -15,6 +15,7 @@ from ..checkpoint.reader import FileSource
 from ..checkpoint.verify import SCALE_LOST, Finding, Verification
 from ..checkpoint.writer import check_target
 from ..errors import visible
+from ..options import as_json
 from ..pipeline import ProgressFn, ignore_progress, rewrite
 from .problems import checked_sink
 from .verify import verify as verification
@@ -34,8 +35,8 @@ class Repair:
     def to_json(self) -> dict:
         return {
             "name": self.name,
-            "fixed": [finding.to_json() for finding in self.fixed],
-            "left": [finding.to_json() for finding in self.left],
+            "fixed": as_json(self.fixed),
+            "left": as_json(self.left),
             "origins": self.origins,
         }
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -387,6 +388,13 @@ def get_format(name: str) -> Format:
     if isinstance(name, str) and name in FORMATS:
         return FORMATS[name]
     raise RecipeError(unknown_format(name))
+
+
+def option_values(option: str, formats: Iterable[str] | None = None) -> tuple:
+    """What an option may be in some formats, or in any, each value once."""
+    names = FORMATS if formats is None else formats
+    values = (FORMATS[name].Options.values(option) for name in names)
+    return tuple(dict.fromkeys(chain.from_iterable(values)))
 
 
 def find_format(name: object) -> Format | None:

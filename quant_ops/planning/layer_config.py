@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import RecipeError, did_you_mean
 from ..files import read_text
-from ..formats import FORMATS, Format, find_format, read_as
+from ..formats import FORMATS, Format, find_format, option_values, read_as
 from ..formats.base import PRECISE, unknown_format
 from ..methods import METHODS
 from ..options import option_text
@@ -36,19 +36,17 @@ OWN_SETTINGS: dict[str, type | tuple] = {
 SCALING, SCALING_MODE = "scaling", "scaling_mode"  # the option and its name in this file
 # problems of a file that come with a guess at what was meant: 4,000 guesses took a second
 HINTED = 100
+ALIASES = {"group_size": "block_size"}
 LISTED = 5  # entries named when many have the same problem
 
 
 def settings_allowed() -> dict[str, type | tuple]:
     """setting -> type; a tuple lists the values where they do not depend on the format."""
-    modes = {mode: None for format in FORMATS.values() for mode in format.Options.values(SCALING)}
-    options = {
-        name: _allowed(format, name)
-        for format in FORMATS.values()
-        for name in format.Options.names()
-        if name != SCALING
-    }
-    return {**OWN_SETTINGS, **options, SCALING_MODE: tuple(modes)}
+    options: dict[str, type | tuple] = {}
+    for format in FORMATS.values():
+        options |= {name: _allowed(format, name) for name in format.Options.names()}
+    options.pop(SCALING)
+    return {**OWN_SETTINGS, **options, SCALING_MODE: option_values(SCALING)}
 
 
 def _allowed(format: Format, option: str) -> type | tuple:
@@ -497,11 +495,11 @@ def _values(name: str, format: object) -> list:
     """What a setting may be in an entry's format, or in any if it has no such option."""
     if name == "method":
         return sorted(METHODS)
-    option = "block_size" if name == "group_size" else name
+    option = ALIASES.get(name, name)
     named = find_format(format)
     if named and named.Options.values(option):
         return sorted(named.Options.values(option))
-    return sorted({value for each in FORMATS.values() for value in each.Options.values(option)})
+    return sorted(option_values(option))
 
 
 def _shown(value: object) -> str:

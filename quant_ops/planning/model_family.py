@@ -82,7 +82,7 @@ class Family:
     @property
     def patterns(self) -> tuple[str, ...]:
         """Everything that is known about its layers' names."""
-        kept = (pattern for group in self.own_preset.exclude for pattern in group.match)
+        kept = chain.from_iterable(group.match for group in self.own_preset.exclude)
         return (*self.keys, *width_layers(self.name), *kept)
 
     @property
@@ -158,7 +158,7 @@ def width_layers(family: str | None) -> tuple[str, ...]:
     if family is not None:
         entry = next((known.widths for known in families() if known.name == family), "")
         return tuple(table.get(entry or family, ()))
-    return tuple(dict.fromkeys(pattern for patterns in table.values() for pattern in patterns))
+    return tuple(dict.fromkeys(chain(*table.values())))
 
 
 @cache

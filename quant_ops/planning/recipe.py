@@ -31,7 +31,7 @@ from typing import TypeVar
 
 from ..errors import RecipeError
 from ..files import read_text
-from ..options import stated
+from ..options import as_json, stated
 from ..spec import compact_json
 from ..strict_json import MAX_DEPTH, check
 from .layer_config import LayerConfig, parse_layer_config
@@ -120,12 +120,12 @@ class Recipe:
     @property
     def mark(self) -> str:
         """What an automatic file name says: the format, and whether rules add others."""
-        wishes = [rule.wish for rule in self.rules] + [self.fallback]
-        config = self.layer_config
-        if config:
-            wishes += [entry.wish for entry in config.entries]
+        stating = [*self.rules]
+        if self.layer_config:
+            stating += self.layer_config.entries
+        wishes = filter(None, [self.fallback, *(each.wish for each in stating)])
         primary = self.primary.format
-        others = {wish.format for wish in wishes if wish} - {primary}
+        others = {wish.format for wish in wishes} - {primary}
         if others:
             return f"{primary}_mixed"
         return primary
@@ -133,7 +133,7 @@ class Recipe:
     def to_json(self) -> dict:
         return {
             "primary": self.primary and self.primary.to_json(),
-            "rules": [rule.to_json() for rule in self.rules],
+            "rules": as_json(self.rules),
             "fallback": self.fallback and self.fallback.to_json(),
             "preset": self.preset,
             "seed": self.seed,

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from ..spec import LayerInput, RuleUse
 from .heuristics import gains_nothing
@@ -130,16 +131,21 @@ class RuleList:
         return Decision(tuple(reasons), self.rules[first], reason=reasons[first], candidate=True)
 
 
+def _counted(decisions: Iterable[Decision]) -> Counter[int]:
+    """How many of the decisions each rule matched."""
+    return Counter(chain.from_iterable(decision.matched for decision in decisions))
+
+
 class Tally:
     """How often each rule matched and decided, counted once from all decisions of a plan."""
 
     def __init__(self, rules: RuleList, decisions: Iterable[Decision]):
         decisions = tuple(decisions)
         self.rules = rules.rules
-        self._matched = Counter(index for decision in decisions for index in decision.matched)
+        self._matched = _counted(decisions)
         self._won = Counter(decision.matched[0] for decision in decisions if decision.rule)
         judged = [decision for decision in decisions if decision.candidate]
-        self._candidates = Counter(index for decision in judged for index in decision.matched)
+        self._candidates = _counted(judged)
         self._overruled = sum(self._overrules_preset(decision) for decision in judged)
 
     def uses(self) -> tuple[RuleUse, ...]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 
 from ..errors import RecipeError, did_you_mean
 from ..formats import FORMATS, Format, FormatOptions, get_format, wished_format
@@ -118,8 +119,8 @@ def wish_from_table(where: str, table: dict) -> Wish:
 
 def option_names() -> tuple[str, ...]:
     """The options of all formats."""
-    names = (name for format in FORMATS.values() for name in format.Options.names())
-    return tuple(dict.fromkeys(names))
+    names = (format.Options.names() for format in FORMATS.values())
+    return tuple(dict.fromkeys(chain.from_iterable(names)))
 
 
 def parse_value(text: str) -> object:

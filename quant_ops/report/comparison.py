@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import visible
+from ..options import as_json
 from .report import megabytes
 
 WORST = 10  # tensors named in the text
@@ -207,7 +208,7 @@ class Comparison:
             "total": total.to_json(),
             "formats": rows,
             "suspects": self.suspects(),
-            "tensors": [difference.to_json() for difference in self.worst()],
+            "tensors": as_json(self.worst()),
             "reshaped": self.reshaped,
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -157,9 +158,9 @@ def saturated(codes: torch.Tensor, ends: tuple[int, ...]) -> int:
     """
     flat = codes.reshape(-1).view(torch.uint8)
     if flat.device.type == "cpu":
-        parts = (part.numpy() for part in flat.split(COUNTED_ON_CPU))
-        return sum(int(np.count_nonzero(part == end)) for part in parts for end in ends)
-    counts = [(part == end).sum() for part in flat.split(COUNTED) for end in ends]
+        pairs = product(map(torch.Tensor.numpy, flat.split(COUNTED_ON_CPU)), ends)
+        return sum(int(np.count_nonzero(part == end)) for part, end in pairs)
+    counts = [(part == end).sum() for part, end in product(flat.split(COUNTED), ends)]
     if counts:
         return int(torch.stack(counts).sum())
     return 0

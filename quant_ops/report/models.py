@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
@@ -215,7 +216,7 @@ def sheet(reference: Model, others: Sequence[Model], control: Model | None = Non
         first = reference.samples[0]
         shown = _beside(reference, first, "other seed", control.samples[0])
         rows.append([(reference.name, first.picture), *shown])
-    if any(picture is None for row in rows for _, picture in row):
+    if any(picture is None for _, picture in chain(*rows)):
         raise ValueError("no pictures to show")
     width = max(map(len, rows))
     return torch.cat([_captioned(row, width) for row in rows])

@@ -55,10 +55,7 @@ class Report:
             **plan,
             "rel_l2": self.rel_l2(),
             "meaning": in_words(self.rel_l2()),
-            "worst": [
-                {"name": r.name, "format": r.format, "rel_l2": r.rel_l2, "sqnr_db": r.sqnr_db}
-                for r in self.worst()
-            ],
+            "worst": list(map(_row, self.worst())),
             "seconds": self.seconds,
             "device": self.device,
             "rounded_twice": list(self.rounded_twice),
@@ -111,6 +108,11 @@ class Report:
                 f"{objective:.3f} x, weight error {error:.3f} x; nearest was stored for {kept}"
             )
         return lines
+
+
+def _row(result: LayerResult) -> dict:
+    names = ("name", "format", "rel_l2", "sqnr_db")
+    return {name: getattr(result, name) for name in names}
 
 
 def _worst_line(result: LayerResult) -> str:

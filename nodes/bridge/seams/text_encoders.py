@@ -16,6 +16,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import comfy.sd
 
@@ -52,7 +53,7 @@ def _mark_and_remember(
     states = kwargs.get("state_dict", [])
     states = states if isinstance(states, list) else [states]
     decided = "quantization_metadata" in given or "custom_operations" in given
-    quantized = any(key.endswith(".comfy_quant") for state in states for key in state)
+    quantized = any(key.endswith(".comfy_quant") for key in chain(*states))
     if quantized and not decided:
         kwargs["model_options"] = {**given, "quantization_metadata": {"mixed_ops": True}}
     with misfits_named("a quantized text encoder") if quantized else contextlib.nullcontext():

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
@@ -301,12 +302,10 @@ class ImportedSource:
                 tensors[name] = TensorSpec(name, dtype, shape)
                 self._owners[name] = (base, suffix)
         kept = (*self.contents.loose, *(self.contents.orphans if self.options.foreign_only else ()))
-        untouched = [
-            spec
-            for base, layer in self.contents.layers.items()
-            if base not in self.translations
-            for spec in layer.specs.values()
-        ]
+        untouched = []
+        for base, layer in self.contents.layers.items():
+            if base not in self.translations:
+                untouched += layer.specs.values()
         for spec in (*untouched, *kept):
             tensors[spec.name] = replace(spec, dtype="BF16") if self._is_cast(spec) else spec
         markers = {
@@ -340,9 +339,8 @@ class ImportedSource:
 
     def _warnings(self) -> Iterable[str]:
         yield from self.contents.warnings
-        yield from dict.fromkeys(
-            text for made in self.translations.values() for text in made.warnings
-        )
+        said = (made.warnings for made in self.translations.values())
+        yield from dict.fromkeys(chain(*said))
         decoded = [
             base for base, made in self.translations.items() if self._loses_codes(base, made)
         ]
@@ -516,7 +514,7 @@ IDLE = {
 
 def _refuse_idle(name: str, options: ImportOptions, made: Iterable[Translation]) -> None:
     """Refuse what the user said to no effect: they believe that it had one."""
-    asked = {option for translation in made for option in translation.asked}
+    asked = set().union(*(translation.asked for translation in made))
     for option, why in IDLE.items():
         if getattr(options, option) is not None and option not in asked:
             raise RecipeError(f"{name}: {why}", option=option)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 from ...errors import visible
+from ...options import as_json
 
 REPAIR = "fewbits repair"
 SHAPES = "fewbits repair, told the shapes of the original"
@@ -65,9 +67,15 @@ class Finding:
         }
 
     def to_text(self) -> str:
-        where = f"layer '{self.layer}': " if self.layer else ""
-        fix = self.fix or "needs the original"
-        return f"{self.name}: {where}{self.mistake.wrong}: {self.what} [{fix}]"
+        said = f"{self.mistake.wrong}: {self.what} [{self.fix or 'needs the original'}]"
+        if self.layer:
+            said = f"layer '{self.layer}': {said}"
+        return f"{self.name}: {said}"
+
+
+def findings_of(mistakes: Iterable[Mistake], name: str, *about: object) -> list[Finding]:
+    """What each mistake's own check finds in a layer."""
+    return list(chain.from_iterable(mistake.findings(name, *about) for mistake in mistakes))
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,14 @@ class LayerCheck:
     format: str | None
     rel_l2: float | None = None
     nibbles: str | None = None  # "low" | "high" for 4-bit layers of other writers
+
+    @property
+    def stored_as(self) -> str:
+        """Format and dialect in words."""
+        dialect = self.dialect
+        if self.nibbles:
+            dialect += f", {self.nibbles} nibble first"
+        return f"{self.format or 'decoded'} ({dialect})"
 
 
 @dataclass(frozen=True)
@@ -105,17 +121,15 @@ class Verification:
         return {
             "name": self.name,
             "ok": self.ok,
-            "layers": [asdict(layer) for layer in (self.worst() or self.layers)],
-            "findings": [finding.to_json() for finding in self.findings],
+            "layers": list(map(asdict, self.worst() or self.layers)),
+            "findings": as_json(self.findings),
             "warnings": list(self.warnings),
         }
 
     def to_text(self) -> str:
         counts: dict[str, int] = {}
         for layer in self.layers:
-            order = f", {layer.nibbles} nibble first" if layer.nibbles else ""
-            label = f"{layer.format or 'decoded'} ({layer.dialect}{order})"
-            counts[label] = counts.get(label, 0) + 1
+            counts[layer.stored_as] = counts.get(layer.stored_as, 0) + 1
         lines = [f"{self.name}: {len(self.layers)} quantized layers"]
         lines += [f"  {count:>5}  {label}" for label, count in counts.items()]
         lines += [f"  {layer.rel_l2:.4f}  {layer.name}" for layer in self.worst()]

@@ -18,7 +18,7 @@ from ..importers.flat_4bit import is_zero_defect
 from ..importers.hybrid_mxfp8 import HYBRID
 from ..importers.plain import OrphanMarker
 from ..labels import EMBEDDING, Label, is_scaled, label_of, labels
-from .findings import ORIGINAL, REPAIR, SHAPES, Finding, Mistake
+from .findings import ORIGINAL, REPAIR, SHAPES, Finding, Mistake, findings_of
 
 Problems = Iterable[str]
 SCALES = (
@@ -344,4 +344,4 @@ EXPLAINED = (SHAPE_MISSING, FORMAT_UNKNOWN, ROTATION_IMPOSSIBLE)  # why a layer 
 
 
 def layer_findings(layer: StoredLayer) -> list[Finding]:
-    return [finding for mistake in STORED for finding in mistake.findings(layer.name, layer)]
+    return findings_of(STORED, layer.name, layer)

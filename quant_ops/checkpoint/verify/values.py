@@ -12,7 +12,7 @@ from ..importers.base import FP8, FP8_SCALES, Tensors
 from ..importers.bitsandbytes import LOW_NIBBLE
 from ..importers.scaled import is_saturated
 from ..scales import scale_problem
-from .findings import ORIGINAL, REPAIR, Finding, Mistake
+from .findings import ORIGINAL, REPAIR, Finding, Mistake, findings_of
 
 # Codes reach 127 or 448, weights of models at most some hundreds: their scales stay below 10.
 LARGEST_SCALE = 256.0
@@ -104,8 +104,7 @@ SCALES = (
 
 def code_findings(layer: StoredLayer, stored: Tensors, made: Translation) -> list[Finding]:
     """What the codes show as they are stored."""
-    name = layer.name
-    return [finding for mistake in CODES for finding in mistake.findings(name, layer, stored, made)]
+    return findings_of(CODES, layer.name, layer, stored, made)
 
 
 def stored_scale_findings(layer: StoredLayer, stored: Tensors) -> list[Finding]:
@@ -115,5 +114,4 @@ def stored_scale_findings(layer: StoredLayer, stored: Tensors) -> list[Finding]:
 
 def scale_findings(layer: StoredLayer, canonical: Tensors) -> list[Finding]:
     """What the scales show in canonical form."""
-    name = layer.name
-    return [finding for mistake in SCALES for finding in mistake.findings(name, canonical, {})]
+    return findings_of(SCALES, layer.name, canonical, {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..importers.source import Contents, unexplained
-from .findings import ORIGINAL, REPAIR, Finding, Mistake
+from .findings import ORIGINAL, REPAIR, Finding, Mistake, findings_of
 
 NAMED = 3  # names that one finding lists
 
@@ -60,4 +60,4 @@ WHOLE_FILE = (
 
 
 def file_findings(contents: Contents) -> list[Finding]:
-    return [finding for mistake in WHOLE_FILE for finding in mistake.findings("", contents)]
+    return findings_of(WHOLE_FILE, "", contents)
