@@ -65,6 +65,25 @@ def plan_source(source: TensorSource, recipe: Recipe, clashes: set[str] | None =
         raise error.at(source.name) from None
 
 
+def plan_run(
+    source: TensorSource,
+    recipe: Recipe,
+    *,
+    calibration: Calibration | None = None,
+    input_scales: bool = False,
+) -> ModelPlan:
+    """The plan that `quantize` carries out, with what it refuses before it reads a weight.
+
+    Raises:
+        RecipeError: see `quantize`.
+    """
+    plan = calibrated(plan_source(source, recipe), calibration, source.name)
+    if input_scales:
+        plan = with_input_scales(plan, calibration, source.name)
+    refuse_plain_copy(source.name, plan)
+    return plan
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What codes depend on beside the plan and the weights: where they are computed, the seed, and
@@ -104,10 +123,7 @@ def quantize(
         QuantError: see `plan_source`; and CheckpointError for NaN or Inf in a weight, by tensor
             name and count.
     """
-    plan = calibrated(plan_source(source, recipe), calibration, source.name)
-    if input_scales:
-        plan = with_input_scales(plan, calibration, source.name)
-    refuse_plain_copy(source.name, plan)
+    plan = plan_run(source, recipe, calibration=calibration, input_scales=input_scales)
     if on_plan:
         on_plan(plan)
     conditions = Conditions(torch.device(device), recipe.seed, calibration)

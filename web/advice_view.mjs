@@ -1,8 +1,8 @@
 // Which format suits a model and a GPU: the advisor's list, the best first.
 
-import { el } from "./dom.mjs?v=f848a1fb";
-import { bytes, familyOf } from "./text.mjs?v=f848a1fb";
-import { say, translated } from "./words.mjs?v=f848a1fb";
+import { el } from "./dom.mjs?v=701dbf5f";
+import { bytes, familyOf } from "./text.mjs?v=701dbf5f";
+import { say, translated } from "./words.mjs?v=701dbf5f";
 
 export function adviceResult(advice) {
   const [best] = advice.formats ?? [];

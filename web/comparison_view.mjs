@@ -1,10 +1,10 @@
 // How far the pictures of other models are from those of the first, and which layers may be to blame.
 
-import { el } from "./dom.mjs?v=f848a1fb";
-import { noteList } from "./plan_table.mjs?v=f848a1fb";
-import { worstLayers } from "./report_view.mjs?v=f848a1fb";
-import { bytes, duration } from "./text.mjs?v=f848a1fb";
-import { say, translated } from "./words.mjs?v=f848a1fb";
+import { el } from "./dom.mjs?v=701dbf5f";
+import { noteList } from "./plan_table.mjs?v=701dbf5f";
+import { worstLayers } from "./report_view.mjs?v=701dbf5f";
+import { bytes, duration } from "./text.mjs?v=701dbf5f";
+import { say, translated } from "./words.mjs?v=701dbf5f";
 
 const WORST = 5;
 

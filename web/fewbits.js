@@ -3,17 +3,17 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { adviceResult } from "./advice_view.mjs?v=f848a1fb";
-import { comparisonResult } from "./comparison_view.mjs?v=f848a1fb";
-import { fitResult } from "./fit_view.mjs?v=f848a1fb";
-import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=f848a1fb";
-import { growAlone } from "./growth.mjs?v=f848a1fb";
-import { isPrimary } from "./layer_list.mjs?v=f848a1fb";
-import { Panel } from "./panel.mjs?v=f848a1fb";
-import { qualityResult } from "./quality_view.mjs?v=f848a1fb";
-import { earlierOutput, settingsOf } from "./results.mjs?v=f848a1fb";
-import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=f848a1fb";
-import { say, useLanguage } from "./words.mjs?v=f848a1fb";
+import { adviceResult } from "./advice_view.mjs?v=701dbf5f";
+import { comparisonResult } from "./comparison_view.mjs?v=701dbf5f";
+import { fitResult } from "./fit_view.mjs?v=701dbf5f";
+import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=701dbf5f";
+import { growAlone } from "./growth.mjs?v=701dbf5f";
+import { isPrimary } from "./layer_list.mjs?v=701dbf5f";
+import { Panel } from "./panel.mjs?v=701dbf5f";
+import { qualityResult } from "./quality_view.mjs?v=701dbf5f";
+import { earlierOutput, settingsOf } from "./results.mjs?v=701dbf5f";
+import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=701dbf5f";
+import { say, useLanguage } from "./words.mjs?v=701dbf5f";
 
 // what the panel of a node says before and during a run, and how high it is
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };

@@ -1,9 +1,9 @@
 // What is in a file: layers per format, tensors per type, and problems.
 
-import { el } from "./dom.mjs?v=f848a1fb";
-import { noteList } from "./plan_table.mjs?v=f848a1fb";
-import { bytes } from "./text.mjs?v=f848a1fb";
-import { say, translatedError } from "./words.mjs?v=f848a1fb";
+import { el } from "./dom.mjs?v=701dbf5f";
+import { noteList } from "./plan_table.mjs?v=701dbf5f";
+import { bytes } from "./text.mjs?v=701dbf5f";
+import { say, translatedError } from "./words.mjs?v=701dbf5f";
 
 /** One file that was looked into; with several files, under its name. */
 export function fileView(file, named) {
@@ -26,6 +26,6 @@ export function fileView(file, named) {
     el("table", { class: "fewbits-contents" }, el("caption", {}, say("Contents")), el("tbody", {}, ...rows.map(line))),
     findings.length
       ? noteList(say("Problems"), findings)
-      : el("p", { class: "fewbits-label" }, say("No problems found in names, shapes and JSON")),
+      : el("p", { class: "fewbits-label" }, say("No problems found in names, shapes, JSON and scales")),
   );
 }

@@ -1,10 +1,10 @@
 // What Fit to Size chose: how that meets what was asked for, and the layers that it cost most.
 
-import { el } from "./dom.mjs?v=f848a1fb";
-import { planTable, warningList } from "./plan_table.mjs?v=f848a1fb";
-import { worstLayers } from "./report_view.mjs?v=f848a1fb";
-import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=f848a1fb";
-import { say, translated } from "./words.mjs?v=f848a1fb";
+import { el } from "./dom.mjs?v=701dbf5f";
+import { planTable, warningList } from "./plan_table.mjs?v=701dbf5f";
+import { worstLayers } from "./report_view.mjs?v=701dbf5f";
+import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=701dbf5f";
+import { say, translated } from "./words.mjs?v=701dbf5f";
 
 const WORST = 5;
 

@@ -1,10 +1,10 @@
 // Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
 
-import { el, layerName } from "./dom.mjs?v=f848a1fb";
-import { errorOf } from "./report_view.mjs?v=f848a1fb";
-import { outliersOf } from "./outliers.mjs?v=f848a1fb";
-import { bytes } from "./text.mjs?v=f848a1fb";
-import { say, translated } from "./words.mjs?v=f848a1fb";
+import { el, layerName } from "./dom.mjs?v=701dbf5f";
+import { errorOf } from "./report_view.mjs?v=701dbf5f";
+import { outliersOf } from "./outliers.mjs?v=701dbf5f";
+import { bytes } from "./text.mjs?v=701dbf5f";
+import { say, translated } from "./words.mjs?v=701dbf5f";
 
 // how layers may be ordered: by name of the choice, what is compared; the first is the order of the file
 const ORDERS = {

@@ -1,9 +1,9 @@
 // Before a run: where the file would go, and how large it would be in every format.
 
-import { el } from "./dom.mjs?v=f848a1fb";
-import { noteList } from "./plan_table.mjs?v=f848a1fb";
-import { bytes } from "./text.mjs?v=f848a1fb";
-import { say } from "./words.mjs?v=f848a1fb";
+import { el } from "./dom.mjs?v=701dbf5f";
+import { noteList } from "./plan_table.mjs?v=701dbf5f";
+import { bytes } from "./text.mjs?v=701dbf5f";
+import { say } from "./words.mjs?v=701dbf5f";
 
 /** The path that the file would get, and a warning where one lies there already; null without a target. */
 export function targetView(target) {

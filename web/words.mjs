@@ -1,7 +1,7 @@
 // Texts in the language of ComfyUI's page. English is the key; a text without a translation stays English.
 
-import { MESSAGES, TEXTS } from "./zh.mjs?v=f848a1fb";
-import { ERRORS } from "./zh_errors.mjs?v=f848a1fb";
+import { MESSAGES, TEXTS } from "./zh.mjs?v=701dbf5f";
+import { ERRORS } from "./zh_errors.mjs?v=701dbf5f";
 
 let language = () => "en";
 

@@ -92,7 +92,7 @@ export const TEXTS = {
   "Loads with {loader} as {name}": "可用“{loader}”加载，名称 {name}",
   "Looked into the file": "已查看文件",
   "No loader looks there: move it into one of ComfyUI's model folders": "加载器不看那里：请移到 ComfyUI 的模型文件夹中",
-  "No problems found in names, shapes and JSON": "名称、形状和 JSON 中没有发现问题",
+  "No problems found in names, shapes, JSON and scales": "名称、形状、JSON 和缩放中没有发现问题",
   "Plan and report": "计划与报告",
   Planned: "已计划",
   "Previewed, nothing was written": "仅预览，没有写入任何文件",

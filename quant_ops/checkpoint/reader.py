@@ -24,6 +24,7 @@ from ..strict_json import parse, shown
 from .header import read_header
 from .metadata import MAX_JSON_BYTES
 
+SAMPLE, RUNS = 1 << 16, 4  # bytes that show what a tensor holds, and the places they come from
 READ_STEP = 1 << 30  # Linux moves at most 2 GiB a call
 REUSED_FROM = 1 << 20  # smaller tensors get memory of their own: the allocator reuses that anyway
 # Tensors of these sizes are read into locked memory for a GPU: smaller ones are copied in no time,
@@ -155,6 +156,22 @@ class FileSource:
                 f"{path.name}: truncated while reading tensor '{name}': {done} of {len(view)} bytes"
             )
         return tensor
+
+    def sample(self, name: str) -> torch.Tensor:
+        """A few runs of a tensor's elements, evenly spread and SAMPLE bytes in all; the whole of a
+        small one. 1-D, of the tensor's dtype.
+        """
+        spec = self.header.tensors[name]
+        if spec.nbytes <= SAMPLE:
+            return self.read(name).reshape(-1)
+        path, begin, _ = self.header.ranges[name]
+        run = SAMPLE // RUNS
+        taken = torch.empty(SAMPLE, dtype=torch.uint8)
+        for index, view in enumerate(taken.split(run)):
+            at = (spec.nbytes - run) * index // (RUNS - 1) // 16 * 16  # whole elements
+            if self._fill(path, 0, begin + at, tensor_bytes(view)) < run:
+                raise CheckpointError(f"{path.name}: truncated while reading tensor '{name}'")
+        return taken.view(TORCH_DTYPES[spec.dtype])
 
     def _fill_large(self, path: Path, begin: int, view: memoryview) -> int:
         """`_fill`, by several threads where that is worth it."""

@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 from ..checkpoint.header import build_header
 from ..checkpoint.importers.source import open_checkpoint
 from ..doors.advise import advise_file
-from ..doors.quantize import layers_to_round_again, with_warning
 from ..errors import RecipeError
 from ..pipeline import plan_source
 from ..planning.advice import read_bench
-from ..planning.recipe import Recipe
 from ..planning.template import write_template
 from ..report.report import layer_lines, megabytes, plan_lines
 from ..spec import ModelPlan
@@ -31,7 +28,10 @@ def run(args: argparse.Namespace) -> None:
     elif args.bench:
         raise RecipeError("--bench is about --advise, which is missing")
     else:
-        print_plan(args.input, recipe_from(args), as_json=args.json)
+        recipe = recipe_from(args)
+        with open_checkpoint(args.input) as source:
+            plan = plan_source(source, recipe)
+        print_plan(plan, as_json=args.json)
 
 
 def _advise(args: argparse.Namespace) -> None:
@@ -63,19 +63,11 @@ def print_warnings(plan: ModelPlan) -> None:
 
 
 def print_plan(
-    path: Path,
-    recipe: Recipe,
-    *,
-    as_json: bool,
-    requantize: bool = False,
-    facts: Mapping[str, object] = MappingProxyType({}),
+    plan: ModelPlan, *, as_json: bool, facts: Mapping[str, object] = MappingProxyType({})
 ) -> None:
-    """Print the plan of one file: a row per layer, the rules that decided, totals, predicted file
-    size; with further facts as JSON.
+    """Print a plan: a row per layer, the rules that decided, totals, predicted file size; with
+    further facts as JSON.
     """
-    again = layers_to_round_again(path, recipe) if requantize else frozenset()
-    with open_checkpoint(path, decoded=again) as source:
-        plan = with_warning(plan_source(source, recipe), again)
     file_bytes = len(build_header(plan.outputs, plan.metadata)[0]) + plan.bytes_after
     print_warnings(plan)
     if as_json:

@@ -9,6 +9,7 @@ import torch
 
 from ..calibration import load_calibration
 from ..doors import quantize_file
+from ..doors.quantize import plan_file
 from ..errors import RecipeError
 from ..options import stated
 from .common import output_of, recipe_from
@@ -31,7 +32,14 @@ def run(args: argparse.Namespace) -> None:
     else:
         recipe = recipe_from(args)
     if args.dry_run:
-        print_plan(args.input, recipe, as_json=args.json, requantize=args.requantize, facts=facts)
+        plan = plan_file(
+            args.input,
+            recipe,
+            calibration=calibration,
+            input_scales=args.input_scales,
+            requantize=args.requantize,
+        )
+        print_plan(plan, as_json=args.json, facts=facts)
         return
     output = args.output or output_of(args.input, recipe.mark)
     with progress_bar(quiet) as show:

@@ -61,7 +61,7 @@ class Inspection:
             f"  {key} = {value[:100]}" for key, value in self.metadata.items() if key != HEADER_KEY
         ]
         lines += [f"problem: {finding}" for finding in self.findings] or [
-            "no problems found in names, shapes and JSON"
+            "no problems found in names, shapes, JSON and scales"
         ]
         return "\n".join(map(visible, lines))
 

@@ -36,7 +36,7 @@ MISPLACED = Mistake(
 
 
 def problems(source: TensorSource) -> list[Finding]:
-    """Findings from names, shapes, dtypes and JSON."""
+    """Findings from names, shapes, dtypes, JSON, scales and samples of codes."""
     return [*stored_findings(source), *name_findings(source)]
 
 

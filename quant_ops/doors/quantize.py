@@ -14,7 +14,7 @@ from ..checkpoint.importers import ImportOptions
 from ..checkpoint.importers.source import ImportedSource, open_checkpoint
 from ..checkpoint.open import open_file
 from ..files import refuse_as_output
-from ..pipeline import PlanFn, ProgressFn, ignore_progress, plan_source, quantize
+from ..pipeline import PlanFn, ProgressFn, ignore_progress, plan_run, plan_source, quantize
 from ..planning.recipe import Recipe
 from ..report.file import write_report
 from ..report.report import Report
@@ -90,6 +90,25 @@ def quantize_file(
     if sidecar:
         return with_sidecar(report, Path(target), opened.name)
     return report
+
+
+def plan_file(
+    source: str | os.PathLike,
+    recipe: Recipe,
+    *,
+    calibration: Calibration | None = None,
+    input_scales: bool = False,
+    requantize: bool = False,
+) -> ModelPlan:
+    """What `quantize_file` would do, from headers, scales and samples of codes.
+
+    Raises:
+        QuantError: what `quantize_file` refuses before it reads a weight.
+    """
+    again = layers_to_round_again(source, recipe) if requantize else frozenset()
+    with open_checkpoint(source, decoded=again) as opened:
+        plan = plan_run(opened, recipe, calibration=calibration, input_scales=input_scales)
+    return with_warning(plan, again)
 
 
 def with_sidecar(report: Report, target: Path, source: str) -> Report:

@@ -17,6 +17,7 @@ from fewbits.quant_ops.calibration.statistics import CALLS_LOOKED_AT, ROWS_LOOKE
 from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.checkpoint.verify import stored_findings
 from fewbits.quant_ops.doors import quantize_file
+from fewbits.quant_ops.doors.quantize import plan_file
 from fewbits.quant_ops.errors import CheckpointError, RecipeError
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from support.layers import correlated_rows, heavy_weight
@@ -343,6 +344,8 @@ def test_input_scales_are_stored_for_layers_that_were_seen(tmp_path, model_path,
     assert stored["q.input_scale"].shape == ()
     assert float(stored["q.input_scale"]) == pytest.approx(2 * float(x.abs().max()) / full)
     assert report.plan.bytes_after == sum(tensor.nbytes for tensor in stored.values())
+    planned = plan_file(model_path, recipe, calibration=found, input_scales=True)
+    assert planned.bytes_after == report.plan.bytes_after
     with FileSource(target) as source:
         assert stored_findings(source) == []
 

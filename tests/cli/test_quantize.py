@@ -189,6 +189,38 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["m.safetensors"]
 
 
+CONVERSIONS = {
+    "fewbits": ["cli", "quantize", "IN", "-o", "OUT", "--format", "int8_tensorwise"],
+    "convert_to_quant": ["compat", "-i", "IN", "-o", "OUT", "--int8", "--simple"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", CONVERSIONS)
+def test_an_interrupt_from_outside_ends_either_command(command, tmp_path):
+    """The process sends itself the signal that a terminal sends, once a layer is written."""
+    model, out = tiny_checkpoint(tmp_path / "m.safetensors"), tmp_path / "q.safetensors"
+    words = [{"IN": str(model), "OUT": str(out)}.get(word, word) for word in CONVERSIONS[command]]
+    main = "cli.__main__" if words[0] == "cli" else "compat"
+    script = (
+        "import os, signal, sys\n"
+        "import fewbits.quant_ops.pipeline as pipeline\n"
+        f"from fewbits.quant_ops.{main} import main\n"
+        "write = pipeline._write\n"
+        "def interrupted(*given):\n"
+        "    write(*given)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "pipeline._write = interrupted\n"
+        f"sys.exit(main({words[1:]!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.endswith(f"{command}: interrupted; nothing was written\n")
+    assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
 def test_a_recipe_file_may_leave_the_primary_to_the_format_argument(tmp_path):
     (tmp_path / "r.toml").write_text('preset = "none"\n[[rule]]\nmatch = "img_in"\nkeep = true\n')
     plan = ("plan", EMOJI, "--recipe", tmp_path / "r.toml", "--json")

@@ -97,6 +97,7 @@ class StoredLayer:
     tensor_marker: dict | None = None
     unreadable: str | None = None
     bias: int | None = None
+    sample: Callable[[str], torch.Tensor] | None = None  # a part of a tensor, flat
 
     @property
     def marker(self) -> dict | None:

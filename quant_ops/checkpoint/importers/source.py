@@ -27,6 +27,7 @@ from ..scales import scale_problem
 from . import explained, translate
 from .base import CODES, FP8, FileFacts, ImportOptions, StoredLayer, Translation
 from .quanto import PACKED
+from .scaled import lost_its_scale, lost_scale
 from .unread import is_companion, tool_of
 
 LEGACY_MARKER = "scaled_fp8"
@@ -224,6 +225,11 @@ def _stored_layer(
     def read(suffix: str) -> torch.Tensor:
         return source.read(f"{base}.{suffix}")
 
+    part_of = getattr(source, "sample", source.read)
+
+    def sample(suffix: str) -> torch.Tensor:
+        return part_of(f"{base}.{suffix}").reshape(-1)
+
     tensor_marker, unreadable = None, None
     if "comfy_quant" in specs:
         try:
@@ -240,6 +246,7 @@ def _stored_layer(
         tensor_marker=tensor_marker,
         unreadable=unreadable if header_marker is None else None,
         bias=bias.shape[0] if bias is not None and len(bias.shape) == 1 else None,
+        sample=sample,
     )
 
 
@@ -505,6 +512,16 @@ def refuse_unexplained(name: str, contents: Contents) -> None:
         )
 
 
+def _refuse_lost_scales(name: str, contents: Contents) -> None:
+    """
+    Raises:
+        CheckpointError: FP8 codes without their scale, which would pass for plain numbers.
+    """
+    for layer in contents.layers.values():
+        if lost_its_scale(layer):
+            raise CheckpointError(f"{name}: {lost_scale(layer.name, layer.weight.dtype)}")
+
+
 IDLE = {
     "assume": "what 4-bit layers are was said, and no layer leaves it open",
     "assume_convrot": "a rotation was said, and no INT8 layer leaves it open",
@@ -560,7 +577,9 @@ def open_checkpoint(
     """
     with ExitStack() as stack:
         file = stack.enter_context(open_file(path, short_lived=short_lived, for_gpu=for_gpu))
-        refuse_unexplained(file.name, read_contents(file))
+        contents = read_contents(file)
+        refuse_unexplained(file.name, contents)
+        _refuse_lost_scales(file.name, contents)
         opened = renamed(imported(file, ImportOptions(foreign_only=True, decoded=decoded)))
         stack.pop_all()
         return opened

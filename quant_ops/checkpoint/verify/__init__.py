@@ -15,7 +15,7 @@ from ...errors import CheckpointError
 from ...sources import TensorSource
 from ...spec import FLOAT_DTYPES
 from ..host_layers import is_bank
-from ..importers import ImportOptions, StoredLayer, translate
+from ..importers import ImportOptions, StoredLayer, is_claimed, translate
 from ..importers.source import ImportedSource, as_loadable, read_contents
 from .compared import COMPARED, Pair, compare
 from .findings import ORIGINAL, Finding, LayerCheck, Mistake, Verification
@@ -26,6 +26,7 @@ from .values import (
     SCALE_LOST,
     SCALES,
     code_findings,
+    glance_findings,
     scale_findings,
     stored_scale_findings,
 )
@@ -61,12 +62,19 @@ def verify_source(source: TensorSource, original: TensorSource | None = None) ->
 
 
 def stored_findings(source: TensorSource) -> list[Finding]:
-    """The problems that names, shapes and JSON show, without reading any weight."""
+    """The problems that names, shapes, JSON, scales and samples of codes show."""
     contents = read_contents(source)
     found = file_findings(contents)
     for layer in contents.layers.values():
         found += layer_findings(layer)
+        if is_claimed(layer) and not _is_bank(layer):
+            found += glance_findings(layer)
     return found
+
+
+def _is_bank(layer: StoredLayer) -> bool:
+    """Whether ComfyUI reads a bank of experts here, which nothing decodes."""
+    return is_host_layer(layer) and is_bank(layer.said)
 
 
 def _decoded(original: TensorSource) -> ImportedSource:
@@ -77,7 +85,7 @@ def _check_layer(
     base: str, layer: StoredLayer, truth: ImportedSource | None
 ) -> tuple[LayerCheck | None, list[Finding]]:
     found = layer_findings(layer)
-    if is_host_layer(layer) and is_bank(layer.said):
+    if _is_bank(layer):
         return LayerCheck(base, "bank of experts, not decoded", layer.said["format"]), found
     try:
         made = translate(layer, ImportOptions())

@@ -10,12 +10,15 @@ from ...formats import FORMATS
 from ..importers import StoredLayer, Translation
 from ..importers.base import FP8, FP8_SCALES, Tensors
 from ..importers.bitsandbytes import LOW_NIBBLE
-from ..importers.scaled import is_saturated
+from ..importers.scaled import lost_its_scale
+from ..scales import SCALES as SCALE_NAMES
 from ..scales import scale_problem
 from .findings import ORIGINAL, REPAIR, Finding, Mistake, findings_of
 
 # Codes reach 127 or 448, weights of models at most some hundreds: their scales stay below 10.
 LARGEST_SCALE = 256.0
+# Bytes of scales that are read at a glance: one number per row is 48 KB for 12,288 rows.
+SMALL = 1 << 18
 
 
 def _swapped(layer: StoredLayer, stored: Tensors, made: Translation) -> Iterable[str]:
@@ -31,8 +34,7 @@ def _nan_codes(layer: StoredLayer, stored: Tensors, made: Translation) -> Iterab
 
 
 def _lost_scale(layer: StoredLayer, stored: Tensors, made: Translation) -> Iterable[str]:
-    unscaled = layer.first(*FP8_SCALES) is None
-    if layer.weight.dtype in FP8 and unscaled and is_saturated(stored[layer.codes]):
+    if lost_its_scale(layer):
         yield f"largest code of {layer.weight.dtype}"
 
 
@@ -100,6 +102,25 @@ SCALES = (
         _implausible_scale,
     ),
 )
+
+
+def glance_findings(layer: StoredLayer) -> list[Finding]:
+    """What samples of the codes and all small scales show: of what `code_findings` and
+    `scale_findings` find, that which takes no reading of weights.
+    """
+    found = SCALE_LOST.findings(layer.name, layer, {}, None)
+    scales = {
+        suffix: layer.read(suffix) for suffix in layer.specs if _is_small_scale(layer, suffix)
+    }
+    broken = stored_scale_findings(layer, scales)
+    plain = layer.first(*FP8_SCALES)
+    if broken or plain not in scales or layer.weight.dtype not in (*FP8, "I8"):
+        return found + broken
+    return found + scale_findings(layer, {"weight_scale": scales[plain]})
+
+
+def _is_small_scale(layer: StoredLayer, suffix: str) -> bool:
+    return suffix.rpartition(".")[2] in SCALE_NAMES and layer.specs[suffix].nbytes <= SMALL
 
 
 def code_findings(layer: StoredLayer, stored: Tensors, made: Translation) -> list[Finding]:
