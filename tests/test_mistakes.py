@@ -31,6 +31,7 @@ ODD = "compat/test_command.py::test_odd_and_zero_layers_convert_in_every_format"
 INT8 = "compat/test_command.py::test_int8_rounds_to_nearest_and_does_not_truncate"
 STATUS = "compat/test_command.py::test_failures_exit_with_2_and_leave_nothing"
 E5M2 = "compat/test_command.py::test_convert_fp8_scaled_keeps_codes_and_scales_e5m2_too"
+DOORS = "checkpoint/test_every_door.py::test_every_door_says_the_same_and_writes_what_is_right"
 SCALED = "cli/test_convert.py::test_scaled_fp8_becomes_comfy_quant_table_by_table"
 MARKER = "checkpoint/test_importers.py::test_the_marker_owns_the_layers_below_its_prefix"
 
@@ -81,7 +82,9 @@ TESTS = {
     "scales are not those of the codes": ("test_mistakes.py::test_the_reported_error_is_that_of_the_file",),
     "hybrid-scalar": (FOUND, "checkpoint/test_importers.py::test_hybrid_mxfp8_is_mxfp8"),
     "int8-tag-wrong": (FOUND, LABEL, "checkpoint/test_labels.py::test_every_shape_has_one_reading_or_none"),
-    "lowest-code": (FOUND, "kernels/test_grids.py::test_integers_round_half_to_even_and_the_lowest_code_is_never_used"),
+    "the lowest code is written": ("kernels/test_grids.py::test_integers_round_half_to_even_and_the_lowest_code_is_never_used",),
+    "scale-zero": (DOORS,),
+    "codes-of-other-width": (DOORS,),
     "nan-codes": (FOUND, "kernels/test_grids.py::test_casts_to_e4m3_at_the_edges_are_the_golden_bytes"),
     "arithmetic in bf16": ("test_mistakes.py::test_a_bf16_file_gets_the_codes_of_its_float32_values",
             "kernels/test_grids.py::test_codes_of_any_dtype_are_those_of_the_weight_widened_to_float32"),

@@ -1,10 +1,10 @@
 // How far the pictures of other models are from those of the first, and which layers may be to blame.
 
-import { el } from "./dom.mjs?v=701dbf5f";
-import { noteList } from "./plan_table.mjs?v=701dbf5f";
-import { worstLayers } from "./report_view.mjs?v=701dbf5f";
-import { bytes, duration } from "./text.mjs?v=701dbf5f";
-import { say, translated } from "./words.mjs?v=701dbf5f";
+import { el } from "./dom.mjs?v=473884d7";
+import { noteList } from "./plan_table.mjs?v=473884d7";
+import { worstLayers } from "./report_view.mjs?v=473884d7";
+import { bytes, duration } from "./text.mjs?v=473884d7";
+import { say, translated } from "./words.mjs?v=473884d7";
 
 const WORST = 5;
 

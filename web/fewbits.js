@@ -3,17 +3,17 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { adviceResult } from "./advice_view.mjs?v=701dbf5f";
-import { comparisonResult } from "./comparison_view.mjs?v=701dbf5f";
-import { fitResult } from "./fit_view.mjs?v=701dbf5f";
-import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=701dbf5f";
-import { growAlone } from "./growth.mjs?v=701dbf5f";
-import { isPrimary } from "./layer_list.mjs?v=701dbf5f";
-import { Panel } from "./panel.mjs?v=701dbf5f";
-import { qualityResult } from "./quality_view.mjs?v=701dbf5f";
-import { earlierOutput, settingsOf } from "./results.mjs?v=701dbf5f";
-import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=701dbf5f";
-import { say, useLanguage } from "./words.mjs?v=701dbf5f";
+import { adviceResult } from "./advice_view.mjs?v=473884d7";
+import { comparisonResult } from "./comparison_view.mjs?v=473884d7";
+import { fitResult } from "./fit_view.mjs?v=473884d7";
+import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=473884d7";
+import { growAlone } from "./growth.mjs?v=473884d7";
+import { isPrimary } from "./layer_list.mjs?v=473884d7";
+import { Panel } from "./panel.mjs?v=473884d7";
+import { qualityResult } from "./quality_view.mjs?v=473884d7";
+import { earlierOutput, settingsOf } from "./results.mjs?v=473884d7";
+import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=473884d7";
+import { say, useLanguage } from "./words.mjs?v=473884d7";
 
 // what the panel of a node says before and during a run, and how high it is
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };

@@ -1,10 +1,10 @@
 // What Fit to Size chose: how that meets what was asked for, and the layers that it cost most.
 
-import { el } from "./dom.mjs?v=701dbf5f";
-import { planTable, warningList } from "./plan_table.mjs?v=701dbf5f";
-import { worstLayers } from "./report_view.mjs?v=701dbf5f";
-import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=701dbf5f";
-import { say, translated } from "./words.mjs?v=701dbf5f";
+import { el } from "./dom.mjs?v=473884d7";
+import { planTable, warningList } from "./plan_table.mjs?v=473884d7";
+import { worstLayers } from "./report_view.mjs?v=473884d7";
+import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=473884d7";
+import { say, translated } from "./words.mjs?v=473884d7";
 
 const WORST = 5;
 

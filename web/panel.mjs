@@ -1,15 +1,15 @@
 // The panel under a node of FewBits. It draws the JSON it is sent and knows no format by name.
 
-import { adviceResult } from "./advice_view.mjs?v=701dbf5f";
-import { el } from "./dom.mjs?v=701dbf5f";
-import { fileView } from "./file_view.mjs?v=701dbf5f";
-import { LayerList } from "./layer_list.mjs?v=701dbf5f";
-import { noteList, planTable, warningList } from "./plan_table.mjs?v=701dbf5f";
-import { meaningOf, worstLayers } from "./report_view.mjs?v=701dbf5f";
-import { sizesView, targetView } from "./preview_view.mjs?v=701dbf5f";
-import { recipeText, savedFile } from "./saved_file.mjs?v=701dbf5f";
-import { bytes, change, duration, familyOf, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=701dbf5f";
-import { say, translated, translatedError } from "./words.mjs?v=701dbf5f";
+import { adviceResult } from "./advice_view.mjs?v=473884d7";
+import { el } from "./dom.mjs?v=473884d7";
+import { fileView } from "./file_view.mjs?v=473884d7";
+import { LayerList } from "./layer_list.mjs?v=473884d7";
+import { noteList, planTable, warningList } from "./plan_table.mjs?v=473884d7";
+import { meaningOf, worstLayers } from "./report_view.mjs?v=473884d7";
+import { sizesView, targetView } from "./preview_view.mjs?v=473884d7";
+import { recipeText, savedFile } from "./saved_file.mjs?v=473884d7";
+import { bytes, change, duration, familyOf, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=473884d7";
+import { say, translated, translatedError } from "./words.mjs?v=473884d7";
 
 /**
  * `element` is what the node shows. Its `data-phase` goes idle -> planned -> running -> done; a run that ends early

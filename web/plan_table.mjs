@@ -1,8 +1,8 @@
 // The plan at a glance: layers and sizes per format, and what to read before trusting it.
 
-import { el } from "./dom.mjs?v=701dbf5f";
-import { inUnit, unitFor } from "./text.mjs?v=701dbf5f";
-import { say, translated } from "./words.mjs?v=701dbf5f";
+import { el } from "./dom.mjs?v=473884d7";
+import { inUnit, unitFor } from "./text.mjs?v=473884d7";
+import { say, translated } from "./words.mjs?v=473884d7";
 
 /** One row per format and a total; all sizes in the unit that fits the total. Without a plan: the empty table. */
 export function planTable(plan) {

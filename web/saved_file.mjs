@@ -1,7 +1,7 @@
 // Where a file went, in words that find it again.
 
-import { el } from "./dom.mjs?v=701dbf5f";
-import { say } from "./words.mjs?v=701dbf5f";
+import { el } from "./dom.mjs?v=473884d7";
+import { say } from "./words.mjs?v=473884d7";
 
 const COPIED_MS = 1500;
 

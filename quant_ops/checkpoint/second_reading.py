@@ -14,6 +14,7 @@ from ..reference import Stored, decode, read_layers
 from ..sources import TORCH_DTYPES
 from ..spec import TensorSpec
 from .host_layers import host_layer
+from .reader import tensor_bytes
 
 # Both decode the same codes: float32 against float64 in rotations differ by 3e-7 of the norm.
 ALIKE = 1e-5
@@ -67,11 +68,12 @@ def _compare(base: str, marker: dict, stored: dict[str, Stored]) -> None:
 def _ours(marker: dict, stored: dict[str, Stored]) -> np.ndarray:
     format = get_format(marker["format"])
     specs = _specs(stored)
-    tensors = {
-        suffix: torch.frombuffer(bytearray(tensor.data), dtype=TORCH_DTYPES[tensor.dtype]).reshape(
-            tensor.shape
-        )
-        for suffix, tensor in stored.items()
-    }
+    tensors = {suffix: _tensor(tensor) for suffix, tensor in stored.items()}
     options, layer = format.options_from(marker, specs), format.stored_layer(marker, specs)
     return format.dequantize(tensors, layer, options).numpy()
+
+
+def _tensor(stored: Stored) -> torch.Tensor:
+    made = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
+    tensor_bytes(made)[:] = stored.data
+    return made

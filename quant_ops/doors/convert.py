@@ -11,7 +11,12 @@ from ..checkpoint.diffusers import renamed
 from ..checkpoint.exporters import KINDS, TARGETS
 from ..checkpoint.importers import ImportOptions
 from ..checkpoint.importers.scaled_fp8 import ScaledFp8
-from ..checkpoint.importers.source import ImportedSource, origins_of, refuse_unexplained
+from ..checkpoint.importers.source import (
+    ImportedSource,
+    origins_of,
+    refuse_damaged,
+    refuse_unexplained,
+)
 from ..checkpoint.open import open_file
 from ..errors import CheckpointError, RecipeError, visible
 from ..formats import FORMATS
@@ -88,6 +93,7 @@ def convert_file(
     sink = checked_sink(target, overwrite=overwrite, verify=verify)
     with open_file(source) as file, closing(ImportedSource(file, options, TARGETS[to])) as opened:
         refuse_unexplained(opened.name, opened.contents)
+        refuse_damaged(opened.name, opened.contents)
         if only == "fp8_scaled":
             _refuse_unscaled(opened)
         matched = _high_precision(opened, pattern) if pattern else None

@@ -12,7 +12,7 @@ from ..checkpoint.diffusers import names_of
 from ..checkpoint.importers.source import is_side
 from ..checkpoint.reader import FileSource
 from ..checkpoint.second_reading import refuse_other_reading
-from ..checkpoint.verify import SCALE_LOST, Finding, Mistake, stored_findings
+from ..checkpoint.verify import UNREPAIRABLE, Finding, Mistake, stored_findings
 from ..checkpoint.verify.findings import ORIGINAL
 from ..checkpoint.writer import FileSink
 from ..errors import CheckpointError
@@ -87,7 +87,7 @@ def checked_sink(
     """
     known = tuple(known)
     allowed = {(finding.name, finding.layer) for finding in known}
-    unscaled = {finding.layer for finding in known if finding.mistake is SCALE_LOST}
+    undecoded = {finding.layer for finding in known if finding.mistake in UNREPAIRABLE}
 
     def check(written: Path) -> None:
         with FileSource(written) as source:
@@ -102,7 +102,7 @@ def checked_sink(
                 f"{found[0].to_text()}"
             )
         if verify or os.environ.get(VERIFY) == "1":
-            refuse_other_reading(written, besides=unscaled)
+            refuse_other_reading(written, besides=undecoded)
 
     return FileSink(
         target,

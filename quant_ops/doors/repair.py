@@ -12,7 +12,7 @@ from pathlib import Path
 from ..checkpoint.importers import ImportOptions
 from ..checkpoint.importers.source import ImportedSource, refuse_unexplained
 from ..checkpoint.reader import FileSource
-from ..checkpoint.verify import SCALE_LOST, Finding, Verification
+from ..checkpoint.verify import SCALE_BROKEN, UNREPAIRABLE, Finding, Verification
 from ..checkpoint.writer import check_target
 from ..errors import visible
 from ..options import as_json
@@ -60,8 +60,8 @@ def repair_file(
     """Write a copy in which everything is fixed that can be fixed without the original, and say
     what was done.
 
-    A layer whose scale was lost stays as it is stored: without it ComfyUI stops, with a made-up one
-    it would run and be wrong.
+    A layer whose codes or scales are damaged stays as it is stored, and is told: with a made-up
+    scale ComfyUI would run and be wrong.
 
     Args:
         verify: before the file gets its name, decode every other layer by the reference decoder
@@ -74,9 +74,8 @@ def repair_file(
     check_target(Path(target), overwrite)
     with FileSource(source) as file:
         before = verification(file)
-        left = frozenset(
-            finding.layer for finding in before.findings if finding.mistake is SCALE_LOST
-        )
+        broken = [finding for finding in before.findings if finding.mistake in UNREPAIRABLE]
+        left = frozenset(finding.layer for finding in broken if finding.mistake is not SCALE_BROKEN)
         sink = checked_sink(target, overwrite=overwrite, known=before.findings, verify=verify)
         options = replace(options or ImportOptions(), left=left)
         with closing(ImportedSource(file, options)) as opened:

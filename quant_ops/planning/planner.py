@@ -105,7 +105,7 @@ def stored_markers_needed(header: Header) -> list[str]:
     """
     if header_markers(header.metadata):
         return []
-    return [name for name in header.tensors if name.endswith(".comfy_quant")]
+    return [name for name in header.tensors if name.removesuffix(".comfy_quant") not in ("", name)]
 
 
 class _Planner:

@@ -55,12 +55,6 @@ def mxfp8_with_nan():
     return tensors
 
 
-def int8_with_lowest():
-    tensors = native("int8_tensorwise")
-    tensors["a.weight"][0, 0] = -128
-    return tensors
-
-
 def nvfp4_with_nan():
     return changed(native("nvfp4"), weight_scale_2=torch.tensor(float("nan")))
 
@@ -104,13 +98,19 @@ SHOWN = {
     "rotation-impossible group": native("int8_tensorwise", WIDE, {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 48}),
     "hybrid-scalar": changed(native("mxfp8", WIDE, lambda m: {**m, "format": "hybrid_mxfp8"}), weight_scalar=torch.tensor(2.0)),
     "int8-tag-wrong": native("int8_lodewise", WIDE, {"format": "int8_tensorwise"}, block_size=64),
-    "lowest-code": int8_with_lowest(),
     "nan-codes": mxfp8_with_nan(),
     "group-size-once": native("int8_blockwise", WIDE, without("params"), block_size=64),
     "format-unknown": native("float8_e4m3fn", WIDE, {"format": ""}),
     "orphan-side-tensor": {"b.weight": WIDE, "a.weight_scale": torch.ones(())},
     "unreadable": {"a.weight": WIDE.to(torch.float8_e5m2), "a.weight_scale": torch.rand(64)},
 }  # fmt: skip
+
+
+def test_the_lowest_int8_code_is_a_number_like_any_other():
+    """Written by tools that divide by 127.5; every reader multiplies it by the scale."""
+    tensors = native("int8_tensorwise")
+    tensors["a.weight"][0, 0] = -128
+    assert verify_source(MemorySource(tensors)).ok
 
 
 @pytest.mark.parametrize("case", SHOWN)

@@ -62,12 +62,7 @@ def explained(layer: StoredLayer) -> bool:
     """Whether a layer's weight is no codes, or codes that some dialect claims."""
     if layer.weight.dtype in FLOAT_DTYPES or layer.marker is not None:
         return True
-    return len(layer.weight.shape) < 2 or is_claimed(layer)
-
-
-def is_claimed(layer: StoredLayer) -> bool:
-    """Whether some dialect has a layer like this."""
-    return any(dialect.claims(layer) for dialect in DIALECTS)
+    return len(layer.weight.shape) < 2 or any(dialect.claims(layer) for dialect in DIALECTS)
 
 
 def translate(layer: StoredLayer, options: ImportOptions) -> Translation | None:
@@ -94,6 +89,5 @@ __all__ = [
     "StoredLayer",
     "Translation",
     "explained",
-    "is_claimed",
     "translate",
 ]

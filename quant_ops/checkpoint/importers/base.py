@@ -97,7 +97,9 @@ class StoredLayer:
     tensor_marker: dict | None = None
     unreadable: str | None = None
     bias: int | None = None
-    sample: Callable[[str], torch.Tensor] | None = None  # a part of a tensor, flat
+    sample: Callable[[str], torch.Tensor] | None = (
+        None  # a part of a tensor; None: look at everything
+    )
 
     @property
     def marker(self) -> dict | None:
@@ -157,6 +159,11 @@ class StoredLayer:
     def first(self, *suffixes: str) -> str | None:
         """The first of these suffixes that is stored."""
         return next((suffix for suffix in suffixes if suffix in self.specs), None)
+
+    def sampled(self, suffix: str) -> torch.Tensor:
+        """A part of a tensor that shows what it holds, or all of it; flat."""
+        part = self.read(suffix) if self.sample is None else self.sample(suffix)
+        return part.reshape(-1)
 
     def number(self, suffix: str) -> float | None:
         """The value of a one-element tensor, None when it has another size."""
@@ -401,7 +408,7 @@ def input_scale_problem(layer: StoredLayer, suffix: str, format_name: str) -> st
         return f"it has {layer.specs[suffix].numel} elements, one is allowed"
     if not math.isfinite(value) or value <= 0:
         return f"it is {value}"
-    own = layer.first("weight_scale", "scale_weight")
+    own = layer.first(*FP8_SCALES)
     if (
         value != 1.0
         and own is not None

@@ -17,8 +17,9 @@ import torch
 
 from ....kernels.packing import unpack_nibbles
 from ...errors import CheckpointError, RecipeError
-from ...formats import FORMATS, get_format
-from ...sources import spec_of
+from ...formats import FORMATS, FormatOptions, get_format
+from ...sources import TORCH_DTYPES, spec_of
+from ...spec import TensorSpec
 from ..host_layers import ASYM, group_size, host_layer, is_bank
 from .asym_w4a8 import decode_asym
 from .base import ImportOptions, StoredLayer, Tensors, Translation
@@ -33,9 +34,9 @@ class ComfyuiLayers:
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation | None:
         name = layer.said["format"]
         known = is_bank(layer.said) or name in options.host_formats or not options.host_formats
+        shape, decode = _decoder(layer, name)
         if options.foreign_only and known and not layer.misspelled:
             return None
-        shape, decode = _decoder(layer, name)
         if options.foreign_only and not known:  # an older ComfyUI: float weights open in any
             made = self._copied(layer, shape, decode)
             return made.decoded(made.float_dtype, f"{name} is unknown to this ComfyUI: decoded")
@@ -114,6 +115,12 @@ def _bank(
     rows = stored[0] // experts if flat else stored[1]
     columns = stored[-1] * (FORMATS[name].codes_per_byte if name in FORMATS else 2)
     marker = {key: value for key, value in layer.said.items() if key != "num_experts"}
+    if name in FORMATS:
+        outline = {
+            suffix: torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
+            for suffix, spec in layer.specs.items()
+        }
+        _options(name, marker, _expert(outline, 0, experts, flat))
 
     def decode(tensors: Tensors) -> torch.Tensor:
         pieces = [
@@ -143,9 +150,20 @@ def _decode_expert(name: str, marker: dict, tensors: Tensors) -> torch.Tensor:
     if name not in FORMATS:
         return decode_awq(tensors, group_size(marker))
     format = get_format(name)
+    specs, options = _options(name, marker, tensors)
+    return format.dequantize(tensors, format.stored_layer(marker, specs), options)
+
+
+def _options(
+    name: str, marker: dict, tensors: Tensors
+) -> tuple[dict[str, TensorSpec], FormatOptions]:
+    """The tensors and options of one expert.
+
+    Raises:
+        CheckpointError: they are not those of the format.
+    """
     specs = {suffix: spec_of(suffix, tensor) for suffix, tensor in tensors.items()}
     try:
-        options = format.options_from(marker, specs)
+        return specs, get_format(name).options_from(marker, specs)
     except (CheckpointError, RecipeError) as error:
         raise CheckpointError(f"bank of experts in {name}: {error}") from None
-    return format.dequantize(tensors, format.stored_layer(marker, specs), options)

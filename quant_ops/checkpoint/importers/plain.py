@@ -21,8 +21,8 @@ from ...errors import CheckpointError
 from ...formats.nvfp4 import Nvfp4
 from ...spec import FLOAT_DTYPES
 from .bare_nvfp4 import translate_bare_nvfp4
-from .base import FP8, FP8_SCALES, ImportOptions, StoredLayer, Tensors, Translation
-from .scaled import refuse_rivals, translate_scaled
+from .base import FP8, ImportOptions, StoredLayer, Tensors, Translation
+from .scaled import PLAIN, refuse_rivals, translate_scaled
 
 # What a weight loses when it is decoded, and some tools leave.
 STRAY = (
@@ -39,7 +39,7 @@ class PlainFp8:
         return layer.weight.dtype in FP8
 
     def translate(self, layer: StoredLayer, options: ImportOptions) -> Translation | None:
-        refuse_rivals(layer, layer.first(*FP8_SCALES))
+        refuse_rivals(layer, layer.first(*PLAIN))
         if layer.marker is None and layer.unreadable is None:
             if options.foreign_only:
                 return None
@@ -69,7 +69,7 @@ class OrphanMarker:
     """
 
     def claims(self, layer: StoredLayer) -> bool:
-        named = bool(layer.said.get("format")) or layer.unreadable is not None
+        named = layer.marker is not None or layer.unreadable is not None
         scaled = layer.first("weight_scale", "scale_weight", "weight_s_rel", "absmax")
         return named and layer.weight.dtype in FLOAT_DTYPES and scaled is None
 

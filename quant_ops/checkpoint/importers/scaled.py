@@ -169,15 +169,10 @@ def refuse_rivals(layer: StoredLayer, chosen: str | None) -> None:
 def _refuse_lost_scale(layer: StoredLayer, codes: torch.Tensor) -> None:
     """Codes that were scaled fill their range; a plain cast would not."""
     if is_saturated(codes):
-        raise CheckpointError(lost_scale(layer.name, layer.weight.dtype))
-
-
-def lost_scale(layer: str, dtype: str) -> str:
-    """What is said of a layer without its scale."""
-    return (
-        f"layer '{layer}': the {dtype} codes fill their range and there is no scale: it was lost; "
-        "start from the original model"
-    )
+        raise CheckpointError(
+            f"layer '{layer.name}': the {layer.weight.dtype} codes fill their range and there is "
+            "no scale: it was lost; start from the original model"
+        )
 
 
 def lost_its_scale(layer: StoredLayer) -> bool:
@@ -187,10 +182,9 @@ def lost_its_scale(layer: StoredLayer) -> bool:
     """
     if layer.weight.dtype not in FP8 or layer.first(*FP8_SCALES, *RIVALS) is not None:
         return False
-    if layer.sample is not None:
-        part = layer.sample(layer.codes)
-        if not bool((levels_of(part.dtype).widen(part).abs() >= LARGE).any()):
-            return False
+    part = layer.sampled(layer.codes)
+    if not bool((levels_of(part.dtype).widen(part).abs() >= LARGE).any()):
+        return False
     return is_saturated(layer.read(layer.codes))
 
 

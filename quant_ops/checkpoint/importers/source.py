@@ -19,6 +19,7 @@ from ...sources import TORCH_DTYPES, TensorSource
 from ...spec import FLOAT_DTYPES, Header, TensorSpec
 from ...strict_json import parse
 from ..diffusers import renamed
+from ..host_layers import host_layer, is_bank
 from ..labels import EMBEDDING
 from ..metadata import HEADER_KEY, markers_in, read_marker
 from ..open import open_file
@@ -26,8 +27,8 @@ from ..reader import stored_text
 from ..scales import scale_problem
 from . import explained, translate
 from .base import CODES, FP8, FileFacts, ImportOptions, StoredLayer, Translation
+from .damage import damage
 from .quanto import PACKED
-from .scaled import lost_its_scale, lost_scale
 from .unread import is_companion, tool_of
 
 LEGACY_MARKER = "scaled_fp8"
@@ -228,7 +229,7 @@ def _stored_layer(
     part_of = getattr(source, "sample", source.read)
 
     def sample(suffix: str) -> torch.Tensor:
-        return part_of(f"{base}.{suffix}").reshape(-1)
+        return part_of(f"{base}.{suffix}")
 
     tensor_marker, unreadable = None, None
     if "comfy_quant" in specs:
@@ -512,14 +513,31 @@ def refuse_unexplained(name: str, contents: Contents) -> None:
         )
 
 
-def _refuse_lost_scales(name: str, contents: Contents) -> None:
+def refuse_damaged(name: str, contents: Contents) -> None:
     """
     Raises:
-        CheckpointError: FP8 codes without their scale, which would pass for plain numbers.
+        CheckpointError: a layer whose codes or scales cannot be what they are said to be, as far as
+            a glance shows.
     """
     for layer in contents.layers.values():
-        if lost_its_scale(layer):
-            raise CheckpointError(f"{name}: {lost_scale(layer.name, layer.weight.dtype)}")
+        made = readable(layer)
+        problem = made and damage(layer, made)
+        if problem:
+            raise CheckpointError(
+                f"{name}: layer '{layer.name}': {problem}; the file is damaged: get a good copy, "
+                "or start from the original model"
+            )
+
+
+def readable(layer: StoredLayer) -> Translation | None:
+    """What becomes of a quantized layer; None for any other, for a bank of experts, and for one
+    that is refused anyway.
+    """
+    bank = host_layer(layer.said, layer.specs) is not None and is_bank(layer.said)
+    try:
+        return None if bank else translate(layer, ImportOptions())
+    except CheckpointError:
+        return None
 
 
 IDLE = {
@@ -579,7 +597,7 @@ def open_checkpoint(
         file = stack.enter_context(open_file(path, short_lived=short_lived, for_gpu=for_gpu))
         contents = read_contents(file)
         refuse_unexplained(file.name, contents)
-        _refuse_lost_scales(file.name, contents)
+        refuse_damaged(file.name, contents)
         opened = renamed(imported(file, ImportOptions(foreign_only=True, decoded=decoded)))
         stack.pop_all()
         return opened

@@ -9,34 +9,27 @@ found in it, and are not here.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ...errors import CheckpointError
 from ...sources import TensorSource
 from ...spec import FLOAT_DTYPES
 from ..host_layers import is_bank
-from ..importers import ImportOptions, StoredLayer, is_claimed, translate
-from ..importers.source import ImportedSource, as_loadable, read_contents
+from ..importers import ImportOptions, StoredLayer, translate
+from ..importers.source import ImportedSource, as_loadable, read_contents, readable
 from .compared import COMPARED, Pair, compare
 from .findings import ORIGINAL, Finding, LayerCheck, Mistake, Verification
 from .stored import EXPLAINED, STORED, is_host_layer, layer_findings
-from .values import (
-    CODES,
-    SCALE_BROKEN,
-    SCALE_LOST,
-    SCALES,
-    code_findings,
-    glance_findings,
-    scale_findings,
-    stored_scale_findings,
-)
+from .values import SCALE_BROKEN, UNREPAIRABLE, VALUES, value_findings
 from .whole_file import METADATA_LOST, WHOLE_FILE, file_findings
 
 UNREADABLE = Mistake("unreadable", "the layer cannot be decoded", ORIGINAL)
 
 MISTAKES: dict[str, Mistake] = {
     mistake.name: mistake
-    for mistake in (*WHOLE_FILE, *STORED, *CODES, *SCALES, *COMPARED, METADATA_LOST, UNREADABLE)
+    for mistake in (*WHOLE_FILE, *STORED, *VALUES, *COMPARED, METADATA_LOST, UNREADABLE)
 }
 
 
@@ -67,14 +60,10 @@ def stored_findings(source: TensorSource) -> list[Finding]:
     found = file_findings(contents)
     for layer in contents.layers.values():
         found += layer_findings(layer)
-        if is_claimed(layer) and not _is_bank(layer):
-            found += glance_findings(layer)
+        made = readable(layer)
+        if made is not None:
+            found += value_findings(layer, made)
     return found
-
-
-def _is_bank(layer: StoredLayer) -> bool:
-    """Whether ComfyUI reads a bank of experts here, which nothing decodes."""
-    return is_host_layer(layer) and is_bank(layer.said)
 
 
 def _decoded(original: TensorSource) -> ImportedSource:
@@ -85,7 +74,11 @@ def _check_layer(
     base: str, layer: StoredLayer, truth: ImportedSource | None
 ) -> tuple[LayerCheck | None, list[Finding]]:
     found = layer_findings(layer)
-    if _is_bank(layer):
+    if is_host_layer(layer) and is_bank(layer.said):
+        try:
+            translate(layer, ImportOptions())
+        except CheckpointError as error:
+            return None, [*found, UNREADABLE.at(base, str(error))]
         return LayerCheck(base, "bank of experts, not decoded", layer.said["format"]), found
     try:
         made = translate(layer, ImportOptions())
@@ -93,23 +86,18 @@ def _check_layer(
             return None, found
         made = as_loadable(base, made)
         stored = {suffix: layer.read(suffix) for suffix in layer.specs}
-        found += code_findings(layer, stored, made)
-        broken = stored_scale_findings(layer, stored)
-        found += broken
+        whole = replace(layer, read=stored.__getitem__, sample=None)
+        found += value_findings(whole, made)
         canonical = made.convert(stored)
         if is_host_layer(layer):
             made.weight(canonical)
     except (RuntimeError, IndexError) as error:  # tensors that torch cannot bring together
         return None, [*found, UNREADABLE.at(base, str(error).splitlines()[0])]
     except CheckpointError as error:
-        explained = any(
-            finding.mistake in (*EXPLAINED, SCALE_LOST, SCALE_BROKEN) for finding in found
-        )
+        explained = any(finding.mistake in (*EXPLAINED, *UNREPAIRABLE) for finding in found)
         if not explained:
             found.append(UNREADABLE.at(base, str(error)))
         return None, found
-    if not broken:
-        found += scale_findings(layer, canonical)
     rel_l2 = None
     weight = truth and _original(truth, base)
     if weight is not None:
@@ -129,7 +117,8 @@ def _original(truth: ImportedSource, base: str) -> torch.Tensor | None:
 
 __all__ = [
     "MISTAKES",
-    "SCALE_LOST",
+    "SCALE_BROKEN",
+    "UNREPAIRABLE",
     "Finding",
     "LayerCheck",
     "Mistake",

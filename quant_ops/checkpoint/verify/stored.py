@@ -67,7 +67,7 @@ def _misspelled(layer: StoredLayer) -> Problems:
 
 def _orphan_marker(layer: StoredLayer) -> Problems:
     if OrphanMarker().claims(layer) and not layer.unreadable:
-        yield f"weight is {layer.weight.dtype}, its JSON says {layer.said['format']}"
+        yield f"weight is {layer.weight.dtype}, its JSON says {layer.said.get('format')}"
 
 
 def _hybrid(layer: StoredLayer) -> Problems:
