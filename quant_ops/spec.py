@@ -62,6 +62,11 @@ class Header:
     # names of tensors that a LoRA or another patch changed: such a source has `unpatched(name)`
     patched: frozenset[str] = frozenset()
 
+    def weights(self) -> list[str]:
+        """Base names of everything that has a weight."""
+        names = (name.rpartition(".") for name in self.tensors)
+        return [base for base, dot, suffix in names if dot and suffix == "weight"]
+
 
 @dataclass(frozen=True, slots=True)
 class LayerInput:

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import tomllib
@@ -228,6 +229,38 @@ def test_a_choice_does_not_stand_inside_a_choice():
 
 def test_a_comprehension_does_not_stand_inside_a_comprehension():
     assert in_all_files(lambda text: nested(text, COMPREHENSIONS)) == []
+
+
+def per_thousand(kinds: type | tuple[type, ...]) -> float:
+    """How many expressions of these kinds stand in 1000 shipped lines."""
+    texts = [path.read_text(encoding="utf-8") for path in shipped()]
+    lines = sum(len(text.splitlines()) for text in texts)
+    found = [node for node in chain(*map(nodes_of, texts)) if isinstance(node, kinds)]
+    return 1000 * len(found) / lines
+
+
+def two_loops(text: str) -> list[int]:
+    nodes = nodes_of(text)
+    return [
+        node.lineno
+        for node in nodes
+        if isinstance(node, COMPREHENSIONS) and len(node.generators) > 1
+    ]
+
+
+def test_choices_are_few():
+    """Calm projects have 3 to 10 conditional expressions in 1000 lines."""
+    assert per_thousand(ast.IfExp) <= 10
+
+
+def test_comprehensions_are_few():
+    """13.4 build a list, a set or a dictionary; the others are mostly what any() or sum() takes."""
+    assert per_thousand(COMPREHENSIONS[:3]) <= 13.4
+    assert per_thousand(COMPREHENSIONS) <= 23.6
+
+
+def test_a_comprehension_has_one_loop():
+    assert in_all_files(two_loops) == []
 
 
 def test_what_is_nested_is_found():

@@ -54,7 +54,9 @@ def state(flags: dict[str, object]) -> Stated:
         fields = stated.setdefault(group, {})
         read = _read(flag, value)
         adds_up = flag.value is bool and flag.means is not True
-        fields[key] = (*fields.get(key, ()), read) if adds_up else read
+        if adds_up:
+            read = (*fields.get(key, ()), read)
+        fields[key] = read
     return stated
 
 
@@ -139,7 +141,9 @@ def _conversion(stated: Stated, run: dict[str, object]) -> Job:
     }
     output = run.get("output") or _beside(run["input"], "comfy_quant")
     pattern = _option("--hp-filter", options["hp_filter"])
-    precise = ["--full-precision-mm"] if options["precise"] else []
+    precise = []
+    if options["precise"]:
+        precise = ["--full-precision-mm"]
     switches = _switches(run, "overwrite", "quiet", "json")
     command = [
         "convert",
@@ -170,7 +174,9 @@ NEEDS = {  # group.field -> what else must be stated for it to mean anything
 
 
 def _refuse_contradictions(stated: Stated) -> None:
-    named = {f"{group}.{key}" for group, fields in stated.items() for key in fields}
+    named: set[str] = set()
+    for group, fields in stated.items():
+        named.update(f"{group}.{key}" for key in fields)
     for key, need in NEEDS.items():
         if key in named and need not in named:
             raise RecipeError(f"{_flag_of(key)} has no effect without {_flag_of(need)}")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from ..errors import RecipeError, visible
@@ -97,6 +97,11 @@ def matches(pattern: str, name: str) -> bool:
     (case-sensitive, `part:` apart).
     """
     return matcher(pattern)(name)
+
+
+def matches_any(patterns: Iterable[str], name: str) -> bool:
+    """Whether one of the patterns names this layer."""
+    return any(matches(pattern, name) for pattern in patterns)
 
 
 @lru_cache(maxsize=8192)

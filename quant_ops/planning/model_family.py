@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 from ..errors import RecipeError, closest
@@ -232,7 +232,7 @@ def find_parts(tensors: Iterable[str] | Mapping[str, TensorSpec]) -> tuple[Part,
         for prefix, family in claimed.items()
         if family.kind != "refuse" or not any(map(prefix.startswith, models))
     ]
-    held = [part for part in parts for whole in parts if _holds(whole, part)]
+    held = [part for whole, part in product(parts, repeat=2) if _holds(whole, part)]
     parts = [part for part in parts if part not in held]
     return tuple(sorted(parts, key=lambda part: (-len(part.prefix), part.family.name)))
 

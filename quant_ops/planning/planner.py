@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 
 from ..checkpoint.host_layers import HostLayer, host_layer, is_bank
 from ..checkpoint.importers.source import split_name
@@ -24,7 +25,7 @@ from ..spec import (
     version_key,
 )
 from ..version import VERSION
-from .match import matches
+from .match import matches_any
 from .model_family import (
     DIFFUSION_PREFIXES,
     FEW,
@@ -127,13 +128,10 @@ class _Planner:
         self.maybe_tables: list[str] = []
         self.parts, self.main = parts, _main_parts(parts)
         self.checkpoint = any(part.prefix.startswith(DIFFUSION_PREFIXES) for part in self.main)
-        main = [(part.prefix, self._preset(part)) for part in self.main] or [
-            ("", self._preset(None))
-        ]
+        main = [(part.prefix, self._preset(part)) for part in self.main]
+        main = main or [("", self._preset(None))]
         others = [part for part in parts if part not in self.main]
-        names = [
-            name.removesuffix(".weight") for name in header.tensors if name.endswith(".weight")
-        ]
+        names = header.weights()
         self.rules = RuleList(compile_rules(recipe, main, others, names, known=bool(parts)))
         if recipe.layer_config:
             self.warnings += recipe.layer_config.warnings
@@ -156,7 +154,7 @@ class _Planner:
         layers = tuple(layer for layer, _ in planned)
         tally = Tally(self.rules, (decision for _, decision in planned if decision))
         quantized = [layer for layer in layers if layer.format]
-        since = [version for layer in quantized for version in self._since(layer)]
+        since = chain(*map(self._since, quantized))
         min_comfyui = max(since, key=version_key, default="")
         unstocked = sorted(
             {
@@ -224,17 +222,14 @@ class _Planner:
         source = self.header.metadata
         made_here = any(layer.action == "quantize" for layer in layers)
         # A plain copy of a FewBits file keeps saying what made its codes.
-        version = VERSION if made_here else source.get("fewbits.version", VERSION)
-        recipe = (
-            self.recipe.to_text()
-            if made_here
-            else source.get("fewbits.recipe", self.recipe.to_text())
-        )
+        said = {"fewbits.version": VERSION, "fewbits.recipe": self.recipe.to_text()}
+        if not made_here:
+            said |= {key: source[key] for key in said if key in source}
         return output_metadata(
             source,
             {layer.name: layer.marker for layer in layers if layer.marker is not None},
-            version=version,
-            recipe=recipe,
+            version=said["fewbits.version"],
+            recipe=said["fewbits.recipe"],
             min_comfyui=min_comfyui,
             requires_pack=requires_pack,
         )
@@ -275,8 +270,10 @@ class _Planner:
         (spec,) = specs
         obstacle = not_a_candidate(spec) or self._fixed(base)
         if obstacle:
-            named = spec.name.endswith(".weight")
-            return _keep(base, spec, obstacle), self.rules.notice(base, scope) if named else None
+            noticed = None
+            if spec.name.endswith(".weight"):
+                noticed = self.rules.notice(base, scope)
+            return _keep(base, spec, obstacle), noticed
         layer = LayerInput(
             (spec.shape[0], spec.shape[1]), spec.dtype, f"{base}.bias" in self.header.tensors
         )
@@ -299,12 +296,13 @@ class _Planner:
         if whole and whole.family.kind == "refuse":
             return f"{whole.family.title}: {whole.family.why}"
         owner = self._owner(base)
-        below = base[len(owner.prefix) :] if owner else base
-        if owner and any(matches(name, below) for name in owner.family.tables):
-            return TABLE
-        if owner and any(matches(name, below) for name in owner.family.plain):
-            return PLAIN
-        if owner is None and self.checkpoint and not base.startswith(ENCODERS):
+        if owner:
+            below = base[len(owner.prefix) :]
+            if matches_any(owner.family.tables, below):
+                return TABLE
+            if matches_any(owner.family.plain, below):
+                return PLAIN
+        elif self.checkpoint and not base.startswith(ENCODERS):
             return OUTSIDE
         return self.header.fixed.get(base)
 
@@ -314,11 +312,13 @@ class _Planner:
             return False
         rows, width = layer.shape
         tall = rows >= TABLE_ROWS and rows >= TABLE_RATIO * width
-        return tall or any(matches(name, base) for name in TABLE_NAMES)
+        return tall or matches_any(TABLE_NAMES, base)
 
     def _unknown(self, base: str) -> bool:
         owner = self._owner(base)
-        return owner.family is UNKNOWN if owner else not self.parts
+        if owner:
+            return owner.family is UNKNOWN
+        return not self.parts
 
     def _scope(self, base: str) -> str | None:
         """The prefix of the part a layer belongs to; all layers of an unrecognised model are one
@@ -327,7 +327,9 @@ class _Planner:
         owner = self._owner(base)
         if owner:
             return owner.prefix
-        return None if self.parts else ""
+        if self.parts:
+            return None
+        return ""
 
     def _quantize(
         self, base: str, spec: TensorSpec, layer: LayerInput, rule: CompiledRule, reason: str
@@ -370,16 +372,11 @@ class _Planner:
     def _width_is_read(self, base: str) -> bool:
         owner = self._owner(base)
         if owner is not None and owner.family is not UNKNOWN:
-            return any(
-                matches(pattern, base[len(owner.prefix) :])
-                for pattern in width_layers(owner.family.name)
-            )
+            return matches_any(width_layers(owner.family.name), base[len(owner.prefix) :])
         if not self._unknown(base):
             return False
-        return any(
-            matches(pattern, base) or matches(f"*.{pattern}", base)
-            for pattern in width_layers(None)
-        )
+        read = width_layers(None)
+        return matches_any(read, base) or matches_any(map("*.{}".format, read), base)
 
     def _unpacked(
         self, base: str, spec: TensorSpec, layer: LayerInput, rule: CompiledRule, reason: str
@@ -494,7 +491,8 @@ def _main_parts(parts: list[Part]) -> list[Part]:
     """What "quantize this file" means: the diffusion models of a checkpoint, or the text encoders
     if it has none.
     """
-    return [part for part in parts if part.family.kind == "diffusion"] or parts
+    diffusion = [part for part in parts if part.family.kind == "diffusion"]
+    return diffusion or parts
 
 
 def _unknown_parts(names: Iterable[str], parts: Iterable[Part]) -> list[Part]:
@@ -513,8 +511,10 @@ def _unknown_parts(names: Iterable[str], parts: Iterable[Part]) -> list[Part]:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(f"'{name}'" for name in names[:LISTED]) + more
+    text = ", ".join(map("'{}'".format, names[:LISTED]))
+    if len(names) > LISTED:
+        text += f" and {len(names) - LISTED} more"
+    return text
 
 
 def _keep(base: str, spec: TensorSpec, reason: str, requested: str | None = None) -> LayerPlan:
@@ -541,7 +541,9 @@ def not_a_candidate(spec: TensorSpec) -> str | None:
 
 def _host(layer: LayerPlan) -> HostLayer | None:
     specs = {spec.name[len(layer.name) + 1 :]: spec for spec in layer.inputs}
-    return host_layer(layer.marker, specs) if layer.action == "recode" else None
+    if layer.action == "recode":
+        return host_layer(layer.marker, specs)
+    return None
 
 
 def _needs_pack(layer: LayerPlan) -> bool:
