@@ -4,6 +4,7 @@ methods choose from.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, NamedTuple, Protocol, TypeAlias
@@ -74,7 +75,11 @@ def nearest_codes(
 
 
 def measured_codes(
-    weight: torch.Tensor, multiplier: torch.Tensor, levels: Levels, geometry: Geometry
+    weight: torch.Tensor,
+    multiplier: torch.Tensor,
+    levels: Levels,
+    geometry: Geometry,
+    reach: float = math.inf,
 ) -> tuple[torch.Tensor, Deviation]:
     """What `ScaledGrid.encode` and `deviation` give, each chunk measured while a CPU's cache holds
     it.
@@ -82,32 +87,49 @@ def measured_codes(
     Args:
         weight: (N, K) float tensor of a CPU, finite.
         multiplier: `geometry.grid_shape` float32; 0 where a tile decodes to zeros.
+        reach: the largest error that a tile can have, x its multiplier; where that is below what
+            was found before, no largest error is looked for.
     """
     n, k = weight.shape
     codes = empty((n, k), levels.dtype, weight.device)
     zero = multiplier == 0
     scale = torch.where(zero, 1.0, multiplier)
+    band, columns = geometry.rows or 1, multiplier.shape[1]
+    bands = n // band
+    shape = (band, columns, k // columns)
     unit = multiplier * levels.unit  # a power of two: exact
-    rows = _row_chunks(geometry, weight, MEASURED_ELEMENTS)
-    scratch = torch.empty((3, min(rows, n), k), dtype=torch.float32)
-    parts = torch.zeros((-(-n // rows), 5), dtype=torch.float32)
-    for start, sums in zip(range(0, n, rows), parts, strict=True):
-        stop = min(start + rows, n)
-        w, x, out = scratch[:, : stop - start]
-        w.copy_(weight[start:stop])
-        levels.normalise_(
-            geometry.tiles(w), _spread(scale, geometry, start, stop), geometry.tiles(x)
-        )
+    # of each band of tiles; all share the only one of a geometry without rows
+    scales, units = (
+        each.view(-1, 1, columns, 1).expand(bands, 1, columns, 1) for each in (scale, unit)
+    )
+    # With one scale the difference is taken in units of it, which spares a pass.
+    single = unit.item() if unit.numel() == 1 and not zero.any() else None
+    count = min(max(MEASURED_ELEMENTS // max(band * k, 1), 1), bands)
+    scratch = torch.empty((3, count, *shape), dtype=torch.float32)
+    sums = Sums()
+    together = zip(
+        weight.view(bands, *shape).split(count),
+        codes.view(bands, *shape).split(count),
+        scales.split(count),
+        units.split(count),
+        strict=True,
+    )
+    for given, part, divisor, factor in together:
+        w, x, out = scratch if len(given) == count else scratch[:, : len(given)]
+        levels.normalise_(w.copy_(given), divisor, x)
         rounded = levels.round_(x)
-        part = codes[start:stop].copy_(rounded)
+        part.copy_(rounded)
         values = levels.values(rounded, part, out)
-        geometry.tiles(values).mul_(_spread(unit, geometry, start, stop))
-        deviate_(values.view(-1).sub_(w.view(-1)), w.view(-1), sums)
+        if single:
+            sums.add(values.sub_(w, alpha=1 / single).view(-1), w.view(-1), unit=single)
+            continue
+        at_most = reach if reach == math.inf else reach * divisor.amax().item()
+        sums.add(values.mul_(factor).sub_(w).view(-1), w.view(-1), at_most)
     if levels.clear_zero_blocks:
         _clear_zero_blocks_(codes, weight, scale, geometry)
     if zero.any():
         _blank_(codes, zero, geometry)
-    return codes, gathered(parts)
+    return codes, sums.deviation()
 
 
 def why_not_codes(weight: torch.Tensor, levels: Levels) -> str | None:
@@ -199,6 +221,17 @@ def _why_not_errors(weight: torch.Tensor, codes: torch.Tensor, *how: object) -> 
 
 
 @cache
+def reach(levels: Levels) -> float:
+    """The largest distance between a number from -qmax to qmax and the closest code's value, with
+    room for float rounding.
+    """
+    count = 16 if levels.dtype == torch.uint8 else 256
+    values = levels.widen(torch.arange(count, dtype=torch.uint8).view(levels.dtype))
+    within = values[values.abs() <= levels.qmax].sort().values
+    return 1.0001 * within.diff().amax().item() / 2
+
+
+@cache
 def end_codes(levels: Levels) -> tuple[int, ...]:
     """The bytes of the codes of largest magnitude."""
     count = 16 if levels.dtype == torch.uint8 else 256
@@ -238,34 +271,48 @@ def deviation(
     """The Deviation of stored codes, chunked; float32 sums within a chunk."""
     n, k = weight.shape
     rows = _row_chunks(geometry, weight)
-    # In place: small results kept between large chunks cost 130 MB of a CPU's memory, in holes no
-    # chunk fitted again.
-    parts = torch.zeros((-(-n // rows), 5), dtype=torch.float32, device=weight.device)
-    for start, sums in zip(range(0, n, rows), parts, strict=True):
+    sums = Sums()
+    for start in range(0, n, rows):
         stop = min(start + rows, n)
         w = weight[start:stop].float().reshape(-1)
         band = geometry.band(start, stop)
         difference = decode(codes[start:stop], scale[band], levels, geometry).view(-1).sub_(w)
-        deviate_(difference, w, sums)
-    return gathered(parts)
+        sums.add(difference, w)
+    return sums.deviation()
 
 
-def deviate_(difference: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor) -> None:
-    """Fill (5,) float32 for `gathered` from two flat float32 chunks: one pass over each pair."""
-    error, signal, product, low, high = sums
-    torch.dot(difference, difference, out=error)
-    torch.dot(weight, weight, out=signal)
-    torch.dot(difference, weight, out=product)
-    torch.aminmax(difference, out=(low, high))
+class Sums:
+    """A Deviation in the making, of float32 chunks: one pass over them for each number.
 
-
-def gathered(parts: torch.Tensor) -> Deviation:
-    """The Deviation of a whole weight from (chunks, 5) of `deviate_`, with one wait for the
-    device.
+    Sums are kept as Python's floats: small tensors between large chunks cost 130 MB of a CPU's
+    memory, in holes no chunk fitted again.
     """
-    errors, signals, products, low, high = parts.t().tolist()
-    largest = max((max(-a, b) for a, b in zip(low, high, strict=True)), default=0.0)
-    return Deviation(sum(errors, 0.0), sum(signals, 0.0), sum(products, 0.0), largest)
+
+    def __init__(self) -> None:
+        self._error = self._signal = self._product = self._largest = 0.0
+
+    def add(
+        self,
+        difference: torch.Tensor,
+        weight: torch.Tensor,
+        at_most: float = math.inf,
+        unit: float = 1.0,
+    ) -> None:
+        """Take in two flat chunks.
+
+        Args:
+            difference: in units of `unit`.
+            at_most: what no |difference| is above, to float rounding.
+        """
+        self._error += unit**2 * torch.dot(difference, difference).item()
+        self._signal += torch.dot(weight, weight).item()
+        self._product += unit * torch.dot(difference, weight).item()
+        if not at_most < self._largest:
+            low, high = torch.aminmax(difference)
+            self._largest = max(self._largest, unit * max(-low.item(), high.item()))
+
+    def deviation(self) -> Deviation:
+        return Deviation(self._error, self._signal, self._product, self._largest)
 
 
 @deviation.backend("triton", _why_not_errors)
@@ -395,6 +442,7 @@ class ScaledGrid(Grid):
 
     levels: Levels
     geometry: Geometry
+    cuts: ClassVar[bool] = True  # whether a tile's largest code may be below its absmax
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -423,7 +471,10 @@ class ScaledGrid(Grid):
         if weight.device.type != "cpu":
             return super().measured(weight)
         scale = self.scale(weight)
-        codes, found = measured_codes(weight, self.multiplier(scale), self.levels, self.geometry)
+        at_most = math.inf if self.cuts else reach(self.levels)
+        codes, found = measured_codes(
+            weight, self.multiplier(scale), self.levels, self.geometry, at_most
+        )
         return codes, scale, found
 
     def decode(self, codes: torch.Tensor, scale: Scale) -> torch.Tensor:
@@ -450,6 +501,8 @@ class ScaledGrid(Grid):
 
 class TiledGrid(ScaledGrid):
     """`scale` is the 2-D grid of `Geometry.grid_shape`, float32; 1.0 for zero tiles."""
+
+    cuts = False
 
     def scale(self, weight: torch.Tensor) -> torch.Tensor:
         return scale_from_absmax(self.geometry.absmax(weight), self.levels.qmax)

@@ -19,7 +19,7 @@ import torch
 from .codebook4 import constant, fast_codes, look_up
 from .columns import Columns, TableColumns
 from .dispatch import op
-from .grids import Deviation, Grid, deviate_, gathered, total
+from .grids import Deviation, Grid, Sums, total
 from .hadamard import rotate
 from .packing import unpack_nibbles
 from .scales import (
@@ -305,13 +305,12 @@ def deviation_w4a8(
     weight: torch.Tensor, codes: torch.Tensor, channel: torch.Tensor, relative: torch.Tensor
 ) -> Deviation:
     """The Deviation of codes, chunked; float32 sums within a chunk."""
-    slices = list(_row_slices(weight))
-    parts = torch.zeros((len(slices), 5), dtype=torch.float32, device=weight.device)
-    for rows, sums in zip(slices, parts, strict=True):
+    sums = Sums()
+    for rows in _row_slices(weight):
         w = weight[rows].float().reshape(-1)
         difference = _decode(codes[rows], channel[rows], relative[rows]).view(-1).sub_(w)
-        deviate_(difference, w, sums)
-    return gathered(parts)
+        sums.add(difference, w)
+    return sums.deviation()
 
 
 @deviation_w4a8.backend("triton", _why_not_groups)

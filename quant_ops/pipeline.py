@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -346,10 +347,15 @@ def _encoded(
     shape = tuple(weight.shape)
     format = get_format(layer.format)
     grid = format.grid(LayerInput(shape, DTYPE_NAMES[weight.dtype]), layer.options)
-    _refuse_non_finite(file, key, weight)
-    weight = format.prepare(weight, layer.options)
-    step()
     method = get_method(layer.method)
+    given_weight = weight
+    weight = format.prepare(weight, layer.options)
+    # What is measured in the pass that rounds it shows there whether it is finite.
+    shown = weight is given_weight and method.in_passes and device.type == "cpu"
+    if not shown:
+        _refuse_non_finite(file, key, given_weight)
+    del given_weight
+    step()
     options = method.configure(dict(layer.method_options))
     generator = layer_generator(conditions.seed, layer.name, device)
     inputs = _inputs(layer, conditions.calibration, device)
@@ -362,6 +368,8 @@ def _encoded(
         inputs=inputs if method.needs_inputs else None,
     )
     choice = choose(method, given)
+    if shown and not math.isfinite(choice.deviation.signal):
+        _refuse_non_finite(file, key, weight)
     step()
     output = _output_error(given, choice, inputs)
     left = None

@@ -14,7 +14,7 @@ from ..methods import Inputs
 from ..options import stated
 
 COUNTED = 1 << 24  # codes looked at together on a GPU: a mask of 16 MB
-COUNTED_ON_CPU = 1 << 16  # in its cache, with their mask
+COUNTED_ON_CPU = 1 << 18  # in its cache, with their mask
 DROWNED = 1.0  # x a patch's change: rounding moved the weight more than the patch did
 
 
@@ -154,16 +154,28 @@ def decibels(rel_l2: float | None) -> float | None:
 def saturated(codes: torch.Tensor, ends: tuple[int, ...]) -> int:
     """How many codes have one of these bytes.
 
-    On a CPU numpy counts: 0.5 ns a code, where torch's comparison of bytes takes 4.5.
+    On a CPU numpy counts, into one mask: .15 ns a code, where torch's comparison of bytes takes
+    4.5.
     """
     flat = codes.reshape(-1).view(torch.uint8)
     if flat.device.type == "cpu":
-        pairs = product(map(torch.Tensor.numpy, flat.split(COUNTED_ON_CPU)), ends)
-        return sum(int(np.count_nonzero(part == end)) for part, end in pairs)
+        return _counted(flat.numpy(), ends)
     counts = [(part == end).sum() for part, end in product(flat.split(COUNTED), ends)]
     if counts:
         return int(torch.stack(counts).sum())
     return 0
+
+
+def _counted(codes: np.ndarray, ends: tuple[int, ...]) -> int:
+    mask = np.empty(min(COUNTED_ON_CPU, codes.size), dtype=bool)
+    count = 0
+    for start in range(0, codes.size, COUNTED_ON_CPU):
+        part = codes[start : start + COUNTED_ON_CPU]
+        found = mask[: part.size]
+        for end in ends:
+            np.equal(part, np.uint8(end), out=found)
+            count += int(np.count_nonzero(found))
+    return count
 
 
 def output_error(

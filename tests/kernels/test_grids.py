@@ -174,7 +174,9 @@ def test_measuring_while_rounding_gives_the_codes_and_errors_of_one_after_the_ot
     assert found.error == pytest.approx(expected.error, rel=5e-5)
     assert found.signal == pytest.approx(expected.signal, rel=5e-5)
     assert found.product == pytest.approx(expected.product, abs=1e-6 * expected.signal)
-    assert found.largest == expected.largest
+    # taken in units of the scale where there is one: other last bits of the largest codes' values
+    one_scale = sum(part.numel() for part in _tensors(scale)) == 1
+    assert found.largest == pytest.approx(expected.largest, rel=2e-5 if one_scale else 0)
 
 
 def _tensors(scale) -> list[torch.Tensor]:
