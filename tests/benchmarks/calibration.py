@@ -27,7 +27,7 @@ import piq
 import torch
 
 from fewbits.quant_ops.calibration import Calibration, Observer
-from fewbits.quant_ops.formats import get_format
+from fewbits.quant_ops.formats import Format, FormatOptions, get_format
 from fewbits.quant_ops.methods import Layer, choose, get_method, layer_generator
 from fewbits.quant_ops.planning.recipe import Wish, parse_wish
 from fewbits.quant_ops.spec import LayerInput
@@ -215,14 +215,23 @@ def decoded(
     name: str, weight: torch.Tensor, wish: Wish, seen: Calibration, method: str
 ) -> torch.Tensor:
     """(N, K) float32: what is stored of a weight, read again."""
-    format, options, chosen = get_format(wish.format), wish.options, get_method(method)
     layer = LayerInput(tuple(weight.shape), "BF16")
+    (format, options), chosen = fitting(wish, layer), get_method(method)
     grid, prepared = format.grid(layer, options), format.prepare(weight, options)
     inputs = seen.inputs_of(name, tuple(weight.shape), weight.device)
     inputs = inputs.map(lambda rows: format.prepare(rows, options))
     generator = layer_generator(0, name, weight.device)
     choice = choose(chosen, Layer(prepared, grid, chosen.configure({}), generator, inputs=inputs))
     return format.dequantize(format.pack(choice.codes, choice.scale, options), layer, options)
+
+
+def fitting(wish: Wish, layer: LayerInput) -> tuple[Format, FormatOptions]:
+    """What a plan takes for this layer: a smaller group where the one wished for divides no row."""
+    format = get_format(wish.format)
+    if format.check(layer, wish.options) is None:
+        return format, wish.options
+    name, stated = format.fallback(layer, wish.options)
+    return get_format(name), get_format(name).configure(stated)
 
 
 def record(path: Path, row: dict) -> None:

@@ -43,6 +43,28 @@ def test_the_output_error_on_other_rows_falls(wish):
     assert found.objective_ratio < 0.85
 
 
+SHARED = "float8_e4m3fn", "int8_tensorwise", "int8_blockwise", "bnb_nf4", "nvfp4"
+ROTATED = "int8_tensorwise:convrot=true,convrot_groupsize=64", "asym_w4a8_int8:convrot_groupsize=64"
+
+
+@pytest.mark.parametrize(
+    ("kind", "wish"),
+    [
+        *(("factors", wish) for wish in (*SHARED, *ROTATED)),
+        ("power", "bnb_nf4"),
+        ("neighbours", "bnb_nf4"),
+    ],
+)
+def test_inputs_that_have_much_in_common_lose_a_third_of_the_error(kind, wish):
+    """A third as many rows as channels; the layer of benchmarks/calibration_gpu.py in small."""
+    rows = correlated_rows(384, 128 + 1024, kind=kind)
+    found = run(heavy_weight(128, 384), wish, "gptq", inputs=two_halves(rows[:128]))
+    chosen = parse_wish(wish)
+    unseen = get_format(chosen.format).prepare(rows[128:], chosen.options)
+    ratio = output_error(found.error, unseen) / output_error(found.error_nearest, unseen)
+    assert ratio <= 0.64
+
+
 def test_zeros_keep_their_codes():
     weight = heavy_weight(N, K)
     weight[:, 40:80] = 0
