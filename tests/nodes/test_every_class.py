@@ -35,6 +35,8 @@ REPRESENTATIVE = ("AuraFlow", "CosmosT2V", "Flux2")
 LARGE = ("RT_DETR_v4", "DepthAnything3", "SAM3", "SAM31")
 # All its widths are numbers in ComfyUI's code, 2.2 billion parameters; with them it is in tests/planning.
 NOT_SMALL = ("MiniMaxMusic3",)
+# Classes that ComfyUI's own nodes cannot save, quantized or not.
+UNSAVED = ("RT_DETR_v4",)
 # Prefixes of whole files that ComfyUI's loader takes off.
 STRIPPED = {"PiD": "net."}
 # Formats whose activations ComfyUI rounds too -> how far the output may be from that of the decoded weights. Measured:
@@ -220,6 +222,8 @@ def test_saved_after_loading_it_is_the_same_file(case, save, tmp_path):
 def test_comfyuis_own_node_saves_the_same_codes(case, tmp_path):
     import comfy.sd
 
+    if case.name in UNSAVED:
+        pytest.skip("safetensors refuses it: two of its names are one tensor")
     path = tmp_path / "own.safetensors"
     comfy.sd.save_checkpoint(str(path), case.loaded[0])
     saved, written = load_file(path), load_file(case.path)
