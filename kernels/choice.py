@@ -103,11 +103,10 @@ HOPPER = {
     "int8 128": (
         Row("hopper", range(65, 385), millions(8),
             why="M=64 .022 / .024, triton .020 / .022; M=256 .032 / .034, triton .035 / .039"),
-        Row("scratch", since(385), millions(20),
+        Row("scratch", since(385), millions(8),
             why="12288x3072 M=1024 .090, hopper .088, triton .095; M=1536 .128 / .135, "
-                "hopper .128 / .186, triton .143 / .151; a call takes 27 us of Python, hopper 103"),
-        Row("scratch", since(2049), millions(8),
-            why="12288x3072 M=4608 .286, hopper .366, triton .405"),
+                "hopper .128 / .186, triton .143 / .151; M=4608 .286, hopper .366, triton .405; "
+                "a call takes 27 us of Python, hopper 103"),
         Row("hopper", since(2049), millions(8), why="M=4608 .40 / .41, triton .41 / .45"),
         Row("cuda", up_to(32), why="M=16 as rows of INT8: .0141 / .0149"),
         Row("triton", ANY, millions(2), why="M=1024 .095 / .096, hopper about .090 / .100"),

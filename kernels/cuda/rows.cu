@@ -1,4 +1,4 @@
-// A row at a time to INT8 or FP8: read or decoded, rotated 256 by 256 where ROTATE, q = round(v / scale); rows.py says which
+// A row at a time to INT8 or FP8: read or decoded, rotated 256 by 256 where ROTATE, q = round(v * (qmax / absmax)); rows.py says which
 // macros a variant has.
 //
 // A block holds a row in registers, 256 elements of it per warp at a time, of which a lane has 8 neighbours. The rotation

@@ -20,7 +20,7 @@ from ...kernels.rows import SPANS
 from ...kernels.runtime import linear_mxfp8, linear_nvfp4, linear_rotated, linear_tiles
 from ...kernels.scales import Geometry
 from .pack import PackLayout
-from .product import PRODUCTS, Product, multiply_at, own_product
+from .product import PRODUCTS, Product, Traced, multiply_at, own_product
 
 WHOLE, ROWS = Geometry(None, None), Geometry(1, None)
 
@@ -121,6 +121,23 @@ def product_of(weight: QuantizedTensor) -> Product | None:
             return None
         return own_product(weight, tuple(params.orig_shape))
     return native_product(weight)
+
+
+def traced(weight: QuantizedTensor) -> Traced | None:
+    """A weight of ours or of comfy-kitchen's as plain tensors; None where its product is not ours
+    to make.
+    """
+    params = weight._params
+    if issubclass(weight.layout_cls, PackLayout):
+        stored = weight.layout_cls.stored(weight._qdata, params)
+        pieces = tuple(stored.values())
+        shape = tuple(params.orig_shape)
+        return None if params.transposed else Traced(pieces, weight._layout_cls, *shape, 0)
+    found = taken(weight)
+    if found is None:
+        return None
+    pieces = tuple(found.pieces(weight))
+    return Traced(pieces, weight._layout_cls, *params.orig_shape, span_of(params))
 
 
 def multiplies_native(weight: QuantizedTensor, device: torch.device) -> bool:

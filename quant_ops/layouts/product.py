@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from comfy_kitchen.tensor.base import LAYOUTS, QuantizedTensor
@@ -125,6 +126,30 @@ def multiply_at(
 
 def _own_from(layout: str, pieces: list[torch.Tensor], n: int, k: int, span: int) -> Product:
     return LAYOUTS[layout].product(pieces, n, k)
+
+
+class Traced(NamedTuple):
+    """A weight as `fewbits::linear` takes it.
+
+    Attributes:
+        pieces: codes and side tensors.
+        layout: what they are.
+        n, k: logical shape.
+        span: columns rotated together; 0 where none are.
+    """
+
+    pieces: tuple[torch.Tensor, ...]
+    layout: str
+    n: int
+    k: int
+    span: int
+
+
+def multiply_traced(x: torch.Tensor, weight: Traced, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (..., K) @ W.T + bias, rounded to x's dtype, as one op, which compilers follow."""
+    pieces, layout, n, k, span = weight
+    bias = bias if bias is None else bias.to(x.dtype)
+    return torch.ops.fewbits.linear(x, list(pieces), layout, n, k, span, bias)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

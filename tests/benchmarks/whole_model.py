@@ -1,10 +1,12 @@
 """A random Flux.1 through ComfyUI's own loader and denoiser, in every format, against bf16 in the same process.
 
     python3 dev.py bench whole_model [--formats bnb_nf4,int8_tensorwise:convrot=true] [--double 19 --single 38]
+    python3 dev.py bench whole_model --compiled --double 2 --single 4 --pixels 512 1024 768
 
 One denoiser evaluation per picture size, bf16 and the format in turns: a plain call, the GPU alone (launched ahead), and
 Python alone, in microseconds per quantized layer, while the GPU is kept waiting. Appends to results/whole_model.csv.
-Python alone is measured up to about 12 blocks: the GPU holds no more launches than that.
+Python alone is measured up to about 12 blocks: the GPU holds no more launches than that. `--compiled` measures plain calls
+of the compiled model against compiled bf16, sizes in turn as a user changes them; appends to results/compiled.csv.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +37,7 @@ from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 
 RESULTS = Path(__file__).parent / "results" / "whole_model.csv"
+COMPILED = RESULTS.with_name("compiled.csv")
 FORMATS = (
     "float8_e4m3fn", "float8_e4m3fn_rowwise", "int8_tensorwise", "int8_tensorwise:scaling=tensor",
     "int8_tensorwise:convrot=true", "int8_blockwise", "int8_lodewise", "bnb_nf4", "bnb_fp4", "nvfp4", "mxfp8",
@@ -41,6 +45,7 @@ FORMATS = (
 )  # fmt: skip
 WAIT_CYCLES = 200_000_000  # the GPU waits .1 s: longer than Python takes
 PYTHON_TURNS = 4
+CUDA = torch.device("cuda")
 MOST_BLOCKS = 12  # whose launches the GPU holds while it waits
 
 
@@ -62,15 +67,29 @@ def quantized_layers(model: Model) -> int:
     return sum(getattr(part, "layout_type", None) is not None for part in parts)
 
 
-def measure(wish: str, source: Path, plain: Model, args: argparse.Namespace) -> list[dict]:
-    """One row per picture size."""
-    path, device = source.with_name("quantized.safetensors"), torch.device("cuda")
-    path.unlink(missing_ok=True)  # two of them may not fit
-    quantize_file(source, path, Recipe(primary=parse_wish(wish)), device=device)
+@contextlib.contextmanager
+def quantized(wish: str, source: Path) -> Iterator[Model]:
+    """The file in one format, loaded; away from GPU and disk afterwards, where two of them may not fit."""
+    path = source.with_name("quantized.safetensors")
+    quantize_file(source, path, Recipe(primary=parse_wish(wish)), device=torch.device("cuda"))
     model = load(path)
+    try:
+        yield model
+    finally:
+        import comfy.model_management
+
+        path.unlink()
+        comfy.model_management.unload_model_and_clones(model.patcher)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def measure(wish: str, model: Model, plain: Model, args: argparse.Namespace) -> list[dict]:
+    """One row per picture size."""
     layers, rows = quantized_layers(model), []
     for size in args.pixels:
-        own, reference = partial(model, size, device), partial(plain, size, device)
+        own, reference = partial(model, size, CUDA), partial(plain, size, CUDA)
         error = rel_l2(own(), reference())
         inside = contextlib.nullcontext
         times = timed({"": (inside, own), "bf16_": (inside, reference)}, args.turns)
@@ -88,12 +107,44 @@ def measure(wish: str, source: Path, plain: Model, args: argparse.Namespace) -> 
             f"layer {python['python_us']:.0f} us, bf16 {python['bf16_python_us']:.0f}; rel_l2 {error:.4f}",
             flush=True,
         )
-    import comfy.model_management
+    return rows
 
-    comfy.model_management.unload_model_and_clones(model.patcher)
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
+
+@contextlib.contextmanager
+def compiled(model: Model) -> Iterator[None]:
+    """Inside, the denoiser is what ComfyUI's TorchCompileModel puts in its place."""
+    from torch._dynamo.utils import counters
+
+    eager = model.patcher.model.diffusion_model
+    torch._dynamo.reset()
+    counters.clear()
+    model.patcher.model.diffusion_model = torch.compile(eager, backend="inductor")
+    try:
+        yield
+    finally:
+        model.patcher.model.diffusion_model = eager
+
+
+def measure_compiled(wish: str, model: Model, args: argparse.Namespace) -> list[dict]:
+    """One row per picture size, in the order that a user changes them; `first_s` holds what was compiled for it."""
+    from torch._dynamo.utils import counters
+
+    rows, eager = [], {size: model(size, CUDA) for size in args.pixels}
+    with compiled(model):
+        for size in args.pixels:
+            own, begin = partial(model, size, CUDA), time.perf_counter()
+            error = rel_l2(own(), eager[size])
+            first = time.perf_counter() - begin
+            times = timed({"": (contextlib.nullcontext, own)}, args.turns)
+            graphs, breaks = counters["stats"]["unique_graphs"], len(counters["graph_break"])
+            row = {"format": wish, "double": args.double, "single": args.single, "pixels": size}
+            row |= {**times, "first_s": first, "graphs": graphs, "breaks": breaks}
+            rows.append({**row, "rel_l2_to_eager": error})
+            print(
+                f"{wish:<32}{size:>5}: compiled {times['plain_ms']:.2f} ms, GPU alone {times['ms']:.2f} ms; first call "
+                f"{first:.1f} s, {graphs} graphs, {breaks} breaks; to eager {error:.4f}",
+                flush=True,
+            )
     return rows
 
 
@@ -106,6 +157,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--double", type=int, default=19)
     parser.add_argument("--single", type=int, default=38)
+    parser.add_argument("--compiled", action="store_true")
     args = parser.parse_args()
     gpu.end_without_gpu()
     sys.path.insert(0, os.environ["FEWBITS_COMFYUI"])  # dev.py sets it
@@ -120,8 +172,14 @@ def main() -> None:
         source = Path(folder) / "flux.safetensors"
         gpu.write_flux(source, (args.double, args.single), HIDDEN, "cuda")
         plain = load(source)
+        if args.compiled:
+            append(COMPILED, measure_compiled("bf16", plain, args))
         for wish in args.formats.split(","):
-            append(RESULTS, measure(wish, source, plain, args))
+            with quantized(wish, source) as model:
+                if args.compiled:
+                    append(COMPILED, measure_compiled(wish, model, args))
+                else:
+                    append(RESULTS, measure(wish, model, plain, args))
 
 
 if __name__ == "__main__":

@@ -109,6 +109,49 @@ def test_where_we_multiply_a_native_layer_a_compiler_follows_our_op(
 
 
 @pytest.mark.parametrize("wish", ["bnb_nf4", "int8_tensorwise"])
+def test_a_compiled_block_asks_no_weight_what_it_is_made_of(block, wish, monkeypatch):
+    from comfy_kitchen.tensor import QuantizedTensor
+
+    from fewbits.nodes.bridge.seams import layers
+
+    module, arguments = block(wish)
+    monkeypatch.setattr(layers.OwnLinear, "_fewbits_is_ours", lambda layer, x: layer.layout_type)
+    asked, flatten = [], QuantizedTensor.__tensor_flatten__
+    compiled = torch.compile(module, backend="aot_eager")
+    with torch.inference_mode(False), torch.no_grad():
+        compiled(*arguments(24, torch.bfloat16))
+        monkeypatch.setattr(
+            QuantizedTensor, "__tensor_flatten__", lambda w: asked.append(w) or flatten(w)
+        )
+        compiled(*arguments(24, torch.bfloat16))
+        assert asked == []
+
+
+@pytest.mark.parametrize("wish", ["bnb_nf4", "int8_tensorwise"])
+def test_a_compiled_block_follows_its_weights(block, counters, wish):
+    """New ones, and what is written into those that it has."""
+    module, arguments = block(wish)
+    compiled = torch.compile(module, backend="aot_eager")
+    with torch.inference_mode(False), torch.no_grad():
+
+        def agrees(block, compiled):
+            wanted = block(*arguments(24, torch.bfloat16))
+            got = compiled(*arguments(24, torch.bfloat16))
+            torch.testing.assert_close(got, wanted, rtol=2e-2, atol=1e-2)
+            return wanted
+
+        first = agrees(module, compiled)
+        weight = module.linear1.weight
+        module.linear1.set_weight(-weight.dequantize())
+        second = agrees(module, compiled)
+        assert not torch.allclose(first, second, rtol=2e-2, atol=1e-2)
+        module.linear1.weight.copy_(weight)  # into the memory that it has
+        torch.testing.assert_close(agrees(module, compiled), first)
+        module.to(torch.device("cpu"))
+        torch.testing.assert_close(agrees(module, compiled), first)
+
+
+@pytest.mark.parametrize("wish", ["bnb_nf4", "int8_tensorwise"])
 def test_a_lora_beside_a_product_is_compiled_with_it(block, counters, wish):
     from fewbits.nodes.bridge.seams.low_rank import LowRank
 

@@ -26,11 +26,14 @@ from ....quant_ops.formats.base import is_precise
 from ....quant_ops.layouts import (
     HALVES,
     Product,
+    Traced,
     linear,
     linear_native,
     multiplies_layout,
+    multiply_traced,
     product_of,
     runs_alone,
+    traced,
 )
 from ....quant_ops.sources import spec_of
 from ....quant_ops.spec import LayerInput
@@ -178,6 +181,24 @@ class OwnLinear(OwnFormats):
     _fewbits_low_rank = None
     # what multiplies, as far as it is known: (weight, codes, product or None)
     _fewbits_ready: tuple = (None, None, None)
+    # the weight as plain tensors: a compiled model asks a quantized one three times what it is made
+    # of, 40 us of Python at each call
+    _fewbits_traced: Traced | None = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            self._fewbits_trace()
+
+    def _apply(self, *args, **kwargs):  # what .to() does
+        moved = super()._apply(*args, **kwargs)
+        self._fewbits_trace()
+        return moved
+
+    def _fewbits_trace(self) -> None:
+        weight = self._parameters.get("weight")
+        found = traced(weight) if isinstance(weight, QuantizedTensor) else None
+        self.__dict__["_fewbits_traced"] = found
 
     def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
         marker = _own_marker(state_dict, prefix)
@@ -196,9 +217,11 @@ class OwnLinear(OwnFormats):
         self._fewbits_load_rest(state_dict, prefix, *others)
 
     def forward(self, input, *args, **kwargs):
-        low_rank = self._fewbits_low_rank
-        product = None if torch.compiler.is_compiling() else self._fewbits_product(input)
-        if product is not None:
+        low_rank, compiling = self._fewbits_low_rank, torch.compiler.is_compiling()
+        product = None if compiling else self._fewbits_product(input)
+        if compiling and self._fewbits_follows(input):
+            out = multiply_traced(input, self._fewbits_traced, self.bias)
+        elif product is not None:
             _every_op()
             out = product(input, self._parameters.get("bias"))
         elif self._fewbits_is_ours(input):
@@ -235,8 +258,12 @@ class OwnLinear(OwnFormats):
             return False
         if self._full_precision_mm and not self._fewbits_rounds:
             return False
-        parts = self._parameters
-        return parts.get("input_scale") is None and parts.get("pre_quant_scale") is None
+        if torch.compiler.is_compiling():  # to follow `_parameters` is to take all that lie there
+            scales = getattr(self, "input_scale", None), getattr(self, "pre_quant_scale", None)
+        else:
+            parts = self._parameters
+            scales = parts.get("input_scale"), parts.get("pre_quant_scale")
+        return scales == (None, None)
 
     def _fewbits_is_ours(self, x: torch.Tensor) -> bool:
         """Whether we multiply a weight in a layout of comfy-kitchen's that ComfyUI has still to
@@ -250,6 +277,20 @@ class OwnLinear(OwnFormats):
             and x.is_cuda
             and not torch.is_grad_enabled()
             and multiplies_layout(layout, x.device.index)
+            and self._fewbits_as_it_is()
+        )
+
+    def _fewbits_follows(self, x: torch.Tensor) -> bool:
+        """Whether a compiler can take the weight's plain tensors: they lie where x does, nothing
+        casts, patches or records.
+        """
+        if self._fewbits_traced is None or hasattr(self, "_v") or torch.is_grad_enabled():
+            return False
+        codes, bias = self._fewbits_traced.pieces[0], self.bias
+        return (
+            codes.device == x.device
+            and (bias is None or bias.device == x.device)
+            and (self._fewbits_marker is not None or self._fewbits_is_ours(x))
             and self._fewbits_as_it_is()
         )
 
