@@ -194,7 +194,7 @@ def _carry_out(
             while writing:
                 writing.popleft().result()
             on_progress(total, total, "")
-            sink.commit()
+            sink.commit({result.name: result.norm for result in results})
         except BaseException:  # also ComfyUI's interrupt and Ctrl-C: clean up, then let it through
             writes.shutdown(wait=True, cancel_futures=True)
             sink.abort()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -19,6 +20,10 @@ TORCH_DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+# Layer -> sum of the squares of its stored weights, measured before they were packed.
+Norms = Mapping[str, float]
 
 
 class TensorSource(Protocol):
@@ -42,14 +47,14 @@ class TensorSource(Protocol):
 
 class TensorSink(Protocol):
     """Somewhere to put tensors. `open` once, `write` every planned tensor in any order, then
-    `commit` or `abort`.
+    `commit`, told what was measured of quantized layers, or `abort`.
     """
 
     def open(self, plan: ModelPlan, inputs: Iterable[InputFile] = ()) -> None: ...
 
     def write(self, name: str, tensor: torch.Tensor) -> None: ...
 
-    def commit(self) -> None: ...
+    def commit(self, norms: Norms = MappingProxyType({})) -> None: ...
 
     def abort(self) -> None: ...
 
@@ -94,7 +99,7 @@ class MemorySink:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         self.tensors[name] = tensor.detach().cpu().contiguous()
 
-    def commit(self) -> None:
+    def commit(self, norms: Norms = MappingProxyType({})) -> None:
         pass
 
     def abort(self) -> None:

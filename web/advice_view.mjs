@@ -1,8 +1,8 @@
 // Which format suits a model and a GPU: the advisor's list, the best first.
 
-import { el } from "./dom.mjs?v=473884d7";
-import { bytes, familyOf } from "./text.mjs?v=473884d7";
-import { say, translated } from "./words.mjs?v=473884d7";
+import { el } from "./dom.mjs?v=9badb52a";
+import { bytes, familyOf } from "./text.mjs?v=9badb52a";
+import { say, translated } from "./words.mjs?v=9badb52a";
 
 export function adviceResult(advice) {
   const [best] = advice.formats ?? [];

@@ -1,10 +1,10 @@
 // How far the pictures of other models are from those of the first, and which layers may be to blame.
 
-import { el } from "./dom.mjs?v=473884d7";
-import { noteList } from "./plan_table.mjs?v=473884d7";
-import { worstLayers } from "./report_view.mjs?v=473884d7";
-import { bytes, duration } from "./text.mjs?v=473884d7";
-import { say, translated } from "./words.mjs?v=473884d7";
+import { el } from "./dom.mjs?v=9badb52a";
+import { noteList } from "./plan_table.mjs?v=9badb52a";
+import { worstLayers } from "./report_view.mjs?v=9badb52a";
+import { bytes, duration } from "./text.mjs?v=9badb52a";
+import { say, translated } from "./words.mjs?v=9badb52a";
 
 const WORST = 5;
 

@@ -3,17 +3,17 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { adviceResult } from "./advice_view.mjs?v=473884d7";
-import { comparisonResult } from "./comparison_view.mjs?v=473884d7";
-import { fitResult } from "./fit_view.mjs?v=473884d7";
-import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=473884d7";
-import { growAlone } from "./growth.mjs?v=473884d7";
-import { isPrimary } from "./layer_list.mjs?v=473884d7";
-import { Panel } from "./panel.mjs?v=473884d7";
-import { qualityResult } from "./quality_view.mjs?v=473884d7";
-import { earlierOutput, settingsOf } from "./results.mjs?v=473884d7";
-import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=473884d7";
-import { say, useLanguage } from "./words.mjs?v=473884d7";
+import { adviceResult } from "./advice_view.mjs?v=9badb52a";
+import { comparisonResult } from "./comparison_view.mjs?v=9badb52a";
+import { fitResult } from "./fit_view.mjs?v=9badb52a";
+import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=9badb52a";
+import { growAlone } from "./growth.mjs?v=9badb52a";
+import { isPrimary } from "./layer_list.mjs?v=9badb52a";
+import { Panel } from "./panel.mjs?v=9badb52a";
+import { qualityResult } from "./quality_view.mjs?v=9badb52a";
+import { earlierOutput, settingsOf } from "./results.mjs?v=9badb52a";
+import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=9badb52a";
+import { say, useLanguage } from "./words.mjs?v=9badb52a";
 
 // what the panel of a node says before and during a run, and how high it is
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };

@@ -1,10 +1,10 @@
 // Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
 
-import { el, layerName } from "./dom.mjs?v=473884d7";
-import { errorOf } from "./report_view.mjs?v=473884d7";
-import { outliersOf } from "./outliers.mjs?v=473884d7";
-import { bytes } from "./text.mjs?v=473884d7";
-import { say, translated } from "./words.mjs?v=473884d7";
+import { el, layerName } from "./dom.mjs?v=9badb52a";
+import { errorOf } from "./report_view.mjs?v=9badb52a";
+import { outliersOf } from "./outliers.mjs?v=9badb52a";
+import { bytes } from "./text.mjs?v=9badb52a";
+import { say, translated } from "./words.mjs?v=9badb52a";
 
 // how layers may be ordered: by name of the choice, what is compared; the first is the order of the file
 const ORDERS = {

@@ -1,9 +1,9 @@
 // Before a run: where the file would go, and how large it would be in every format.
 
-import { el } from "./dom.mjs?v=473884d7";
-import { noteList } from "./plan_table.mjs?v=473884d7";
-import { bytes } from "./text.mjs?v=473884d7";
-import { say } from "./words.mjs?v=473884d7";
+import { el } from "./dom.mjs?v=9badb52a";
+import { noteList } from "./plan_table.mjs?v=9badb52a";
+import { bytes } from "./text.mjs?v=9badb52a";
+import { say } from "./words.mjs?v=9badb52a";
 
 /** The path that the file would get, and a warning where one lies there already; null without a target. */
 export function targetView(target) {

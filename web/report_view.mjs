@@ -1,9 +1,9 @@
 // What was given up: the measured error of the whole model and of its worst layers.
 
-import { el, layerName } from "./dom.mjs?v=473884d7";
-import { outliersOf } from "./outliers.mjs?v=473884d7";
-import { decibels, relL2, sentence } from "./text.mjs?v=473884d7";
-import { say, translated } from "./words.mjs?v=473884d7";
+import { el, layerName } from "./dom.mjs?v=9badb52a";
+import { outliersOf } from "./outliers.mjs?v=9badb52a";
+import { decibels, relL2, sentence } from "./text.mjs?v=9badb52a";
+import { say, translated } from "./words.mjs?v=9badb52a";
 
 /** The layers with the largest error; null when nothing was measured. `suspects`: names of those that may be broken. */
 export function worstLayers(report, title = say("Largest errors")) {

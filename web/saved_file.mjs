@@ -1,7 +1,7 @@
 // Where a file went, in words that find it again.
 
-import { el } from "./dom.mjs?v=473884d7";
-import { say } from "./words.mjs?v=473884d7";
+import { el } from "./dom.mjs?v=9badb52a";
+import { say } from "./words.mjs?v=9badb52a";
 
 const COPIED_MS = 1500;
 

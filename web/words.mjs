@@ -1,7 +1,7 @@
 // Texts in the language of ComfyUI's page. English is the key; a text without a translation stays English.
 
-import { MESSAGES, TEXTS } from "./zh.mjs?v=473884d7";
-import { ERRORS } from "./zh_errors.mjs?v=473884d7";
+import { MESSAGES, TEXTS } from "./zh.mjs?v=9badb52a";
+import { ERRORS } from "./zh_errors.mjs?v=9badb52a";
 
 let language = () => "en";
 

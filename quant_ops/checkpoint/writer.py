@@ -11,15 +11,17 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from ..errors import CheckpointError
 from ..files import InputFile, refuse_as_output
 from ..part import PartFile, remove_leftovers
-from ..sources import spec_of
+from ..sources import Norms, spec_of
 from ..spec import ModelPlan, TensorSpec
-from .header import build_header, read_header
+from .fingerprint import Fingerprint
+from .header import build_header
 from .reader import tensor_bytes
 
 # Bytes after which written data is flushed, so that the disk works while the next layers are
@@ -34,13 +36,14 @@ class FileSink:
     """A safetensors file that appears complete or not at all.
 
     Bytes go to a `PartFile` beside the target. `commit` checks that every planned tensor was
-    written once, that no input changed meanwhile, reads the header back, flushes to disk and
-    renames. A process that is killed leaves at most the hidden part, which the next one removes;
-    never the target.
+    written once, that no input changed meanwhile, reads the header and samples of every tensor
+    back, flushes to disk and renames. A process that is killed leaves at most the hidden part,
+    which the next one removes; never the target.
 
     Args:
-        check: called with the finished part before it is published; what it raises keeps the target
-            as it was.
+        check: called with the finished part, and what `commit` was given, before it is published;
+            what it raises keeps the target as it was.
+        whole: read every byte back instead of samples.
         replacing: called right before it is published: what speaks of an older file must go first.
 
     Raises:
@@ -53,16 +56,19 @@ class FileSink:
         path: str | os.PathLike,
         *,
         overwrite: bool = False,
-        check: Callable[[Path], None] | None = None,
+        check: Callable[[Path, Norms], None] | None = None,
+        whole: bool = False,
         replacing: Callable[[], None] = lambda: None,
     ):
         self.path = Path(path)
         self.overwrite = overwrite
-        self._check, self._replacing = check, replacing
+        self._check, self._replacing, self._whole = check, replacing, whole
         self._part: PartFile | None = None
         self._inputs: tuple[InputFile, ...] = ()
         self._pending: dict[str, TensorSpec] = {}
         self._offsets: dict[str, int] = {}
+        self._header = b""
+        self._written: dict[str, Fingerprint] = {}
         self._unflushed = 0
         self._flusher = ThreadPoolExecutor(1, "fewbits-flush")
         self._flush: Future | None = None  # the last one; writing goes on meanwhile
@@ -72,6 +78,7 @@ class FileSink:
         self._inputs = tuple(inputs)
         refuse_as_output(self._inputs, self.path)
         header, self._offsets = build_header(plan.outputs, plan.metadata)
+        self._header = header
         self._pending = {spec.name: spec for spec in plan.outputs}
         self._size = len(header) + sum(spec.nbytes for spec in plan.outputs)
         remove_leftovers(self.path.parent)
@@ -96,12 +103,14 @@ class FileSink:
             )
         with self._explain(name):
             self._part.raw.seek(self._offsets[name])
+            self._written[name] = seen = Fingerprint(spec.nbytes, self._whole)
             for piece in _on_host(tensor.detach()):
                 self._put(piece)
+                seen.add(piece)
             self._unflushed += tensor.nbytes
             self._flush_meanwhile()
 
-    def commit(self) -> None:
+    def commit(self, norms: Norms = MappingProxyType({})) -> None:
         if self._pending:
             missing = ", ".join(list(self._pending)[:3])
             raise CheckpointError(
@@ -111,24 +120,43 @@ class FileSink:
             if self._flush:
                 self._flush.result()
         self._flusher.shutdown()
-        written = read_header(self._part.path)
-        if {name: begin for name, (_, begin, _) in written.ranges.items()} != self._offsets:
-            raise CheckpointError(
-                f"{self.path.name}: the written header does not read back as planned"
-            )
+        self._read_back()
+        self._refuse_changed_inputs()  # what was made of such a file may have any fault
         if self._check:
             try:
-                self._check(self._part.path)
+                self._check(self._part.path, norms)
             except CheckpointError as error:
                 raise error.at(self.path.name) from error
-        for file in self._inputs:
-            file.refuse_change()
+        self._refuse_changed_inputs()
         refuse_as_output(self._inputs, self.path)
         check_target(self.path, self.overwrite)
         self._replacing()
         with self._explain():
             self._part.publish()
         self._part = None
+
+    def _refuse_changed_inputs(self) -> None:
+        for file in self._inputs:
+            file.refuse_change()
+
+    def _read_back(self) -> None:
+        """
+        Raises:
+            CheckpointError: the file is not what was written to it.
+        """
+        with open(self._part.path, "rb") as file:
+            same = os.fstat(file.fileno()).st_size == self._size
+            if not same or file.read(len(self._header)) != self._header:
+                raise CheckpointError(
+                    f"{self.path.name}: the header or the size does not read back as written; "
+                    "nothing was kept: write to another disk"
+                )
+            for name, seen in self._written.items():
+                if not seen.is_of(file, self._offsets[name]):
+                    raise CheckpointError(
+                        f"{self.path.name}: tensor '{name}' does not read back as written; nothing "
+                        "was kept: write to another disk"
+                    )
 
     def _flush_meanwhile(self) -> None:
         running = self._flush and not self._flush.done()

@@ -11,14 +11,18 @@ from pathlib import Path
 from ..checkpoint.diffusers import names_of
 from ..checkpoint.importers.source import is_side
 from ..checkpoint.reader import FileSource
-from ..checkpoint.second_reading import refuse_other_reading
+from ..checkpoint.second_reading import (
+    refuse_other_markers,
+    refuse_other_norms,
+    refuse_other_reading,
+)
 from ..checkpoint.verify import UNREPAIRABLE, Finding, Mistake, stored_findings
 from ..checkpoint.verify.findings import ORIGINAL
 from ..checkpoint.writer import FileSink
 from ..errors import CheckpointError
 from ..planning.model_family import find_parts, owner_of, why_misplaced
 from ..report.file import forget_report
-from ..sources import TensorSource
+from ..sources import Norms, TensorSource
 
 VERIFY = "FEWBITS_VERIFY"
 CONVERT = "fewbits convert"
@@ -89,24 +93,30 @@ def checked_sink(
     allowed = {(finding.name, finding.layer) for finding in known}
     undecoded = {finding.layer for finding in known if finding.mistake in UNREPAIRABLE}
 
-    def check(written: Path) -> None:
+    whole = verify or os.environ.get(VERIFY) == "1"
+
+    def check(written: Path, norms: Norms) -> None:
         with FileSource(written) as source:
             found = [
                 finding
                 for finding in problems(source)
                 if (finding.name, finding.layer) not in allowed
             ]
+            if not found:
+                refuse_other_markers(source)
         if found:
             raise CheckpointError(
                 f"the finished file has {len(found)} problems, so it was not kept: "
                 f"{found[0].to_text()}"
             )
-        if verify or os.environ.get(VERIFY) == "1":
+        refuse_other_norms(written, norms, every=whole)
+        if whole:
             refuse_other_reading(written, besides=undecoded)
 
     return FileSink(
         target,
         overwrite=overwrite,
         check=check,
+        whole=whole,
         replacing=lambda: forget_report(Path(target)),
     )

@@ -77,6 +77,11 @@ class LayerResult:
     moved_to_cpu: bool = False
 
     @property
+    def norm(self) -> float:
+        """Sum of the squares of the stored weights d = w + (d - w)."""
+        return self.deviation.signal + 2 * self.deviation.product + self.deviation.error
+
+    @property
     def rel_l2(self) -> float:
         """||dec - w|| / ||w||; 0 for an all-zero weight."""
         error, signal, *_ = self.deviation

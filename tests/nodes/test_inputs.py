@@ -73,6 +73,41 @@ def test_save_does_not_replace_the_file_its_model_came_from(run, in_output, comf
     assert os.path.isfile(path)
 
 
+def test_no_node_keeps_a_file_that_went_wrong_while_it_was_written(
+    run, in_output, comfy, quantize, monkeypatch
+):
+    from fewbits.nodes.convert_fp8_scaled import FewBitsConvertFP8Scaled
+    from fewbits.nodes.quantize_file import FewBitsQuantizeFile
+    from fewbits.nodes.save import FewBitsSaveComfyQuant
+    from fewbits.quant_ops.checkpoint.writer import FileSink
+    from fewbits.quant_ops.errors import CheckpointError
+
+    commit = FileSink.commit
+
+    def damaged(sink, *given):
+        path = sink._part.path
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        commit(sink, *given)
+
+    state = dialects.scaled_fp8("layer", torch.randn(32, 32)) | {"scaled_fp8": torch.zeros(0)}
+    save_file(state, in_output.with_name("old.safetensors"))
+    shutil.copyfile(EMOJI, in_output)
+    model = quantize(comfy.sd.load_diffusion_model(str(in_output)))[0]
+    before = sorted(in_output.parent.iterdir())
+    monkeypatch.setattr(FileSink, "commit", damaged)
+    source, name = "diffusion_models/m.safetensors", "diffusion_models/new"
+    nodes = {
+        FewBitsQuantizeFile: {"file": source, "format": "int8_tensorwise", "filename": name},
+        FewBitsConvertFP8Scaled: {"file": "diffusion_models/old.safetensors", "filename": name},
+        FewBitsSaveComfyQuant: {"model": model, "filename": name},
+    }
+    for node, inputs in nodes.items():
+        with pytest.raises(CheckpointError, match="does not read back as written"):
+            run(node, **inputs)
+        assert sorted(in_output.parent.iterdir()) == before
+
+
 def test_save_does_not_replace_a_file_that_a_loader_unknown_to_us_was_called_with(
     run, in_output, comfy
 ):
