@@ -138,8 +138,11 @@ FATAL: dict[Callable[[StoredLayer, Translation], Found], str] = {
 
 def damage(layer: StoredLayer, made: Translation) -> str | None:
     """The first thing that makes a layer unreadable."""
-    found = (text.format(what) for check, text in FATAL.items() for what in check(layer, made))
-    return next(found, None)
+    for check, text in FATAL.items():
+        what = next(iter(check(layer, made)), None)
+        if what is not None:
+            return text.format(what)
+    return None
 
 
 def _scales(layer: StoredLayer) -> Tensors:
