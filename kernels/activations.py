@@ -9,7 +9,6 @@ products show it.
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import gelu
 
 from .dispatch import op
 from .grids import TiledGrid
@@ -50,23 +49,3 @@ def _quantize_activations(x, levels, group):
     from .triton import activations
 
     return activations.quantize(x, levels, group)
-
-
-@op
-def quantize_gelu(
-    x: torch.Tensor, levels: Levels, group: int | None, approximate: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_activations` of GELU(x), which is computed in float32 and never rounded to x's
-    dtype.
-
-    Args:
-        approximate: "none" (erf) or "tanh", as `torch.nn.functional.gelu` takes it.
-    """
-    return quantize_activations.eager(gelu(x.float(), approximate=approximate), levels, group)
-
-
-@quantize_gelu.backend("triton", lambda x, levels, group, approximate: _why_not(x, levels, group))
-def _quantize_gelu(x, levels, group, approximate):
-    from .triton import activations
-
-    return activations.quantize(x, levels, group, gelu=approximate)

@@ -1,7 +1,5 @@
-"""Quantize activations to INT8 or FP8: scale = absmax / qmax, q = round(f(x) / scale); x read once,
+"""Quantize activations to INT8 or FP8: scale = absmax / qmax, q = round(x / scale); x read once,
 codes written once.
-
-f is nothing, or GELU in float32, which then needs no pass over memory of its own.
 """
 
 from __future__ import annotations
@@ -14,17 +12,6 @@ from ..levels import E4M3, Levels
 from ..scales import TINY
 from .launch import launch
 from .rounding import divide, divide_many, magnitude, round_int8, scale_of
-
-ACTIVATIONS = {None: 0, "tanh": 1, "none": 2}  # by the names of torch.nn.functional.gelu
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == 1:  # 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u))
-        x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    elif ACTIVATION == 2:
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    return x
 
 
 @triton.jit
@@ -43,21 +30,19 @@ def _encode(x, scale, zero, QMAX: tl.constexpr, FLOAT8: tl.constexpr):
 def _rows(
     x, codes, scale, k, stride,
     QMAX: tl.constexpr, FLOAT8: tl.constexpr,
-    FLOOR: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
+    FLOOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), dtype=tl.int32)
     for start in range(0, k, BLOCK):
         value = tl.load(x + row * stride + start + at, start + at < k, other=0.0).to(tl.float32)
-        value = _activate(value, ACTIVATION)
         largest = tl.maximum(largest, magnitude(value))
     absmax = tl.max(largest, 0).to(tl.float32, bitcast=True)
     s = scale_of(absmax, QMAX, FLOOR)
     tl.store(scale + row, s)
     for start in range(0, k, BLOCK):  # the row again, from the cache
         value = tl.load(x + row * stride + start + at, start + at < k, other=0.0).to(tl.float32)
-        value = _activate(value, ACTIVATION)
         tl.store(
             codes + row * k + start + at,
             _encode(value, s, absmax < FLOOR, QMAX, FLOAT8),
@@ -70,12 +55,11 @@ def _groups(
     x, codes, scale, pitch, count, groups,
     QMAX: tl.constexpr, FLOAT8: tl.constexpr,
     FLOOR: tl.constexpr, GROUP: tl.constexpr, RUNS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS)
     at = run[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = (run < count)[:, None]
-    value = _activate(tl.load(x + at, inside, other=0.0).to(tl.float32), ACTIVATION)
+    value = tl.load(x + at, inside, other=0.0).to(tl.float32)
     absmax = tl.max(magnitude(value), 1).to(tl.float32, bitcast=True)
     s = scale_of(absmax, QMAX, FLOOR)
     tl.store(
@@ -94,13 +78,9 @@ def quantize(
     levels: Levels,
     group: int | None,
     shape: tuple[int, int] | None = None,
-    gelu: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(M, K) -> (M, K) codes and (M, groups) float32 scales, M fastest, columns at multiples of 16
     bytes.
-
-    Args:
-        gelu: "tanh" or "none", torch's names of its two forms; None quantizes x as it is.
     """
     m, k = x.shape
     if x.stride(1) != 1 or (group and x.stride(0) != k):
@@ -109,16 +89,16 @@ def quantize(
     groups = k // group if group else 1
     pitch = -(-m // 4) * 4
     scale = torch.empty((groups, pitch), dtype=torch.float32, device=x.device)
-    how, activation = (levels.qmax, levels is E4M3, TINY), ACTIVATIONS[gelu]
+    how = levels.qmax, levels is E4M3, TINY
     if group:
         runs = max(4096 // group, 1)
         grid = (-(-m * groups // runs), 1, 1)
-        numbers = (pitch, m * groups, groups, *how, group, runs, activation)
+        numbers = (pitch, m * groups, groups, *how, group, runs)
         launch(_groups, grid, (x, codes, scale), *numbers, num_warps=4)
     else:
         fitting = (shape for limit, shape in ROW_BLOCKS if limit is None or k <= limit)
         most, warps = shape or next(fitting)
         block = min(1 << (k - 1).bit_length(), most)
-        numbers = (k, x.stride(0), *how, block, activation)
+        numbers = (k, x.stride(0), *how, block)
         launch(_rows, (m, 1, 1), (x, codes, scale), *numbers, num_warps=warps)
     return codes, scale[:, :m].t()

@@ -21,9 +21,8 @@ from support import bench_layers as gpu
 from support import bench_peers as peers
 import torch
 from linear import append
-from torch.nn.functional import gelu
 
-from fewbits.kernels.activations import quantize_activations, quantize_gelu
+from fewbits.kernels.activations import quantize_activations
 from fewbits.kernels.codebook4 import nearest_flat4
 from fewbits.kernels.grids import nearest_tiles
 from fewbits.kernels.levels import E4M3, INT8
@@ -104,15 +103,6 @@ def measure(n: int, k: int) -> Iterator[tuple[str, int, float, int]]:
             )
             name = f"{levels.name} {'row' if group is None else group}"
             yield f"activations {name}", m, ms, 3 * m * k
-            ms = gpu.graph_time(
-                [lambda w=w: quantize_gelu(w[:m], levels, group, "tanh") for w in weights]
-            )
-            yield f"gelu and activations {name}", m, ms, 3 * m * k
-            two = [
-                lambda w=w: quantize_activations(gelu(w[:m], approximate="tanh"), levels, group)
-                for w in weights
-            ]
-            yield f"gelu, then activations {name}", m, gpu.graph_time(two), 3 * m * k
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 
 from fewbits.kernels import runtime
-from fewbits.kernels.activations import quantize_activations, quantize_gelu
+from fewbits.kernels.activations import quantize_activations
 from fewbits.kernels.codebook4 import FP4, NF4, FlatGrid, lowest_error, nearest_flat4
 from fewbits.kernels.dispatch import Op, use_backend
 from fewbits.kernels.grids import TiledGrid, nearest_codes, nearest_tiles, tile_errors
@@ -61,11 +61,6 @@ def cases() -> Iterator[tuple[str, Op, tuple]]:
                     f"{levels.name} {group or 'row'} K={k}",
                     quantize_activations,
                     (x, levels, group),
-                )
-                yield (
-                    f"{levels.name} {group or 'row'} K={k}",
-                    quantize_gelu,
-                    (x, levels, group, "tanh"),
                 )
     for levels in (NF4, FP4):
         yield from flat(levels)
