@@ -170,6 +170,46 @@ def whole_model_table() -> str:
     return f"{textwrap.fill(head, 118)}\n\n" + "\n".join(lines)
 
 
+def compiled_table() -> str:
+    """Plain calls of compiled models and the GPU alone, by picture size."""
+    rows = rows_of("compiled.csv")
+    plain = {row["pixels"]: row for row in rows if row["format"] == "bf16"}
+    header = ["format", *(f"{size}x{size}" for size in plain), "graphs"]
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---|" * (len(header) - 1)]
+    found = {(row["format"], row["pixels"]): row for row in rows}
+    for wish in dict.fromkeys(row["format"] for row in rows):
+        cells = []
+        for size, bf16 in plain.items():
+            row = found[wish, size]
+            faster = (f"{float(bf16[kind]) / float(row[kind]):.2f}" for kind in ("plain_ms", "ms"))
+            cells.append(" / ".join(faster))
+        lines.append(f"| {named(wish)} | {' | '.join(cells)} | {row['graphs']} |")
+    blocks = f"{rows[0]['double']} double and {rows[0]['single']} single blocks"
+    head = (
+        f"The same under torch.compile, {blocks}, sizes in that order in one process: plain calls / GPU alone, against "
+        "compiled bf16. A compiler makes a graph for the first size and two for the others, of bf16 too."
+    )
+    return f"{textwrap.fill(head, 118)}\n\n" + "\n".join(lines)
+
+
+def emoji_table() -> str:
+    lines = [
+        "| format | as users run it | as layers of real width | weights decoded first | comfy-kitchen |"
+    ]
+    lines += ["|---|---|---|---|---|"]
+    for row in rows_of("emoji_gpu.csv"):
+        cells = [f"{float(row[key]):.4f}" for key in ("ours", "large", "decoded")]
+        kitchen = f"{float(row['kitchen']):.4f}" if float(row["kitchen"]) else "-"
+        lines.append(f"| {named(row['format'])} | {' | '.join(cells)} | {kitchen} |")
+    head = (
+        "What the products cost in pictures: rel_l2 of the emoji model's final latents on the GPU against bf16, mean of "
+        "eight prompts. Its layers are small, so most are decoded as users run it; `as layers of real width` forces what "
+        "a large model takes. `weights decoded first`: activations stay in bf16. comfy-kitchen: its own product of the "
+        "same file."
+    )
+    return f"{textwrap.fill(head, 118)}\n\n" + "\n".join(lines)
+
+
 def blocks_table() -> str:
     whole = {row["format"] for row in rows_of("whole_model.csv")}
     rows = [row for row in rows_of("blocks.csv") if row["format"] not in whole]
@@ -223,10 +263,10 @@ def text() -> str:
     tables = [linear_table()]
     if (RESULTS / "peers.csv").exists():
         tables.append(peers_table())
-    tables += [whole_model_table(), blocks_table()]
+    tables += [whole_model_table(), compiled_table(), emoji_table(), blocks_table()]
     tables += [encode_table(), conversion_table()]
     scripts = ", ".join(
         f"`python3 dev.py bench {name}`"
-        for name in ("linear", "encode", "whole_model", "blocks", "conversion_gpu")
+        for name in ("linear", "encode", "whole_model", "emoji_gpu", "blocks", "conversion_gpu")
     )
     return "\n\n".join(tables) + f"\n\nReproduce: {scripts}.\nOn your machine: `fewbits bench`.\n"
