@@ -1,10 +1,10 @@
 // How far the pictures of other models are from those of the first, and which layers may be to blame.
 
-import { el } from "./dom.mjs?v=9badb52a";
-import { noteList } from "./plan_table.mjs?v=9badb52a";
-import { worstLayers } from "./report_view.mjs?v=9badb52a";
-import { bytes, duration } from "./text.mjs?v=9badb52a";
-import { say, translated } from "./words.mjs?v=9badb52a";
+import { el } from "./dom.mjs?v=d66304df";
+import { noteList } from "./plan_table.mjs?v=d66304df";
+import { worstLayers } from "./report_view.mjs?v=d66304df";
+import { bytes, duration } from "./text.mjs?v=d66304df";
+import { say, translated } from "./words.mjs?v=d66304df";
 
 const WORST = 5;
 

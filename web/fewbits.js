@@ -3,17 +3,17 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { adviceResult } from "./advice_view.mjs?v=9badb52a";
-import { comparisonResult } from "./comparison_view.mjs?v=9badb52a";
-import { fitResult } from "./fit_view.mjs?v=9badb52a";
-import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=9badb52a";
-import { growAlone } from "./growth.mjs?v=9badb52a";
-import { isPrimary } from "./layer_list.mjs?v=9badb52a";
-import { Panel } from "./panel.mjs?v=9badb52a";
-import { qualityResult } from "./quality_view.mjs?v=9badb52a";
-import { earlierOutput, settingsOf } from "./results.mjs?v=9badb52a";
-import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=9badb52a";
-import { say, useLanguage } from "./words.mjs?v=9badb52a";
+import { adviceResult } from "./advice_view.mjs?v=d66304df";
+import { comparisonResult } from "./comparison_view.mjs?v=d66304df";
+import { fitResult } from "./fit_view.mjs?v=d66304df";
+import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=d66304df";
+import { growAlone } from "./growth.mjs?v=d66304df";
+import { isPrimary } from "./layer_list.mjs?v=d66304df";
+import { Panel } from "./panel.mjs?v=d66304df";
+import { qualityResult } from "./quality_view.mjs?v=d66304df";
+import { earlierOutput, settingsOf } from "./results.mjs?v=d66304df";
+import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=d66304df";
+import { say, useLanguage } from "./words.mjs?v=d66304df";
 
 // what the panel of a node says before and during a run, and how high it is
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };

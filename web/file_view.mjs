@@ -1,9 +1,9 @@
 // What is in a file: layers per format, tensors per type, and problems.
 
-import { el } from "./dom.mjs?v=9badb52a";
-import { noteList } from "./plan_table.mjs?v=9badb52a";
-import { bytes } from "./text.mjs?v=9badb52a";
-import { say, translatedError } from "./words.mjs?v=9badb52a";
+import { el } from "./dom.mjs?v=d66304df";
+import { noteList } from "./plan_table.mjs?v=d66304df";
+import { bytes } from "./text.mjs?v=d66304df";
+import { say, translatedError } from "./words.mjs?v=d66304df";
 
 /** One file that was looked into; with several files, under its name. */
 export function fileView(file, named) {

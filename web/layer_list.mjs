@@ -1,10 +1,10 @@
 // Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
 
-import { el, layerName } from "./dom.mjs?v=9badb52a";
-import { errorOf } from "./report_view.mjs?v=9badb52a";
-import { outliersOf } from "./outliers.mjs?v=9badb52a";
-import { bytes } from "./text.mjs?v=9badb52a";
-import { say, translated } from "./words.mjs?v=9badb52a";
+import { el, layerName } from "./dom.mjs?v=d66304df";
+import { errorOf } from "./report_view.mjs?v=d66304df";
+import { outliersOf } from "./outliers.mjs?v=d66304df";
+import { bytes } from "./text.mjs?v=d66304df";
+import { say, translated } from "./words.mjs?v=d66304df";
 
 // how layers may be ordered: by name of the choice, what is compared; the first is the order of the file
 const ORDERS = {

@@ -1,8 +1,8 @@
 // The plan at a glance: layers and sizes per format, and what to read before trusting it.
 
-import { el } from "./dom.mjs?v=9badb52a";
-import { inUnit, unitFor } from "./text.mjs?v=9badb52a";
-import { say, translated } from "./words.mjs?v=9badb52a";
+import { el } from "./dom.mjs?v=d66304df";
+import { inUnit, unitFor } from "./text.mjs?v=d66304df";
+import { say, translated } from "./words.mjs?v=d66304df";
 
 /** One row per format and a total; all sizes in the unit that fits the total. Without a plan: the empty table. */
 export function planTable(plan) {

@@ -1,9 +1,9 @@
 // The pictures of a report are images of the graph; the panel says in words what they show.
 
-import { planTable, warningList } from "./plan_table.mjs?v=9badb52a";
-import { meaningOf, worstLayers } from "./report_view.mjs?v=9badb52a";
-import { bytes, change, familyOf, relL2 } from "./text.mjs?v=9badb52a";
-import { say } from "./words.mjs?v=9badb52a";
+import { planTable, warningList } from "./plan_table.mjs?v=d66304df";
+import { meaningOf, worstLayers } from "./report_view.mjs?v=d66304df";
+import { bytes, change, familyOf, relL2 } from "./text.mjs?v=d66304df";
+import { say } from "./words.mjs?v=d66304df";
 
 export function qualityResult(report) {
   const { bytes_before: before, bytes_after: after } = report;

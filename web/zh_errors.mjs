@@ -262,6 +262,7 @@ export const ERRORS = {
   "is missing; {} needs it": "缺失；$1 需要它",
   "bank of experts in {}: ": "$1 格式的专家组：",
   "must be one of {}; got ": "必须是 $1 之一；得到",
+  "no advice for {}, {}: speeds and kernels are known of NVIDIA's GPUs from Turing on; without a GPU the advice goes by size and quality": "没有针对 $1（$2）的建议：只了解 NVIDIA Turing 及更新 GPU 的速度和内核；不指定 GPU 时按大小和质量给出建议",
   "unknown GPU {}; known: ": "未知 GPU $1；已知：",
   "goal is {}; it may be ": "目标种类是 $1；可以是",
   "must hold 16 numbers": "必须有 16 个数",

@@ -20,8 +20,20 @@ else:  # the standard library has it from 3.11 on
 
 TABLE = Path(__file__).with_name("gpus.toml")
 GB = 10**9
-MEMORY = re.compile(r"\s*\(?(\d+) ?gi?b\)?$")
-MAKERS = re.compile(r"\b(nvidia|geforce|quadro|laptop|gpu)\b")
+MEMORY = re.compile(r"\s*\(?\b(\d+) ?gi?b?\b\)?")
+# said beside a card's name, and no part of it
+BESIDE = re.compile(
+    r"\b(nvidia|geforce|quadro|tesla|laptop|gpu|pcie|sxm\d?|hbm\d?e?|generation|graphics|card"
+    r"|blackwell|(workstation|server) edition)\b"
+)
+# What nobody measured: of another maker, or without units for 8 bit.
+OTHERS = {
+    r"\b(amd|radeon|instinct|rx ?\d{3,4}|mi\d{2,3}x?)\b": "of AMD",
+    r"\b(apple|mps|m[1-9]( (pro|max|ultra))?)\b": "of Apple",
+    r"\b(intel|arc|iris|xpu)\b": "of Intel",
+    r"\b(gtx|gt|v100|[pmk]\d{1,3}0?|titan (v|xp?))\b": "without tensor cores for 8 bit",
+    r"\b(cpu|none)\b": "no GPU",
+}
 
 
 @dataclass(frozen=True)
@@ -89,30 +101,45 @@ def card_names() -> tuple[str, ...]:
 def find_card(text: str) -> Card:
     """A card of the table: `RTX 3060 12GB`, `rtx 3060`, `NVIDIA GeForce RTX 4090`.
 
-    Without a size the first that the table has under the name is meant.
+    Without a size the first that the table has under the name is meant, of a laptop's the smallest.
 
     Raises:
-        RecipeError: no such card, or not with this memory.
+        RecipeError: no such card, not with this memory, or one that nothing is known of.
     """
-    spoken = MAKERS.sub("", text.lower()).strip()
+    lower = re.sub(r"[-_,]", " ", text.lower())
+    spoken = BESIDE.sub("", lower).strip()
     size = MEMORY.search(spoken)
     plain = _letters(MEMORY.sub("", spoken))
     cards = _table()["cards"]
     named = {_letters(name.lower()): name for name in cards}
     name = named.get(plain) or named.get(f"rtx{plain}")
     if name is None:
+        _refuse_others(text, lower)
         raise RecipeError(f"unknown GPU {text!r}; known: {', '.join(_alike(text))}")
     sizes = cards[name]["gb"]
     if size and int(size[1]) not in sizes:
         known = ", ".join(f"{each} GB" for each in sizes)
         raise RecipeError(f"unknown GPU {text!r}: {name} has {known}")
-    gb = int(size[1]) if size else sizes[0]
+    gb = sizes[0]
+    if size:
+        gb = int(size[1])
+    elif "laptop" in lower:
+        gb = min(sizes)
     return Card(_gpu(name, capability(cards[name]["capability"])), gb * GB)
 
 
+def _refuse_others(text: str, lower: str) -> None:
+    for pattern, what in OTHERS.items():
+        if re.search(pattern, lower):
+            raise RecipeError(
+                f"no advice for {text!r}, {what}: speeds and kernels are known of NVIDIA's GPUs "
+                "from Turing on; without a GPU the advice goes by size and quality"
+            )
+
+
 def card_here() -> Card | None:
-    """The first GPU that torch sees; None where it sees none."""
-    if not torch.cuda.is_available():
+    """The first GPU of NVIDIA that torch sees; None where it sees none."""
+    if not torch.cuda.is_available() or torch.version.hip:
         return None
     return Card(gpu_at(0), torch.cuda.get_device_properties(0).total_memory)
 

@@ -15,6 +15,10 @@ from .report import megabytes
 
 WORST = 10  # tensors named in the text
 OUTLIER = 8.0  # x the median error of layers: what is rounded alike differs less
+# Error of a tensor that no rounding has: where most tensors are the same, one with more is named.
+GARBLED = 0.5
+# Of a broken tensor and its original: above, it was scaled; below, it is not made from it.
+ALIKE, UNLIKE = 0.99, 0.5
 LISTED = 5  # layers named that differ far more than the others
 CHUNK = 1 << 20  # elements in float64 at a time: 8 MB for each operand
 
@@ -115,11 +119,14 @@ def _sums(a: torch.Tensor, b: torch.Tensor) -> Sums:
 
 
 def suspects(layers: dict[str, float]) -> list[str]:
-    """Layers whose weights differ far more than the others do."""
+    """Layers whose weights differ far more than the others do; infinite is a weight with NaN."""
     errors = [error for error in layers.values() if error > 0]
     if not errors:
         return []
     limit = OUTLIER * statistics.median(errors)
+    mostly_same = 2 * len(errors) < len(layers)
+    if mostly_same:
+        limit = min(limit, GARBLED)
     found = [name for name, error in layers.items() if not error <= limit]
     return sorted(found, key=lambda name: -layers[name])[:LISTED]
 
@@ -148,6 +155,33 @@ class Difference:
     @property
     def is_weight(self) -> bool:
         return self.name.endswith(".weight")
+
+    @property
+    def extent(self) -> float:
+        """The relative error, infinite where one file has a number that the other lacks."""
+        if self.sums.unlike:
+            return math.inf
+        return self.sums.rel_l2
+
+    @property
+    def what_is_wrong(self) -> str:
+        """Of a tensor that differs far more than others: what the numbers look like."""
+        if self.sums.unlike:
+            return f"is broken: {self.sums.unlike} elements are NaN or infinite in one file only"
+        return f"differs more than {OUTLIER:.0f} x as much as the median layer: {self._looks_like}"
+
+    @property
+    def _looks_like(self) -> str:
+        sums = self.sums
+        if not sums.other:
+            return "the second file has only zeros there"
+        if not sums.signal:
+            return "the first file has only zeros there"
+        if sums.cosine > ALIKE:
+            return f"it is {math.sqrt(sums.other / sums.signal):.3g} x as large"
+        if sums.cosine < UNLIKE:
+            return f"it is another weight, or garbled (cosine {sums.cosine:.2f})"
+        return "broken, or rounded far more"
 
     @property
     def rank(self) -> tuple[int, float]:
@@ -183,9 +217,10 @@ class Comparison:
         return sorted(found, key=lambda difference: difference.rank, reverse=True)
 
     def suspects(self) -> list[str]:
-        """Weights that differ far more than the others do: broken, or rounded far more."""
-        weights = (each for each in self.differences if each.is_weight)
-        return suspects({each.name: each.sums.rel_l2 for each in weights})
+        """Tensors that differ far more than the others do: broken, or rounded far more."""
+        weights = {each.name: each.extent for each in self.differences if each.is_weight}
+        others = {each.name: each.extent for each in self.differences if not each.is_weight}
+        return [*suspects(weights), *suspects(others)]
 
     def totals(self) -> dict[tuple[str, str], tuple[int, Sums]]:
         """Formats of both files -> (tensors, sums over them)."""
@@ -227,14 +262,14 @@ class Comparison:
         yield f"{'stored as':<44} {'tensors':>7} {'rel_l2':>8} {'SQNR':>9} {'cosine':>9}"
         for formats, (count, sums) in self.totals().items():
             yield f"{' -> '.join(formats):<44} {count:>7} {_numbers(sums)}"
+        by_name = {each.name: each for each in self.differences}
         for name in self.suspects():
             layer = name.removesuffix(".weight")
-            yield (
-                f"layer {layer} in block {block_of(layer)} differs more than {OUTLIER:.0f} x as "
-                "much as the median layer: broken, or rounded far more"
-            )
-        yield "largest differences:"
-        for difference in self.worst()[:WORST]:
+            yield f"layer {layer} in block {block_of(layer)} {by_name[name].what_is_wrong}"
+        worst = self.worst()[:WORST]
+        if worst:
+            yield "largest differences:"
+        for difference in worst:
             sums = difference.sums
             line = f"  {_numbers(sums)}  {difference.name}, at most {sums.largest:.3g}"
             if sums.unlike:

@@ -109,6 +109,42 @@ def test_the_command_says_identical_ranks_and_names_the_block_of_a_broken_layer(
     assert found["int8"]["suspects"] == found["nf4"]["suspects"] == []
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize(
+    ("said", "broken"),
+    [
+        ("it is 8 x as large", lambda a, b: (8 * a, b)),
+        ("the second file has only zeros there", lambda a, b: (0 * a, b)),
+        ("it is another weight, or garbled (cosine", lambda a, b: (b.clone(), b)),
+        ("it is another weight, or garbled (cosine", lambda a, b: (a.t().contiguous(), b)),
+        ("is broken: 1 elements are NaN or infinite", lambda a, b: (torch.where(a == a.max(), torch.nan, a), b)),
+    ],
+    ids=["scaled", "zeroed", "swapped", "transposed", "nan"],
+)  # fmt: skip
+def test_every_way_to_break_a_layer_names_it(tmp_path, said, broken, rounded):
+    """Beside layers that were rounded, and beside layers that are the same."""
+    generator = torch.Generator().manual_seed(0)
+    names = [f"blocks.{i}.proj.weight" for i in range(6)]
+    whole = {name: torch.randn((64, 64), generator=generator) for name in names}
+    other = {name: weight + 0.01 * rounded * torch.randn((64, 64), generator=generator) for name, weight in whole.items()}  # fmt: skip
+    other[names[2]], other[names[4]] = broken(other[names[2]], other[names[4]])
+    paths = tmp_path / "whole.safetensors", tmp_path / "other.safetensors"
+    save_file(whole, paths[0])
+    save_file(other, paths[1])
+    found = compare_files(*paths)
+    assert found.suspects() == [names[2]]
+    named = [line for line in found.to_text().splitlines() if "in block" in line]
+    assert len(named) == 1 and said in named[0]
+    assert named[0].startswith("layer blocks.2.proj in block blocks.2 ")
+
+
+def test_two_models_of_one_kind_are_not_called_broken(tmp_path):
+    paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for path in paths:
+        save_file({f"blocks.{i}.proj.weight": torch.randn(64, 64) for i in range(6)}, path)
+    assert compare_files(*paths).suspects() == []
+
+
 @pytest.mark.slow
 def test_pictures_are_drawn_where_asked_and_of_nothing_refused(model, tmp_path):
     Image = pytest.importorskip("PIL.Image")

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import tomllib
+import torch
 
 from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.doors.advise import PRODUCTS, advise_file, planned_ways, ranked, room_of
 from fewbits.quant_ops.errors import RecipeError
 from fewbits.quant_ops.formats import FORMATS
 from fewbits.quant_ops.planning.advice import known_ways, oldest_comfyui
-from fewbits.quant_ops.planning.gpus import card_names, find_card
+from fewbits.quant_ops.planning.gpus import card_here, card_names, find_card
 from fewbits.quant_ops.planning.recipe import Draft, Recipe, Rule
 from support import results
 from support.comfy_models import whole_header
@@ -128,6 +129,13 @@ def test_the_oldest_comfyui_is_the_one_that_the_pack_requires():
         ("NVIDIA GeForce RTX 3060 (8 GB)", "RTX 3060, 8 GB"),
         ("4070 ti super", "RTX 4070 Ti Super, 16 GB"),
         ("NVIDIA H200", "H200, 141 GB"),
+        ("RTX 3060 12G", "RTX 3060, 12 GB"),
+        ("RTX3060-12GB", "RTX 3060, 12 GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100, 40 GB"),
+        ("NVIDIA H100 80GB HBM3", "H100, 80 GB"),
+        ("Tesla T4", "T4, 16 GB"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada, 48 GB"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "RTX 4090, 16 GB"),
     ],
 )
 def test_cards_are_found_as_people_write_them(text, label):
@@ -142,11 +150,26 @@ def test_every_card_is_found_by_its_own_name():
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("RTX 3060 10GB", "RTX 3060 has 12 GB, 8 GB"), ("RX 7900 XTX", "known: RTX 2060 6GB"), ("", "known:"), ("RTX 4090 S", "RTX 4090 24GB, RTX 4090 16GB")],
+    [("RTX 3060 10GB", "RTX 3060 has 12 GB, 8 GB"), ("Voodoo 2", "known: RTX 2060 6GB"), ("", "known:"), ("RTX 4090 S", "RTX 4090 24GB, RTX 4090 16GB")],
 )  # fmt: skip
 def test_an_unknown_card_is_refused_with_those_that_are_known(text, said):
     with pytest.raises(RecipeError, match=re.escape(said)):
         find_card(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("AMD Radeon RX 7900 XTX", "of AMD"), ("MI300X", "of AMD"), ("Apple M3 Max", "of Apple"), ("Intel Arc A770", "of Intel"), ("GTX 1080 Ti", "without tensor cores for 8 bit"), ("CPU", "no GPU")],
+)  # fmt: skip
+def test_what_nothing_is_known_of_is_called_what_it_is(text, what):
+    with pytest.raises(RecipeError, match=f"no advice for '{text}', {what}: "):
+        find_card(text)
+
+
+def test_a_gpu_of_another_maker_is_no_card_though_torch_calls_it_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert card_here() is None
 
 
 # ---- the advice ----
