@@ -346,7 +346,7 @@ class FlatGrid(Grid):
         return [run for run in (blocks, rest) if run.numel()] or [blocks]
 
     def _scales(self, scale: torch.Tensor, runs: list[torch.Tensor]) -> list[torch.Tensor]:
-        return list(scale.view(-1, 1).split([len(run) for run in runs]))
+        return list(scale.view(-1, 1).split(list(map(len, runs))))
 
     def scale(self, weight: torch.Tensor) -> torch.Tensor:
         absmax = _joined([ROWS.absmax(run) for run in self._runs(weight)])

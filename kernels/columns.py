@@ -18,11 +18,24 @@ from .triton import why_not_codes_of
 MOST_COLUMNS = 128  # that a kernel keeps the changes of in registers
 
 
-class Zeros(NamedTuple):
-    """Weights that keep their code, and decode to 0: both (columns, N), bool and uint8."""
+class Sweep(NamedTuple):
+    """What a sweep begins with.
 
-    mask: torch.Tensor
-    codes: torch.Tensor
+    `state` (columns, N) float32, not changed: without `before` what the columns should be; else the
+    slope of what is minimised along their values.
+    `mixing` (columns, columns) float32: row i, times i's change, is added to each later column's
+    state. With `before` its diagonal is the slope's own slope.
+    `before` (columns, N) float32: the values that the columns have; None where they have none yet,
+    and a change is the rounding error.
+    `zero` (columns, N) bool: the weights that keep their code, which decodes to 0; `kept`
+    (columns, N) uint8: those codes. None where there are none.
+    """
+
+    state: torch.Tensor
+    mixing: torch.Tensor
+    before: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
 
 
 class Swept(NamedTuple):
@@ -50,42 +63,21 @@ class Columns(Protocol):
             values: (N,) float32, the codes decoded.
         """
 
-    def sweep(
-        self,
-        state: torch.Tensor,
-        mixing: torch.Tensor,
-        before: torch.Tensor | None,
-        zeros: Zeros | None,
-    ) -> Swept:
-        """Round the columns in order; the change of each moves the state of the later ones.
-
-        Args:
-            state: (columns, N) float32, not changed. Without `before` what the columns should be;
-                else the slope of what is minimised along their values.
-            mixing: (columns, columns) float32; row i, times i's change, is added to each later
-                column's state. With `before` its diagonal is the slope's own slope.
-            before: (columns, N) float32, the values that the columns have; None where they have
-                none yet, and a change is the rounding error.
-            zeros: the weights that stay.
-        """
+    def sweep(self, sweep: Sweep) -> Swept:
+        """Round the columns in order; the change of each moves the state of the later ones."""
 
 
-def _swept(
-    columns: Columns,
-    state: torch.Tensor,
-    mixing: torch.Tensor,
-    before: torch.Tensor | None,
-    zeros: Zeros | None,
-) -> Swept:
-    state, change = state.clone(), torch.empty_like(state)
+def _swept(columns: Columns, sweep: Sweep) -> Swept:
+    mixing, before = sweep.mixing, sweep.before
+    state, change = sweep.state.clone(), torch.empty_like(sweep.state)
     codes, values = torch.empty_like(state, dtype=torch.uint8), torch.empty_like(state)
     for at in range(len(state)):
         wanted = state[at] if before is None else before[at] - state[at] / mixing[at, at]
         code, value = columns.nearest(at, wanted)
         code = code.view(torch.uint8)
-        if zeros is not None:
-            code = torch.where(zeros.mask[at], zeros.codes[at], code)
-            value = value.masked_fill_(zeros.mask[at], 0.0)
+        if sweep.zero is not None:
+            code = torch.where(sweep.zero[at], sweep.kept[at], code)
+            value = value.masked_fill_(sweep.zero[at], 0.0)
         codes[at], values[at] = code, value
         torch.sub(value, wanted if before is None else before[at], out=change[at])
         state[at + 1 :].addr_(mixing[at, at + 1 :], change[at])
@@ -93,21 +85,12 @@ def _swept(
 
 
 @op
-def sweep_levels(
-    state: torch.Tensor,
-    mixing: torch.Tensor,
-    before: torch.Tensor | None,
-    zero: torch.Tensor | None,
-    kept: torch.Tensor | None,
-    levels: Levels,
-    scale: torch.Tensor,
-) -> Swept:
-    """`Columns.sweep` of `LevelColumns`; a backend adds up in another order."""
-    zeros = None if zero is None else Zeros(zero, kept)
-    return _swept(LevelColumns(levels, scale), state, mixing, before, zeros)
+def sweep_levels(levels: Levels, scale: torch.Tensor, *sweep: torch.Tensor | None) -> Swept:
+    """`LevelColumns.sweep`, given the parts of a Sweep; a backend adds up in another order."""
+    return _swept(LevelColumns(levels, scale), Sweep(*sweep))
 
 
-def _why_not_sweep_levels(state, mixing, before, zero, kept, levels, scale) -> str | None:
+def _why_not_sweep_levels(levels, scale, state, *others) -> str | None:
     if levels.dtype == torch.float8_e5m2:
         return f"no kernel rounds to {levels.name}"
     return _why_not_so_many(state) or why_not_codes_of(state, levels.dtype)
@@ -120,36 +103,27 @@ def _why_not_so_many(state: torch.Tensor) -> str | None:
 
 
 @sweep_levels.backend("triton", _why_not_sweep_levels)
-def _sweep_levels(state, mixing, before, zero, kept, levels, scale):
+def _sweep_levels(levels, scale, *sweep):
     from .triton import columns
 
-    return Swept(*columns.sweep_levels(state, mixing, before, zero, kept, levels, scale))
+    return Swept(*columns.sweep_levels(levels, scale, Sweep(*sweep)))
 
 
 @op
-def sweep_tables(
-    state: torch.Tensor,
-    mixing: torch.Tensor,
-    before: torch.Tensor | None,
-    zero: torch.Tensor | None,
-    kept: torch.Tensor | None,
-    values: torch.Tensor,
-    unit: torch.Tensor,
-) -> Swept:
-    """`Columns.sweep` of `TableColumns`; a backend adds up in another order."""
-    zeros = None if zero is None else Zeros(zero, kept)
-    return _swept(TableColumns(values, unit), state, mixing, before, zeros)
+def sweep_tables(values: torch.Tensor, unit: torch.Tensor, *sweep: torch.Tensor | None) -> Swept:
+    """`TableColumns.sweep`, given the parts of a Sweep; a backend adds up in another order."""
+    return _swept(TableColumns(values, unit), Sweep(*sweep))
 
 
-def _why_not_sweep_tables(state, mixing, before, zero, kept, values, unit) -> str | None:
+def _why_not_sweep_tables(values, unit, state, *others) -> str | None:
     return _why_not_so_many(state) or why_not_codes_of(state, torch.uint8)
 
 
 @sweep_tables.backend("triton", _why_not_sweep_tables)
-def _sweep_tables(state, mixing, before, zero, kept, values, unit):
+def _sweep_tables(values, unit, *sweep):
     from .triton import columns
 
-    return Swept(*columns.sweep_tables(state, mixing, before, zero, kept, values, unit))
+    return Swept(*columns.sweep_tables(values, unit, Sweep(*sweep)))
 
 
 @dataclass(frozen=True)
@@ -167,16 +141,8 @@ class LevelColumns:
         codes = self.levels.round_(self.levels.normalise_(x.clone(), divisor)).to(self.levels.dtype)
         return codes, self.levels.widen(codes).mul_(scale)
 
-    def sweep(
-        self,
-        state: torch.Tensor,
-        mixing: torch.Tensor,
-        before: torch.Tensor | None,
-        zeros: Zeros | None,
-    ) -> Swept:
-        return sweep_levels(
-            state, mixing, before, *(zeros or (None, None)), self.levels, self.scale
-        )
+    def sweep(self, sweep: Sweep) -> Swept:
+        return sweep_levels(self.levels, self.scale, *sweep)
 
 
 @dataclass(frozen=True)
@@ -193,11 +159,5 @@ class TableColumns:
         codes = (table - x / self.unit).abs_().argmin(0, keepdim=True)
         return codes[0].to(torch.uint8), table.gather(0, codes)[0] * self.unit
 
-    def sweep(
-        self,
-        state: torch.Tensor,
-        mixing: torch.Tensor,
-        before: torch.Tensor | None,
-        zeros: Zeros | None,
-    ) -> Swept:
-        return sweep_tables(state, mixing, before, *(zeros or (None, None)), self.values, self.unit)
+    def sweep(self, sweep: Sweep) -> Swept:
+        return sweep_tables(self.values, self.unit, *sweep)

@@ -139,7 +139,7 @@ class FewBitsLoadTextEncoder(io.ComfyNode):
         paths = [
             host.model_path(ENCODERS, name) for name in (file, file2, file3, file4) if name != NONE
         ]
-        found = [inspect_file(path) for path in dict.fromkeys(paths)]
+        found = list(map(inspect_file, dict.fromkeys(paths)))
         clip = clip_io.load_files(
             list(map(str, paths)), type, on_cpu=device == CPU, kernels=quantized_kernels
         )

@@ -76,7 +76,7 @@ class FewBitsQualityReport(io.ComfyNode):
         if path:
             pictures["histograms"] = _histograms(host.written_file(path), data, theme)
         text = to_markdown(data)
-        images = torch.stack([_image(png) for png in pictures.values()])
+        images = torch.stack(list(map(_image, pictures.values())))
         ui = {"fewbits_quality": [{name: data.get(name) for name in SHOWN}]}
         return io.NodeOutput(images, text, ui=ui)
 

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..columns import Sweep
 from ..levels import Levels, code_values
 from ..scales import TINY
 from .launch import launch
@@ -21,6 +22,7 @@ KINDS = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.uint8: 2}
 TABLES = 3  # a table of values for each element
 _INT8, _E4M3, _CODES, _TABLES = (tl.constexpr(kind) for kind in (*KINDS.values(), TABLES))
 CODES = 16
+Swept3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # Rows of a program, and its warps: 3072 rows are 192 programs, more than an H200 has processors.
 ROWS, WARPS = 16, 4
@@ -101,53 +103,44 @@ def _table(levels: Levels, device: torch.device) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
-def sweep_levels(
-    state: torch.Tensor,
-    mixing: torch.Tensor,
-    before: torch.Tensor | None,
-    zero: torch.Tensor | None,
-    kept: torch.Tensor | None,
-    levels: Levels,
-    scale: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sweep_levels(levels: Levels, scale: torch.Tensor, sweep: Sweep) -> Swept3:
     """(codes, values, change), see `kernels.columns.Swept`."""
-    kind = KINDS[levels.dtype]
-    table = _table(levels, state.device) if levels.dtype == torch.uint8 else state
-    steps = (scale.shape[1], 1) if scale.shape[1] > 1 else (1, 0)
-    numbers = (*steps, kind, levels.qmax, CODES)
-    return _swept(state, mixing, before, zero, kept, scale, table, numbers)
+    table = sweep.state  # not read where codes are no places in a table
+    if levels.dtype == torch.uint8:
+        table = _table(levels, table.device)
+    steps = 1, 0
+    if scale.shape[1] > 1:
+        steps = scale.shape[1], 1
+    numbers = (*steps, KINDS[levels.dtype], levels.qmax, CODES)
+    return _swept(sweep, scale, table, numbers)
 
 
-def sweep_tables(
-    state: torch.Tensor,
-    mixing: torch.Tensor,
-    before: torch.Tensor | None,
-    zero: torch.Tensor | None,
-    kept: torch.Tensor | None,
-    values: torch.Tensor,
-    unit: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sweep_tables(values: torch.Tensor, unit: torch.Tensor, sweep: Sweep) -> Swept3:
     """(codes, values, change), see `kernels.columns.Swept`."""
-    numbers = (0, 1, TABLES, 0.0, values.shape[1])
-    return _swept(state, mixing, before, zero, kept, unit, values, numbers)
+    return _swept(sweep, unit, values, (0, 1, TABLES, 0.0, values.shape[1]))
 
 
-def _swept(state, mixing, before, zero, kept, scale, table, numbers):
+def _swept(sweep: Sweep, scale: torch.Tensor, table: torch.Tensor, numbers: tuple) -> Swept3:
+    state, mixing, before, zero, kept = sweep
     size, n = state.shape
     codes = torch.empty((size, n), dtype=torch.uint8, device=state.device)
     values, change = (torch.empty((size, n), device=state.device) for _ in range(2))
+    flags = (before is not None, zero is not None, triton.next_power_of_2(size), ROWS)
+    if before is None:  # what is not there is not read: any address will do
+        before = state
+    if zero is None:
+        zero = kept = codes
     tensors = (
         state.contiguous(),
         mixing.t().contiguous(),
-        state if before is None else before.contiguous(),
-        codes if zero is None else zero.contiguous().view(torch.uint8),
-        codes if kept is None else kept.contiguous(),
+        before.contiguous(),
+        zero.contiguous().view(torch.uint8),
+        kept.contiguous(),
         scale.contiguous(),
         table.contiguous(),
         codes,
         values,
         change,
     )
-    flags = (before is not None, zero is not None, triton.next_power_of_2(size), ROWS)
     launch(_sweep, (-(-n // ROWS), 1, 1), tensors, n, size, *numbers, *flags, num_warps=WARPS)
     return codes, values, change

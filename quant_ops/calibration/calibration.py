@@ -163,7 +163,7 @@ class Calibration:
         tensors: dict[str, torch.Tensor] = {}
         for number, statistics in enumerate(self.inputs):
             tensors |= {f"input.{number}.{key}": value for key, value in _stored(statistics)}
-        facts = [_facts(statistics) for statistics in self.inputs]
+        facts = list(map(_facts, self.inputs))
         table = {"version": VERSION, "layers": self.layers, "inputs": facts}
         if self.effects:
             table["effects"] = self.effects

@@ -384,7 +384,7 @@ def _settled(
 
 
 def _fewest_bytes(layers: list[Candidate], error: float) -> list[int] | None:
-    options = [layer.options() for layer in layers]
+    options = list(map(Candidate.options, layers))
     return fewest_bytes(options, _counted(layers) * error**2)
 
 
@@ -424,7 +424,7 @@ def least_error_or_uniform(layers: Sequence[Candidate], budget: int) -> list[int
     Returns:
         An index per layer; None where even the smallest ways do not fit.
     """
-    options = [layer.options() for layer in layers]
+    options = list(map(Candidate.options, layers))
     mixed = least_error(options, budget)
     uniform = _better_uniform(layers, options, budget)
     if mixed is None or uniform is None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ...kernels.columns import MOST_COLUMNS, Columns, Zeros
+from ...kernels.columns import MOST_COLUMNS, Columns, Sweep
 from ...kernels.scales import TINY
 from .base import Layer
 from .felt import Felt
@@ -43,13 +43,16 @@ class Rounding:
         result[self.order] = self.found
         return result.t().contiguous().view(self.dtype)
 
-    def _blocks(self) -> Iterator[tuple[slice, Columns, Zeros | None]]:
+    def _blocks(self) -> Iterator[tuple[slice, Columns, tuple[torch.Tensor, ...]]]:
+        """Each part of the columns, with its `zero` and `kept` of a Sweep where there are any."""
         for start in range(0, len(self.order), MOST_COLUMNS):
             self.layer.step()
             part = slice(start, min(start + MOST_COLUMNS, len(self.order)))
             columns = self.layer.grid.columns(self.scale, self.order[part], self.shape)
-            zeros = None if self.zero is None else Zeros(self.zero[part], self.found[part])
-            yield part, columns, zeros
+            if self.zero is None:
+                yield part, columns, ()
+            else:
+                yield part, columns, (self.zero[part], self.found[part])
 
     def feed_back(self) -> None:
         """Round each column, wanting it where it makes the errors of those before it good.
@@ -64,7 +67,8 @@ class Rounding:
         self.values = torch.empty_like(self.weight)
         missed = torch.zeros_like(self.weight)
         for part, columns, zeros in self._blocks():
-            swept = columns.sweep(missed[part], unit[part, part], self.weight[part], zeros)
+            sweep = Sweep(missed[part], unit[part, part], self.weight[part], *zeros)
+            swept = columns.sweep(sweep)
             self.found[part], self.values[part] = swept.codes, swept.values
             missed[part.stop :].addmm_(unit[part, part.stop :].T, swept.change)
 
@@ -79,7 +83,8 @@ class Rounding:
         """Whether any code changed; `slope`, of the objective along the values, is kept up."""
         changed = torch.zeros((), dtype=torch.bool, device=slope.device)
         for part, columns, zeros in self._blocks():
-            swept = columns.sweep(slope[part], self.gram[part, part], self.values[part], zeros)
+            sweep = Sweep(slope[part], self.gram[part, part], self.values[part], *zeros)
+            swept = columns.sweep(sweep)
             changed |= swept.change.any()
             self.found[part], self.values[part] = swept.codes, swept.values
             slope.addmm_(self.gram[:, part], swept.change)

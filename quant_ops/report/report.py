@@ -89,7 +89,7 @@ class Report:
         lines += self._method_lines()
         if self.results:
             lines.append("largest errors:")
-            lines += [_worst_line(result) for result in self.worst()]
+            lines += map(_worst_line, self.worst())
         return "\n".join(map(visible, lines))
 
     def _method_lines(self) -> list[str]:
@@ -143,7 +143,7 @@ def plan_lines(plan: ModelPlan) -> list[str]:
     )
     lines.append(f"family {plan.family_title or plan.family}; {plan.loads_in()}")
     lines += [f"note: {warning}" for warning in plan.warnings]
-    return [visible(line) for line in lines]
+    return list(map(visible, lines))
 
 
 def layer_lines(plan: ModelPlan) -> list[str]:
@@ -164,7 +164,7 @@ def layer_lines(plan: ModelPlan) -> list[str]:
         if not rule.matched:
             line += "  (matched nothing)"
         lines.append(line)
-    return [visible(line) for line in lines]
+    return list(map(visible, lines))
 
 
 def megabytes(count: int) -> str:

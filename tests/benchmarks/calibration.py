@@ -13,7 +13,6 @@ instead, a BERT or an MPNet as transformers stores it: the sentences of Python's
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 import time
@@ -32,6 +31,7 @@ from fewbits.quant_ops.methods import Layer, choose, get_method, layer_generator
 from fewbits.quant_ops.planning.recipe import Wish, parse_wish
 from fewbits.quant_ops.spec import LayerInput
 from support.layers import EMOJI, emoji_trainer, emoji_weights
+from support.results import append
 
 RESULTS = HERE / "results"
 STEPS, CFG, BATCH = 16, 3.0, 16
@@ -65,7 +65,7 @@ def main() -> None:
         row |= table.row(wish, seen, torch.device(args.device), args.method)
         row |= {"seconds": f"{time.perf_counter() - started:.0f}", "device": args.device}
         print(row, flush=True)
-        record(table.file, row)
+        append(table.file, [row])
 
 
 def of_the_emoji_model(args: argparse.Namespace) -> tuple[HeldOut | Pictures, Calibration]:
@@ -232,15 +232,6 @@ def fitting(wish: Wish, layer: LayerInput) -> tuple[Format, FormatOptions]:
         return format, wish.options
     name, stated = format.fallback(layer, wish.options)
     return get_format(name), get_format(name).configure(stated)
-
-
-def record(path: Path, row: dict) -> None:
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Prints one row per case and appends it to results/conversion.csv. Asserts nothin
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import multiprocessing
 import os
@@ -22,11 +21,14 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path[:0] = [str(Path(__file__).parents[1] / "import_shim"), str(Path(__file__).parents[1])]
+
 import torch
 
 from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.pipeline import plan_source
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
+from support.results import append
 
 RESULTS = Path(__file__).parent / "results" / "conversion.csv"
 LIMITS = {"float8_e4m3fn": 5.0, "int8_tensorwise": 5.0, "bnb_nf4": 10.0}  # x cp, imports included
@@ -126,13 +128,7 @@ def main() -> None:
         writer.join()
         for name in args.formats.split(","):
             rows.append(bench_format(folder, model, name, args.repeats))
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[-1].keys())
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(RESULTS, rows)
 
 
 def bench_plan(folder: Path) -> None:

@@ -11,7 +11,6 @@ remainder. Prints one row per format and appends it to results/loading.csv. Asse
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import json
 import os
@@ -34,6 +33,7 @@ from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
 from fewbits.quant_ops.sources import TORCH_DTYPES
 from fewbits.quant_ops.spec import Header, ModelPlan, TensorSpec
 from support.helpers import flux_shapes
+from support.results import append
 
 RESULTS = Path(__file__).parent / "results" / "loading.csv"
 NATIVE, HIDDEN = "float8_e4m3fn", 3072
@@ -150,12 +150,7 @@ def main() -> None:
             name: measure([path], 2)[1][0][2] for name, path in files.items()
         }  # alone; lazy imports are over
     rows = [row_of(name, plans[name], sizes, timed, grown[name]) for name in names]
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(RESULTS, rows)
 
 
 def row_of(

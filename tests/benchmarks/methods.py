@@ -10,7 +10,6 @@ results/methods.csv. Asserts nothing.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import sys
 import time
@@ -21,6 +20,7 @@ sys.path[:0] = [str(HERE.parent / "import_shim"), str(HERE.parent)]
 
 import torch
 from support.layers import correlated_rows, emoji_activations, emoji_weights, heavy_weight
+from support.results import append
 
 from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.methods import Layer, choose, get_method, layer_generator
@@ -143,8 +143,6 @@ def report(layers: str, wish: Wish, results: list[dict], where: str) -> None:
     ]
     print(f"{layers:<12}{wish.format:<24}{wish.method:<10}{cells[0]:>15}{cells[1]:>17}{cells[2]:>17}"
           f"{row['seconds']:>9.2f}  {row['fell_back']} of {len(results)}", flush=True)  # fmt: skip
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
     fields = {
         "layers": layers,
         "wish": wish.to_text(),
@@ -152,11 +150,8 @@ def report(layers: str, wish: Wish, results: list[dict], where: str) -> None:
         "device": where,
         "torch": torch.__version__,
     }
-    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*fields, *row])
-        if new:
-            writer.writeheader()
-        writer.writerow({**fields, **{key: round(value, 4) for key, value in row.items()}})
+    rounded = {key: round(value, 4) for key, value in row.items()}
+    append(RESULTS, [{**fields, **rounded}])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Python and import torch, `command` has it. Prints medians, appends them to resul
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import re
@@ -34,6 +33,7 @@ from fewbits.quant_ops import pipeline
 from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.methods.base import NOTHING
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
+from support.results import append
 
 FORMATS = ("float8_e4m3fn", "int8_tensorwise", "bnb_nf4")
 LAYERS = 8
@@ -58,12 +58,7 @@ def main() -> None:
         del weights
         for text in FORMATS:
             rows.append(compared(model, text, args.turns))
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[-1].keys())
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(RESULTS, rows)
 
 
 def compared(model: Path, text: str, turns: int) -> dict:

@@ -242,9 +242,9 @@ def sweeps() -> Iterator[tuple[str, object, tuple]]:
                     scale = torch.full((size, wide), 0.5)
                     scale[size // 2] = 0.0
                     case = f"sweep {levels.name} {size}x{n} {wide} {name}"
-                    yield case, sweep_levels, (*tensors, levels, scale)
+                    yield case, sweep_levels, (levels, scale, *tensors)
             tables = torch.randint(-127, 128, (size, 16, n)).float().sort(1).values
-            yield f"sweep tables {size}x{n} {name}", sweep_tables, (*tensors, tables, torch.ones(n))
+            yield f"sweep tables {size}x{n} {name}", sweep_tables, (tables, torch.ones(n), *tensors)
 
 
 def same(got: object, expected: object) -> bool:

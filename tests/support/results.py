@@ -6,7 +6,9 @@ tables; otherwise the end-to-end tests hold the results to what they measure, an
 
 from __future__ import annotations
 
+import csv
 import json
+from pathlib import Path
 
 from .harness.emoji import ROOT
 from .harness.readme import WRITE
@@ -32,3 +34,14 @@ def stored(table: str, row: str, measured: dict) -> dict:
         (RESULTS / f"{table}.json").write_text(text + "\n", encoding="utf-8", newline="\n")
     assert row in rows, f"{table}.json has no {row!r}: measure it with FEWBITS_WRITE_TABLES=1"
     return rows[row]
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    """Rows of a benchmark to the end of its CSV, which is made where it is not there."""
+    path.parent.mkdir(exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
