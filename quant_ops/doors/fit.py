@@ -226,11 +226,11 @@ def fit(
     plans = [_plan(source, replace(draft, preset="none"), wish, calibration) for wish in wishes]
     own = _plan(source, draft, wishes[0], calibration)
     conditions = Conditions(torch.device(device), draft.seed or 0, calibration)
-    layers = _candidates(source, own, wishes, plans, conditions, on_progress)
+    layers = _candidates(source, own, wishes, plans, conditions=conditions, on_progress=on_progress)
     if not layers:
         raise RecipeError(f"{source.name}: there is no layer to choose a format for")
     whole = own.bytes_before
-    return _settled(source, goal_of(whole), draft, layers, calibration)
+    return _settled(source, goal_of(whole), draft, layers, calibration=calibration)
 
 
 @cache
@@ -369,7 +369,7 @@ def _settled(
         if found is None:
             break
         ways = [layer.ways[i] for layer, i in zip(layers, found, strict=True)]
-        attempt = _planned(source, goal, draft, layers, ways, calibration=calibration)
+        attempt = _planned(source, goal, draft, layers, ways=ways, calibration=calibration)
         if goal.bytes is None:
             return attempt
         if attempt.file_bytes <= goal.bytes and (best is None or attempt.error < best.error):

@@ -219,9 +219,10 @@ def _by_depth(axes, rows: list[dict], ink: str) -> None:
     shown = sorted(worst_of, key=lambda kind: -worst_of[kind])[: len(COLOURS)]
     rest = [layer for layer in layers if layer.kind not in shown]
     if rest:
-        _marks(axes, rest, "#999999", ".", OTHER)
+        _marks(axes, rest, "#999999", ".", label=OTHER)
     for kind, colour, mark in zip(shown, COLOURS, MARKS, strict=False):
-        _marks(axes, [layer for layer in layers if layer.kind == kind], colour, mark, kind)
+        own = [layer for layer in layers if layer.kind == kind]
+        _marks(axes, own, colour, mark, label=kind)
     errors = [layer.error for layer in layers if layer.error > 0]
     if errors and max(errors) > 5 * min(errors):
         axes.set_yscale("log")
@@ -232,7 +233,7 @@ def _by_depth(axes, rows: list[dict], ink: str) -> None:
     title = "Weight error by depth"
     if len(layers) < len(every):
         title += ", the worst of each kind in each block"
-    _titles(axes, title, "block, in the order of the file", ERROR, ink)
+    _titles(axes, title, "block, in the order of the file", ERROR, ink=ink)
     _legend(axes, ink)
 
 
@@ -272,7 +273,7 @@ def _worst(axes, rows: list[dict], ink: str) -> None:
     axes.set_yticks(range(len(worst)), [_short(row["name"]) for row in worst])
     axes.grid(False, axis="y")
     axes.margins(x=0.15)
-    _titles(axes, f"The {len(worst)} layers with the largest error", ERROR, "", ink)
+    _titles(axes, f"The {len(worst)} layers with the largest error", ERROR, "", ink=ink)
     for format in formats:
         axes.barh(0, 0, color=COLOURS[formats.index(format) % len(COLOURS)], label=format)
     _legend(axes, ink)
@@ -292,7 +293,7 @@ def _sizes(axes, report: dict, ink: str) -> None:
     axes.set_yticks(range(len(rows)), [f"{row['format']} ({row['layers']})" for row in rows])
     axes.grid(False, axis="y")
     axes.margins(x=0.3)
-    _titles(axes, "Bytes by format (layers)", "GB", "", ink)
+    _titles(axes, "Bytes by format (layers)", "GB", "", ink=ink)
     _legend(axes, ink)
 
 

@@ -197,7 +197,9 @@ def options_of_layers() -> list[fit.Candidate]:
             for wish in wishes
         ]
         own = fit._plan(source, draft, wishes[0], None)
-        return fit._candidates(source, own, wishes, plans, Conditions(), ignore_progress)
+        return fit._candidates(
+            source, own, wishes, plans, conditions=Conditions(), on_progress=ignore_progress
+        )
 
 
 def others(

@@ -1,8 +1,5 @@
 """Round-to-nearest in one pass: the bits of scale, encode and pack one after the other, on every backend."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from fewbits.kernels.grids import TiledGrid, nearest_tiles
 from fewbits.kernels.levels import E4M3, E5M2, INT8
 from fewbits.kernels.packing import pack_nibbles
 from fewbits.kernels.scales import Geometry
+from support.helpers import interpreted
 
 GEOMETRIES = {
     "tensor": Geometry(None, None), "row": Geometry(1, None), "group 16": Geometry(1, 16), "group 128": Geometry(1, 128),
@@ -72,30 +70,18 @@ def test_nearest_says_why_a_kernel_does_not_run():
     assert nearest_flat4.reasons(weight, E2M1, 64, True) == {"triton": "no kernel rounds to e2m1"}
 
 
-def lines_of_interpreted(*arguments: str) -> list[str]:
-    pytest.importorskip(
-        "triton", minversion="3.6", reason="the interpreter of older Tritons lacks what they need"
-    )
-    script = Path(__file__).with_name("interpreted.py")
-    run = subprocess.run(
-        [sys.executable, script, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout.splitlines()
+SCRIPT = Path(__file__).with_name("interpreted.py")
 
 
 @pytest.mark.slow
 def test_the_kernels_give_the_bits_of_eager_in_tritons_interpreter():
-    lines = lines_of_interpreted()
+    lines = interpreted(SCRIPT)
     assert len(lines) > 400 and [line for line in lines if not line.startswith("equal ")] == []
 
 
 @pytest.mark.slow
 def test_the_kernels_compile_for_a_gpu_that_is_not_here():
-    kernels = {line.removeprefix("compiled ") for line in lines_of_interpreted("compile")}
+    kernels = {line.removeprefix("compiled ") for line in interpreted(SCRIPT, "compile")}
     assert kernels >= {
         "_rows",
         "_tiles",

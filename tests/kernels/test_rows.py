@@ -1,8 +1,5 @@
 """INT8 rows of activations and of stored weights: kernels against eager, and what rounding them adds to a product."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,37 +15,26 @@ from fewbits.kernels.hadamard import rotate
 from fewbits.kernels.levels import INT8
 from fewbits.kernels.packing import pack_nibbles
 from fewbits.kernels.scales import Geometry
+from support.helpers import interpreted
 
 SCRIPT = Path(__file__).with_name("interpreted_rows.py")
 
 
-def lines_of(*arguments: str) -> list[str]:
-    pytest.importorskip("triton", minversion="3.6", reason="older interpreters lack what they need")
-    run = subprocess.run(
-        [sys.executable, SCRIPT, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout.splitlines()
-
-
 @pytest.mark.slow
 def test_the_kernels_err_as_little_as_eager_in_tritons_interpreter():
-    lines = lines_of()
+    lines = interpreted(SCRIPT)
     assert len(lines) > 90 and [line for line in lines if not line.startswith("ok ")] == []
 
 
 @pytest.mark.slow
 def test_the_kernels_compile_for_a_gpu_that_is_not_here():
-    compiled = {line.removeprefix("compiled ") for line in lines_of("compile")}
+    compiled = {line.removeprefix("compiled ") for line in interpreted(SCRIPT, "compile")}
     assert compiled >= {"_rows", "_levels"}
 
 
 @pytest.mark.gpu
 def test_both_kernels_err_as_little_as_eager_on_the_gpu():
-    lines = lines_of("gpu")
+    lines = interpreted(SCRIPT, "gpu")
     assert len(lines) > 100 and [line for line in lines if not line.startswith("ok ")] == []
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -152,6 +155,19 @@ def raw_file(path: Path, entries: dict, data: bytes = b"", pad: bool = True) -> 
     text += b" " * (-len(text) % 8) if pad else b""
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return path
+
+
+def interpreted(script: Path, *arguments: str) -> list[str]:
+    """What a script says that runs kernels in Triton's interpreter, in a process of its own."""
+    pytest.importorskip("triton", minversion="3.6", reason="older interpreters lack what they need")
+    run = subprocess.run(
+        [sys.executable, script, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
 
 
 def fewbits(*arguments: object) -> subprocess.CompletedProcess:
