@@ -1,6 +1,6 @@
 // What shall become of one layer, written where the graph keeps it: the node's own `keep`, or Layer Rules before it.
 
-import { widgetOf } from "./fitting.mjs?v=d66304df";
+import { widgetOf } from "./fitting.mjs?v=2f031563";
 
 export const KEEP = "keep";
 const RULES = "FewBitsLayerRules";

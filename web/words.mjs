@@ -1,7 +1,7 @@
 // Texts in the language of ComfyUI's page. English is the key; a text without a translation stays English.
 
-import { MESSAGES, TEXTS } from "./zh.mjs?v=d66304df";
-import { ERRORS } from "./zh_errors.mjs?v=d66304df";
+import { MESSAGES, TEXTS } from "./zh.mjs?v=2f031563";
+import { ERRORS } from "./zh_errors.mjs?v=2f031563";
 
 let language = () => "en";
 

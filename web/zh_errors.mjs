@@ -200,6 +200,7 @@ export const ERRORS = {
   "tensor {} does not read back as written; nothing was kept: write to another disk": "张量 $1 读回后与写入的不同；没有保留任何内容：请写到另一个磁盘",
   "its JSON and the file header's differ in what was written; nothing is kept, please report it": "写出的 JSON 与文件头不一致；没有保留任何内容，请报告此问题",
   "the squares of the written weights add up to {}, those of the weights that were made to {}; nothing is kept, please report it": "写出的权重的平方和为 $1，而计算所得权重的平方和为 $2；没有保留任何内容，请报告此问题",
+  "its JSON is that of {}, and the codes are {}: whether they are rotated is not said; start from the original model": "其 JSON 属于 $1，而编码是 $2：没有说明是否旋转过；请从原始模型开始",
   "the file is damaged: get a good copy": "文件已损坏：请取得完好的副本",
   "two calibrations cannot be merged: ": "两份校准不能合并：",
   " is {}; one positive number is needed": " 是 $1；需要一个正数",

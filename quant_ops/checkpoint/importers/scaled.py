@@ -98,6 +98,11 @@ def translate_scaled(
             )
         group = stored_group({"convrot_groupsize": convrot}, source)
         options = replace(options, convrot=True, convrot_groupsize=group)
+    elif label.geometry is Arrangement.ROW and rotates(label.format) and _is_of_others(tag, layer):
+        raise CheckpointError(
+            f"its JSON is that of {tag}, and the codes are {layer.weight.dtype}: whether they are "
+            "rotated is not said; start from the original model"
+        )
     if tag and tag != label.format:
         note = f"{note}; {tag} -> {label.format}"
     if options is None:
@@ -127,6 +132,11 @@ def translate_scaled(
         note=note,
         asked=asked,
     )
+
+
+def _is_of_others(tag: str, layer: StoredLayer) -> bool:
+    """Whether the JSON names a format that has codes of another type."""
+    return bool(tag) and get_format(tag).code_dtype != layer.weight.dtype
 
 
 def _scale_of(layer: StoredLayer) -> ScaleOf | None:
