@@ -27,8 +27,11 @@ from support.tiny_encoders import ROUTES, Route, parts_of
 pytestmark = pytest.mark.slow  # every kind converted, opened and run
 
 WISHES = [*FORMATS, "int8_tensorwise:convrot=auto"]
-# ComfyUI rounds what it decodes to bfloat16. Measured: at most 0.036 (48 blocks of Gemma 3 12B), mostly 0.005.
-LIMIT = 0.06
+# ComfyUI rounds what it decodes to bfloat16. Measured: at most 0.062 (60 blocks of Gemma 4 31B), mostly 0.005.
+LIMIT = 0.08
+# Stock ComfyUI up to 0.33 rounds the inputs of these although it asks for full precision, where an encoder's dtype is
+# that of its weights: on a CPU, gpt-oss. Measured: 0.019 and 0.376 from the decoded weights' output.
+ROUNDED_BY_STOCK = ("int8_tensorwise", "convrot_w4a4")
 # ComfyUI writes its own formats' markers with fewer keys, and casts biases.
 BESIDE = (".comfy_quant", ".bias")
 
@@ -188,4 +191,5 @@ def test_stock_comfyui_encodes_the_same_exactly_where_the_plan_says_so(case, sto
     assert "error" not in answer, answer
     error = relative_error(answer["output"], case.output)
     print(f"MEASURED stock {route.name} {case.wish} {error:.2e}")
-    assert error < 1e-4
+    rounded = route.kind == "GPT_OSS_20B" and case.wish.startswith(ROUNDED_BY_STOCK)
+    assert error < (0.5 if rounded else 1e-4)

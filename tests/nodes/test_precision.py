@@ -10,9 +10,9 @@ from fewbits.quant_ops.formats import get_format
 from fewbits.quant_ops.spec import LayerInput
 
 
-def output(comfy, full_precision_mm, marked):
-    """(what a loaded int8_blockwise layer gives, what its decoded weight gives)"""
-    format = get_format("int8_blockwise")
+def output(comfy, full_precision_mm, marked, name="int8_blockwise"):
+    """(what a loaded layer gives, what its decoded weight gives)"""
+    format = get_format(name)
     options = format.configure({"full_precision_matrix_mult": marked})
     weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
     stored = quantized_layer(format, weight, options)
@@ -29,8 +29,9 @@ def output(comfy, full_precision_mm, marked):
 @pytest.mark.parametrize(
     ("full_precision_mm", "marked"), [(True, False), (False, True)], ids=["text encoder", "marker"]
 )
-def test_full_precision_leaves_the_input_as_it_is(comfy, full_precision_mm, marked):
-    got, expected = output(comfy, full_precision_mm, marked)
+@pytest.mark.parametrize("name", ["int8_blockwise", "int8_tensorwise", "convrot_w4a4"])
+def test_full_precision_leaves_the_input_as_it_is(comfy, full_precision_mm, marked, name):
+    got, expected = output(comfy, full_precision_mm, marked, name)
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-4)
 
 

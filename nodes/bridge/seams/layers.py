@@ -320,8 +320,8 @@ class OwnLinear(OwnFormats):
         return super().forward_comfy_cast_weights(input, *args, **kwargs)
 
     def _forward(self, input, weight, bias):
-        if self._full_precision_mm and not self._fewbits_rounds and self._is_own():
-            # our product would round the input too
+        if self._full_precision_mm and not self._fewbits_rounds:
+            # our product would round the input too, and ComfyUI's of INT8 and W4A4 does, up to 0.33
             weight = self._fewbits_convert(weight.to(input.dtype))
         if self._fewbits_marker is None:
             return super()._forward(input, weight, bias)
