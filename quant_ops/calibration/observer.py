@@ -11,7 +11,7 @@ import torch
 
 from .calibration import Calibration
 from .effects import Again, Effects
-from .statistics import InputStatistics
+from .statistics import InputStatistics, settle
 
 ROW_BYTES = 2  # bfloat16
 HALVES = 2
@@ -21,6 +21,14 @@ SMALLEST_SIDE = 16  # smaller layers are never quantized
 
 
 PROBED = 64  # values of an input that tell whether it was changed
+# Of the inputs every so many-th is looked at in an evaluation, and each in the first one of a run.
+# A CPU computes so long that nothing is gained by less than all; for a GPU each look is a few
+# launches, and where Python sets the pace their time is added. A prime: what alternates from one
+# evaluation to the next reaches each input alike.
+SPREAD = {"cpu": 1}
+SPREAD_ON_GPU = 13
+# Bytes of rows on a GPU that wait for one common copy.
+WAITING_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,9 @@ class Observer:
     half that fewer runs filled, of equal ones to the parity of the bits of its number: what comes
     at every other run, such as the negative prompt, fills both.
 
+    From the second evaluation of a run on, only one input in `SPREAD` is looked at in each.
+    Nothing waits for a GPU but one copy for `WAITING_BYTES` of rows.
+
     Args:
         memory: bytes that statistics may take, whatever the model.
         seed: of the choice of rows, and of disturbances.
@@ -65,27 +76,31 @@ class Observer:
         self._runs: tuple[set[int], set[int]] = (set(), set())  # which ones filled each half
         self._seen: dict[int, _Seen] = {}
         self._changed: dict[str, torch.Tensor] = {}
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._layers: dict[str, torch.nn.Module] = {}  # of the model that this run watches
+        self._model: weakref.ref | None = None
+        self._capacity_now = 0
+        self._spread = 1
+        self._waiting = 0  # bytes
 
     def start_run(self, steps: int = 0) -> None:
         """A new sampling run begins, with so many calls whose effects can be measured."""
         self.run += 1
+        self._model = None
         self.effects.start_run(steps)
 
     @contextlib.contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
         """One call of the model; every hook is gone afterwards, however it ends."""
-        layers = dict(_candidates(model))
-        capacity = self._capacity(layers)
-        for statistics in self.calibration.inputs:
-            statistics.allow(capacity)
+        first = self._model is None or self._model() is not model
+        if first:
+            self._begin(model)
         half = self._half()
         self._calls += 1
         self._runs[half].add(self.run)
         self._seen.clear()
         handles = [
-            layer.register_forward_pre_hook(self._hook(name, layer, capacity, half))
-            for name, layer in layers.items()
+            layer.register_forward_pre_hook(self._hook(name, layer, self._capacity_now, half))
+            for name, layer in self._looked_at(first).items()
         ]
         try:
             yield
@@ -93,8 +108,32 @@ class Observer:
             for handle in handles:
                 handle.remove()
             self._seen.clear()
-            for statistics in self.calibration.inputs:
-                statistics.settle()
+            if self._waiting >= WAITING_BYTES:
+                self._settle()
+
+    def _begin(self, model: torch.nn.Module) -> None:
+        self._model, self._layers = weakref.ref(model), dict(_candidates(model))
+        self._capacity_now = self._capacity(self._layers)
+        for statistics in self.calibration.inputs:
+            statistics.allow(self._capacity_now)
+
+    def _looked_at(self, first: bool) -> dict[str, torch.nn.Module]:
+        """Layers that get a hook: all in the first evaluation of a run, which also tells who shares
+        an input; then those of some inputs, one after the other.
+        """
+        if first or self._spread == 1:
+            return self._layers
+        turn = self._calls % self._spread
+        known = self.calibration.layers
+        return {
+            name: layer
+            for name, layer in self._layers.items()
+            if name not in known or known[name][0] % self._spread == turn
+        }
+
+    def _settle(self) -> None:
+        settle(self.calibration.inputs)
+        self._waiting = 0
 
     def measure(
         self, model: torch.nn.Module, again: Again, result: torch.Tensor, size: float
@@ -149,8 +188,11 @@ class Observer:
             if known.probe is not None:
                 self._note_change(name, known.probe, x)
             return
-        generator = self._generator(x.device)
-        looked = self.calibration.inputs[mine[0]].add(x, half, ROWS_A_CALL, generator)
+        self._spread = SPREAD.get(x.device.type, SPREAD_ON_GPU)
+        statistics = self.calibration.inputs[mine[0]]
+        looked = statistics.add(x, half, ROWS_A_CALL, self.seed)
+        if looked and not statistics.exact:
+            self._waiting += ROWS_A_CALL * statistics.size * x.element_size()
         self._seen[id(x)] = _Seen(weakref.ref(x), mine[0], _probe(x) if looked else None)
 
     def _note_change(self, name: str, before: torch.Tensor, x: torch.Tensor) -> None:
@@ -161,14 +203,9 @@ class Observer:
         self.calibration.inputs.append(InputStatistics(size, capacity))
         return len(self.calibration.inputs) - 1
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        """Its own: the model's random numbers stay as they would be."""
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
-        return self._generators[device]
-
     def finish(self) -> Calibration:
         """What was collected so far, on the CPU; collecting may go on."""
+        self._settle()
         for statistics in self.calibration.inputs:
             statistics.finish()
         for name, changed in self._changed.items():

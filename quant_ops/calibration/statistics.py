@@ -6,7 +6,7 @@ Where K is small the mean of x^T x itself is kept; else rows of x, thinned out e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,12 +19,14 @@ RELATIVE_JITTER = 1e-6
 
 # Rows of one call that are looked at; more stand in for their neighbours. An image of 1024 x 1024
 # pixels has 4,096, and reading all of them is what watching would cost.
-ROWS_LOOKED_AT = 1024
+ROWS_LOOKED_AT = 512
 # Calls of which each half looks at all, where it keeps a gram; then at every other one, at every
 # fourth from twice as many on, and so forth. Rows are thinned out by what memory they take.
 CALLS_LOOKED_AT = 64
-# Elements of small inputs that wait for each other: adding them up takes as many launches as one.
-WAITING = 1 << 18
+# Elements of an input that wait for each other: adding them up takes as many launches as one.
+WAITING = 1 << 21
+# Spreads the rows that are taken of one call over the places that they can have.
+PRIME = 7919
 
 
 @dataclass
@@ -51,10 +53,10 @@ class Half:
         self.calls += 1
         return self.calls % self.stride == 0
 
-    def take(self, batch: torch.Tensor, capacity: int) -> None:
-        """Keep a batch; when there are too many rows, every other batch goes."""
-        self.rows.append(batch)
-        if self.held > capacity and len(self.rows) > 1:
+    def take(self, batches: list[torch.Tensor], capacity: int) -> None:
+        """Keep batches; while there are too many rows, every other batch goes."""
+        self.rows += batches
+        while self.held > capacity and len(self.rows) > 1:
             self.rows = self.rows[1::2]
             self.stride *= 2
 
@@ -66,6 +68,18 @@ class _Waiting:
     part: Half
     rows: torch.Tensor
     weight: int
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Some rows of a call, each for `weight` of those that were seen, and the largest magnitude of
+    each channel over more rows of it, (K,); on the model's device.
+    """
+
+    part: Half
+    rows: torch.Tensor
+    weight: int
+    largest: torch.Tensor
 
 
 @dataclass
@@ -89,7 +103,7 @@ class InputStatistics:
     damaged: int = 0
     halves: tuple[Half, Half] = field(default_factory=lambda: (Half(), Half()))
     _waiting: list[_Waiting] = field(default_factory=list, repr=False)
-    _kept: list[tuple[Half, torch.Tensor]] = field(default_factory=list, repr=False)
+    _kept: list[_Kept] = field(default_factory=list, repr=False)
 
     @property
     def exact(self) -> bool:
@@ -105,14 +119,13 @@ class InputStatistics:
     def count(self) -> int:
         return sum(half.count for half in self.halves)
 
-    def add(self, x: torch.Tensor, half: int, each: int, generator: torch.Generator) -> bool:
+    def add(self, x: torch.Tensor, half: int, each: int, seed: int) -> bool:
         """Take in the rows of one call, or let it pass. Nothing here waits for a GPU.
 
         Args:
             x: (..., K) of any float dtype, on any device; not changed.
             half: 0 or 1: the part of the calibration it belongs to.
-            each: rows of one call that may be kept, chosen by `generator`, which lives on x's
-                device.
+            each: rows of one call that may be kept, evenly spread, from a place by `seed`.
 
         Returns:
             Whether it was looked at.
@@ -127,15 +140,14 @@ class InputStatistics:
         if self.exact:
             if part.calls >= CALLS_LOOKED_AT * part.stride:
                 part.stride *= 2
-        else:
-            index = torch.randperm(len(rows), generator=generator, device=rows.device)[:each]
-            self._kept.append((part, rows[index].to(torch.bfloat16)))
-        large = rows.numel() >= WAITING
-        if not large:
-            rows = rows.clone()
-        self._waiting.append(_Waiting(part, rows, weight))
-        if large or sum(waiting.rows.numel() for waiting in self._waiting) >= WAITING:
-            self._add_up()
+            self._waiting.append(_Waiting(part, rows.clone(), weight))
+            if sum(waiting.rows.numel() for waiting in self._waiting) >= WAITING:
+                self._add_up()
+            return True
+        largest = torch.linalg.vector_norm(rows, torch.inf, dim=0)
+        apart = max(len(rows) // each, 1)
+        kept = rows[(part.calls * PRIME + seed) % apart :: apart][:each].clone()
+        self._kept.append(_Kept(part, kept, weight * len(rows) // len(kept), largest))
         return True
 
     def _add_up(self) -> None:
@@ -153,34 +165,53 @@ class InputStatistics:
         sound = torch.linalg.vector_norm(rows, torch.inf, dim=1).isfinite()
         lost = (~sound).sum() * weight
         part.lost = lost if part.lost is None else part.lost.to(lost.device) + lost
-        rows = torch.where(sound[:, None], rows, 0.0)
-        largest = torch.linalg.vector_norm(rows, torch.inf, dim=0).float()
-        if self.exact:
-            wide = rows.float()
-            gram = (wide.T @ wide).mul_(weight)
-            square = gram.diagonal().clone()
-            part.gram = gram if part.gram is None else gram + part.gram.to(gram.device)
-        else:
-            norm = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
-            square = norm.square_().mul_(weight)
-        total = rows.sum(0, dtype=torch.float32).mul_(weight)
+        wide = torch.where(sound[:, None], rows, 0.0).float()
+        largest = torch.linalg.vector_norm(wide, torch.inf, dim=0)
+        gram = (wide.T @ wide).mul_(weight)
+        square, total = gram.diagonal().clone(), wide.sum(0).mul_(weight)
+        part.gram = gram if part.gram is None else gram + part.gram.to(gram.device)
         if self.total is not None:
             total += self.total.to(total.device)
             square += self.square.to(total.device)
             largest = torch.maximum(largest, self.largest.to(total.device))
         self.total, self.square, self.largest = total, square, largest
 
-    def settle(self) -> None:
-        """Bring rows that were kept to the CPU, without those that hold NaN or Inf."""
-        for part, batch in self._kept:
-            batch = batch.cpu()
-            part.take(batch[batch.isfinite().all(1)], self.capacity)
-        self._kept.clear()
+    def take(self, kept: list[_Kept]) -> None:
+        """Rows that were kept, on the CPU now; those with NaN or Inf go."""
+        for part in self.halves:
+            batches = []
+            for each in kept:
+                if each.part is not part:
+                    continue
+                sound = each.rows.isfinite().all(1)
+                lost = (len(sound) - int(sound.sum())) * each.weight
+                part.count -= lost
+                self.damaged += lost
+                batches.append(each.rows[sound] if lost else each.rows)
+            part.take([batch for batch in batches if len(batch)], self.capacity)
+        for each in kept:
+            largest = torch.where(each.largest.isfinite(), each.largest, 0.0)
+            self.largest = largest if self.largest is None else self.largest.maximum(largest)
+
+    def _sum_rows(self) -> None:
+        """Sums over all that was seen, as the rows that are kept have them."""
+        self.total, self.square = torch.zeros(2, self.size)
+        for part in self.halves:
+            if part.rows:
+                rows = torch.cat(part.rows).float()
+                self.total += rows.mean(0) * part.count
+                self.square += rows.square().mean(0) * part.count
 
     def finish(self) -> None:
-        """Add up what waits, and bring everything to the CPU; more may be added."""
-        self.settle()
+        """Add up what waits, and bring everything to the CPU; more may be added. Of several inputs
+        `settle` brings the rows first, in one copy.
+        """
+        settle([self])
         self._add_up()
+        if not self.exact:
+            if self.largest is not None:
+                self._sum_rows()
+            return
         for part in self.halves:
             lost = int(part.lost or 0)
             part.count -= lost
@@ -246,6 +277,30 @@ class InputStatistics:
             return _gram_root(half.gram.to(device) / half.count)
         rows = torch.cat(half.rows).to(device, torch.float32)
         return rows.div_(len(rows) ** 0.5)
+
+
+def settle(inputs: list[InputStatistics]) -> None:
+    """Bring the rows that inputs kept to the CPU, all in one copy."""
+    all_kept = [kept for statistics in inputs for kept in statistics._kept]
+    if not all_kept:
+        return
+    rows = iter(_on_cpu([kept.rows for kept in all_kept], torch.bfloat16))
+    largest = iter(_on_cpu([kept.largest for kept in all_kept], torch.float32))
+    for statistics in inputs:
+        kept, statistics._kept = statistics._kept, []
+        statistics.take([replace(each, rows=next(rows), largest=next(largest)) for each in kept])
+
+
+def _on_cpu(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Copies of this type, one transfer from each device."""
+    copies: list[torch.Tensor | None] = [None] * len(tensors)
+    for device in {tensor.device for tensor in tensors}:
+        places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
+        flat = torch.cat([tensors[place].reshape(-1) for place in places]).to(dtype).cpu()
+        parts = flat.split([tensors[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            copies[place] = part.view(tensors[place].shape).clone()  # none holds all of them
+    return copies
 
 
 def _thinned(batches: list[torch.Tensor], capacity: int) -> list[torch.Tensor]:

@@ -1,10 +1,12 @@
 """What is collected, what the file holds, and which files are refused."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewbits.quant_ops.calibration import (
     Calibration,
@@ -13,6 +15,8 @@ from fewbits.quant_ops.calibration import (
     load_calibration,
     save_calibration,
 )
+from fewbits.quant_ops.calibration import observer as observing
+from fewbits.quant_ops.calibration.observer import SPREAD_ON_GPU
 from fewbits.quant_ops.calibration.statistics import CALLS_LOOKED_AT, ROWS_LOOKED_AT
 from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.checkpoint.verify import stored_findings
@@ -194,6 +198,44 @@ def test_nothing_changes_and_no_hook_is_left():
     with pytest.raises(RuntimeError, match="stop"), found.watching(model):
         raise RuntimeError("stop")
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Ops(TorchDispatchMode):
+    """Counts operations, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("memory", [10 * MEGABYTE, 100_000], ids=["grams", "rows"])
+def test_a_gpu_gets_few_operations_of_a_watched_run_and_is_never_waited_for(monkeypatch, memory):
+    """Forty layers on a device that is not "cpu" to the observer. Before: 25 operations for each
+    input in each evaluation, some of which waited.
+    """
+    monkeypatch.setattr(observing, "SPREAD", {})
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(40)))
+    observer, x = Observer(memory), rows(256)
+    model(x)
+    evaluations = 1 + 2 * SPREAD_ON_GPU
+    with Ops() as plain, torch.no_grad():
+        for _ in range(evaluations):
+            model(x)
+    observer.start_run()
+    with Ops() as seen, torch.no_grad():
+        for _ in range(evaluations):
+            with observer.watching(model):
+                model(x)
+    added = seen.counts - plain.counts
+    looks = 3 * 40  # in the first evaluation, and then once in each thirteen
+    assert sum(added.values()) <= 11 * looks  # views most of them; three launch something
+    assert not {name for name in added if "local_scalar" in name or "_to_copy" in name}
+    counts = {statistics.count for statistics in observer.finish().inputs}
+    assert counts == {3 * 256}
 
 
 def test_damaged_rows_are_left_out():
