@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +76,8 @@ class Observer:
         self._runs: tuple[set[int], set[int]] = (set(), set())  # which ones filled each half
         self._seen: dict[int, _Seen] = {}
         self._changed: dict[str, torch.Tensor] = {}
-        self._layers: dict[str, torch.nn.Module] = {}  # of the model that this run watches
+        # of the model that this run watches, which may go while the calibration stays
+        self._layers: Mapping[str, torch.nn.Module] = {}
         self._model: weakref.ref | None = None
         self._capacity_now = 0
         self._spread = 1
@@ -112,12 +113,13 @@ class Observer:
                 self._settle()
 
     def _begin(self, model: torch.nn.Module) -> None:
-        self._model, self._layers = weakref.ref(model), dict(_candidates(model))
+        self._model = weakref.ref(model)
+        self._layers = weakref.WeakValueDictionary(_candidates(model))
         self._capacity_now = self._capacity(self._layers)
         for statistics in self.calibration.inputs:
             statistics.allow(self._capacity_now)
 
-    def _looked_at(self, first: bool) -> dict[str, torch.nn.Module]:
+    def _looked_at(self, first: bool) -> Mapping[str, torch.nn.Module]:
         """Layers that get a hook: all in the first evaluation of a run, which also tells who shares
         an input; then those of some inputs, one after the other.
         """
@@ -151,7 +153,7 @@ class Observer:
             return self.run.bit_count() % HALVES
         return int(second < first)
 
-    def _capacity(self, layers: dict[str, torch.nn.Linear]) -> int:
+    def _capacity(self, layers: Mapping[str, torch.nn.Module]) -> int:
         """Rows that each half of each input may keep. Layers that no call has reached yet count as
         if they shared no input.
         """

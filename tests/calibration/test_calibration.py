@@ -1,6 +1,8 @@
 """What is collected, what the file holds, and which files are refused."""
 
+import gc
 import json
+import weakref
 from collections import Counter
 
 import pytest
@@ -236,6 +238,16 @@ def test_a_gpu_gets_few_operations_of_a_watched_run_and_is_never_waited_for(monk
     assert not {name for name in added if "local_scalar" in name or "_to_copy" in name}
     counts = {statistics.count for statistics in observer.finish().inputs}
     assert counts == {3 * 256}
+
+
+def test_a_calibration_keeps_no_model_alive():
+    model = Block()
+    observer = Observer(MEGABYTE)
+    watched(observer, model, rows(32))
+    alive = weakref.ref(model.q)
+    del model
+    gc.collect()
+    assert alive() is None and observer.calibration.rows == 32
 
 
 def test_damaged_rows_are_left_out():
