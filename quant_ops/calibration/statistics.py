@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 
@@ -152,14 +153,14 @@ class InputStatistics:
 
     def _add_up(self) -> None:
         """What waits, by its half and weight."""
-        groups: dict[tuple[int, int], list[_Waiting]] = {}
+        halves: tuple[dict[int, list[torch.Tensor]], ...] = ({}, {})
         for waiting in self._waiting:
-            groups.setdefault((id(waiting.part), waiting.weight), []).append(waiting)
+            by_weight = halves[waiting.part is self.halves[1]]
+            by_weight.setdefault(waiting.weight, []).append(waiting.rows)
         self._waiting = []
-        for group in groups.values():
-            rows = [waiting.rows for waiting in group]
-            rows = torch.cat(rows) if len(rows) > 1 else rows[0]
-            self._add_rows(group[0].part, rows, group[0].weight)
+        for part, by_weight in zip(self.halves, halves, strict=True):
+            for weight, rows in by_weight.items():
+                self._add_rows(part, torch.cat(rows), weight)
 
     def _add_rows(self, part: Half, rows: torch.Tensor, weight: int) -> None:
         sound = torch.linalg.vector_norm(rows, torch.inf, dim=1).isfinite()
@@ -187,8 +188,9 @@ class InputStatistics:
                 lost = (len(sound) - int(sound.sum())) * each.weight
                 part.count -= lost
                 self.damaged += lost
-                batches.append(each.rows[sound] if lost else each.rows)
-            part.take([batch for batch in batches if len(batch)], self.capacity)
+                if sound.any():
+                    batches.append(each.rows[sound] if lost else each.rows)
+            part.take(batches, self.capacity)
         for each in kept:
             largest = torch.where(each.largest.isfinite(), each.largest, 0.0)
             self.largest = largest if self.largest is None else self.largest.maximum(largest)
@@ -281,7 +283,7 @@ class InputStatistics:
 
 def settle(inputs: list[InputStatistics]) -> None:
     """Bring the rows that inputs kept to the CPU, all in one copy."""
-    all_kept = [kept for statistics in inputs for kept in statistics._kept]
+    all_kept = list(chain.from_iterable(statistics._kept for statistics in inputs))
     if not all_kept:
         return
     rows = iter(_on_cpu([kept.rows for kept in all_kept], torch.bfloat16))
