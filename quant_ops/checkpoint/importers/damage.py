@@ -93,7 +93,8 @@ def implausible_scale(layer: StoredLayer, made: Translation) -> Found:
 def _usual_weight(layer: StoredLayer, made: Translation) -> float | None:
     """Root mean square of the weights, roughly; None where a glance does not tell."""
     scales = _multipliers(layer)
-    if "weight_scale_2" in scales and layer.weight.dtype == "U8":
+    packed = layer.weight.dtype == "U8" and "weight_scale" in layer.specs
+    if "weight_scale_2" in scales and packed:
         blocks = layer.sampled("weight_scale").view(torch.float8_e4m3fn).float()
         return 3 * _rms(blocks[blocks.isfinite()]) * _middle(scales["weight_scale_2"])
     for suffix, code in USUAL.items():
