@@ -14,7 +14,7 @@ from ..checkpoint.importers.source import ImportedSource
 from ..formats import get_format
 from ..sources import TensorSource
 
-BINS = 80
+BINS = 81  # odd: zero, which has a code of its own, lies in the middle of a bin
 SPREAD = 4.0  # standard deviations of the first file's weights that are shown on either side
 
 

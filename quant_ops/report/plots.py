@@ -18,14 +18,17 @@ import numpy as np
 from ..errors import QuantError
 from .histograms import Histogram
 
-WIDTH, HEIGHT, DPI = 10.24, 6.4, 100  # inches: 1024 x 640; texts stay readable at half of it
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
+WIDTH, HEIGHT, DPI = 10.24, 6.4, 100  # inches: 1024 x 640
+# Points; 18 are 10 pixels high in a node of 400, where a picture is 400 wide.
+HEADING, TEXT, SMALL = 21, 18, 15
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C")
 MARKS = "osD^vPX"
 OTHER = "other layers"
 ERROR = "relative error (rel_l2)"
 BARS = 12
 LAYERS = 3  # layers with histograms
 NAME_LENGTH = 34
+NARROW = 18  # characters of a name in the legend, of which three columns are as wide as the picture
 THEMES = {"light": ("#ffffff", "#222222", "#cccccc"), "dark": ("#1e1e1e", "#eeeeee", "#555555")}
 NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
@@ -111,16 +114,16 @@ def histogram_picture(layers: list[Histogram], files: Sequence[str], theme: str 
     shown = layers[:LAYERS]
     grid = figure.subplots(2, len(shown), squeeze=False)
     for axes in grid.flat:
-        _dressed(axes, theme, labels=12)
-        axes.locator_params(axis="x", nbins=4)
+        _dressed(axes, theme, labels=SMALL)
+        axes.locator_params(axis="x", nbins=3)
         axes.locator_params(axis="y", nbins=4)
     for (above, below), layer in zip(grid.T, shown, strict=True):
         _weights(above, layer, files, ink)
         _codes(below, layer, ink)
     for row, what in zip(grid, ("weights, %", "codes, %"), strict=True):
-        row[0].set_ylabel(what, color=ink, fontsize=15)
+        row[0].set_ylabel(what, color=ink, fontsize=TEXT)
     figure.suptitle(
-        "Weights and codes of the layers with the largest error", color=ink, fontsize=18
+        "Weights and codes of the layers with the largest error", color=ink, fontsize=HEADING
     )
     _legend(grid[0, 0], ink)
     return _png(figure)
@@ -134,8 +137,8 @@ def _weights(axes, layer: Histogram, files: Sequence[str], ink: str) -> None:
         if axes.get_subplotspec().is_first_col():
             drawn.set_label(name)
     axes.set_ylim(0)
-    axes.set_title(_short(layer.name, 26), color=ink, fontsize=13, loc="left")
-    axes.set_xlabel("weight", color=ink, fontsize=13)
+    axes.set_title(_short(layer.name, 24), color=ink, fontsize=SMALL, loc="left")
+    axes.set_xlabel("weight, others at the ends", color=ink, fontsize=SMALL)
 
 
 def _line_colours(count: int, ink: str) -> tuple[str, ...]:
@@ -144,15 +147,17 @@ def _line_colours(count: int, ink: str) -> tuple[str, ...]:
 
 def _codes(axes, layer: Histogram, ink: str) -> None:
     if layer.codes is None:
-        axes.text(0.5, 0.5, f"no codes ({layer.format})", color=ink, fontsize=13, ha="center",
+        axes.text(0.5, 0.5, f"no codes ({layer.format})", color=ink, fontsize=SMALL, ha="center",
                   transform=axes.transAxes)  # fmt: skip
         axes.set_xticks([])
         axes.set_yticks([])
         return
-    places = layer.lowest + np.arange(len(layer.codes))
-    axes.bar(places, 100 * layer.codes, width=0.9, color=COLOURS[5])
-    axes.set_title(layer.format, color=ink, fontsize=13, loc="left")
-    axes.set_xlabel("code, in the order of values", color=ink, fontsize=13)
+    # An outline: bars of 255 codes are narrower than a pixel apart, and gaps between some of them
+    # would look like codes that are not used.
+    edges = layer.lowest - 0.5 + np.arange(len(layer.codes) + 1)
+    axes.stairs(100 * layer.codes, edges, fill=True, color=COLOURS[5])
+    axes.set_title(layer.format, color=ink, fontsize=SMALL, loc="left")
+    axes.set_xlabel("code, by its value", color=ink, fontsize=SMALL)
 
 
 def placed(rows: list[dict]) -> list[Placed]:
@@ -169,7 +174,7 @@ def placed(rows: list[dict]) -> list[Placed]:
         depth = blocks.setdefault(block, len(blocks))
         rest = "outside of blocks"
         if number:
-            rest = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row["name"][number.end() :]).strip(".")
+            rest = re.sub(r"(?<=\.)\d+(?=\.)", "*", row["name"][number.end() :]).strip(".")
         found.append(Placed(row["name"], depth, f"{group} {rest}".strip(), row["rel_l2"]))
     return found
 
@@ -177,7 +182,7 @@ def placed(rows: list[dict]) -> list[Placed]:
 def _drawn(draw, theme: str) -> bytes:
     figure, ink = _figure(theme)
     axes = figure.add_subplot()
-    _dressed(axes, theme, labels=14)
+    _dressed(axes, theme, labels=TEXT)
     draw(axes, ink)
     return _png(figure)
 
@@ -229,7 +234,8 @@ def _by_depth(axes, rows: list[dict], ink: str) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
         axes.set_ylim(0, 1.15 * max(errors, default=1.0))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.set_xlim(-0.5, every[-1].depth + 0.5)
     title = "Weight error by depth"
     if len(layers) < len(every):
         title += ", the worst of each kind in each block"
@@ -269,11 +275,16 @@ def _worst(axes, rows: list[dict], ink: str) -> None:
     for at, row in enumerate(worst):
         colour = COLOURS[formats.index(row["format"]) % len(COLOURS)]
         axes.barh(at, row["rel_l2"], color=colour)
-        axes.text(row["rel_l2"], at, f" {row['rel_l2']:.4f}", va="center", color=ink, fontsize=13)
+        axes.text(
+            row["rel_l2"], at, f" {row['rel_l2']:.4f}", va="center", color=ink, fontsize=SMALL
+        )
     axes.set_yticks(range(len(worst)), [_short(row["name"]) for row in worst])
     axes.grid(False, axis="y")
     axes.margins(x=0.15)
-    _titles(axes, f"The {len(worst)} layers with the largest error", ERROR, "", ink=ink)
+    title = f"The {len(worst)} layers with the largest error"
+    if len(worst) == 1:
+        title = "The only layer with an error"
+    _titles(axes, title, ERROR, "", ink=ink)
     for format in formats:
         axes.barh(0, 0, color=COLOURS[formats.index(format) % len(COLOURS)], label=format)
     _legend(axes, ink)
@@ -282,30 +293,34 @@ def _worst(axes, rows: list[dict], ink: str) -> None:
 def _sizes(axes, report: dict, ink: str) -> None:
     rows = [row for row in report["summary"] if row["bytes_before"]][::-1]
     labels = {"before": "before", "after": "after"}
+    largest = max((row["bytes_before"] for row in rows), default=0)
+    unit, size = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
     for at, row in enumerate(rows):
-        before, after = row["bytes_before"] / 1e9, row["bytes_after"] / 1e9
+        before, after = row["bytes_before"] / size, row["bytes_after"] / size
         axes.barh(at + 0.2, before, 0.38, color="#999999", label=labels.pop("before", None))
         axes.barh(at - 0.2, after, 0.38, color=COLOURS[0], label=labels.pop("after", None))
-        note = f" {after:.3g} GB"
+        note = f" {after:.3g} {unit}"
         if row.get("rel_l2"):
             note += f", error {row['rel_l2']:.4f}"
-        axes.text(after, at - 0.2, note, va="center", color=ink, fontsize=13)
+        axes.text(after, at - 0.2, note, va="center", color=ink, fontsize=SMALL)
     axes.set_yticks(range(len(rows)), [f"{row['format']} ({row['layers']})" for row in rows])
     axes.grid(False, axis="y")
     axes.margins(x=0.3)
-    _titles(axes, "Bytes by format (layers)", "GB", "", ink=ink)
+    _titles(axes, "Bytes by format (layers)", unit, "", ink=ink)
     _legend(axes, ink)
 
 
 def _titles(axes, title: str, x: str, y: str, ink: str) -> None:
-    axes.set_title(title, color=ink, fontsize=18, loc="left")
-    axes.set_xlabel(x, color=ink, fontsize=15)
-    axes.set_ylabel(y, color=ink, fontsize=15)
+    axes.set_title(title, color=ink, fontsize=HEADING, loc="left")
+    axes.set_xlabel(x, color=ink, fontsize=TEXT)
+    axes.set_ylabel(y, color=ink, fontsize=TEXT)
 
 
 def _legend(axes, ink: str) -> None:
+    _, names = axes.get_legend_handles_labels()
+    columns = 3 if all(len(name) <= NARROW for name in names) else 2
     legend = axes.figure.legend(
-        loc="outside lower center", ncols=3, fontsize=12, frameon=False, handletextpad=0.4
+        loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False, handletextpad=0.4
     )
     for text in legend.get_texts():
         text.set_color(ink)

@@ -12,6 +12,7 @@ from fewbits.quant_ops.checkpoint.reader import FileSource
 from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.errors import QuantError
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
+from fewbits.quant_ops.report import plots
 from fewbits.quant_ops.report.histograms import BINS, SPREAD, histograms
 from fewbits.quant_ops.report.plots import histogram_picture
 from support.helpers import tiny_checkpoint
@@ -63,6 +64,24 @@ def test_codes_are_counted_as_they_are_stored(files):
     middle = -fp8.lowest
     assert fp8.codes.sum() == pytest.approx(1.0)
     assert fp8.codes[middle - 1 : middle + 1].sum() == pytest.approx(zeros)
+
+
+def test_the_code_of_zero_does_not_lean_to_a_side(files):
+    """An edge at zero would count it in the bin beside, and show a spike next to a gap."""
+    (found,) = drawn(files, "int8_tensorwise")
+    assert BINS % 2
+    assert found.edges[BINS // 2] == pytest.approx(-found.edges[BINS // 2 + 1])
+
+
+def test_codes_are_an_area_without_gaps(files):
+    pytest.importorskip("matplotlib")
+    (found,) = drawn(files, "int8_tensorwise")
+    figure, ink = plots._figure("light")
+    axes = figure.add_subplot()
+    plots._codes(axes, found, ink)
+    (area,) = axes.patches
+    shares, edges, _ = area.get_data()
+    assert shares == pytest.approx(100 * found.codes) and edges[0] == found.lowest - 0.5
 
 
 def test_a_plain_file_has_no_codes_and_missing_layers_are_left_out(files):

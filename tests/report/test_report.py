@@ -180,3 +180,44 @@ def test_of_many_experts_the_worst_in_each_block_is_drawn():
     found = plots._worst_of_kind(plots.placed(rows))
     assert [layer.name for layer in found] == [f"layers.{b}.moe.experts.39.up" for b in range(3)]
     assert {layer.kind for layer in found} == {"layers moe.experts.*.up"}
+
+
+def test_two_layers_of_a_block_that_only_a_number_tells_apart_are_two_kinds():
+    rows = [{"name": f"blocks.{b}.mlp.{n}", "rel_l2": 0.1} for b in range(2) for n in (0, 2)]
+    found = plots.placed(rows)
+    assert {layer.kind for layer in found} == {"blocks mlp.0", "blocks mlp.2"}
+    assert len(plots._worst_of_kind(found)) == 4
+
+
+def axes_of(draw):
+    pytest.importorskip("matplotlib")
+    figure, ink = plots._figure("light")
+    axes = figure.add_subplot()
+    plots._dressed(axes, "light", labels=plots.TEXT)
+    draw(axes, ink)
+    figure.draw_without_rendering()
+    return axes
+
+
+def test_a_single_layer_stands_at_a_whole_block_and_is_called_one():
+    rows = [{"name": "blocks.7.linear", "format": "nvfp4", "rel_l2": 0.1}]
+    axes = axes_of(lambda axes, ink: plots._by_depth(axes, rows, ink))
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    axes = axes_of(lambda axes, ink: plots._worst(axes, rows, ink))
+    assert axes.get_title(loc="left") == "The only layer with an error"
+
+
+@pytest.mark.parametrize(("bytes_before", "unit"), [(13_000_000, "MB"), (24_000_000_000, "GB")])
+def test_sizes_are_in_the_unit_that_fits_the_largest(bytes_before, unit):
+    row = {"format": "nvfp4", "layers": 1, "bytes_before": bytes_before, "bytes_after": 10**6}
+    axes = axes_of(lambda axes, ink: plots._sizes(axes, {"summary": [row]}, ink))
+    assert axes.get_xlabel() == unit
+
+
+def test_a_legend_of_long_names_stays_inside_of_the_picture():
+    kinds = ("img_attn.qkv", "txt_attn.to_out_projection", "img_mlp.0", "img_mlp.2", "img_mod.lin")
+    rows = [{"name": f"double_blocks.{b}.{k}", "rel_l2": 0.1} for b in range(3) for k in kinds]
+    axes = axes_of(lambda axes, ink: plots._by_depth(axes, rows, ink))
+    (legend,) = axes.figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= 100 * plots.WIDTH
