@@ -71,7 +71,7 @@ def refuse_other_norms(path: Path, norms: Norms, *, every: bool = False) -> None
         CheckpointError: a layer of another length.
     """
     with FileSource(path) as source:
-        markers = {name: header_markers(source.header.metadata)[name] for name in norms}
+        markers = header_markers(source.header.metadata)
         sizes = {name: source.header.tensors[f"{name}.weight"].nbytes for name in norms}
         descending = sorted((name for name in norms if sizes[name] <= DECODED), key=sizes.get)[::-1]
         chosen = {markers[name]["format"]: name for name in descending}

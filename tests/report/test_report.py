@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fewbits.quant_ops.checkpoint import second_reading
+from fewbits.quant_ops.checkpoint.metadata import header_markers
 from fewbits.quant_ops.doors import quantize_file
 from fewbits.quant_ops.part import PartFile
 from fewbits.quant_ops.planning.recipe import Recipe, parse_wish
@@ -221,3 +223,19 @@ def test_a_legend_of_long_names_stays_inside_of_the_picture():
     (legend,) = axes.figure.legends
     box = legend.get_window_extent()
     assert box.x0 >= 0 and box.x1 <= 100 * plots.WIDTH
+
+
+def test_the_header_is_read_once_after_a_conversion_however_many_layers_it_names(
+    model, monkeypatch
+):
+    """Once a layer, 6,000 layers took more than ten minutes."""
+    calls = []
+
+    def counted(metadata):
+        calls.append(metadata)
+        return header_markers(metadata)
+
+    monkeypatch.setattr(second_reading, "header_markers", counted)
+    report, _ = converted(model)
+    assert len(calls) < len(report.results)
+    assert len(calls) == 2  # the markers, and the lengths of what was decoded
