@@ -1,9 +1,9 @@
 // What is in a file: layers per format, tensors per type, and problems.
 
-import { el } from "./dom.mjs?v=2f031563";
-import { noteList } from "./plan_table.mjs?v=2f031563";
-import { bytes } from "./text.mjs?v=2f031563";
-import { say, translatedError } from "./words.mjs?v=2f031563";
+import { el } from "./dom.mjs?v=9ee850e4";
+import { noteList } from "./plan_table.mjs?v=9ee850e4";
+import { bytes } from "./text.mjs?v=9ee850e4";
+import { say, translatedError } from "./words.mjs?v=9ee850e4";
 
 /** One file that was looked into; with several files, under its name. */
 export function fileView(file, named) {

@@ -1,9 +1,9 @@
 // Before a run: where the file would go, and how large it would be in every format.
 
-import { el } from "./dom.mjs?v=2f031563";
-import { noteList } from "./plan_table.mjs?v=2f031563";
-import { bytes } from "./text.mjs?v=2f031563";
-import { say } from "./words.mjs?v=2f031563";
+import { el } from "./dom.mjs?v=9ee850e4";
+import { noteList } from "./plan_table.mjs?v=9ee850e4";
+import { bytes } from "./text.mjs?v=9ee850e4";
+import { say } from "./words.mjs?v=9ee850e4";
 
 /** The path that the file would get, and a warning where one lies there already; null without a target. */
 export function targetView(target) {

@@ -1,9 +1,9 @@
 // What was given up: the measured error of the whole model and of its worst layers.
 
-import { el, layerName } from "./dom.mjs?v=2f031563";
-import { outliersOf } from "./outliers.mjs?v=2f031563";
-import { decibels, relL2, sentence } from "./text.mjs?v=2f031563";
-import { say, translated } from "./words.mjs?v=2f031563";
+import { el, layerName } from "./dom.mjs?v=9ee850e4";
+import { outliersOf } from "./outliers.mjs?v=9ee850e4";
+import { decibels, relL2, sentence } from "./text.mjs?v=9ee850e4";
+import { say, translated } from "./words.mjs?v=9ee850e4";
 
 /** The layers with the largest error; null when nothing was measured. `suspects`: names of those that may be broken. */
 export function worstLayers(report, title = say("Largest errors")) {

@@ -1,7 +1,7 @@
 // Where a file went, in words that find it again.
 
-import { el } from "./dom.mjs?v=2f031563";
-import { say } from "./words.mjs?v=2f031563";
+import { el } from "./dom.mjs?v=9ee850e4";
+import { say } from "./words.mjs?v=9ee850e4";
 
 const COPIED_MS = 1500;
 

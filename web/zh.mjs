@@ -164,7 +164,8 @@ export const MESSAGES = [
   [/of weights; without a calibration nobody knows which layers matter most/, "按权重计算；没有校准就无法知道哪些层最重要"],
   [/of the outputs of layers, for the inputs of the calibration/, "按层的输出计算，输入取自校准"],
   [/(\w) is identical to (\w)/g, "$1 与 $2 完全相同"],
-  [/(\w) differs by ([\d.-]+) dB \(cosine ([\d.-]+)\)/g, "$1 相差 $2 dB（余弦 $3）"],
+  [/(\w) differs, with an SNR of ([\d.-]+) dB \(cosine ([\d.-]+)\)/g, "$1 有差异，信噪比 $2 dB（余弦 $3）"],
+  [/(\w) with other seeds has an SNR of ([\d.-]+) dB/g, "$1 换用其他种子时信噪比 $2 dB"],
   [/(\w) gives NaN or nothing: do not use it/g, "$1 只给出 NaN 或空结果：不要使用"],
   [/: another picture, do not use it/g, "：已是另一幅画面，不要使用"],
   [

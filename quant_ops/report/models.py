@@ -62,13 +62,14 @@ def compare_models(reference: Model, others: Sequence[Model], control: Model | N
     samples from other seeds.
     """
     rows = [_against(reference, other) for other in others]
+    again = control and _against(reference, control)
     return {
         "reference": _cost(reference),
         "models": rows,
-        "control": control and _against(reference, control),
+        "control": again,
         "ranking": [row["name"] for row in sorted(rows, key=_rank)],
         "metrics": why_not_metrics() or "piq",
-        "sentence": _sentence(reference, rows),
+        "sentence": _sentence(reference, rows, again),
     }
 
 
@@ -170,11 +171,14 @@ def _rank(row: dict) -> tuple:
     return (2, 0.0)
 
 
-def _sentence(reference: Model, rows: list[dict]) -> str:
-    """What a person can do about it."""
+def _sentence(reference: Model, rows: list[dict], control: dict | None) -> str:
+    """What a person can do about it, and what another seed makes of the reference."""
     parts = []
     for row in sorted(rows, key=_rank):
         parts.append(f"{row['name']} {_judged(reference, row)}")
+    decibels = control and control["final"]["snr_db"]["mean"]
+    if decibels is not None:
+        parts.append(f"{reference.name} with other seeds has an SNR of {decibels:.1f} dB")
     return ". ".join(parts) + "."
 
 
@@ -186,7 +190,7 @@ def _judged(reference: Model, row: dict) -> str:
     if similar is None or decibels is None:
         said = "gives NaN or nothing: do not use it"
     else:
-        said = f"differs by {decibels:.1f} dB (cosine {similar:.4f})"
+        said = f"differs, with an SNR of {decibels:.1f} dB (cosine {similar:.4f})"
         if similar < BROKEN_COSINE:
             said += ": another picture, do not use it"
     pictures = row["pictures"]

@@ -72,6 +72,10 @@ def test_the_closest_comes_first_and_a_broken_block_is_named():
     assert "layer blocks.7.attn.qkv in block blocks.7 is broken" in found["sentence"]
     assert found["models"][1]["suspects"] == []
     assert found["control"]["final"]["cosine"]["mean"] < 0.9
+    decibels = found["control"]["final"]["snr_db"]["mean"]
+    assert found["sentence"].endswith(f". A with other seeds has an SNR of {decibels:.1f} dB.")
+    closest = found["models"][2]["final"]["snr_db"]["mean"]
+    assert found["sentence"].startswith(f"8 bits differs, with an SNR of {closest:.1f} dB (cosine")
 
 
 def test_nan_is_not_a_number_to_be_ranked_by():

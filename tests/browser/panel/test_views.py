@@ -134,7 +134,7 @@ def test_a_comparison_names_the_closest_model_and_the_layers_to_blame(page, pane
         "models": [model("B", 12.3, "a.9"), model("C", 45.6), model("D", 0, identical=True)],
         "ranking": ["D", "C", "B"],
         "metrics": "piq",
-        "sentence": "D is identical to A. C differs by 45.6 dB.",
+        "sentence": "D is identical to A. C differs, with an SNR of 45.6 dB.",
     }
     sent(page, "fewbits_comparison", report)
     assert other.locator(".fewbits-value").all_inner_texts() == ["D: none", "0.900"]
