@@ -327,6 +327,10 @@ def _legend(axes, ink: str) -> None:
 
 
 def _short(name: str, length: int = NAME_LENGTH) -> str:
+    """The end of a name; of a layer in a block the block as well, without its group."""
     if len(name) <= length:
         return name
-    return "…" + name[1 - length :]
+    number, start = NUMBER.search(name), "…"
+    if number and number.start(1) <= len(name) - length:
+        start = f"{number[1]}…"
+    return start + name[len(start) - length :]

@@ -239,3 +239,12 @@ def test_the_header_is_read_once_after_a_conversion_however_many_layers_it_names
     report, _ = converted(model)
     assert len(calls) < len(report.results)
     assert len(calls) == 2  # the markers, and the lengths of what was decoded
+
+
+def test_a_long_name_keeps_its_block_and_its_end():
+    name = "model.layers.31.block_sparse_moe.experts.8.down_proj"
+    short = plots._short(name)
+    assert short.startswith("31…") and short.endswith(".experts.8.down_proj")
+    assert len(short) == plots.NAME_LENGTH
+    assert plots._short("single_blocks.3.modulation.lin", 24) == "…blocks.3.modulation.lin"
+    assert plots._short("a" * 40) == "…" + "a" * 33 and plots._short("layers.1.q") == "layers.1.q"
