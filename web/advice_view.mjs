@@ -1,8 +1,8 @@
 // Which format suits a model and a GPU: the advisor's list, the best first.
 
-import { el } from "./dom.mjs?v=9ee850e4";
-import { bytes, familyOf } from "./text.mjs?v=9ee850e4";
-import { say, translated } from "./words.mjs?v=9ee850e4";
+import { el } from "./dom.mjs?v=295c6ec3";
+import { bytes, familyOf } from "./text.mjs?v=295c6ec3";
+import { say, translated } from "./words.mjs?v=295c6ec3";
 
 export function adviceResult(advice) {
   const [best] = advice.formats ?? [];

@@ -1,7 +1,7 @@
 // Texts in the language of ComfyUI's page. English is the key; a text without a translation stays English.
 
-import { MESSAGES, TEXTS } from "./zh.mjs?v=9ee850e4";
-import { ERRORS } from "./zh_errors.mjs?v=9ee850e4";
+import { MESSAGES, TEXTS } from "./zh.mjs?v=295c6ec3";
+import { ERRORS } from "./zh_errors.mjs?v=295c6ec3";
 
 let language = () => "en";
 

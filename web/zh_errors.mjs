@@ -19,6 +19,7 @@ export const ERRORS = {
   "input scales need a calibration, what the layers are given while the model runs; make one with the Calibrate node while you sample": "输入缩放需要校准，即模型运行时各层得到的输入；请在采样时用“校准”节点制作",
   "no layer takes an input scale that the calibration knows; formats that do, unless they multiply in full precision: ": "没有一层既接受输入缩放又为校准所知；接受的格式（除非以全精度相乘）：",
   "no such file in ComfyUI's output or model folders; connect the path of Quantize File": "ComfyUI 的输出和模型文件夹中没有这个文件；请连接“量化文件”的路径",
+  "fits as it is, its tensors take {} of {} bytes; use it unchanged, or ask for less": "本来就放得下：张量占 $2 字节中的 $1 字节；请直接使用，或要求更小",
   "the file has none of the layers, so there is nothing to draw": "文件中没有这些层，因此没有可画的内容",
   "method {} needs a calibration, what the layers are given while the model runs; make one with the Calibrate node while you sample": "方法 $1 需要校准，即模型运行时各层得到的输入；请在采样时用“校准”节点制作",
   "nunchaku's codes in a layer of a model that is not known (Flux.1 and Qwen-Image are): what its kernels do besides is not said": "未知模型（已知 Flux.1 和 Qwen-Image）的层中有 nunchaku 的编码：没有说明其内核还做什么",

@@ -220,18 +220,25 @@ def fit(
         allowed: formats to choose among; none: those of `fit.toml`.
 
     Raises:
-        RecipeError: nothing that is allowed fits; says the smallest that would.
+        RecipeError: nothing that is allowed fits; says the smallest that would. Or the source fits
+            as it is.
         QuantError: see `plan_source`.
     """
     wishes = tuple(allowed) or default_wishes()
     plans = [_plan(source, replace(draft, preset="none"), wish, calibration) for wish in wishes]
     own = _plan(source, draft, wishes[0], calibration)
+    whole = own.bytes_before
+    goal = goal_of(whole)
+    if goal.bytes is not None and whole <= goal.bytes:
+        raise RecipeError(
+            f"{source.name}: fits as it is, its tensors take {whole:,} of {goal.bytes:,} bytes; "
+            "use it unchanged, or ask for less"
+        )
     conditions = Conditions(torch.device(device), draft.seed or 0, calibration)
     layers = _candidates(source, own, wishes, plans, conditions=conditions, on_progress=on_progress)
     if not layers:
         raise RecipeError(f"{source.name}: there is no layer to choose a format for")
-    whole = own.bytes_before
-    return _settled(source, goal_of(whole), draft, layers, calibration=calibration)
+    return _settled(source, goal, draft, layers, calibration=calibration)
 
 
 @cache

@@ -67,6 +67,11 @@ def test_an_error_is_kept_with_fewer_bytes_the_larger_it_is(model):
     assert found[0].file_bytes > found[1].file_bytes
 
 
+def test_a_model_that_is_small_enough_is_said_to_fit_as_it_is(model):
+    with pytest.raises(RecipeError, match="fits as it is, .* of 12,000,000,000 bytes"):
+        fit_file(model, lambda whole: size_goal("12GB", whole))
+
+
 def test_a_size_that_nothing_reaches_is_refused_with_the_smallest(model):
     with pytest.raises(RecipeError, match="cannot be reached: the .* layers .* at least"):
         fit_file(model, lambda whole: size_goal("5%", whole))
