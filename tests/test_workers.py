@@ -79,7 +79,7 @@ def test_the_first_damaged_layer_is_named_and_nothing_is_left(model):
 def test_however_many_layers_wait_the_first_that_cannot_be_written_ends_the_conversion(
     model, monkeypatch, waiting
 ):
-    monkeypatch.setattr(pipeline, "WAITING", waiting)
+    monkeypatch.setattr(pipeline, "MAY_WAIT", {False: waiting, True: waiting})
     quantize(model, "out.safetensors")
     written = []
     write = pipeline._write
