@@ -225,7 +225,6 @@ def fit(
         QuantError: see `plan_source`.
     """
     wishes = tuple(allowed) or default_wishes()
-    plans = [_plan(source, replace(draft, preset="none"), wish, calibration) for wish in wishes]
     own = _plan(source, draft, wishes[0], calibration)
     whole = own.bytes_before
     goal = goal_of(whole)
@@ -234,6 +233,7 @@ def fit(
             f"{source.name}: fits as it is, its tensors take {whole:,} of {goal.bytes:,} bytes; "
             "use it unchanged, or ask for less"
         )
+    plans = [_plan(source, replace(draft, preset="none"), wish, calibration) for wish in wishes]
     conditions = Conditions(torch.device(device), draft.seed or 0, calibration)
     layers = _candidates(source, own, wishes, plans, conditions=conditions, on_progress=on_progress)
     if not layers:

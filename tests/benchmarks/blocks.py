@@ -183,9 +183,9 @@ def measure(
     return rows
 
 
-def sample(model: Model, device: torch.device) -> torch.Tensor:
+def sample(model: Model, device: torch.device, prompt: str = PROMPT) -> torch.Tensor:
     """The emoji model's latents of one prompt: Euler steps along a straight path, as Flux models are trained for."""
-    context, pooled = encode(PROMPT)
+    context, pooled = encode(prompt)
     x = torch.randn((1, 16, 16, 16), generator=torch.Generator().manual_seed(0)).to(device)
     levels = torch.linspace(1, 0, STEPS + 1, device=device)
     for level, following in zip(levels, levels[1:]):

@@ -23,11 +23,10 @@ sys.path[:0] = [
 ]
 
 import torch
-from assets.emoji.comfy_nodes import encode
-from blocks import EMOJI, STEPS, Model, load, rel_l2
+from blocks import EMOJI, Model, load, rel_l2, sample
 from linear import append
 from support import bench_layers as gpu
-from whole_model import FORMATS
+from whole_model import CUDA, FORMATS
 
 from fewbits.kernels.dispatch import use_backend
 from fewbits.quant_ops.doors import quantize_file
@@ -50,23 +49,9 @@ def kitchens_products():
         del os.environ[native.OFF]
 
 
-def latents(model: Model, prompt: str) -> torch.Tensor:
-    """Euler steps along a straight path, as Flux models are trained for."""
-    device = torch.device("cuda")
-    context, pooled = encode(prompt)
-    x = torch.randn((1, 16, 16, 16), generator=torch.Generator().manual_seed(0)).to(device)
-    levels = torch.linspace(1, 0, STEPS + 1, device=device)
-    given = {"c_crossattn": context.to(device), "y": pooled.to(device)}
-    given["guidance"] = torch.full((1,), 3.5, device=device)
-    for level, following in zip(levels, levels[1:]):
-        denoised = model.patcher.model.apply_model(x, level.reshape(1), **given)
-        x = denoised + (x - denoised) * (following / level)
-    return x
-
-
 def measure(wish: str, path: Path, wanted: dict[str, torch.Tensor]) -> dict:
     def error(model: Model) -> float:
-        return statistics.mean(rel_l2(latents(model, p), wanted[p]) for p in wanted)
+        return statistics.mean(rel_l2(sample(model, CUDA, p), wanted[p]) for p in wanted)
 
     model = load(path)
     row = {"format": wish, "prompts": len(wanted), "ours": error(model)}
@@ -99,7 +84,7 @@ def main() -> None:
     source = EMOJI / "emoji_flux.safetensors"
     with tempfile.TemporaryDirectory(prefix="fewbits-bench-") as folder, torch.inference_mode():
         plain = load(source)
-        wanted = {prompt: latents(plain, prompt) for prompt in PROMPTS[: args.prompts]}
+        wanted = {prompt: sample(plain, CUDA, prompt) for prompt in PROMPTS[: args.prompts]}
         for wish in args.formats.split(","):
             path = Path(folder) / f"{wish.replace(':', '_')}.safetensors"
             quantize_file(source, path, Recipe(primary=parse_wish(wish)), device="cpu")

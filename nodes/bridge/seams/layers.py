@@ -259,11 +259,12 @@ class OwnLinear(OwnFormats):
         if self._full_precision_mm and not self._fewbits_rounds:
             return False
         if torch.compiler.is_compiling():  # to follow `_parameters` is to take all that lie there
-            scales = getattr(self, "input_scale", None), getattr(self, "pre_quant_scale", None)
+            before = getattr(self, "input_scale", None)
+            smoothing = getattr(self, "pre_quant_scale", None)
         else:
             parts = self._parameters
-            scales = parts.get("input_scale"), parts.get("pre_quant_scale")
-        return scales == (None, None)
+            before, smoothing = parts.get("input_scale"), parts.get("pre_quant_scale")
+        return before is None and smoothing is None
 
     def _fewbits_is_ours(self, x: torch.Tensor) -> bool:
         """Whether we multiply a weight in a layout of comfy-kitchen's that ComfyUI has still to
