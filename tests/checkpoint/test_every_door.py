@@ -23,6 +23,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("names", groups, ids=[names[0] for names in groups])
 
 
+@pytest.mark.slow
 def test_every_door_says_the_same_and_writes_what_is_right(names, tmp_path, caplog):
     caplog.set_level(logging.ERROR)
     found = {}

@@ -419,6 +419,7 @@ def test_our_own_files_stay_as_they_are(name):
 # ---- decoding where no format holds the codes ----
 
 
+@pytest.mark.slow
 def test_an_odd_width_is_decoded():
     import bitsandbytes.functional as oracle
 

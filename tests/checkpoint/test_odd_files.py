@@ -167,6 +167,7 @@ def doors(path, out):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", READ)
 def test_what_can_be_read_is_right_through_every_door(case, write, tmp_path):
     tensors, metadata, largest = READ[case]

@@ -332,6 +332,7 @@ def test_every_flag_has_a_case():
     assert set(CASES) == {flag.name for flag in FLAGS} - set(PRESET_FLAGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", CASES)
 def test_a_flag_changes_the_outcome_it_names(flag, base, run):
     without, with_it, check = CASES[flag]

@@ -106,6 +106,7 @@ def rounds_activations(layout):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_takes_any_leading_dimensions_dtype_and_bias(layout, weight, dtype):
     n, k = weight.shape

@@ -90,6 +90,7 @@ def marked(name):
 FEW_STEPS = {"svd": {"num_iter": 8}, "adaround": {"num_iter": 20, "passes": 1}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", map(marked, sorted(METHODS)))
 @pytest.mark.parametrize("weight", ADVERSARIAL.values(), ids=ADVERSARIAL.keys())
 @pytest.mark.parametrize("text", FORMATS)

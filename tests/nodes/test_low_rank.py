@@ -59,6 +59,7 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / 8
 
 
+@pytest.mark.slow
 @WISHES
 @pytest.mark.parametrize("memory", [0, 1], ids=["loaded", "low VRAM"])
 def test_a_layer_gives_its_own_output_and_the_loras_to_the_bit_of_its_dtype(
@@ -86,6 +87,7 @@ def test_a_layer_gives_its_own_output_and_the_loras_to_the_bit_of_its_dtype(
     assert beside(both) == [] and torch.equal(layer(x), before)
 
 
+@pytest.mark.slow
 @WISHES
 def test_strength_zero_and_a_lora_that_was_taken_off_leave_every_bit(model, patched, sample, wish):
     plain = model(wish)
@@ -170,6 +172,7 @@ def test_layers_moved_out_and_in_again_apply_it_once(model, patched, comfy):
     patcher.unpatch_model(CPU)
 
 
+@pytest.mark.slow
 @WISHES
 def test_a_saved_model_holds_its_lora(model, patched, wish, monkeypatch):
     """ComfyUI saves the weights of loaded layers as they are."""

@@ -129,6 +129,7 @@ ONLY_IN_SOME_FILES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset", [name for name in preset_names() if name not in {"generic", *NOT_BUILT}]
 )
@@ -170,6 +171,7 @@ def test_presets_add_up():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wish", ["bnb_nf4", "nvfp4"])
 @pytest.mark.parametrize("model", DIFFUSION, ids=[model.name for model in DIFFUSION])
 def test_comfyui_recognises_the_packed_file_as_it_does_the_original(model, wish, comfy):

@@ -236,6 +236,7 @@ SETTINGS = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     primary=WISHES,
