@@ -161,7 +161,9 @@ class FewBitsCompareModels(io.ComfyNode):
             other = [(number + CONTROL) % SEEDS for number in runs]
             again = sampling.sampled(model_a, "A with other seeds", other, how)
         for compared, (_, model) in zip(found[1:], models[1:], strict=True):
-            compared.layers.update(sampling.layer_errors(model_a, model))
+            errors, unpatched = sampling.layer_errors(model_a, model)
+            compared.layers.update(errors)
+            compared.unpatched.update(unpatched)
         run.on_progress(total, total, "")
         report = compare_models(found[0], found[1:], again)
         pictures = sheet(found[0], found[1:], again)[None]

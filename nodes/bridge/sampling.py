@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import comfy.lora
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -14,6 +16,7 @@ import torch
 
 from ...quant_ops.report.comparison import measure
 from ...quant_ops.report.models import Model, Sample
+from .weights import unload
 
 
 @dataclass(frozen=True)
@@ -89,21 +92,42 @@ def _picture(vae: object, latent: torch.Tensor) -> torch.Tensor:
     return decoded[..., :3].clamp(0, 1)
 
 
-def layer_errors(reference: object, other: object) -> dict[str, float]:
+def layer_errors(reference: object, other: object) -> tuple[dict[str, float], dict[str, float]]:
     """rel_l2 of every linear weight of one MODEL against another's, both decoded, a layer at a
-    time; layers that only one has, or in other shapes, are left out.
+    time: with the LoRAs of each, and without any; layers that only one has, or in other shapes, are
+    left out. MODELs may share one module: both are unloaded, so that it holds no LoRA of either.
     """
+    for model in (reference, other):
+        unload(model)
     theirs = dict(_linears(other))
-    errors = {}
+    errors, unpatched = {}, {}
     for name, module in _linears(reference):
         match = theirs.get(name)
         if match is None:
             continue
         a, b = _decoded(module), _decoded(match)
         if a.shape == b.shape:
-            sums = measure(a, b)
-            errors[name] = float("inf") if sums.unlike else sums.rel_l2
-    return errors
+            unpatched[name] = _error(a, b)
+        a, b = _patched(reference, name, a), _patched(other, name, b)
+        if a.shape == b.shape:
+            errors[name] = _error(a, b)
+    return errors, unpatched
+
+
+def _error(a: torch.Tensor, b: torch.Tensor) -> float:
+    sums = measure(a, b)
+    if sums.unlike:
+        return math.inf
+    return sums.rel_l2
+
+
+def _patched(model: object, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's float32 weight with the LoRAs of the MODEL."""
+    key = f"diffusion_model.{name}.weight"
+    patches = model.patches.get(key)
+    if not patches:
+        return weight
+    return comfy.lora.calculate_weight(patches, weight.clone(), key)
 
 
 def _linears(model: object) -> Iterator[tuple[str, torch.nn.Module]]:

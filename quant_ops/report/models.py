@@ -38,16 +38,28 @@ class Sample:
 
 @dataclass(frozen=True)
 class Model:
-    """One model's samples, a seed each, and what it took; `layers` its weights' errors by name."""
+    """One model's samples, a seed each, and what it took; `layers` its weights' errors by name,
+    `unpatched` those without the LoRAs of both models, where they are known.
+    """
 
     name: str
     samples: Sequence[Sample]
     peak_bytes: int | None = None
     layers: dict[str, float] = field(default_factory=dict)
+    unpatched: dict[str, float] = field(default_factory=dict)
 
     @property
     def seconds_per_step(self) -> float:
         return statistics.median(sample.seconds for sample in self.samples)
+
+    @property
+    def rounded(self) -> dict[str, float]:
+        """Errors that no LoRA explains: those that only one model has show with it, those that were
+        baked into codes without it.
+        """
+        return {
+            name: min(error, self.unpatched.get(name, error)) for name, error in self.layers.items()
+        }
 
 
 def why_not_metrics() -> str | None:
@@ -93,7 +105,7 @@ def _against(reference: Model, other: Model) -> dict:
         "steps": steps,
         "final": steps[-1],
         "pictures": _pictures(pictures),
-        "suspects": suspects(other.layers),
+        "suspects": suspects(other.rounded),
         "worst_layers": _worst(other.layers),
     }
 

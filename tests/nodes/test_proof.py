@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -162,3 +163,61 @@ def test_pictures_are_made_of_reports_only(comfy):
     for text in ("", "{}", "[1]", "words"):
         with pytest.raises(RecipeError, match="no report of a conversion"):
             FewBitsQualityReport.execute(text)
+
+
+PATCHED = "single_blocks.0.linear1"
+
+
+def with_patch(model, strength):
+    """A clone of a MODEL, on the same module, with a LoRA of one layer."""
+    patched = model.clone()
+    key = f"diffusion_model.{PATCHED}.weight"
+    patched.add_patches({key: ("diff", (change_of(model),))}, strength)
+    return patched
+
+
+def change_of(model):
+    shape = model.model.diffusion_model.get_submodule(PATCHED).weight.shape
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 0.1
+
+
+@pytest.mark.parametrize("format", [None, "int8_tensorwise"])
+def test_models_that_share_one_module_are_compared_with_their_own_loras(
+    model, quantized, conditioning, format
+):
+    from fewbits.nodes.compare_models import FewBitsCompareModels
+
+    base = quantized(format) if format else model
+    strong, weak = with_patch(base, 1.0), with_patch(base, 0.1)
+    assert strong.model is base.model
+    weight = base.model.diffusion_model.get_submodule(PATCHED).weight
+    weight = (weight.dequantize() if format else weight).detach().double().numpy().copy()
+    change = change_of(base).double().numpy()
+
+    def error(reference, other):
+        first = weight + reference * change
+        return np.linalg.norm((other - reference) * change) / np.linalg.norm(first)
+
+    orders = (
+        ((base, 0.0), (strong, 1.0), (weak, 0.1), (strong.clone(), 1.0)),
+        ((strong, 1.0), (base, 0.0), (weak, 0.1), (strong.clone(), 1.0)),
+    )
+    for (reference, own), *others in orders:
+        patchers = dict(zip(("model_b", "model_c", "model_d"), (each for each, _ in others)))
+        _, sentence, report = FewBitsCompareModels.execute(
+            model_a=reference,
+            positive=conditioning,
+            negative=conditioning,
+            latent_image={"samples": torch.zeros(1, 16, 8, 8)},
+            vae=FlatVae(),
+            seeds=1,
+            steps=2,
+            **patchers,
+        ).args
+        for row, (_, strength) in zip(json.loads(report)["models"], others, strict=True):
+            worst, second = row["worst_layers"][:2]
+            assert row["identical"] == (strength == own)
+            assert worst["rel_l2"] == pytest.approx(error(own, strength), rel=1e-4)
+            assert second["rel_l2"] == 0 and row["suspects"] == []
+            assert worst["name"] == PATCHED or strength == own
+        assert "broken" not in sentence
