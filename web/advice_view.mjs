@@ -1,8 +1,8 @@
 // Which format suits a model and a GPU: the advisor's list, the best first.
 
-import { el } from "./dom.mjs?v=295c6ec3";
-import { bytes, familyOf } from "./text.mjs?v=295c6ec3";
-import { say, translated } from "./words.mjs?v=295c6ec3";
+import { el } from "./dom.mjs?v=4caac9e6";
+import { bytes, familyOf } from "./text.mjs?v=4caac9e6";
+import { say, translated } from "./words.mjs?v=4caac9e6";
 
 export function adviceResult(advice) {
   const [best] = advice.formats ?? [];

@@ -1,10 +1,10 @@
 // How far the pictures of other models are from those of the first, and which layers may be to blame.
 
-import { el } from "./dom.mjs?v=295c6ec3";
-import { noteList } from "./plan_table.mjs?v=295c6ec3";
-import { worstLayers } from "./report_view.mjs?v=295c6ec3";
-import { bytes, duration } from "./text.mjs?v=295c6ec3";
-import { say, translated } from "./words.mjs?v=295c6ec3";
+import { el } from "./dom.mjs?v=4caac9e6";
+import { noteList } from "./plan_table.mjs?v=4caac9e6";
+import { worstLayers } from "./report_view.mjs?v=4caac9e6";
+import { bytes, duration } from "./text.mjs?v=4caac9e6";
+import { say, translated } from "./words.mjs?v=4caac9e6";
 
 const WORST = 5;
 

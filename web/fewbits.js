@@ -3,17 +3,17 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { adviceResult } from "./advice_view.mjs?v=295c6ec3";
-import { comparisonResult } from "./comparison_view.mjs?v=295c6ec3";
-import { fitResult } from "./fit_view.mjs?v=295c6ec3";
-import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=295c6ec3";
-import { growAlone } from "./growth.mjs?v=295c6ec3";
-import { isPrimary } from "./layer_list.mjs?v=295c6ec3";
-import { Panel } from "./panel.mjs?v=295c6ec3";
-import { qualityResult } from "./quality_view.mjs?v=295c6ec3";
-import { earlierOutput, settingsOf } from "./results.mjs?v=295c6ec3";
-import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=295c6ec3";
-import { say, useLanguage } from "./words.mjs?v=295c6ec3";
+import { adviceResult } from "./advice_view.mjs?v=4caac9e6";
+import { comparisonResult } from "./comparison_view.mjs?v=4caac9e6";
+import { fitResult } from "./fit_view.mjs?v=4caac9e6";
+import { fitInputs, watchWidget, widgetOf } from "./fitting.mjs?v=4caac9e6";
+import { growAlone } from "./growth.mjs?v=4caac9e6";
+import { isPrimary } from "./layer_list.mjs?v=4caac9e6";
+import { Panel } from "./panel.mjs?v=4caac9e6";
+import { qualityResult } from "./quality_view.mjs?v=4caac9e6";
+import { earlierOutput, settingsOf } from "./results.mjs?v=4caac9e6";
+import { choicesOf, giveWish, takesWishes } from "./wishes.mjs?v=4caac9e6";
+import { say, useLanguage } from "./words.mjs?v=4caac9e6";
 
 // what the panel of a node says before and during a run, and how high it is
 const WORK = { height: 344, idle: "Run the workflow to see the plan" };

@@ -1,9 +1,9 @@
 // What is in a file: layers per format, tensors per type, and problems.
 
-import { el } from "./dom.mjs?v=295c6ec3";
-import { noteList } from "./plan_table.mjs?v=295c6ec3";
-import { bytes } from "./text.mjs?v=295c6ec3";
-import { say, translatedError } from "./words.mjs?v=295c6ec3";
+import { el } from "./dom.mjs?v=4caac9e6";
+import { noteList } from "./plan_table.mjs?v=4caac9e6";
+import { bytes } from "./text.mjs?v=4caac9e6";
+import { say, translatedError } from "./words.mjs?v=4caac9e6";
 
 /** One file that was looked into; with several files, under its name. */
 export function fileView(file, named) {

@@ -1,10 +1,10 @@
 // What Fit to Size chose: how that meets what was asked for, and the layers that it cost most.
 
-import { el } from "./dom.mjs?v=295c6ec3";
-import { planTable, warningList } from "./plan_table.mjs?v=295c6ec3";
-import { worstLayers } from "./report_view.mjs?v=295c6ec3";
-import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=295c6ec3";
-import { say, translated } from "./words.mjs?v=295c6ec3";
+import { el } from "./dom.mjs?v=4caac9e6";
+import { planTable, warningList } from "./plan_table.mjs?v=4caac9e6";
+import { worstLayers } from "./report_view.mjs?v=4caac9e6";
+import { bytes, change, familyOf, relL2, sentence } from "./text.mjs?v=4caac9e6";
+import { say, translated } from "./words.mjs?v=4caac9e6";
 
 const WORST = 5;
 

@@ -1,6 +1,6 @@
 // Inputs that the chosen format does not have are switched off, with the reason where the pointer rests.
 
-import { say } from "./words.mjs?v=295c6ec3";
+import { say } from "./words.mjs?v=4caac9e6";
 
 // value that says nothing
 const UNSAID = { scaling: "auto", block_size: "auto", convrot: "auto", full_precision_matmul: false };

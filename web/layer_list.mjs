@@ -1,10 +1,10 @@
 // Every layer with its decision, the reason and the measured error, behind a disclosure with a filter.
 
-import { el, layerName } from "./dom.mjs?v=295c6ec3";
-import { errorOf } from "./report_view.mjs?v=295c6ec3";
-import { outliersOf } from "./outliers.mjs?v=295c6ec3";
-import { bytes } from "./text.mjs?v=295c6ec3";
-import { say, translated } from "./words.mjs?v=295c6ec3";
+import { el, layerName } from "./dom.mjs?v=4caac9e6";
+import { errorOf } from "./report_view.mjs?v=4caac9e6";
+import { outliersOf } from "./outliers.mjs?v=4caac9e6";
+import { bytes } from "./text.mjs?v=4caac9e6";
+import { say, translated } from "./words.mjs?v=4caac9e6";
 
 // how layers may be ordered: by name of the choice, what is compared; the first is the order of the file
 const ORDERS = {

@@ -1,15 +1,15 @@
 // The panel under a node of FewBits. It draws the JSON it is sent and knows no format by name.
 
-import { adviceResult } from "./advice_view.mjs?v=295c6ec3";
-import { el } from "./dom.mjs?v=295c6ec3";
-import { fileView } from "./file_view.mjs?v=295c6ec3";
-import { LayerList } from "./layer_list.mjs?v=295c6ec3";
-import { noteList, planTable, warningList } from "./plan_table.mjs?v=295c6ec3";
-import { meaningOf, worstLayers } from "./report_view.mjs?v=295c6ec3";
-import { sizesView, targetView } from "./preview_view.mjs?v=295c6ec3";
-import { recipeText, savedFile } from "./saved_file.mjs?v=295c6ec3";
-import { bytes, change, duration, familyOf, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=295c6ec3";
-import { say, translated, translatedError } from "./words.mjs?v=295c6ec3";
+import { adviceResult } from "./advice_view.mjs?v=4caac9e6";
+import { el } from "./dom.mjs?v=4caac9e6";
+import { fileView } from "./file_view.mjs?v=4caac9e6";
+import { LayerList } from "./layer_list.mjs?v=4caac9e6";
+import { noteList, planTable, warningList } from "./plan_table.mjs?v=4caac9e6";
+import { meaningOf, worstLayers } from "./report_view.mjs?v=4caac9e6";
+import { sizesView, targetView } from "./preview_view.mjs?v=4caac9e6";
+import { recipeText, savedFile } from "./saved_file.mjs?v=4caac9e6";
+import { bytes, change, duration, familyOf, percent, rate, relL2, sentence, timeLeft } from "./text.mjs?v=4caac9e6";
+import { say, translated, translatedError } from "./words.mjs?v=4caac9e6";
 
 /**
  * `element` is what the node shows. Its `data-phase` goes idle -> planned -> running -> done; a run that ends early

@@ -1,8 +1,8 @@
 // The plan at a glance: layers and sizes per format, and what to read before trusting it.
 
-import { el } from "./dom.mjs?v=295c6ec3";
-import { inUnit, unitFor } from "./text.mjs?v=295c6ec3";
-import { say, translated } from "./words.mjs?v=295c6ec3";
+import { el } from "./dom.mjs?v=4caac9e6";
+import { inUnit, unitFor } from "./text.mjs?v=4caac9e6";
+import { say, translated } from "./words.mjs?v=4caac9e6";
 
 /** One row per format and a total; all sizes in the unit that fits the total. Without a plan: the empty table. */
 export function planTable(plan) {

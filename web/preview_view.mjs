@@ -1,9 +1,9 @@
 // Before a run: where the file would go, and how large it would be in every format.
 
-import { el } from "./dom.mjs?v=295c6ec3";
-import { noteList } from "./plan_table.mjs?v=295c6ec3";
-import { bytes } from "./text.mjs?v=295c6ec3";
-import { say } from "./words.mjs?v=295c6ec3";
+import { el } from "./dom.mjs?v=4caac9e6";
+import { noteList } from "./plan_table.mjs?v=4caac9e6";
+import { bytes } from "./text.mjs?v=4caac9e6";
+import { say } from "./words.mjs?v=4caac9e6";
 
 /** The path that the file would get, and a warning where one lies there already; null without a target. */
 export function targetView(target) {

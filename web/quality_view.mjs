@@ -1,9 +1,9 @@
 // The pictures of a report are images of the graph; the panel says in words what they show.
 
-import { planTable, warningList } from "./plan_table.mjs?v=295c6ec3";
-import { meaningOf, worstLayers } from "./report_view.mjs?v=295c6ec3";
-import { bytes, change, familyOf, relL2 } from "./text.mjs?v=295c6ec3";
-import { say } from "./words.mjs?v=295c6ec3";
+import { planTable, warningList } from "./plan_table.mjs?v=4caac9e6";
+import { meaningOf, worstLayers } from "./report_view.mjs?v=4caac9e6";
+import { bytes, change, familyOf, relL2 } from "./text.mjs?v=4caac9e6";
+import { say } from "./words.mjs?v=4caac9e6";
 
 export function qualityResult(report) {
   const { bytes_before: before, bytes_after: after } = report;

@@ -1,9 +1,9 @@
 // What was given up: the measured error of the whole model and of its worst layers.
 
-import { el, layerName } from "./dom.mjs?v=295c6ec3";
-import { outliersOf } from "./outliers.mjs?v=295c6ec3";
-import { decibels, relL2, sentence } from "./text.mjs?v=295c6ec3";
-import { say, translated } from "./words.mjs?v=295c6ec3";
+import { el, layerName } from "./dom.mjs?v=4caac9e6";
+import { outliersOf } from "./outliers.mjs?v=4caac9e6";
+import { decibels, relL2, sentence } from "./text.mjs?v=4caac9e6";
+import { say, translated } from "./words.mjs?v=4caac9e6";
 
 /** The layers with the largest error; null when nothing was measured. `suspects`: names of those that may be broken. */
 export function worstLayers(report, title = say("Largest errors")) {

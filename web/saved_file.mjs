@@ -1,7 +1,7 @@
 // Where a file went, in words that find it again.
 
-import { el } from "./dom.mjs?v=295c6ec3";
-import { say } from "./words.mjs?v=295c6ec3";
+import { el } from "./dom.mjs?v=4caac9e6";
+import { say } from "./words.mjs?v=4caac9e6";
 
 const COPIED_MS = 1500;
 

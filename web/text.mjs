@@ -1,6 +1,6 @@
 // Numbers and names for people: sizes in decimal units as file managers show them, fractions for errors, no locale surprises.
 
-import { say } from "./words.mjs?v=295c6ec3";
+import { say } from "./words.mjs?v=4caac9e6";
 
 const UNITS = [
   [1e9, "GB"],

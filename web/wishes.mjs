@@ -1,6 +1,6 @@
 // What shall become of one layer, written where the graph keeps it: the node's own `keep`, or Layer Rules before it.
 
-import { widgetOf } from "./fitting.mjs?v=295c6ec3";
+import { widgetOf } from "./fitting.mjs?v=4caac9e6";
 
 export const KEEP = "keep";
 const RULES = "FewBitsLayerRules";

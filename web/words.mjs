@@ -1,7 +1,7 @@
 // Texts in the language of ComfyUI's page. English is the key; a text without a translation stays English.
 
-import { MESSAGES, TEXTS } from "./zh.mjs?v=295c6ec3";
-import { ERRORS } from "./zh_errors.mjs?v=295c6ec3";
+import { MESSAGES, TEXTS } from "./zh.mjs?v=4caac9e6";
+import { ERRORS } from "./zh_errors.mjs?v=4caac9e6";
 
 let language = () => "en";
 

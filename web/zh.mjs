@@ -189,10 +189,10 @@ export const MESSAGES = [
   ],
   [/no error like this was measured on one small trained model, 8 prompts \(docs\/quality.md\)/, "在一个小模型（8 条提示词）上没有测过这样的误差（docs/quality.md）"],
   [
-    /LoRA baked in: ([\d.]+%) of its change is in the codes \(median of (\d+) layers\), and rounding moves the weights (\S+) x as far as it did/,
-    "LoRA 已并入：其改动的 $1 留在编码中（$2 层的中位数），舍入移动权重的距离是它的 $3 倍",
+    /LoRA baked in: ([\d.]+%) of it survives rounding, which moves the weights (\S+) x as far as it did \(medians of (\d+) layers\)/,
+    "LoRA 已并入：其中 $1 在舍入后保留，舍入移动权重的距离是它的 $2 倍（$3 层的中位数）",
   ],
-  [/; in (\d+) of (\d+) layers it drowns in rounding: use more bits, or apply it to the quantized model/, "；在 $2 层中的 $1 层，它被舍入淹没：请用更多位数，或把它用于量化后的模型"],
+  [/; in (\d+) of (\d+) layers it drowns, less than half survives: use more bits, or apply it to the quantized model/, "；在 $2 层中的 $1 层，它被舍入淹没，保留不到一半：请用更多位数，或把它用于量化后的模型"],
   // warnings
   [/rule '([^']+)' matched nothing/g, "规则“$1”没有匹配任何层"],
   [

@@ -15,7 +15,7 @@ from ..options import stated
 
 COUNTED = 1 << 24  # codes looked at together on a GPU: a mask of 16 MB
 COUNTED_ON_CPU = 1 << 18  # in its cache, with their mask
-DROWNED = 1.0  # x a patch's change: rounding moved the weight more than the patch did
+DROWNED = 0.5  # of a patch that survives: with less, rounding moved the weight more than it did
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,26 @@ class Retention:
     cosine: float
 
     @property
+    def survived(self) -> float:
+        """From 0 to 1: what is there of the change, at most its share of the squares of all that
+        changed; that is 1 / (1 + noise^2) of noise that has nothing to do with it.
+        """
+        if self.cosine <= 0:
+            return 0.0
+        return min(self.kept, self.cosine**2)
+
+    @property
     def drowned(self) -> bool:
-        """Whether rounding moved the weight more than the patch did."""
-        return self.noise > DROWNED
+        """Whether more of it is lost or covered by rounding than survives."""
+        return self.survived < DROWNED
 
     def to_json(self) -> dict:
-        return {"kept": self.kept, "noise": self.noise, "cosine": self.cosine}
+        return {
+            "survived": self.survived,
+            "kept": self.kept,
+            "noise": self.noise,
+            "cosine": self.cosine,
+        }
 
 
 @dataclass(frozen=True)

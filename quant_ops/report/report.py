@@ -70,6 +70,7 @@ class Report:
         drowned = [result.name for result in found if result.retention.drowned]
         return {
             "layers": len(found),
+            "survived": statistics.median(result.retention.survived for result in found),
             "kept": statistics.median(result.retention.kept for result in found),
             "noise": statistics.median(result.retention.noise for result in found),
             "drowned": drowned,

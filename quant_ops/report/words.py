@@ -45,18 +45,18 @@ def seen_at(ssim: float) -> tuple[int, str]:
 
 def patches_in_words(found: Sequence[Retention]) -> str:
     """What is left of a LoRA that was baked in: of each layer one."""
-    kept = statistics.median(each.kept for each in found)
+    survived = statistics.median(each.survived for each in found)
     noise = statistics.median(each.noise for each in found)
     drowned = sum(each.drowned for each in found)
     said = (
-        f"LoRA baked in: {kept:.0%} of its change is in the codes (median of {len(found)} layers), "
-        f"and rounding moves the weights {noise:.2g} x as far as it did"
+        f"LoRA baked in: {survived:.0%} of it survives rounding, which moves the weights "
+        f"{noise:.2g} x as far as it did (medians of {len(found)} layers)"
     )
     if not drowned:
         return said
     return (
-        f"{said}; in {drowned} of {len(found)} layers it drowns in rounding: use more bits, or "
-        "apply it to the quantized model"
+        f"{said}; in {drowned} of {len(found)} layers it drowns, less than half survives: use more "
+        "bits, or apply it to the quantized model"
     )
 
 

@@ -67,11 +67,17 @@ def test_a_strong_lora_survives_and_a_weak_one_drowns_and_both_are_said(report_o
         and found["kept"] == pytest.approx(1, abs=0.02)
         and found["noise"] < 0.3
     )
-    assert "LoRA baked in: 100% of its change is in the codes" in strong.to_text()
+    assert found["survived"] > 0.95 and "survives rounding" in strong.to_text()
+    assert f"LoRA baked in: {found['survived']:.0%} of it survives" in strong.to_text()
     assert "drowns" not in strong.to_text()
     found = weak.patches()
     assert len(found["drowned"]) == found["layers"] == 16 and found["noise"] > 5
-    said = "in 16 of 16 layers it drowns in rounding: use more bits, or apply it to the quantized model"
+    assert found["survived"] < 0.04
+    assert f"LoRA baked in: {found['survived']:.0%} of it survives" in weak.to_text()
+    said = (
+        "in 16 of 16 layers it drowns, less than half survives: use more bits, or apply it to the "
+        "quantized model"
+    )
     assert said in weak.to_text() and said in to_markdown(weak.to_json())
 
 
@@ -85,6 +91,10 @@ def test_a_change_that_rounding_takes_away_is_gone():
     base, weight = torch.zeros(4, 8), torch.full((4, 8), 0.25)
     gone = retention(base, weight, torch.zeros(4, 8))
     assert (gone.kept, gone.noise, gone.cosine) == (0.0, 1.0, 0.0)
+    assert gone.survived == 0 and gone.drowned
     whole = retention(base, weight, weight)
     assert (whole.kept, whole.noise, whole.cosine) == (1.0, 0.0, 1.0) and not whole.drowned
+    assert whole.survived == 1
+    shrunk = retention(base, weight, 0.25 * weight)  # it points the right way, and is mostly lost
+    assert shrunk.cosine == pytest.approx(1) and shrunk.survived == 0.25 and shrunk.drowned
     assert retention(weight, weight, base) is None
