@@ -115,8 +115,8 @@ class Fit:
     """The recipe that fits, its plan, the exact size of its file, and what was chosen of what.
 
     `error` is the root mean square over the layers that were chosen for, each counted as often as
-    its factor says. `predicted` is the relative error of what the model predicts, None where no
-    effects were measured.
+    its factor says. `predicted` is the relative error of what the model predicts, root mean square
+    over the steps at which effects were measured; None where none were.
     """
 
     goal: Goal
@@ -156,7 +156,10 @@ class Fit:
             f"error {self.error:.4f} ({self.basis})",
         ]
         if self.predicted is not None:
-            lines.append(f"the model's prediction will err by about {self.predicted:.4f}, relative")
+            lines.append(
+                f"the model's prediction will err by about {self.predicted:.4f}, relative, over "
+                "steps spread over sampling: less in the first, more in the last"
+            )
         counts = Counter(way.label for _, way in self.chosen)
         lines += [f"  {count:>4} layers  {label}" for label, count in counts.most_common()]
         worst = sorted(self.chosen, key=lambda pair: -_part(*pair))

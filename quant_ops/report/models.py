@@ -17,7 +17,9 @@ import torch
 from .comparison import LISTED, Sums, block_of, measure, suspects
 
 AMPLIFIED = 8  # x: the differences on the sheet
-CAPTION = 18  # pixels above each picture of the sheet
+CAPTION = 18  # pixels above each picture of the sheet, of small ones
+CAPTION_PART = 16  # of the height of larger ones: readable where a sheet is shown a fifth as large
+LETTERS = 0.65  # of a caption's height
 METRICS = ("psnr", "ssim", "ms_ssim", "haarpsi")
 SMALLEST_MS_SSIM = 161  # pixels: five scales of 11
 BROKEN_COSINE = 0.5  # below this the final latents have little in common
@@ -217,7 +219,7 @@ def _judged(reference: Model, row: dict) -> str:
 
 def sheet(reference: Model, others: Sequence[Model], control: Model | None = None) -> torch.Tensor:
     """(H, W, 3): a row per seed, A, then of each other its picture and the amplified difference;
-    last the control. Above each picture stands what it is, CAPTION pixels high.
+    last the control. Above each picture stands what it is, `caption_height` high.
 
     Raises:
         ValueError: there are no pictures.
@@ -247,18 +249,25 @@ def _beside(
 
 def _captioned(row: list[tuple[str, torch.Tensor]], width: int) -> torch.Tensor:
     """Pictures side by side under their captions, white up to `width` pictures."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     _, first = row[0]
     height, side = first.shape[:2]
-    strip = Image.new("RGB", (side * width, CAPTION), "white")
+    high = caption_height(height)
+    strip = Image.new("RGB", (side * width, high), "white")
     draw = ImageDraw.Draw(strip)
+    font = ImageFont.load_default(int(LETTERS * high))
     for index, (caption, _) in enumerate(row):
-        draw.text((side * index + 4, 3), caption, fill="black")
+        draw.text((side * index + 4, high // 2), caption, fill="black", font=font, anchor="lm")
     words = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8)
-    words = words.view(CAPTION, side * width, 3).to(first.dtype) / 255
+    words = words.view(high, side * width, 3).to(first.dtype) / 255
     blank = torch.ones((height, side * (width - len(row)), 3), dtype=first.dtype)
     return torch.cat([words, torch.cat([*(picture for _, picture in row), blank], dim=1)])
+
+
+def caption_height(height: int) -> int:
+    """Pixels of the caption above a picture so high."""
+    return max(CAPTION, height // CAPTION_PART)
 
 
 def difference(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:

@@ -104,6 +104,16 @@ def test_the_sheet_shows_both_and_the_amplified_difference():
     assert all((captions[:, start : start + 192] < 0.5).any() for start in (0, 192, 384))
 
 
+def test_captions_grow_with_the_pictures():
+    for height, high in ((176, CAPTION), (1024, 64)):
+        one = Model("A", [Sample([torch.zeros(1)], torch.ones(height, 1024, 3))])
+        found = sheet(one, [one])
+        assert found.shape == (high + height, 3 * 1024, 3)
+        rows = (found[:high, :1024] < 0.5).any(2).any(1).nonzero()
+        letter = int(rows.max() - rows.min()) + 1
+        assert 0.35 * high < letter < high  # whole, and as large as there is room for
+
+
 def test_suspects_are_outliers_and_not_the_merely_worst():
     assert suspects({"a": 0.1, "b": 0.2, "c": 0.15}) == []
     assert suspects({"a": 0.1, "b": 0.1, "c": 0.1, "d": float("inf"), "e": 1.0}) == ["d", "e"]
